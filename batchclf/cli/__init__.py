@@ -1,0 +1,75 @@
+"""The command line: parse, call, print, exit code. Nothing heavy is imported before it is needed.
+
+stdout carries results only; progress and log lines go to stderr.
+"""
+
+import importlib
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from batchclf import __version__
+from batchclf.errors import BatchclfError
+
+COMMANDS = {
+    "run": "Classify the images of a job; run it again to resume.",
+    "init": "Write a commented job file to start from.",
+    "validate": "Check a job without running it: spec, provider, model, images.",
+    "export": "Write a job's model bundle, to run it where torch is not installed.",
+    "doctor": "Tell what this machine can run, and why not the rest.",
+    "schema": "Print the JSON Schema of the job file.",
+}
+"""Each command's module in this folder, and its line in --help."""
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module only when that command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"batchclf.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a user's error becomes a message and its exit code, no traceback."""
+        try:
+            return super().invoke(ctx)
+        except BatchclfError as error:
+            click.echo(f"batchclf: {printable(str(error))}", err=True)
+            for note in getattr(error, "__notes__", ()):
+                click.echo(f"batchclf: {printable(note)}", err=True)
+            if error.exit_code == BatchclfError.exit_code:
+                traceback.print_exc()
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="batchclf")
+def main() -> None:
+    """Classify folders of images through ONNX Runtime, one record per image.
+
+    \b
+      batchclf init job.yaml          write a job file
+      batchclf run job.yaml           classify; the same command resumes
+    """
+
+
+def printable(text: str) -> str:
+    """Text with control characters escaped, so that a file's name cannot drive the terminal."""
+    return "".join(
+        char if char.isprintable() or char in "\n" else char.encode("unicode_escape").decode()
+        for char in text
+    )

@@ -1,0 +1,49 @@
+"""The options that several commands share: a job file and overrides of its keys."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from batchclf.job import JobSpec
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_DIRECT = {
+    "batch_size": ("-b", "--batch-size", int, "Images per batch."),
+    "provider": ("--provider", None, str, "cpu, cuda or openvino."),
+    "precision": ("--precision", None, str, "fp32, fp16, bf16 or int8."),
+    "top_k": ("--top-k", None, int, "Classes per record."),
+    "input": ("-i", "--input", str, "Folder, glob, or .txt or .jsonl list."),
+    "output": ("-o", "--output", str, "Folder for the results."),
+}
+
+
+def job_options(command: Command) -> Command:
+    """Add JOB and the options that override its keys; `load` reads them."""
+    for key, (short, long, kind, text) in reversed(_DIRECT.items()):
+        names = [name for name in (short, long) if name]
+        command = click.option(*names, f"override_{key}", type=kind, help=text)(command)
+    command = click.option(
+        "--set",
+        "sets",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override any key of the job file, such as loader.workers=8; may be repeated.",
+    )(command)
+    return click.argument("job", type=click.Path(path_type=Path))(command)
+
+
+def load(job: Path, sets: tuple[str, ...], direct: dict[str, Any]) -> "JobSpec":
+    """The job with its overrides; direct options come after --set."""
+    from batchclf.job import Override, load_job, parse_set
+
+    overrides = [parse_set(text) for text in sets]
+    for key, value in direct.items():
+        name = key.removeprefix("override_")
+        if value is not None:
+            option = next(text for text in _DIRECT[name][:2] if text and text.startswith("--"))
+            overrides.append(Override(name, value, f"{option} {value}"))
+    return load_job(job, overrides)

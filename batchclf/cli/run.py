@@ -1,0 +1,95 @@
+"""`batchclf run`: classify the images of a job."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from batchclf.cli.options import job_options, load
+from batchclf.errors import BatchclfError, UsageError
+
+
+@click.command("run")
+@job_options
+@click.option("--limit", type=click.IntRange(1), help="Only the first N images of the listing.")
+@click.option(
+    "--shard", metavar="I/N", help="Only part I (from 0) of N contiguous parts of the listing."
+)
+@click.option("--overwrite", is_flag=True, help="Start anew instead of resuming.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+def command(
+    job: Path,
+    sets: tuple[str, ...],
+    limit: int | None,
+    shard: str | None,
+    overwrite: bool,
+    as_json: bool,
+    **direct: Any,
+) -> None:
+    """Classify the images of JOB and write one record per image.
+
+    Running the same command again resumes an interrupted job.
+
+    \b
+      batchclf run jobs/cpu.yaml
+      batchclf run jobs/cpu.yaml -i photos -o runs/photos -b 16
+    """
+    import orjson
+
+    from batchclf.cli.progress import Progress
+    from batchclf.interrupt import StopRequest
+    from batchclf.results.records import Shard
+
+    def print_json(value: dict[str, Any]) -> None:
+        if as_json:
+            click.echo(orjson.dumps(value).decode())
+
+    part = _parse_shard(shard) if shard else Shard()
+    try:
+        with StopRequest().installed() as stop, Progress() as progress:
+            spec = load(job, sets, direct)
+            from batchclf.pipeline import RunOptions, run_job
+
+            options = RunOptions(part, overwrite=overwrite, limit=limit)
+            result = run_job(spec, options, reporter=progress, stop=stop)
+    except BatchclfError as error:
+        print_json({"status": "failed", "exit_code": error.exit_code, "error": str(error)})
+        raise
+    summary = dict(result.summary)
+    print_json(
+        {
+            "status": "complete",
+            "exit_code": 0,
+            "was_complete": result.was_complete,
+            "predictions": str(result.files.predictions),
+            **summary,
+        }
+    )
+    if not result.was_complete:
+        _print_summary(summary, result.files.predictions)
+
+
+def _parse_shard(text: str) -> Any:
+    from batchclf.results.records import Shard
+
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]) <= 99999:
+        raise UsageError(f"--shard: found {text!r}; write I/N with I from 0 to N-1, such as 3/16")
+    return Shard(int(match[1]), int(match[2]))
+
+
+def _print_summary(summary: dict[str, Any], predictions: Path) -> None:
+    provider, bottleneck = summary["provider"], summary["bottleneck"]
+    lines = [
+        f"{summary['num_images']:,} images: {summary['num_ok']:,} ok, "
+        f"{summary['num_errors']:,} errors"
+        + "".join(f", {count:,} {code}" for code, count in summary["errors_by_code"].items()),
+        f"{summary['images_per_s']:,.1f} images/s over {summary['wall_s']:.1f} s "
+        f"(and {summary['startup_s']:.1f} s of start-up), batches of {summary['batch_size']}",
+        f"ran on {provider['active']} ({provider['device']}), {summary['precision']}; "
+        f"bottleneck: {bottleneck['stage']} ({bottleneck['why']})",
+        f"records: {predictions}",
+    ]
+    for line in lines:
+        click.echo(f"batchclf: {line}", err=True)

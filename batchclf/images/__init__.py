@@ -1,0 +1,1 @@
+"""From a path to pixels: listing (source), one file into one slot (decode), batches (prefetch)."""

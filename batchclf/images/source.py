@@ -1,0 +1,343 @@
+"""What to classify, in which order: folder, glob, .txt or .jsonl list, to a stream of paths.
+
+Folders are walked depth first with the names of each folder sorted by bytes. Nothing is filtered
+by suffix: what a file is, its content tells (decode.py). Left out, and counted, are only hidden
+folders and hidden files without an image suffix (`.git/`, `.DS_Store`); a glob selects further.
+"""
+
+import base64
+import binascii
+import errno
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import orjson
+
+from batchclf.errors import NoImagesError, UsageError
+from batchclf.images.formats import looks_like_image, suffix_format
+from batchclf.results.records import Failure
+
+LIST_SUFFIXES = (".txt", ".jsonl")
+
+
+@dataclass(slots=True)
+class Source:
+    """An input: the folder its paths are relative to, and the paths themselves."""
+
+    root: bytes
+    confined: bool
+    """Whether links that lead out of `root` are refused; lists name their files themselves."""
+    paths: Callable[[], Iterator[bytes]]
+    num_left_out: int = field(default=0)
+    """Hidden files and folders, or duplicate lines of a list, seen by the last `paths()`."""
+
+
+def open_source(spec: Path, *, allow_outside_links: bool = False) -> Source:
+    """The source that the job's `input` names.
+
+    Raises:
+        NoImagesError: nothing is there.
+        UsageError: the input is neither a folder, a glob nor a list.
+    """
+    text = os.fspath(spec)
+    confined = not allow_outside_links
+    if spec.is_dir():
+        return _folder(os.fsencode(spec), confined, None)
+    if spec.is_file():
+        if spec.suffix.lower() in LIST_SUFFIXES:
+            return _list(spec)
+        raise UsageError(
+            f"input: {text}: found a single file; "
+            "give a folder, a glob such as photos/*.jpg, or a .txt or .jsonl list of paths"
+        )
+    parts = spec.parts
+    magic = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), None)
+    if magic is None:
+        raise NoImagesError(f"input: {text}: found 0 images: no such folder or file")
+    root = Path(*parts[:magic])
+    if not root.is_dir():
+        raise NoImagesError(f"input: {text}: found 0 images: {root} is not a folder")
+    return _folder(os.fsencode(root), confined, _glob_pattern(parts[magic:]))
+
+
+def require_images(source: Source) -> None:
+    """Refuse an input in which nothing looks like an image, by suffix or by first bytes.
+
+    Raises:
+        NoImagesError: naming the folder and what was found instead.
+    """
+    num_files = 0
+    for path in source.paths():
+        num_files += 1
+        if suffix_format(path) or looks_like_image(_head(os.path.join(source.root, path))):
+            return
+    where = os.fsdecode(source.root)
+    found = f"{num_files:,} files, none of them an image" if num_files else "no files"
+    raise NoImagesError(f"input: {where}: found 0 images ({found}); check the job's `input`")
+
+
+# ---- folders and globs ---------------------------------------------------------------------------
+
+
+def _folder(root: bytes, confined: bool, pattern: re.Pattern[bytes] | None) -> Source:
+    source = Source(root, confined, paths=lambda: iter(()))
+
+    def paths() -> Iterator[bytes]:
+        source.num_left_out = 0
+        for path in _walk(source):
+            if pattern is None or pattern.fullmatch(path):
+                yield path
+
+    source.paths = paths
+    return source
+
+
+def _walk(source: Source) -> Iterator[bytes]:
+    """Every entry below the root but folders themselves.
+
+    A folder that cannot be entered (no permission, a link that leads to a folder around it or out
+    of the root) is yielded as an entry of its own, so that reading it records why.
+    """
+    real_root = os.path.realpath(source.root)
+    root_stat = os.stat(source.root)
+    stack = [_entries(source, b"", frozenset({(root_stat.st_dev, root_stat.st_ino)}))]
+    while stack:
+        entry = next(stack[-1], None)
+        if entry is None:
+            stack.pop()
+            continue
+        path, is_folder, is_link, around = entry
+        if not is_folder:
+            yield path
+            continue
+        full = os.path.join(source.root, path)
+        try:
+            if is_link and source.confined and not _is_inside(os.path.realpath(full), real_root):
+                yield path
+                continue
+            found = os.stat(full)
+        except OSError:
+            yield path
+            continue
+        identity = (found.st_dev, found.st_ino)
+        if identity in around or not os.access(full, os.R_OK | os.X_OK):
+            yield path
+            continue
+        stack.append(_entries(source, path + b"/", around | {identity}))
+
+
+_Identities = frozenset[tuple[int, int]]
+
+
+def _entries(
+    source: Source, prefix: bytes, around: _Identities
+) -> Iterator[tuple[bytes, bool, bool, _Identities]]:
+    """One folder's entries, sorted by bytes: (path, is a folder, is a link, folders around)."""
+    found: list[tuple[bytes, bool, bool]] = []
+    with os.scandir(os.path.join(source.root, prefix)) as entries:
+        for entry in entries:
+            name, is_link = entry.name, entry.is_symlink()
+            try:
+                is_folder = entry.is_dir()
+            except OSError:  # a link that cannot be followed
+                is_folder = False
+            if name.startswith(b".") and (is_folder or not suffix_format(name)):
+                source.num_left_out += 1
+                continue
+            found.append((name, is_folder, is_link))
+    found.sort()
+    for name, is_folder, is_link in found:
+        yield prefix + name, is_folder, is_link, around
+
+
+def _is_inside(real_path: bytes, real_root: bytes) -> bool:
+    return real_path == real_root or real_path.startswith(real_root.rstrip(b"/") + b"/")
+
+
+def _glob_pattern(parts: Iterable[str]) -> re.Pattern[bytes]:
+    """`**` stands for any number of folders, `*`, `?` and `[...]` for characters of one name."""
+    pattern = b""
+    parts = list(parts)
+    for position, part in enumerate(parts):
+        last = position == len(parts) - 1
+        if part == "**":
+            pattern += b".*" if last else b"(?:[^/]+/)*"
+            continue
+        for piece in re.findall(r"\[!?\]?[^]]*\]|.", part, re.DOTALL):
+            if piece == "*":
+                pattern += b"[^/]*"
+            elif piece == "?":
+                pattern += b"[^/]"
+            elif len(piece) > 1:
+                inner = piece[1:-1].replace("\\", "\\\\")
+                negated = inner.startswith("!")
+                inner = inner.removeprefix("!").replace("[", r"\[").replace("^", r"\^")
+                pattern += b"[" + (b"^/" if negated else b"") + os.fsencode(inner) + b"]"
+            else:
+                pattern += re.escape(os.fsencode(piece))
+        pattern += b"" if last else b"/"
+    return re.compile(pattern, re.DOTALL)
+
+
+# ---- lists ---------------------------------------------------------------------------------------
+
+
+def _list(spec: Path) -> Source:
+    source = Source(os.fsencode(spec.parent), confined=False, paths=lambda: iter(()))
+
+    def paths() -> Iterator[bytes]:
+        source.num_left_out = 0
+        seen: set[bytes] = set()
+        with spec.open("rb") as lines:
+            for number, raw in enumerate(lines, start=1):
+                line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+                line = line.rstrip(b"\r\n")
+                if not line.strip():
+                    continue
+                path = _jsonl_path(line, spec, number) if spec.suffix.lower() == ".jsonl" else line
+                if not path or b"\0" in path:
+                    raise UsageError(f"input: {spec}:{number}: found no usable path: {path!r}")
+                if path in seen:
+                    source.num_left_out += 1
+                    continue
+                seen.add(path)
+                yield path
+
+    source.paths = paths
+    return source
+
+
+def _jsonl_path(line: bytes, spec: Path, number: int) -> bytes:
+    """The path in one line: a JSON string, or an object with `path` (and `path_b64`)."""
+    where = f"input: {spec}:{number}"
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        if b'"path_b64"' not in line:
+            raise UsageError(f"{where}: not a line of JSON: {error}") from None
+        # A name that is not UTF-8 is written with escapes that strict parsers refuse.
+        match = re.search(rb'"path_b64":\s*"([^"]*)"', line)
+        value = {"path_b64": match[1].decode("ascii", "replace") if match else ""}
+    if isinstance(value, dict) and isinstance(value.get("path_b64"), str):
+        try:
+            return base64.b64decode(value["path_b64"], validate=True)
+        except binascii.Error:
+            raise UsageError(f"{where}: `path_b64` is not base64") from None
+    path = value.get("path") if isinstance(value, dict) else value
+    if not isinstance(path, str):
+        raise UsageError(
+            f'{where}: found no path; write {{"path": "cats/1.jpg"}} or "cats/1.jpg", one a line'
+        )
+    return os.fsencode(path)
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def read_image_file(root: bytes, path: bytes, *, confined: bool) -> bytes | Failure:
+    """The whole content of one listed file, or why it cannot be read.
+
+    Nothing but a regular file is read, and opening never blocks (a FIFO named x.jpg would).
+    """
+    full = os.path.join(root, path)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+    try:
+        try:
+            descriptor = os.open(full, flags | os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno != errno.ELOOP or not os.path.islink(full):
+                raise
+            if refused := _refuse_link(root, full, confined):
+                return refused
+            descriptor = os.open(full, flags)
+    except OSError as error:
+        return _open_failure(error, full)
+    with ExitStack() as stack:
+        stack.callback(os.close, descriptor)
+        try:
+            return _read_regular(descriptor)
+        except OSError as error:
+            return Failure("io_error", f"reading failed: {_reason(error)}")
+
+
+def _refuse_link(root: bytes, full: bytes, confined: bool) -> Failure | None:
+    try:
+        target = os.path.realpath(full, strict=True)
+    except OSError as error:
+        return _open_failure(error, full)
+    real_root = os.path.realpath(root)
+    if os.path.isdir(target) and _is_inside(os.path.realpath(os.path.dirname(full)), target):
+        return Failure("symlink_loop", "a link to a folder around it")
+    if confined and not _is_inside(target, real_root):
+        return Failure(
+            "outside_root",
+            "a link that leads out of the input folder; "
+            "set loader.allow_outside_links: true to follow it",
+        )
+    return None
+
+
+def _open_failure(error: OSError, full: bytes) -> Failure:
+    match error.errno:
+        case errno.ENOENT | errno.ENOTDIR:
+            if os.path.islink(full):
+                return Failure("vanished", "a link to a file that is not there")
+            return Failure("vanished", "no longer there; it was when the input was listed")
+        case errno.ELOOP:
+            return Failure("symlink_loop", "a link that leads back to itself")
+        case errno.EACCES | errno.EPERM:
+            return Failure("permission_denied", f"may not be read: {_reason(error)}")
+        case errno.ENAMETOOLONG:
+            return Failure("path_too_long", f"the path has {len(full):,} bytes, too many to open")
+        case errno.ENXIO | errno.ENODEV | errno.EISDIR:
+            return Failure("not_regular_file", "not a regular file")
+    return Failure("io_error", f"opening failed: {_reason(error)}")
+
+
+def _read_regular(descriptor: int) -> bytes | Failure:
+    before = os.fstat(descriptor)
+    if not stat.S_ISREG(before.st_mode):
+        return Failure("not_regular_file", f"found a {_kind(before.st_mode)}, not a regular file")
+    chunks: list[bytes] = []
+    # One byte more than the size: a file that grows is seen without another call.
+    while chunk := os.read(descriptor, max(before.st_size + 1, 65536)):
+        chunks.append(chunk)
+        if len(chunk) == before.st_size:
+            break
+    data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    after = os.fstat(descriptor)
+    if len(data) != before.st_size or after.st_mtime_ns != before.st_mtime_ns:
+        return Failure("changed", "changed while it was read")
+    return data
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "folder",
+        stat.S_IFIFO: "FIFO",
+        stat.S_IFSOCK: "socket",
+        stat.S_IFCHR: "character device",
+        stat.S_IFBLK: "block device",
+    }
+    return kinds.get(stat.S_IFMT(mode), "special file")
+
+
+def _head(full: bytes) -> bytes:
+    """The first bytes of a regular file; empty where it cannot be read."""
+    try:
+        if not stat.S_ISREG(os.stat(full).st_mode):
+            return b""
+        with open(full, "rb") as file:
+            return file.read(32)
+    except OSError:
+        return b""
+
+
+def _reason(error: OSError) -> str:
+    code = errno.errorcode.get(error.errno, "") if error.errno else ""
+    return f"{error.strerror} ({code})" if code else str(error)

@@ -1,0 +1,51 @@
+"""SIGINT and SIGTERM: ask the job to drain, commit and end; a second signal ends it at once."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from batchclf.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Whether a signal came; while nothing is in flight, it raises `Interrupted` right away."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._in_flight = False
+
+    @contextmanager
+    def drained_by_caller(self) -> Iterator[None]:
+        """Within, a signal is only noted: the caller looks, and finishes what is in flight."""
+        self.raise_if_requested()
+        self._in_flight = True
+        try:
+            yield
+        finally:
+            self._in_flight = False
+
+    def raise_if_requested(self) -> None:
+        """Raises Interrupted if a signal came."""
+        if self.signal_number is not None:
+            raise Interrupted(self.signal_number)
+
+    def _handle(self, signal_number: int, frame: FrameType | None) -> None:
+        if self.signal_number is not None:
+            os._exit(128 + signal_number)  # the second one: whatever is written can be resumed
+        self.signal_number = signal_number
+        if not self._in_flight:
+            raise Interrupted(signal_number)
+
+    @contextmanager
+    def installed(self) -> Iterator["StopRequest"]:
+        """Handle the signals within; only the main thread may do so."""
+        previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

@@ -1,0 +1,207 @@
+"""The model bundle: a folder with model.onnx and model.json, all that a run needs of a model.
+
+model.onnx takes `pixels`, uint8 of shape NHWC, and gives float32 scores of shape NK; scaling,
+normalisation and change of layout are inside the graph. A bundle is written beside its final
+place and renamed there whole, so a folder with the final name is complete.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import platformdirs
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from batchclf.errors import EnvironmentFailed, ModelError
+from batchclf.results.records import Preprocess
+
+MODEL_FILE = "model.onnx"
+META_FILE = "model.json"
+CACHE_VARIABLE = "BATCHCLF_CACHE_DIR"
+
+
+class BundleMeta(BaseModel):
+    """What model.json says of the model beside it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: Literal[1] = 1
+    name: str
+    source: Mapping[str, str | int | None]
+    """Where the model came from: model name, weights, digests, exporter versions."""
+    preprocess: Preprocess
+    labels: tuple[str, ...]
+    scores: Literal["logits", "probabilities"]
+    fixed_batch: int | None = None
+    """The only batch size that the model takes, if it takes only one."""
+    verified_batches: tuple[int, ...] = ()
+    """Batch sizes at which the model gave its source's answers."""
+    files: Mapping[str, str]
+    """SHA-256 of each file of the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An opened bundle; the files' digests were compared."""
+
+    folder: Path
+    meta: BundleMeta
+
+    @property
+    def model_path(self) -> Path:
+        return self.folder / MODEL_FILE
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the model's files: the same model has the same digest wherever it lies."""
+        return digest_of(sorted(self.meta.files.items()))
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Open a bundle and compare its files with the digests it was written with.
+
+    Raises:
+        ModelError: no bundle, one of another version, or damaged.
+    """
+    meta_path = folder / META_FILE
+    again = "write it again with `batchclf export`"
+    try:
+        meta = BundleMeta.model_validate_json(meta_path.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(
+            f"{folder}: no model bundle there ({META_FILE} is missing); "
+            "`batchclf export JOB.yaml FOLDER` writes one"
+        ) from None
+    except OSError as error:
+        raise ModelError(f"{meta_path}: cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ModelError(
+            f"{meta_path}: not a bundle of this version: {where} {first['msg']}; {again}"
+        ) from None
+    for name, expected in meta.files.items():
+        try:
+            found = sha256_of(folder / name)
+        except OSError as error:
+            raise ModelError(f"{folder / name}: {error.strerror}; {again}") from None
+        if found != expected:
+            raise ModelError(
+                f"{folder / name}: damaged: its SHA-256 starts {found[:12]}, "
+                f"{META_FILE} says {expected[:12]}; {again}"
+            )
+    return Bundle(folder, meta)
+
+
+def write_bundle(target: Path, build: Callable[[Path], BundleMeta]) -> Bundle:
+    """Let `build` write the model into an empty folder, then put it whole in the place of `target`.
+
+    Raises:
+        EnvironmentFailed: the disk is full or `target` cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
+            folder = Path(temporary) / "bundle"
+            folder.mkdir()
+            meta = build(folder)
+            _write_durably(folder / META_FILE, meta.model_dump_json(indent=1).encode())
+            for name in meta.files:
+                _sync(folder / name)
+            _sync(folder)
+            if target.exists():
+                os.rename(target, Path(temporary) / "replaced")
+            os.rename(folder, target)
+            _sync(target.parent)
+    except OSError as error:
+        raise EnvironmentFailed(
+            f"{target}: the model bundle cannot be written: {error.strerror or error}"
+        ) from error
+    return Bundle(target, meta)
+
+
+def cached_bundle(
+    request: Mapping[str, object], build: Callable[[Path], BundleMeta], log: Callable[[str], None]
+) -> Bundle:
+    """The bundle that `request` describes: from the cache, or built now and put there.
+
+    Two processes that want the same bundle at once build it once: the second waits.
+    """
+    folder = cache_folder() / digest_of(request)[:32]
+    if folder.exists():
+        try:
+            return open_bundle(folder)
+        except ModelError as error:
+            log(f"{error}; building it anew")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise EnvironmentFailed(
+            f"{folder.parent}: the model cache cannot be written: {error.strerror}; "
+            f"set {CACHE_VARIABLE} to a folder that can"
+        ) from error
+    try:
+        if folder.exists():  # the process that held the lock before has built it
+            try:
+                return open_bundle(folder)
+            except ModelError:
+                shutil.rmtree(folder)
+        for abandoned in folder.parent.glob(f".{folder.name}-*"):
+            shutil.rmtree(abandoned, ignore_errors=True)  # of a build that was killed
+        return write_bundle(folder, build)
+    finally:
+        lock.release()
+
+
+def remember_batch_size(bundle: Bundle, batch_size: int) -> None:
+    """Note in a cached bundle that `batch_size` was checked, so that the next run need not."""
+    if bundle.folder.parent != cache_folder():
+        return  # a user's own bundle is not ours to write to
+    verified = tuple(sorted({*bundle.meta.verified_batches, batch_size}))
+    meta = bundle.meta.model_copy(update={"verified_batches": verified})
+    temporary = bundle.folder / f"{META_FILE}.{os.getpid()}"
+    _write_durably(temporary, meta.model_dump_json(indent=1).encode())
+    os.replace(temporary, bundle.folder / META_FILE)
+
+
+def cache_folder() -> Path:
+    """Where bundles are cached: `BATCHCLF_CACHE_DIR`, or the user's cache folder."""
+    base = os.environ.get(CACHE_VARIABLE)
+    return (Path(base) if base else platformdirs.user_cache_path("batchclf")) / "bundles"
+
+
+def digest_of(value: object) -> str:
+    """SHA-256 of the `repr` of plain data (sort it first where order means nothing)."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_files(folder: Path) -> dict[str, str]:
+    """The model's files in a bundle's folder and their SHA-256: what `BundleMeta.files` holds."""
+    return {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,370 @@
+"""torchvision models to ONNX: the only place that imports torch and torchvision.
+
+The exported graph takes uint8 pixels NHWC and holds layout change, scaling and normalisation. It
+is accepted only when ONNX Runtime gives PyTorch's logits at several batch sizes: an exporter may
+bake the example's batch size into the graph without a word.
+
+Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
+"""
+
+import difflib
+import pickle
+import urllib.error
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision import models as zoo
+
+from batchclf.errors import ModelError, WeightsUnavailable
+from batchclf.job import PreprocessSpec
+from batchclf.models.bundle import MODEL_FILE
+from batchclf.models.checks import assert_same_scores, sample_pixels, tiled
+from batchclf.results.records import Interpolation, Preprocess
+
+OPSET = 18
+"""Read by every ONNX Runtime since 1.14, so also by the OpenVINO flavour, which lags behind."""
+MAX_BATCH = 65536
+MAX_PROTOBUF_BYTES = 1_900_000_000
+"""Protocol buffers end at 2 GiB; larger models keep their weights in a second file."""
+
+_FEEDS_OWN_NORMALISATION = ("googlenet", "inception_v3")
+"""Models whose pretrained weights expect `transform_input=True` (torchvision's builders set it)."""
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "model_ema")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+
+OpenReference = Callable[[Path], Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class TorchvisionModel:
+    """A built model in eval mode, and what comes with its weights."""
+
+    module: nn.Module
+    preprocess: Preprocess
+    labels: tuple[str, ...]
+
+
+def build_torchvision(
+    name: str,
+    *,
+    weights: str,
+    weights_path: Path | None,
+    num_classes: int | None,
+    overrides: PreprocessSpec | None,
+) -> TorchvisionModel:
+    """Build a torchvision classification model with pretrained, own or random weights.
+
+    Args:
+        name: as in `torchvision.models.list_models(module=torchvision.models)`.
+        weights: a member of the model's weights enum, or `none`; unused with `weights_path`.
+        weights_path: a .pth (state dict, read with `weights_only=True`) or .safetensors file.
+        num_classes: classes of the head; inferred from the file when None.
+        overrides: parts of the preprocessing to replace.
+
+    Raises:
+        ModelError: unknown model or weights, or a file that does not fit the model.
+        WeightsUnavailable: the download failed.
+    """
+    _require_name(name)
+    enum = zoo.get_model_weights(name)
+    if weights_path is not None:
+        state = _read_state(weights_path)
+        module = _build_from_state(name, state, weights_path, num_classes)
+        labels = None
+        member = _reference_weights(enum)
+    elif weights == "none":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the same random model on every machine
+            module = _bare(name, num_classes or 1000)
+        labels = None
+        member = _reference_weights(enum)
+    else:
+        member = _weights_member(name, enum, weights)
+        if num_classes is not None and num_classes != len(member.meta["categories"]):
+            raise ModelError(
+                f"model.num_classes: found {num_classes}, but {member} has "
+                f"{len(member.meta['categories'])}; it goes with weights from a file, or none"
+            )
+        module = _build_pretrained(name, member)
+        labels = tuple(member.meta["categories"])
+    module = module.eval().float()
+    preprocess = _preprocess(member, overrides)
+    if labels is None:
+        labels = tuple(str(index) for index in range(_num_outputs(module, preprocess, name)))
+    return TorchvisionModel(module, preprocess, labels)
+
+
+def export_torchvision(
+    model: TorchvisionModel, folder: Path, *, batch_size: int, open_reference: OpenReference
+) -> tuple[int, ...]:
+    """Export to `folder`/model.onnx and check it against PyTorch; returns the batch sizes checked.
+
+    Raises:
+        ModelError: the exporter fails, or the exported model gives other answers.
+    """
+    wrapped = _PixelsToLogits(model.module, model.preprocess).eval()
+    path = folder / MODEL_FILE
+    crop_h, crop_w = model.preprocess.crop
+    pixels_NHWC = sample_pixels(crop_h, crop_w)
+    # The fused attention path of nn.MultiheadAttention has no ONNX counterpart.
+    torch.backends.mha.set_fastpath_enabled(False)
+    with torch.inference_mode():
+        try:
+            expected_NK = wrapped(torch.from_numpy(pixels_NHWC)).numpy()
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise ModelError(
+                f"the model does not take {crop_h} x {crop_w} pixels "
+                f"(model.preprocess.crop): {_first_line(error)}"
+            ) from error
+    _export(wrapped, path, example=torch.from_numpy(pixels_NHWC[:2].copy()))
+    run = open_reference(path)
+    checked = tuple(sorted({1, 2, 3, batch_size}))
+    for size in checked:
+        found_NK = run(tiled(pixels_NHWC, size))
+        assert_same_scores(found_NK, tiled(expected_NK, size), f"exported model, batch of {size}")
+    return checked
+
+
+def exporter_versions() -> dict[str, str]:
+    """Versions that decide what an exported graph looks like."""
+    return {"torch": torch.__version__, "torchvision": torchvision.__version__}
+
+
+# ---- building ------------------------------------------------------------------------------------
+
+
+def _require_name(name: str) -> None:
+    names = zoo.list_models(module=zoo)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names)}"
+        raise ModelError(f"model.name: torchvision has no classification model {name!r}; {hint}")
+
+
+def _bare(name: str, num_classes: int, **options: object) -> nn.Module:
+    if name in _FEEDS_OWN_NORMALISATION:
+        options = {"aux_logits": False, "init_weights": True} | options
+    module: nn.Module = zoo.get_model(name, weights=None, num_classes=num_classes, **options)
+    return module
+
+
+def _build_pretrained(name: str, member: zoo.WeightsEnum) -> nn.Module:
+    try:
+        module: nn.Module = zoo.get_model(name, weights=member)
+        return module
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        if isinstance(error, urllib.error.HTTPError | urllib.error.URLError | TimeoutError):
+            what = f"cannot be downloaded: {error.reason if hasattr(error, 'reason') else error}"
+        elif "invalid hash value" in str(error):
+            what = "were damaged in the download (wrong hash); a proxy may have answered instead"
+        else:
+            what = f"cannot be loaded: {_first_line(error)}"
+        raise WeightsUnavailable(
+            f"weights {member} {what}\n"
+            f"  from: {member.url}\n"
+            f"  to:   {torch.hub.get_dir()}/checkpoints\n"
+            "  Check the network and the proxy, or put the file there by hand, or name a file of "
+            "your own in model.weights."
+        ) from error
+
+
+def _weights_member(name: str, enum: Any, weights: str) -> zoo.WeightsEnum:
+    wanted = weights.removeprefix(f"{enum.__name__}.")
+    known = [member.name for member in enum]
+    if wanted != "DEFAULT" and wanted not in known:
+        near = difflib.get_close_matches(wanted.upper(), ["DEFAULT", *known], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ModelError(
+            f"model.weights: {name} has no weights {weights!r}{hint} Known are DEFAULT, "
+            f"{', '.join(known)}; or give a .pth or .safetensors file, or none"
+        )
+    member: zoo.WeightsEnum = enum[wanted]
+    return member
+
+
+def _reference_weights(enum: Any) -> zoo.WeightsEnum:
+    """The weights whose transforms go with a weights file: IMAGENET1K_V1, or the model's first."""
+    members = {member.name: member for member in enum}
+    found: zoo.WeightsEnum = members.get("IMAGENET1K_V1", next(iter(members.values())))
+    return found
+
+
+def _read_state(path: Path) -> Mapping[str, Tensor]:
+    """The state dict in a weights file, without the wrappers that trainers put around it."""
+    what = f"model.weights: {path}"
+    if not path.is_file():
+        raise ModelError(f"{what}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            loaded: Any = load_file(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{what}: holds more than tensors, which could run code when loaded, or is no "
+            f"PyTorch file ({_first_line(error)}); save `model.state_dict()`, or safetensors"
+        ) from error
+    except (RuntimeError, EOFError, SafetensorError, ValueError, KeyError, OSError) as error:
+        raise ModelError(
+            f"{what}: damaged or not a weights file ({path.stat().st_size:,} bytes): "
+            f"{_first_line(error)}; download or save it again"
+        ) from error
+    for wrapper in _WRAPPERS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise ModelError(f"{what}: holds a {type(loaded).__name__}, not a state dict")
+    state = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    for prefix in _PREFIXES:
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    if not state:
+        raise ModelError(f"{what}: holds no tensors")
+    return state
+
+
+def _build_from_state(
+    name: str, state: Mapping[str, Tensor], path: Path, num_classes: int | None
+) -> nn.Module:
+    options: dict[str, object] = {}
+    if name in _FEEDS_OWN_NORMALISATION:
+        has_aux = any(key.lower().startswith("aux") for key in state)
+        options = {"transform_input": True, "aux_logits": has_aux}
+    inferred = _infer_num_classes(name, state, options)
+    if inferred is not None and num_classes not in (None, inferred):
+        raise ModelError(
+            f"model.num_classes: found {num_classes}, but the head in {path} has {inferred} classes"
+        )
+    module = _bare(name, inferred or num_classes or 1000, **options)
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ModelError(f"model.weights: {path}: {_misfit(name, module, state)}") from error
+    return module
+
+
+def _infer_num_classes(
+    name: str, state: Mapping[str, Tensor], options: Mapping[str, object]
+) -> int | None:
+    """Classes of the head in `state`: the head is what changes shape with `num_classes`."""
+    with torch.device("meta"):
+        one, other = (
+            {key: value.shape for key, value in _bare(name, count, **options).state_dict().items()}
+            for count in (1000, 1001)
+        )
+    for key, shape in one.items():
+        if shape != other[key] and key in state and state[key].ndim:
+            return int(state[key].shape[0])
+    return None
+
+
+def _misfit(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> str:
+    own = module.state_dict()
+    missing = [key for key in own if key not in state]
+    foreign = [key for key in state if key not in own]
+    resized = [
+        f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
+        for key in own
+        if key in state and own[key].shape != state[key].shape
+    ]
+    parts = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in (
+            ("missing", missing),
+            ("unknown", foreign),
+            ("of another shape", resized),
+        )
+        if keys
+    ]
+    return f"does not fit {name}: tensors {'; '.join(parts)}; is it a checkpoint of another model?"
+
+
+def _preprocess(member: zoo.WeightsEnum, overrides: PreprocessSpec | None) -> Preprocess:
+    """The transforms of `member`, with the user's parts in place of theirs."""
+    preset = member.transforms()
+    given = overrides or PreprocessSpec()
+    crop = given.crop or preset.crop_size[0]
+    interpolation: Interpolation = given.interpolation or preset.interpolation.value
+    return Preprocess(
+        resize=given.resize or preset.resize_size[0],
+        crop=(crop, crop) if isinstance(crop, int) else crop,
+        interpolation=interpolation,
+        mean=given.mean or tuple(preset.mean),
+        std=given.std or tuple(preset.std),
+    )
+
+
+def _num_outputs(module: nn.Module, preprocess: Preprocess, name: str) -> int:
+    with torch.inference_mode():
+        try:
+            logits_NK = module(torch.zeros(2, 3, *preprocess.crop))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise ModelError(
+                f"{name} does not take {preprocess.crop[0]} x {preprocess.crop[1]} pixels "
+                f"(model.preprocess.crop): {_first_line(error)}"
+            ) from error
+    return int(logits_NK.shape[1])
+
+
+# ---- exporting -----------------------------------------------------------------------------------
+
+
+class _PixelsToLogits(nn.Module):
+    """uint8 pixels NHWC to logits NK: `ToTensor` and `Normalize` as one multiply and one add."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, module: nn.Module, preprocess: Preprocess) -> None:
+        super().__init__()
+        assert preprocess.mean is not None
+        assert preprocess.std is not None
+        mean_C = torch.tensor(preprocess.mean, dtype=torch.float64)
+        std_C = torch.tensor(preprocess.std, dtype=torch.float64)
+        self.module = module
+        self.register_buffer("scale", (1 / (255 * std_C)).float().view(1, 3, 1, 1))
+        self.register_buffer("shift", (-mean_C / std_C).float().view(1, 3, 1, 1))
+
+    def forward(self, pixels_NHWC: Tensor) -> Tensor:
+        pixels_NCHW = pixels_NHWC.permute(0, 3, 1, 2).float()
+        logits_NK: Tensor = self.module(pixels_NCHW * self.scale + self.shift)
+        return logits_NK
+
+
+def _export(module: nn.Module, path: Path, *, example: Tensor) -> None:
+    """Export with a dynamic batch axis; the example's batch of 2 keeps 0 and 1 unspecialised."""
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    try:
+        with warnings.catch_warnings(), torch.inference_mode():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: batch},),
+                input_names=["pixels"],
+                output_names=["scores"],
+                opset_version=OPSET,
+                verbose=False,
+            )
+    except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            f"the model cannot be exported to ONNX: {type(error).__name__}: {_first_line(error)}"
+        ) from error
+    assert program is not None
+    num_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
+    program.save(path, external_data=num_bytes > MAX_PROTOBUF_BYTES)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

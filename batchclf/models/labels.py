@@ -1,0 +1,53 @@
+"""Class names: ImageNet's, or a text file with one name per line."""
+
+from importlib import resources
+from pathlib import Path
+
+from batchclf.errors import ModelError
+
+
+def imagenet_labels() -> tuple[str, ...]:
+    """The 1,000 ImageNet-1k names in index order, as torchvision's weights carry them."""
+    text = resources.files("batchclf.models").joinpath("imagenet_labels.txt").read_text("utf-8")
+    return tuple(text.splitlines())
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """One name per line, in index order; a last empty line is none.
+
+    Raises:
+        ModelError: the file cannot be read, is not UTF-8, or has an empty line in it.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ModelError(f"model.labels: {path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ModelError(
+            f"model.labels: {path}: not UTF-8 text (byte at offset {error.start}); save it as UTF-8"
+        ) from None
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    labels = tuple(line.strip() for line in lines)
+    if "" in labels:
+        raise ModelError(
+            f"model.labels: {path}:{labels.index('') + 1}: found an empty line; "
+            "the file holds one class name per line, in index order"
+        )
+    return labels
+
+
+def require_label_count(labels: tuple[str, ...], num_classes: int, origin: str) -> None:
+    """Refuse labels that would be shifted against the model's classes.
+
+    Raises:
+        ModelError: when the counts differ.
+    """
+    if len(labels) == num_classes:
+        return
+    hint = ""
+    if len(labels) == num_classes + 1:
+        hint = f"; is the first line ({labels[0]!r}) a background class that this model lacks?"
+    raise ModelError(
+        f"model.labels: {origin}: found {len(labels):,} names for a model of "
+        f"{num_classes:,} classes; give one name per class, in index order{hint}"
+    )

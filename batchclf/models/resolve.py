@@ -1,0 +1,259 @@
+"""The job's `model` to a bundle: a folder given, one from the cache, or one built now.
+
+Only building imports torch (or onnx); a run from a bundle, cached or given, needs neither.
+"""
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from batchclf.errors import ModelError, UsageError
+from batchclf.job import ModelSpec, PreprocessSpec
+from batchclf.models.bundle import (
+    Bundle,
+    BundleMeta,
+    cached_bundle,
+    model_files,
+    open_bundle,
+    remember_batch_size,
+    sha256_of,
+)
+from batchclf.models.checks import assert_same_scores, sample_pixels, tiled
+from batchclf.models.labels import imagenet_labels, read_labels, require_label_count
+from batchclf.results.records import Pixels, Preprocess, Scores
+
+Log = Callable[[str], None]
+OpenReference = Callable[..., Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A bundle with the job's own labels and preprocessing in force."""
+
+    bundle: Bundle
+    labels: tuple[str, ...]
+    preprocess: Preprocess
+
+
+def resolve_model(
+    spec: ModelSpec, *, batch_size: int, open_reference: OpenReference, log: Log
+) -> ResolvedModel:
+    """The bundle for the job's `model`, built if the cache does not hold it.
+
+    `open_reference(path, output=None)` opens an ONNX file on the CPU as a function on arrays; it
+    is what a newly built model is checked with.
+
+    Raises:
+        ModelError: the model, its weights, labels or preprocessing do not fit together.
+        WeightsUnavailable: pretrained weights could not be downloaded.
+        EnvironmentFailed: the cache cannot be written.
+    """
+    labels, origin = _own_labels(spec)
+    if spec.bundle is not None:
+        bundle = open_bundle(spec.bundle)
+    else:
+        request = _request(spec, labels)
+        build = _build_from_onnx if spec.onnx is not None else _build_from_torchvision
+        bundle = cached_bundle(
+            request,
+            lambda folder: build(
+                spec,
+                folder,
+                request,
+                labels,
+                batch_size=batch_size,
+                open_reference=open_reference,
+                log=log,
+            ),
+            log,
+        )
+    labels = labels or bundle.meta.labels
+    require_label_count(labels, len(bundle.meta.labels), origin)
+    return ResolvedModel(bundle, labels, _own_preprocess(spec, bundle))
+
+
+def confirm_batch_size(
+    bundle: Bundle, batch_size: int, classify: Callable[[Pixels], Scores]
+) -> None:
+    """Refuse a model that gives other answers at this batch size than at one checked before.
+
+    Costs one batch, once: a cached bundle remembers.
+
+    Raises:
+        ModelError: the answers differ.
+    """
+    verified = bundle.meta.verified_batches
+    if batch_size in verified or not verified:
+        return
+    pixels_NHWC = sample_pixels(*bundle.meta.preprocess.crop)
+    known = verified[0]
+    expected_NK = np.concatenate([classify(tiled(row[None], known))[:1] for row in pixels_NHWC])
+    found_NK = classify(tiled(pixels_NHWC, batch_size))
+    assert_same_scores(
+        found_NK, tiled(expected_NK, batch_size), f"{bundle.meta.name}, batch of {batch_size}"
+    )
+    remember_batch_size(bundle, batch_size)
+
+
+def _own_labels(spec: ModelSpec) -> tuple[tuple[str, ...], str]:
+    if spec.labels_path is not None:
+        return read_labels(spec.labels_path), str(spec.labels_path)
+    if spec.labels == "imagenet":
+        return imagenet_labels(), "imagenet"
+    return (), "the model's own"
+
+
+def _request(spec: ModelSpec, labels: tuple[str, ...]) -> dict[str, object]:
+    """All that decides what a built bundle is; its digest is the cache's key."""
+    given = spec.preprocess or PreprocessSpec()
+    request: dict[str, object] = {
+        "format_version": BundleMeta.model_fields["format_version"].default,
+        "preprocess": sorted(given.model_dump(exclude={"exif_transpose"}).items()),
+        "num_labels": len(labels) or None,  # counted before a bundle is accepted
+    }
+    if spec.onnx is not None:
+        return request | {
+            "onnx": _digest("model.onnx", spec.onnx),
+            "layout": spec.layout,
+            "output_name": spec.output_name,
+            "versions": _versions("onnx"),
+        }
+    path = spec.weights_path
+    return request | {
+        "name": spec.name,
+        "weights": spec.weights if path is None else _digest("model.weights", path),
+        "num_classes": spec.num_classes,
+        "versions": _versions("torch", "torchvision"),
+    }
+
+
+def _digest(key: str, path: Path) -> str:
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise ModelError(f"{key}: {path}: cannot be read: {error.strerror}") from None
+
+
+def _versions(*distributions: str) -> list[tuple[str, str | None]]:
+    found: list[tuple[str, str | None]] = []
+    for name in distributions:
+        try:
+            found.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            found.append((name, None))
+    return found
+
+
+def _require_packages(what: str, *modules: str) -> None:
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UsageError(
+            f"{what} has to be exported first, which needs {', '.join(missing)}: "
+            "pip install 'batchclf[export]', or run `batchclf export` where they are installed "
+            "and name the folder in model.bundle"
+        )
+
+
+def _build_from_torchvision(
+    spec: ModelSpec,
+    folder: Path,
+    request: Mapping[str, object],
+    labels: tuple[str, ...],
+    *,
+    batch_size: int,
+    open_reference: OpenReference,
+    log: Log,
+) -> BundleMeta:
+    assert spec.name is not None
+    _require_packages(f"{spec.name}", "torch", "torchvision", "onnx", "onnxscript", "safetensors")
+    log(f"exporting {spec.name} ({spec.weights}) to ONNX; this is done once")
+    try:
+        from batchclf.models import export
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(
+            f"torch and torchvision cannot be imported together: {error}; they come in matching "
+            "pairs from one index: pip install --force-reinstall 'batchclf[export]'"
+        ) from error
+    model = export.build_torchvision(
+        spec.name,
+        weights=spec.weights,
+        weights_path=spec.weights_path,
+        num_classes=spec.num_classes,
+        overrides=spec.preprocess,
+    )
+    if labels:
+        require_label_count(labels, len(model.labels), spec.labels or "")
+    checked = export.export_torchvision(
+        model, folder, batch_size=batch_size, open_reference=open_reference
+    )
+    return BundleMeta(
+        name=spec.name,
+        source={
+            "name": spec.name,
+            "weights": spec.weights_path.name if spec.weights_path else spec.weights,
+            "weights_sha256": str(request["weights"]) if spec.weights_path else None,
+            **export.exporter_versions(),
+        },
+        preprocess=model.preprocess,
+        labels=labels or model.labels,
+        scores="logits",
+        verified_batches=checked,
+        files=model_files(folder),
+    )
+
+
+def _build_from_onnx(
+    spec: ModelSpec,
+    folder: Path,
+    request: Mapping[str, object],
+    labels: tuple[str, ...],
+    *,
+    batch_size: int,
+    open_reference: OpenReference,
+    log: Log,
+) -> BundleMeta:
+    assert spec.onnx is not None
+    _require_packages(str(spec.onnx), "onnx")
+    log(f"preparing {spec.onnx}; this is done once")
+    from batchclf.models import onnx_file
+
+    wrapped = onnx_file.wrap_onnx(
+        spec.onnx, spec, folder, batch_size=batch_size, open_reference=open_reference
+    )
+    if labels:
+        require_label_count(labels, wrapped.num_classes, spec.labels or "")
+    return BundleMeta(
+        name=spec.onnx.stem,
+        source={"onnx": spec.onnx.name, "onnx_sha256": str(request["onnx"])},
+        preprocess=wrapped.preprocess,
+        labels=labels or tuple(str(index) for index in range(wrapped.num_classes)),
+        scores="probabilities" if wrapped.is_probability else "logits",
+        fixed_batch=wrapped.fixed_batch,
+        verified_batches=wrapped.checked_batches,
+        files=model_files(folder),
+    )
+
+
+def _own_preprocess(spec: ModelSpec, bundle: Bundle) -> Preprocess:
+    """The bundle's preprocessing; a job may change what happens before the graph, not inside it."""
+    preprocess = bundle.meta.preprocess
+    given = spec.preprocess
+    if given is None or spec.bundle is None:
+        return preprocess
+    crop = (given.crop, given.crop) if isinstance(given.crop, int) else given.crop
+    for key, value in (("crop", crop), ("mean", given.mean), ("std", given.std)):
+        if value is not None and value != getattr(preprocess, key):
+            raise ModelError(
+                f"model.preprocess.{key}: found {value}, but it is built into {bundle.folder} as "
+                f"{getattr(preprocess, key)}; export the model again to change it"
+            )
+    return replace(
+        preprocess,
+        resize=given.resize or preprocess.resize,
+        interpolation=given.interpolation or preprocess.interpolation,
+    )

@@ -1,0 +1,1 @@
+"""What passes between the rooms (records), is written (writer) and is measured (stats)."""

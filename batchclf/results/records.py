@@ -1,0 +1,147 @@
+"""The records that pass between the rooms: frozen, and free of any library's types but NumPy's.
+
+Array shapes are suffixes: N images of a batch, H rows, W columns, C colour channels (RGB),
+K classes. `pixels_NHWC` is uint8, `logits_NK` and `scores_NK` are float32.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+Scores = NDArray[np.float32]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+DecodeMode = Literal["exact", "fast"]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """One entry of the frozen listing: its place in the whole job and its path as recorded."""
+
+    index: int
+    path: bytes
+    """Relative to the input folder, separated by `/`; bytes, since names need not be UTF-8."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an image has no prediction. `code` is stable and for programs, `message` for people."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One class of an image's top k; `score` is its softmax probability."""
+
+    label: str
+    index: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What became of one image on its way into a slot: pixels, or a failure; with any warnings."""
+
+    failure: Failure | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One batch of the prefetcher; rows of `pixels_NHWC` beyond `len(refs)` are padding."""
+
+    sequence: int
+    refs: tuple[ImageRef, ...]
+    loaded: tuple[Loaded, ...]
+    pixels_NHWC: Pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One line of predictions.jsonl: the image, and its predictions or its failure."""
+
+    ref: ImageRef
+    outcome: tuple[Prediction, ...] | Failure
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Part `index` (from 0) of `count` contiguous parts of the frozen listing."""
+
+    index: int = 0
+    count: int = 1
+
+    def bounds(self, num_images: int) -> tuple[int, int]:
+        """First index and end index of this part in a listing of `num_images`."""
+        return (
+            self.index * num_images // self.count,
+            (self.index + 1) * num_images // self.count,
+        )
+
+    @property
+    def suffix(self) -> str:
+        """What goes before a file's suffix: empty, or `-00003-of-00016`."""
+        return "" if self.count == 1 else f"-{self.index:05d}-of-{self.count:05d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocess:
+    """How a file's pixels become the model's input, in torchvision's terms.
+
+    The order is: decode to RGB, resize, centre crop (both on uint8, done by the image room), then
+    scale to 0..1, subtract `mean` and divide by `std` (per channel RGB, done inside the graph).
+    """
+
+    resize: int | tuple[int, int]
+    """Length of the shorter edge in pixels, or exact (height, width)."""
+    crop: tuple[int, int]
+    """Height and width of the centre crop in pixels: the model's input size."""
+    interpolation: Interpolation
+    mean: tuple[float, float, float] | None
+    """None, as `std`: the model takes the 0..255 pixels as they are."""
+    std: tuple[float, float, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveProvider:
+    """The provider a session really opened with, as recorded in the summary."""
+
+    requested: str
+    active: str
+    device: str
+    nodes: Mapping[str, int] = field(default_factory=dict)
+    """Number of graph nodes per execution provider, for example `{"CPUExecutionProvider": 60}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageSeconds:
+    """Wall seconds per stage; `decode_wait` and `infer` are summed over the streams."""
+
+    list: float = 0.0
+    decode_wait: float = 0.0
+    infer: float = 0.0
+    write: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunStats:
+    """The figures of a run so far, or of a whole run: the `interval` and `summary` lines."""
+
+    num_images: int
+    num_ok: int
+    num_errors: int
+    errors_by_code: Mapping[str, int]
+    wall_s: float
+    startup_s: float
+    images_per_s: float
+    stage_s: StageSeconds
+    batch_ms: Mapping[str, float]
+    bottleneck: Mapping[str, str]
+    cpu_s: float
+    peak_rss_mb: float

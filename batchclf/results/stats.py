@@ -1,0 +1,133 @@
+"""Figures of a run while it runs: counts, stage times, batch latencies, the bottleneck."""
+
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from batchclf.results.records import Failure, Record, RunStats, StageSeconds
+
+BUCKETS_PER_E = 100
+"""Resolution of the latency histogram: neighbouring buckets differ by 1%."""
+
+
+class Histogram:
+    """Durations in logarithmic buckets: percentiles within 1%, in memory that does not grow."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+
+    def add(self, seconds: float) -> None:
+        self._counts[round(math.log(max(seconds, 1e-9)) * BUCKETS_PER_E)] += 1
+
+    def percentile_ms(self, percent: float) -> float:
+        """The duration in milliseconds that `percent` of all do not exceed; 0 when empty."""
+        wanted = self._counts.total() * percent / 100
+        seen = 0
+        for bucket in sorted(self._counts):
+            seen += self._counts[bucket]
+            if seen >= wanted:
+                return round(1000 * math.exp(bucket / BUCKETS_PER_E), 3)
+        return 0.0
+
+
+class StatsCollector:
+    """Collects while a job runs; `snapshot` gives the figures so far. Streams may add at once."""
+
+    def __init__(
+        self,
+        *,
+        cpu_seconds: Callable[[], float],
+        peak_rss_mb: Callable[[], float],
+        startup_s: float,
+        list_s: float,
+    ) -> None:
+        self._cpu_seconds = cpu_seconds
+        self._peak_rss_mb = peak_rss_mb
+        self._startup_s = startup_s
+        self._list_s = list_s
+        self._started = time.perf_counter()
+        self._lock = threading.Lock()
+        self._errors_by_code: Counter[str] = Counter()
+        self._num_images = 0
+        self._num_new = 0
+        self._decode_wait_s = 0.0
+        self._infer_s = 0.0
+        self._write_s = 0.0
+        self._batches = Histogram()
+
+    @property
+    def num_images(self) -> int:
+        """Images with a record, those of earlier runs of the job included."""
+        return self._num_images
+
+    @property
+    def num_errors(self) -> int:
+        return self._errors_by_code.total()
+
+    def resume(self, num_ok: int, errors_by_code: Mapping[str, int]) -> None:
+        """Count what an earlier run of the job has written."""
+        self._errors_by_code.update(errors_by_code)
+        self._num_images += num_ok + sum(errors_by_code.values())
+
+    def add_batch(self, decode_wait_s: float, infer_s: float) -> None:
+        """Count one batch of a stream: how long it waited for pixels, how long inference took."""
+        with self._lock:
+            self._decode_wait_s += decode_wait_s
+            self._infer_s += infer_s
+            self._batches.add(infer_s)
+
+    def add_records(self, records: Sequence[Record], write_s: float) -> None:
+        """Count records written, and how long writing them took."""
+        self._num_images += len(records)
+        self._num_new += len(records)
+        self._write_s += write_s
+        for record in records:
+            if isinstance(record.outcome, Failure):
+                self._errors_by_code[record.outcome.code] += 1
+
+    def snapshot(self) -> RunStats:
+        """The figures so far. `wall_s` and `images_per_s` are of this run, without start-up."""
+        wall_s = time.perf_counter() - self._started
+        num_errors = self._errors_by_code.total()
+        with self._lock:
+            stages = StageSeconds(
+                list=round(self._list_s, 4),
+                decode_wait=round(self._decode_wait_s, 4),
+                infer=round(self._infer_s, 4),
+                write=round(self._write_s, 4),
+            )
+            batch_ms = {f"p{p}": self._batches.percentile_ms(p) for p in (50, 95, 99)}
+        return RunStats(
+            num_images=self._num_images,
+            num_ok=self._num_images - num_errors,
+            num_errors=num_errors,
+            errors_by_code=dict(sorted(self._errors_by_code.items())),
+            wall_s=round(wall_s, 3),
+            startup_s=round(self._startup_s, 3),
+            images_per_s=round(self._num_new / wall_s, 2) if wall_s > 0 else 0.0,
+            stage_s=stages,
+            batch_ms=batch_ms,
+            bottleneck=self._bottleneck(stages, wall_s),
+            cpu_s=round(self._cpu_seconds(), 2),
+            peak_rss_mb=round(self._peak_rss_mb(), 1),
+        )
+
+    def _bottleneck(self, stages: StageSeconds, wall_s: float) -> dict[str, str]:
+        """Whoever the others wait for: writing fills the wall time, or the streams lack pixels."""
+        if wall_s <= 0 or stages.infer == 0:
+            return {"stage": "none", "why": "nothing was inferred"}
+        writing = stages.write / wall_s
+        waiting = stages.decode_wait / (stages.decode_wait + stages.infer)
+        if writing > 0.5:
+            return {"stage": "write", "why": f"writing took {writing:.0%} of the wall time"}
+        if waiting > 0.5:
+            return {
+                "stage": "decode",
+                "why": f"streams waited for pixels {waiting:.0%} of the time",
+            }
+        return {
+            "stage": "infer",
+            "why": f"streams waited for pixels only {waiting:.0%} of the time",
+        }

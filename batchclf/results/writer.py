@@ -1,0 +1,330 @@
+"""predictions.jsonl, stats.jsonl and run.json: written while running, resumed after a stop.
+
+Records are written in the order of the frozen listing, so what is done is a prefix: resuming cuts
+the file back to the last whole record that matches the listing and goes on from there.
+"""
+
+import base64
+import itertools
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import orjson
+from filelock import FileLock, Timeout
+
+from batchclf.errors import EnvironmentFailed, ResumeRefused
+from batchclf.results.records import Failure, ImageRef, Record, RunStats, Shard
+
+SCORE_DIGITS = 6
+READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """The files of one shard in an output folder."""
+
+    folder: Path
+    shard: Shard = field(default_factory=Shard)
+
+    @property
+    def predictions(self) -> Path:
+        return self.folder / f"predictions{self.shard.suffix}.jsonl"
+
+    @property
+    def stats(self) -> Path:
+        return self.folder / f"stats{self.shard.suffix}.jsonl"
+
+    @property
+    def run(self) -> Path:
+        return self.folder / f"run{self.shard.suffix}.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.folder / f".lock{self.shard.suffix}"
+
+    @property
+    def listing(self) -> Path:
+        """The frozen listing, shared by all shards: paths, each ended by a NUL byte."""
+        return self.folder / "listing.nul"
+
+
+@dataclass(slots=True)
+class Done:
+    """What an earlier run has written: a prefix of the listing."""
+
+    num_bytes: int = 0
+    num_ok: int = 0
+    errors_by_code: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def num_images(self) -> int:
+        return self.num_ok + self.errors_by_code.total()
+
+
+# ---- lines ---------------------------------------------------------------------------------------
+
+
+def encode_record(record: Record) -> bytes:
+    """One line of predictions.jsonl, with its newline."""
+    line: dict[str, Any] = {"path": os.fsdecode(record.ref.path)}
+    is_utf8 = _is_utf8(record.ref.path)
+    if not is_utf8:
+        line["path_b64"] = base64.b64encode(record.ref.path).decode("ascii")
+    if isinstance(record.outcome, Failure):
+        line["status"] = "error"
+        line["error"] = {"code": record.outcome.code, "message": record.outcome.message}
+    else:
+        line["status"] = "ok"
+        line["predictions"] = [
+            {"label": one.label, "index": one.index, "score": round(one.score, SCORE_DIGITS)}
+            for one in record.outcome
+        ]
+    if record.warnings:
+        line["warnings"] = list(record.warnings)
+    if is_utf8:
+        return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+    # Bytes that are no UTF-8 are lone surrogates by now: only \u escapes can hold them.
+    return json.dumps(line, ensure_ascii=True, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def decode_path(line: Mapping[str, Any]) -> bytes:
+    """The path of a parsed record, as the bytes of the file's name."""
+    if "path_b64" in line:
+        return base64.b64decode(line["path_b64"])
+    return os.fsencode(line["path"])
+
+
+def _is_utf8(path: bytes) -> bool:
+    try:
+        path.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _parse_record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        if b'"path_b64"' not in line:
+            return None
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return None
+    return record if isinstance(record, dict) else None
+
+
+def find_done(predictions: Path, paths: Iterable[bytes]) -> Done:
+    """How much of `predictions` is whole records of `paths`, in order; what follows is cut off."""
+    done = Done()
+    try:
+        file = predictions.open("rb")
+    except FileNotFoundError:
+        return done
+    with file:
+        for line, path in zip(file, paths, strict=False):
+            record = _parse_record(line) if line.endswith(b"\n") else None
+            if record is None or not _matches(record, path):
+                break
+            done.num_bytes += len(line)
+            if record["status"] == "ok":
+                done.num_ok += 1
+            else:
+                done.errors_by_code[record["error"]["code"]] += 1
+    return done
+
+
+def _matches(record: Mapping[str, Any], path: bytes) -> bool:
+    match record:
+        case {"path": str(), "status": "ok", "predictions": [*_]}:
+            return decode_path(record) == path
+        case {"path": str(), "status": "error", "error": {"code": str()}}:
+            return decode_path(record) == path
+    return False
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+class RecordWriter:
+    """Appends records to predictions.jsonl; use as a context manager. One writer per file."""
+
+    def __init__(self, path: Path, done: Done) -> None:
+        self._path = path
+        try:
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            os.ftruncate(self._descriptor, done.num_bytes)
+            os.lseek(self._descriptor, 0, os.SEEK_END)
+        except OSError as error:
+            raise output_failed(path, error) from error
+
+    def __enter__(self) -> "RecordWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.sync()
+        finally:
+            os.close(self._descriptor)
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Write one batch of records; they survive a kill of this process from here on.
+
+        Raises:
+            EnvironmentFailed: disk full, quota, I/O error.
+        """
+        data = memoryview(b"".join(map(encode_record, records)))
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        except OSError as error:
+            raise output_failed(self._path, error) from error
+
+    def sync(self) -> None:
+        """Make what is written survive a power loss.
+
+        Raises:
+            EnvironmentFailed: the disk does not take it.
+        """
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise output_failed(self._path, error) from error
+
+
+def append_stats(
+    files: RunFiles, kind: str, stats: RunStats, facts: Mapping[str, object]
+) -> dict[str, Any]:
+    """Append one line to stats.jsonl, an `interval` or the `summary`, and return it.
+
+    Raises:
+        EnvironmentFailed: disk full, quota, I/O error.
+    """
+    line = {"type": kind, **asdict(stats), **facts}
+    try:
+        with files.stats.open("ab") as file:
+            file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+    except OSError as error:
+        raise output_failed(files.stats, error) from error
+    return line
+
+
+def write_run(files: RunFiles, run: Mapping[str, object]) -> None:
+    """Replace run.json whole."""
+    data = orjson.dumps(run, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    _replace(files.run, data)
+
+
+def read_run(files: RunFiles) -> dict[str, Any] | None:
+    """What run.json says; None when there is none, or none that parses."""
+    try:
+        run = orjson.loads(files.run.read_bytes())
+    except (FileNotFoundError, orjson.JSONDecodeError):
+        return None
+    return run if isinstance(run, dict) else None
+
+
+def freeze_listing(files: RunFiles, paths: Iterable[bytes]) -> None:
+    """Write the listing once; whoever comes second keeps the first one's."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=files.folder, prefix=".listing-") as temporary:
+            iterator = iter(paths)
+            while chunk := list(itertools.islice(iterator, 4096)):
+                temporary.write(b"\0".join(chunk) + b"\0")
+            temporary.flush()
+            os.fsync(temporary.fileno())
+            os.fchmod(temporary.fileno(), 0o644)
+            with suppress(FileExistsError):  # another shard was first: its listing is the job's
+                os.link(temporary.name, files.listing)
+    except OSError as error:
+        raise output_failed(files.listing, error) from error
+
+
+def read_listing(files: RunFiles, start: int = 0, stop: int | None = None) -> Iterator[ImageRef]:
+    """The entries `start` to `stop` of the frozen listing, read as they are asked for."""
+    entries = (ImageRef(index, path) for index, path in enumerate(_nul_paths(files.listing)))
+    return itertools.islice(entries, start, stop)
+
+
+def count_listing(files: RunFiles) -> int:
+    """Number of entries in the frozen listing."""
+    with files.listing.open("rb") as file:
+        return sum(chunk.count(b"\0") for chunk in iter(partial(file.read, READ_BYTES), b""))
+
+
+def _nul_paths(listing: Path) -> Iterator[bytes]:
+    rest = b""
+    with listing.open("rb") as file:
+        while chunk := file.read(READ_BYTES):
+            *paths, rest = (rest + chunk).split(b"\0")
+            yield from paths
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise output_failed(path, error) from error
+
+
+def output_failed(path: Path, error: OSError) -> EnvironmentFailed:
+    """The error for an output that cannot be written."""
+    return EnvironmentFailed(
+        f"output: {path}: cannot be written: {error.strerror or error}; "
+        "what is written stays: mend it and run the same command to resume"
+    )
+
+
+@contextmanager
+def only_writer(files: RunFiles) -> Iterator[None]:
+    """Hold the output for this process; the kernel lets go of it when the process ends.
+
+    Raises:
+        ResumeRefused: another process holds it.
+        EnvironmentFailed: the folder cannot be created or written.
+    """
+    try:
+        files.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(files.lock, timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise ResumeRefused(
+            f"output: {files.folder}: another batchclf is writing there; "
+            "wait for it, or give another output"
+        ) from None
+    except OSError as error:
+        raise output_failed(files.folder, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def discard(files: RunFiles) -> None:
+    """Remove an earlier run's files, so that the job starts anew."""
+    for path in (files.run, files.predictions, files.stats, files.listing):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise output_failed(path, error) from error
