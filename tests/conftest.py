@@ -1,0 +1,109 @@
+"""What the tests share: the real command, a model cache of their own, and larger test data."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("BATCHCLF_TEST_DATA", ROOT.parent / "shared" / "data"))
+"""Real weights and photos that are not the project's to pass on; tests skip where it is absent."""
+PHOTOS = DATA / "imagenet_samples"
+ODD_IMAGES = DATA / "odd_images"
+MOBILENET_WEIGHTS = DATA / "weights" / "mobilenet_v2_from_EdgeFlow_int8_static.pth"
+
+
+def data(path: Path) -> Path:
+    """A file or folder of the larger test data, or a skip that says what is missing."""
+    if not path.exists():
+        pytest.skip(f"test data not found: {path} (set BATCHCLF_TEST_DATA to its folder)")
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A finished `batchclf` process."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one JSON object that `--json` prints, as the last line."""
+        found: dict[str, Any] = json.loads(self.stdout.splitlines()[-1])
+        return found
+
+
+Batchclf = Callable[..., Finished]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model cache for all tests of a session, empty at first: the user's own is not touched."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["BATCHCLF_CACHE_DIR"] = str(folder)
+    return folder
+
+
+@pytest.fixture
+def batchclf() -> Batchclf:
+    """Runs the real command in a process of its own: `batchclf("run", job, "--json")`."""
+
+    def run(
+        *arguments: str | os.PathLike[str],
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        timeout: float = 300,
+    ) -> Finished:
+        done = subprocess.run(
+            command(*arguments),
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            env={**os.environ, **(env or {})},
+            cwd=cwd or ROOT,
+            timeout=timeout,
+            check=False,
+        )
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+def command(*arguments: str | os.PathLike[str]) -> list[str]:
+    """The command line of a `batchclf` process."""
+    return [sys.executable, "-m", "batchclf", *map(os.fspath, arguments)]
+
+
+def read_records(output: Path, name: str = "predictions.jsonl") -> list[dict[str, Any]]:
+    """The records of a job's output folder."""
+    return [json.loads(line) for line in (output / name).read_bytes().splitlines()]
+
+
+def write_job(folder: Path, **keys: Any) -> Path:
+    """A job file in `folder` (YAML is a superset of JSON); the digits model unless told otherwise."""
+    job = {
+        "input": str(ROOT / "samples" / "digits"),
+        "output": str(folder / "out"),
+        "model": DIGITS_MODEL,
+        "batch_size": 32,
+        **keys,
+    }
+    path = folder / "job.yaml"
+    path.write_text(json.dumps(job))
+    return path
+
+
+DIGITS_MODEL: Mapping[str, Any] = {
+    "name": "shufflenet_v2_x0_5",
+    "weights": str(ROOT / "samples" / "digits.safetensors"),
+    "labels": str(ROOT / "samples" / "digits.txt"),
+    "preprocess": {"resize": 64, "crop": 64, "mean": [0.5] * 3, "std": [0.5] * 3},
+}

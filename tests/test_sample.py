@@ -1,0 +1,19 @@
+"""The embedded example: real handwritten digits through the whole path."""
+
+from pathlib import Path
+
+from tests.conftest import ROOT, Batchclf, read_records
+
+
+def test_the_sample_job_reads_at_least_97_percent_of_the_digits_right(
+    batchclf: Batchclf, tmp_path: Path
+) -> None:
+    done = batchclf("run", ROOT / "jobs" / "sample.yaml", "-o", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.stderr
+    records = read_records(tmp_path / "out")
+    right = sum(
+        record["predictions"][0]["index"] == int(record["path"].split("/")[0]) for record in records
+    )
+    assert len(records) == 300
+    assert right / len(records) >= 0.97
+    assert done.json["num_images"] == done.json["num_ok"] == 300
