@@ -88,7 +88,7 @@ def read_records(output: Path, name: str = "predictions.jsonl") -> list[dict[str
 
 
 def write_job(folder: Path, **keys: Any) -> Path:
-    """A job file in `folder` (YAML is a superset of JSON); the digits model unless told otherwise."""
+    """A job file in `folder` (JSON is YAML too); the digits model unless told otherwise."""
     job = {
         "input": str(ROOT / "samples" / "digits"),
         "output": str(folder / "out"),
