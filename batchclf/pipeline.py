@@ -22,7 +22,6 @@ from batchclf.errors import (
     ErrorLimitPassed,
     Interrupted,
     ResumeRefused,
-    UsageError,
 )
 from batchclf.images.decode import Decoder
 from batchclf.images.prefetch import Load, Prefetcher
@@ -59,6 +58,7 @@ from batchclf.runtime.classifier import OnnxClassifier, open_classifier, open_re
 from batchclf.runtime.providers import installed_flavours, require_precision, require_provider
 from batchclf.runtime.ranking import rank
 from batchclf.runtime.streams import Streams
+from batchclf.validate import require_separate_output
 
 INTERVAL_S = 10.0
 TICK_S = 1.0
@@ -127,10 +127,10 @@ def run_job(
         BatchclfError: with the exit code and what to do; the output stays resumable.
     """
     started = time.perf_counter()
+    require_separate_output(job)
     require_precision(job.provider.name, job.precision)
     require_provider(job.provider.name)
     files = RunFiles(job.output, options.shard)
-    _require_separate_output(job)
     with only_writer(files):
         if options.overwrite:
             discard(files)
@@ -272,17 +272,6 @@ def _plan(
 
 def _auto(value: int | str, default: int) -> int:
     return value if isinstance(value, int) else default
-
-
-def _require_separate_output(job: JobSpec) -> None:
-    """An output inside the input would be listed, and classified, by the next run."""
-    output, source = job.output.resolve(), job.input.resolve()
-    if source.is_dir() and (output == source or source in output.parents):
-        raise UsageError(
-            f"output: {job.output} lies inside the input {job.input}; give a folder outside it"
-        )
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"output: {job.output} is a file; give a folder")
 
 
 def _freeze(source: Source, files: RunFiles, limit: int | None, reporter: Reporter) -> float:

@@ -133,7 +133,7 @@ def cached_bundle(
 
     Two processes that want the same bundle at once build it once: the second waits.
     """
-    folder = cache_folder() / digest_of(request)[:32]
+    folder = cached_folder(request)
     if folder.exists():
         try:
             return open_bundle(folder)
@@ -176,6 +176,43 @@ def cache_folder() -> Path:
     """Where bundles are cached: `BATCHCLF_CACHE_DIR`, or the user's cache folder."""
     base = os.environ.get(CACHE_VARIABLE)
     return (Path(base) if base else platformdirs.user_cache_path("batchclf")) / "bundles"
+
+
+def list_cache() -> tuple[int, int, bool]:
+    """Number of cached bundles, their bytes, and whether the cache can be written."""
+    folder = cache_folder()
+    files = [path for path in folder.glob("*/*") if path.is_file()]
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    return (
+        sum(path.name == META_FILE for path in files),
+        sum(path.stat().st_size for path in files),
+        os.access(nearest, os.W_OK),
+    )
+
+
+def cached_folder(request: Mapping[str, object]) -> Path:
+    """Where the bundle that `request` describes is, or would be, in the cache."""
+    return cache_folder() / digest_of(request)[:32]
+
+
+def copy_bundle(
+    bundle: Bundle, target: Path, *, labels: tuple[str, ...], preprocess: Preprocess
+) -> Bundle:
+    """Copy a bundle to a folder of the user's, with a job's own labels and preprocessing in it.
+
+    Raises:
+        ModelError: something else is at `target`.
+        EnvironmentFailed: `target` cannot be written.
+    """
+    if target.exists() and not (target / META_FILE).exists():
+        raise ModelError(f"{target}: exists and is no model bundle; give another folder")
+
+    def build(folder: Path) -> BundleMeta:
+        for name in bundle.meta.files:
+            shutil.copyfile(bundle.folder / name, folder / name)
+        return bundle.meta.model_copy(update={"labels": labels, "preprocess": preprocess})
+
+    return write_bundle(target, build)
 
 
 def digest_of(value: object) -> str:

@@ -103,6 +103,19 @@ def build_torchvision(
     return TorchvisionModel(module, preprocess, labels)
 
 
+def check_torchvision(name: str, weights: str, weights_path: Path | None) -> None:
+    """Refuse an unknown model or weights name, or a weights file that does not read.
+
+    Raises:
+        ModelError: with the nearest names.
+    """
+    _require_name(name)
+    if weights_path is not None:
+        _read_state(weights_path)
+    elif weights != "none":
+        _weights_member(name, zoo.get_model_weights(name), weights)
+
+
 def export_torchvision(
     model: TorchvisionModel, folder: Path, *, batch_size: int, open_reference: OpenReference
 ) -> tuple[int, ...]:

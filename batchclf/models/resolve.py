@@ -8,6 +8,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from batchclf.models.bundle import (
     Bundle,
     BundleMeta,
     cached_bundle,
+    cached_folder,
     model_files,
     open_bundle,
     remember_batch_size,
@@ -26,6 +28,9 @@ from batchclf.models.bundle import (
 from batchclf.models.checks import assert_same_scores, sample_pixels, tiled
 from batchclf.models.labels import imagenet_labels, read_labels, require_label_count
 from batchclf.results.records import Pixels, Preprocess, Scores
+
+TORCH_PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "safetensors")
+ONNX_PACKAGES = ("onnx",)
 
 Log = Callable[[str], None]
 OpenReference = Callable[..., Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]]
@@ -75,6 +80,28 @@ def resolve_model(
     labels = labels or bundle.meta.labels
     require_label_count(labels, len(bundle.meta.labels), origin)
     return ResolvedModel(bundle, labels, _own_preprocess(spec, bundle))
+
+
+def check_model(spec: ModelSpec) -> str:
+    """Check what can be checked of the job's `model` without building it; says what it is.
+
+    Raises:
+        ModelError: unknown name, missing file, or labels that cannot be read.
+        UsageError: it has to be built, and what builds it is not installed.
+    """
+    labels, origin = _own_labels(spec)
+    folder = spec.bundle or cached_folder(_request(spec, labels))
+    if spec.bundle is not None or folder.exists():
+        bundle = open_bundle(folder)
+        require_label_count(labels or bundle.meta.labels, len(bundle.meta.labels), origin)
+        _own_preprocess(spec, bundle)
+        return f"{bundle.meta.name}, {len(bundle.meta.labels):,} classes, exported in {folder}"
+    if spec.onnx is not None:
+        _require_packages(str(spec.onnx), *ONNX_PACKAGES)
+        return f"{spec.onnx}, to be prepared at the first run"
+    assert spec.name is not None
+    _import_export(spec.name).check_torchvision(spec.name, spec.weights, spec.weights_path)
+    return f"{spec.name} ({spec.weights}), to be exported at the first run"
 
 
 def confirm_batch_size(
@@ -159,6 +186,19 @@ def _require_packages(what: str, *modules: str) -> None:
         )
 
 
+def _import_export(name: str) -> ModuleType:
+    """The one module that imports torch; kept out of every run that has its bundle."""
+    _require_packages(name, *TORCH_PACKAGES)
+    try:
+        from batchclf.models import export
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
+        raise UsageError(
+            f"torch and torchvision cannot be imported together: {error}; they come in matching "
+            "pairs from one index: pip install --force-reinstall 'batchclf[export]'"
+        ) from error
+    return export
+
+
 def _build_from_torchvision(
     spec: ModelSpec,
     folder: Path,
@@ -170,15 +210,8 @@ def _build_from_torchvision(
     log: Log,
 ) -> BundleMeta:
     assert spec.name is not None
-    _require_packages(f"{spec.name}", "torch", "torchvision", "onnx", "onnxscript", "safetensors")
     log(f"exporting {spec.name} ({spec.weights}) to ONNX; this is done once")
-    try:
-        from batchclf.models import export
-    except (ImportError, RuntimeError) as error:
-        raise UsageError(
-            f"torch and torchvision cannot be imported together: {error}; they come in matching "
-            "pairs from one index: pip install --force-reinstall 'batchclf[export]'"
-        ) from error
+    export = _import_export(spec.name)
     model = export.build_torchvision(
         spec.name,
         weights=spec.weights,
@@ -218,7 +251,7 @@ def _build_from_onnx(
     log: Log,
 ) -> BundleMeta:
     assert spec.onnx is not None
-    _require_packages(str(spec.onnx), "onnx")
+    _require_packages(str(spec.onnx), *ONNX_PACKAGES)
     log(f"preparing {spec.onnx}; this is done once")
     from batchclf.models import onnx_file
 

@@ -1,0 +1,95 @@
+"""`batchclf init`: a commented job file to start from."""
+
+from pathlib import Path
+
+import click
+
+from batchclf.errors import UsageError
+
+TEMPLATE = """\
+# A batchclf job. Paths are relative to this file. Check it with `batchclf validate`, run it with
+# `batchclf run`; running it again resumes. `batchclf schema` prints every key.
+
+input: {input}                  # folder (walked recursively), glob such as photos/**/*.jpg,
+                                # or a .txt or .jsonl list of paths
+output: {output}                # folder for the results; created
+
+model:
+  name: {model}                 # any torchvision classification model
+  weights: DEFAULT              # torchvision weights name, path to a .pth or .safetensors file,
+                                # or none (random, for benchmarks)
+  # labels: labels.txt          # imagenet, or a text file with one name per line;
+                                # default: the names that come with the weights
+  # num_classes: 10             # of a fine-tuned head; inferred from a weights file when absent
+  # preprocess:                 # default: the transforms that come with the weights
+  #   resize: 256               # shorter edge in pixels, or [height, width]
+  #   crop: 224                 # centre crop: the model's input size
+  #   mean: [0.485, 0.456, 0.406]
+  #   std: [0.229, 0.224, 0.225]
+  #   interpolation: bilinear   # nearest, bilinear, bicubic or lanczos
+  #   exif_transpose: false     # true: turn images as their EXIF orientation says
+  # onnx: my.onnx               # instead of name and weights: your own ONNX classifier
+  # bundle: exported/resnet50   # instead: what `batchclf export` wrote; needs no torch
+
+provider: {provider}                   # cpu, cuda or openvino, or {{name: ..., options: {{...}}}}
+precision: fp32
+batch_size: 32
+top_k: 5                        # classes per record, best first
+
+loader:
+  workers: auto                 # decoding threads
+  prefetch: auto                # batches decoded ahead; bounds the memory
+  decode: exact                 # exact: torchvision's pixels; fast: close to them
+  # max_pixels: 89478485        # a larger image is recorded as too_large
+  # allow_outside_links: false  # true: follow links that lead out of the input folder
+
+runtime:
+  streams: auto                 # batches inferred at the same time
+  threads: auto                 # threads within one batch
+
+errors:
+  max: null                     # null: record every bad image and go on;
+                                # a count, or a rate such as "2%": stop when passed
+
+engine: local
+"""
+
+
+@click.command("init")
+@click.argument("path", type=click.Path(path_type=Path), default=Path("job.yaml"))
+@click.option("-i", "--input", "input_", default="images", show_default=True, help="Its input.")
+@click.option("-o", "--output", default="results", show_default=True, help="Its output.")
+@click.option("--model", default="resnet50", show_default=True, help="Its torchvision model.")
+@click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda", "openvino"]),
+    default="cpu",
+    show_default=True,
+    help="Its provider.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
+def command(
+    path: Path, input_: str, output: str, model: str, provider: str, overwrite: bool
+) -> None:
+    """Write a commented job file to PATH (job.yaml).
+
+    \b
+      batchclf init jobs/birds.yaml -i ../photos/birds
+    """
+    import orjson
+
+    def quoted(text: str) -> str:
+        return orjson.dumps(text).decode()  # JSON's quotes are YAML's too
+
+    text = TEMPLATE.format(
+        input=quoted(input_), output=quoted(output), model=quoted(model), provider=provider
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w" if overwrite else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UsageError(f"{path}: is there already; --overwrite replaces it") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
+    click.echo(f"batchclf: wrote {path}; next: batchclf validate {path}", err=True)

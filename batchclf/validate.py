@@ -1,0 +1,53 @@
+"""Check a job without running it: precision, provider, output, images, model."""
+
+from dataclasses import dataclass
+
+from batchclf.errors import UsageError
+from batchclf.images.source import open_source, require_images
+from batchclf.job import JobSpec
+from batchclf.models.resolve import check_model
+from batchclf.runtime.providers import installed_flavours, require_precision, require_provider
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a valid job would do."""
+
+    num_images: int
+    num_left_out: int
+    provider: str
+    model: str
+
+
+def check_job(job: JobSpec) -> Checked:
+    """Everything that can be told before running.
+
+    Raises:
+        BatchclfError: the first problem, with the exit code that `run` would end with.
+    """
+    require_separate_output(job)
+    require_precision(job.provider.name, job.precision)
+    provider = require_provider(job.provider.name)
+    source = open_source(job.input, allow_outside_links=job.loader.allow_outside_links)
+    require_images(source)
+    model = check_model(job.model)
+    num_images = sum(1 for _ in source.paths())
+    flavours = ", ".join(f"{name} {version}" for name, version in installed_flavours().items())
+    return Checked(
+        num_images, source.num_left_out, f"{provider.execution_provider} of {flavours}", model
+    )
+
+
+def require_separate_output(job: JobSpec) -> None:
+    """Refuse an output inside the input: the next run would list, and classify, it.
+
+    Raises:
+        UsageError: also when the output is a file.
+    """
+    output, source = job.output.resolve(), job.input.resolve()
+    if source.is_dir() and (output == source or source in output.parents):
+        raise UsageError(
+            f"output: {job.output} lies inside the input {job.input}; give a folder outside it"
+        )
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"output: {job.output} is a file; give a folder")
