@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether a signal came; while nothing is in flight, it raises `Interrupted` right away."""
+    """Whether a signal came; while nothing is in flight, it ends the job right away."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
@@ -38,14 +38,22 @@ class StopRequest:
             os._exit(128 + signal_number)  # the second one: whatever is written can be resumed
         self.signal_number = signal_number
         if not self._in_flight:
-            raise Interrupted(signal_number)
+            # Not an Exception: an exporter's own handlers would swallow it.
+            raise KeyboardInterrupt
 
     @contextmanager
     def installed(self) -> Iterator["StopRequest"]:
-        """Handle the signals within; only the main thread may do so."""
+        """Handle the signals within; only the main thread may do so.
+
+        Raises:
+            Interrupted: a signal ended what was going on.
+        """
         previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         try:
             yield self
+        except KeyboardInterrupt:
+            self.raise_if_requested()
+            raise
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)

@@ -140,8 +140,11 @@ def run_job(
         list_s = _freeze(source, files, options.limit, reporter)
         plan = _plan(job, source, files, model, classifiers, reporter)
         fingerprint = _fingerprint(plan, options.limit)
-        done = _resume(plan, fingerprint, reporter)
+        previous = read_run(files)
+        done = _resume(plan, previous, fingerprint, reporter)
         run = _run_facts(plan, fingerprint)
+        if previous is not None:  # listed then, not now
+            run["num_left_out"] = previous.get("num_left_out")
         if done.num_images == plan.num_images and (summary := _finished_summary(files)):
             reporter.log(f"already complete: {plan.num_images:,} images in {files.predictions}")
             return RunResult(files, summary, was_complete=True)
@@ -336,13 +339,17 @@ def _fingerprint(plan: Plan, limit: int | None) -> dict[str, object]:
     }
 
 
-def _resume(plan: Plan, fingerprint: Mapping[str, object], reporter: Reporter) -> Done:
+def _resume(
+    plan: Plan,
+    previous: Mapping[str, Any] | None,
+    fingerprint: Mapping[str, object],
+    reporter: Reporter,
+) -> Done:
     """What of this very job is already written.
 
     Raises:
         ResumeRefused: the folder holds another job's records.
     """
-    previous = read_run(plan.files)
     if previous is None:
         if plan.files.predictions.exists():
             raise ResumeRefused(

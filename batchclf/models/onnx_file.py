@@ -90,12 +90,28 @@ def wrap_onnx(
     )
 
 
+def external_files(path: Path) -> list[Path]:
+    """The files beside `path` that hold its weights, as its tensors name them.
+
+    Raises:
+        ModelError: not an ONNX model.
+    """
+    model = _parse(path, load_external_data=False)
+    names = {
+        entry.value
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return [path.parent / name for name in sorted(names)]
+
+
 # ---- reading what the file tells -----------------------------------------------------------------
 
 
-def _load(path: Path) -> onnx.ModelProto:
+def _parse(path: Path, *, load_external_data: bool) -> onnx.ModelProto:
     try:
-        model = onnx.load(path)
+        return onnx.load(path, load_external_data=load_external_data)
     except FileNotFoundError as error:
         raise ModelError(f"model.onnx: {error.filename}: no such file") from None
     except OSError as error:
@@ -107,6 +123,10 @@ def _load(path: Path) -> onnx.ModelProto:
             f"model.onnx: {path}: not an ONNX model: it starts with {start!r}; "
             "download or export it again"
         ) from error
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    model = _parse(path, load_external_data=True)
     if not model.graph.node:
         raise ModelError(f"model.onnx: {path}: not an ONNX model: its graph is empty")
     opset = next(

@@ -146,6 +146,7 @@ def _request(spec: ModelSpec, labels: tuple[str, ...]) -> dict[str, object]:
     if spec.onnx is not None:
         return request | {
             "onnx": _digest("model.onnx", spec.onnx),
+            "external": _external_digests(spec.onnx),
             "layout": spec.layout,
             "output_name": spec.output_name,
             "versions": _versions("onnx"),
@@ -164,6 +165,16 @@ def _digest(key: str, path: Path) -> str:
         return sha256_of(path)
     except OSError as error:
         raise ModelError(f"{key}: {path}: cannot be read: {error.strerror}") from None
+
+
+def _external_digests(path: Path) -> list[str]:
+    """Digests of the files beside an ONNX file that hold its weights; for most there are none."""
+    if b"location" not in path.read_bytes():
+        return []
+    _require_packages(str(path), *ONNX_PACKAGES)
+    from batchclf.models import onnx_file
+
+    return [_digest("model.onnx", found) for found in onnx_file.external_files(path)]
 
 
 def _versions(*distributions: str) -> list[tuple[str, str | None]]:
