@@ -17,6 +17,7 @@ from batchclf.errors import BatchclfError, UsageError
     "--shard", metavar="I/N", help="Only part I (from 0) of N contiguous parts of the listing."
 )
 @click.option("--overwrite", is_flag=True, help="Start anew instead of resuming.")
+@click.option("--retry-failed", is_flag=True, help="Try the error records of a finished job again.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 def command(
     job: Path,
@@ -24,6 +25,7 @@ def command(
     limit: int | None,
     shard: str | None,
     overwrite: bool,
+    retry_failed: bool,
     as_json: bool,
     **direct: Any,
 ) -> None:
@@ -45,13 +47,15 @@ def command(
         if as_json:
             click.echo(orjson.dumps(value).decode())
 
+    if overwrite and retry_failed:
+        raise UsageError("--overwrite starts anew, --retry-failed keeps: give one of them")
     part = _parse_shard(shard) if shard else Shard()
     try:
         with StopRequest().installed() as stop, Progress() as progress:
             spec = load(job, sets, direct)
             from batchclf.pipeline import RunOptions, run_job
 
-            options = RunOptions(part, overwrite=overwrite, limit=limit)
+            options = RunOptions(part, overwrite=overwrite, retry_failed=retry_failed, limit=limit)
             result = run_job(spec, options, reporter=progress, stop=stop)
     except BatchclfError as error:
         print_json({"status": "failed", "exit_code": error.exit_code, "error": str(error)})

@@ -48,6 +48,11 @@ class RunFiles:
         return self.folder / f"run{self.shard.suffix}.json"
 
     @property
+    def retry(self) -> Path:
+        """New records of failed images, until they take the old ones' places."""
+        return self.folder / f".retry{self.shard.suffix}.jsonl"
+
+    @property
     def lock(self) -> Path:
         return self.folder / f".lock{self.shard.suffix}"
 
@@ -157,13 +162,13 @@ def _matches(record: Mapping[str, Any], path: bytes) -> bool:
 
 
 class RecordWriter:
-    """Appends records to predictions.jsonl; use as a context manager. One writer per file."""
+    """Appends records to a file cut back to `num_bytes_kept`; use as a context manager."""
 
-    def __init__(self, path: Path, done: Done) -> None:
+    def __init__(self, path: Path, num_bytes_kept: int) -> None:
         self._path = path
         try:
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            os.ftruncate(self._descriptor, done.num_bytes)
+            os.ftruncate(self._descriptor, num_bytes_kept)
             os.lseek(self._descriptor, 0, os.SEEK_END)
         except OSError as error:
             raise output_failed(path, error) from error
@@ -222,6 +227,38 @@ def append_stats(
     except OSError as error:
         raise output_failed(files.stats, error) from error
     return line
+
+
+def failed_refs(predictions: Path, refs: Iterable[ImageRef]) -> Iterator[ImageRef]:
+    """The entries of the listing whose record is an error; one record per entry, in order."""
+    with predictions.open("rb") as lines:
+        for line, ref in zip(lines, refs, strict=True):
+            if _is_error(line):
+                yield ref
+
+
+def replace_failed(predictions: Path, retry: Path) -> None:
+    """Put the records of `retry` in the places of the error records, in order, at once.
+
+    Raises:
+        EnvironmentFailed: disk full, I/O error; the old records then stay.
+    """
+    temporary = predictions.with_name(f".{predictions.name}.new")
+    try:
+        with predictions.open("rb") as old, retry.open("rb") as new, temporary.open("wb") as file:
+            file.writelines(next(new) if _is_error(line) else line for line in old)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, predictions)
+        retry.unlink()
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise output_failed(predictions, error) from error
+
+
+def _is_error(line: bytes) -> bool:
+    record = _parse_record(line)
+    return record is not None and record["status"] == "error"
 
 
 def write_run(files: RunFiles, run: Mapping[str, object]) -> None:
@@ -322,9 +359,20 @@ def only_writer(files: RunFiles) -> Iterator[None]:
 
 
 def discard(files: RunFiles) -> None:
-    """Remove an earlier run's files, so that the job starts anew."""
-    for path in (files.run, files.predictions, files.stats, files.listing):
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise output_failed(path, error) from error
+    """Remove an earlier run's files, so that the job starts anew; other shards' files stay."""
+    for path in (files.run, files.predictions, files.stats):
+        _remove(path)
+    discard_abandoned_listing(files)
+
+
+def discard_abandoned_listing(files: RunFiles) -> None:
+    """Remove the listing of a run that ended before it began; nothing was done by it."""
+    if not any(files.folder.glob("run*.json")):
+        _remove(files.listing)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise output_failed(path, error) from error

@@ -1,0 +1,146 @@
+"""What an earlier run of the same job has left, and whether it is the same job at all."""
+
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import orjson
+
+from batchclf import __version__
+from batchclf.errors import BatchclfError, Interrupted, ResumeRefused
+from batchclf.models.bundle import digest_of
+from batchclf.plan import Log, Plan
+from batchclf.results.writer import Done, RunFiles, find_done, read_listing, read_run, write_run
+from batchclf.runtime.providers import installed_flavours
+
+
+def fingerprint(plan: Plan, limit: int | None) -> dict[str, object]:
+    """What the records depend on; provider, batch size and workers are free to change."""
+    job = plan.job
+    exif = bool(job.model.preprocess and job.model.preprocess.exif_transpose)
+    return {
+        "model": plan.model.bundle.digest,
+        "preprocess": asdict(plan.model.preprocess)
+        | {
+            "exif_transpose": exif,
+            "decode": job.loader.decode,
+            "max_pixels": job.loader.max_pixels,
+        },
+        "labels": digest_of(plan.model.labels),
+        "top_k": job.top_k,
+        "precision": job.precision,
+        "input": str(job.input),
+        "limit": limit,
+        "num_images": plan.num_images,
+    }
+
+
+def resume(
+    plan: Plan,
+    previous: Mapping[str, Any] | None,
+    fingerprint: Mapping[str, object],
+    log: Log,
+) -> Done:
+    """What of this very job is already written.
+
+    Raises:
+        ResumeRefused: the folder holds another job's records.
+    """
+    if previous is None:
+        if plan.files.predictions.exists():
+            raise ResumeRefused(
+                f"output: {plan.files.predictions} is there, but no readable {plan.files.run.name} "
+                "says which job wrote it; give another output, or --overwrite"
+            )
+        return Done()
+    # Through JSON and back, as the previous fingerprint went.
+    current = orjson.loads(orjson.dumps(fingerprint))
+    before = previous.get("fingerprint", {})
+    changed = [
+        f"  {key}: was {before.get(key)!r}, is {value!r}"
+        for key, value in current.items()
+        if before.get(key) != value
+    ]
+    if changed:
+        raise ResumeRefused(
+            f"output: {plan.files.folder} holds results of a job that differs:\n"
+            + "\n".join(changed)
+            + "\n  Give another output, or --overwrite to start anew."
+        )
+    paths = (ref.path for ref in read_listing(plan.files, plan.first, plan.last))
+    done = find_done(plan.files.predictions, paths)
+    if 0 < done.num_images < plan.num_images:
+        log(f"resuming after {done.num_images:,} of {plan.num_images:,} images")
+    return done
+
+
+def finished_summary(files: RunFiles) -> dict[str, Any] | None:
+    """The last summary line of a job that run.json calls complete."""
+    run = read_run(files)
+    if run is None or run.get("status") != "complete" or not files.stats.exists():
+        return None
+    with files.stats.open("rb") as lines:
+        summaries = [line for line in lines if line.startswith(b'{"type":"summary"')]
+    return orjson.loads(summaries[-1]) if summaries else None
+
+
+@contextmanager
+def kept_status(files: RunFiles, run: dict[str, object]) -> Iterator[None]:
+    """Keep run.json's status true: running, then complete, interrupted or failed."""
+    write_run(files, run | {"status": "running"})
+    try:
+        yield
+    except BaseException as error:
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        ending = {
+            "status": "interrupted" if stopped else "failed",
+            "error": str(error) or type(error).__name__,
+            "ended_at": _now(),
+        }
+        try:
+            write_run(files, run | ending)
+        except BatchclfError as unwritable:  # the disk that failed the job fails this as well
+            error.add_note(str(unwritable))
+        raise
+    write_run(files, run | {"status": "complete", "ended_at": _now()})
+
+
+# ---- facts ---------------------------------------------------------------------------------------
+
+
+def run_facts(plan: Plan, fingerprint: Mapping[str, object]) -> dict[str, object]:
+    return {
+        "job": plan.job.model_dump(mode="json"),
+        "fingerprint": dict(fingerprint),
+        "started_at": _now(),
+        "num_images": plan.num_images,
+        "num_left_out": plan.source.num_left_out,
+        "model": {"name": plan.model.bundle.meta.name, **plan.model.bundle.meta.source},
+        "num_streams": len(plan.classifiers),
+        "num_workers": plan.num_workers,
+        "num_slots": plan.num_slots,
+        **summary_facts(plan),
+    }
+
+
+def summary_facts(plan: Plan) -> dict[str, object]:
+    return {
+        "batch_size": plan.batch_size,
+        "provider": asdict(plan.provider),
+        "precision": plan.job.precision,
+        "decode": plan.job.loader.decode,
+        "versions": {
+            "batchclf": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("numpy", "pillow")},
+            **installed_flavours(),
+        },
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
