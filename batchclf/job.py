@@ -32,6 +32,8 @@ from batchclf.results.records import DecodeMode, Interpolation
 
 MAX_JOB_FILE_BYTES = 1_000_000
 MAX_DEPTH = 20
+MAX_COUNT = 1024
+"""Most threads, streams or batches that a key may ask for: a typo must not start a million."""
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 PATH_KEYS = ("input", "output", "model.weights", "model.labels", "model.onnx", "model.bundle")
 NAMED_KEYS = ("provider", "engine")
@@ -42,9 +44,9 @@ NAMED_KEYS = ("provider", "engine")
 
 
 def _auto_or_count(value: object) -> object:
-    if value == "auto" or (type(value) is int and value >= 1):
+    if value == "auto" or (type(value) is int and 1 <= value <= MAX_COUNT):
         return value
-    raise PydanticCustomError("auto_or_count", "`auto` or a whole number of at least 1")
+    raise PydanticCustomError("auto_or_count", f"`auto` or a whole number from 1 to {MAX_COUNT}")
 
 
 def _error_limit(value: object) -> object:
@@ -89,7 +91,9 @@ def _name_to_mapping(value: object) -> object:
 AutoOrCount = Annotated[
     int | Literal["auto"],
     BeforeValidator(_auto_or_count),
-    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),
+    WithJsonSchema(
+        {"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1, "maximum": MAX_COUNT}]}
+    ),
 ]
 ErrorLimit = Annotated[
     int | str | None,

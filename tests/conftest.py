@@ -79,7 +79,7 @@ def batchclf() -> Batchclf:
 
 def command(*arguments: str | os.PathLike[str]) -> list[str]:
     """The command line of a `batchclf` process."""
-    return [sys.executable, "-m", "batchclf", *map(os.fspath, arguments)]
+    return [sys.executable, "-m", "batchclf", *(os.fspath(one) for one in arguments)]
 
 
 def read_records(output: Path, name: str = "predictions.jsonl") -> list[dict[str, Any]]:

@@ -1,0 +1,48 @@
+"""A run from a bundle needs neither torch nor onnx: tried in an environment that has neither."""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+from tests.conftest import ROOT, Batchclf, read_records, write_job
+
+
+def test_a_bundle_runs_in_an_environment_without_torch(batchclf: Batchclf, tmp_path: Path) -> None:
+    job = write_job(tmp_path)
+    exported = batchclf("export", job, tmp_path / "bundle")
+    assert exported.exit_code == 0, exported.stderr
+    here = batchclf("run", job)
+    assert here.exit_code == 0, here.stderr
+
+    environment = tmp_path / "venv"
+    venv.create(environment, with_pip=True)
+    python = environment / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", f"{ROOT}[cpu]"], check=True)
+    probe = "import importlib.util as u; print([n for n in %r if u.find_spec(n)])"
+    heavy = ["torch", "torchvision", "onnx", "onnxscript"]
+    found = subprocess.run(
+        [python, "-c", probe % heavy], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[]"
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    job = write_job(elsewhere, model={"bundle": str(tmp_path / "bundle")})
+    env = {**os.environ, "BATCHCLF_CACHE_DIR": str(tmp_path / "no-cache")}
+    command = [str(environment / "bin" / "batchclf"), "run", str(job), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_ok"] == 300
+    assert not (tmp_path / "no-cache").exists()
+    assert read_records(elsewhere / "out") == read_records(tmp_path / "out")
+
+    # What has to be exported first says so, and what to do.
+    wanted = [command[0], "run", str(write_job(tmp_path)), "--overwrite"]
+    refused = subprocess.run(wanted, capture_output=True, text=True, env=env, check=False)
+    assert refused.returncode == 2
+    assert "batchclf[export]" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert sys.prefix not in refused.stderr
