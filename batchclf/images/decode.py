@@ -7,11 +7,14 @@ scale and resizes only what the crop keeps.
 Array shapes: H rows and W columns of the crop, C = 3 (RGB).
 """
 
+import ctypes
 import io
+import logging
 import struct
 import warnings
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -26,11 +29,30 @@ from batchclf.images.formats import (
 from batchclf.images.resample import crop_window, resize_window, resized_size
 from batchclf.results.records import DecodeMode, Failure, Loaded, Pixels, Preprocess
 
+
+def _silence_libtiff() -> None:
+    """Keep libtiff from printing to stderr; its errors reach us as exceptions all the same.
+
+    Pillow offers no setting for it, so the library is found among those it has loaded.
+    """
+    try:
+        loaded = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return
+    for path in {line.split()[-1] for line in loaded if "/libtiff" in line}:
+        library = ctypes.CDLL(path)
+        for handler in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
+            handler.argtypes, handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+            handler(None)
+
+
 # The limit is ours (`max_pixels`), checked on the header before any pixel is decoded; Pillow's own
 # only warns up to twice its value.
 Image.MAX_IMAGE_PIXELS = None
-# What Pillow has to say about odd files is said in the records; a night's log is not the place.
+# What is odd about a file is said in its record; a night's log is not the place.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+_silence_libtiff()
 
 MAX_RESIZED_PIXELS = 2**25
 """Enlarging to more pixels than this (a very long and thin image), only the crop is computed."""
@@ -175,7 +197,7 @@ def _explain_unidentified(data: bytes) -> _BadImage:
         advice = ADVICE.get(found, "convert it")
         return _BadImage(
             "unsupported_format",
-            f"a {found} file; decoded are JPEG, PNG, WebP, BMP, GIF, TIFF and AVIF: {advice}",
+            f"{found}; decoded are JPEG, PNG, WebP, BMP, GIF, TIFF and AVIF: {advice}",
         )
     if found in ("WEBP", "AVIF") and (total := _promised_bytes(data, found)) > len(data):
         return _truncated(data, total)
@@ -194,10 +216,11 @@ def _explain(error: Exception, data: bytes) -> _BadImage:
     if "too large for pngimageplugin" in lowered or "exceeds limit" in lowered:
         return _BadImage("too_large", text)
     if lowered.startswith("unsupported") or "not configured" in lowered:
-        return _BadImage("unsupported_format", f"a {found} file Pillow cannot decode: {text}")
+        return _BadImage("unsupported_format", f"{found} that Pillow cannot decode: {text}")
     if "truncated" in lowered or isinstance(error, EOFError):
         return _truncated(data, _promised_bytes(data, found))
-    if _promised_bytes(data, found) > len(data):
+    # A damaged PNG may promise anything; Pillow says itself when one is cut.
+    if found != "PNG" and _promised_bytes(data, found) > len(data):
         return _truncated(data, _promised_bytes(data, found))
     return _BadImage("corrupt", f"{type(error).__name__}: {text}")
 

@@ -59,7 +59,7 @@ _MAGIC: Final[tuple[tuple[int, bytes, str], ...]] = (
     (0, b"%PDF", "PDF"),
     (0, b"8BPS", "Photoshop"),
     (0, b"\0\0\x01\0", "icon"),
-    (0, b"\0\0\x02\0", "icon"),
+    (0, b"\0\0\x02\0", "icon or Targa"),
     (0, b"icns", "icon"),
     (0, b"DDS ", "DDS"),
     (0, b"\xd7\xcd\xc6\x9a", "Windows metafile"),
