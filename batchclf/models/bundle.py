@@ -191,8 +191,19 @@ def list_cache() -> tuple[int, int, bool]:
 
 
 def cached_folder(request: Mapping[str, object]) -> Path:
-    """Where the bundle that `request` describes is, or would be, in the cache."""
-    return cache_folder() / digest_of(request)[:32]
+    """Where the bundle that `request` describes is, or would be, in the cache.
+
+    `request["versions"]` maps the packages that build it to their versions. Where one of them is
+    not installed (None), nothing can be built, and the newest bundle of any version will do.
+    """
+    versions = request.get("versions") or {}
+    model = {key: value for key, value in request.items() if key != "versions"}
+    stem = digest_of(model)[:24]
+    if isinstance(versions, Mapping) and None in versions.values():
+        made = sorted(cache_folder().glob(f"{stem}-*/{META_FILE}"), key=os.path.getmtime)
+        if made:
+            return made[-1].parent
+    return cache_folder() / f"{stem}-{digest_of(versions)[:8]}"
 
 
 def copy_bundle(

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -145,11 +144,6 @@ def export_torchvision(
         found_NK = run(tiled(pixels_NHWC, size))
         assert_same_scores(found_NK, tiled(expected_NK, size), f"exported model, batch of {size}")
     return checked
-
-
-def exporter_versions() -> dict[str, str]:
-    """Versions that decide what an exported graph looks like."""
-    return {"torch": torch.__version__, "torchvision": torchvision.__version__}
 
 
 # ---- building ------------------------------------------------------------------------------------

@@ -177,13 +177,13 @@ def _external_digests(path: Path) -> list[str]:
     return [_digest("model.onnx", found) for found in onnx_file.external_files(path)]
 
 
-def _versions(*distributions: str) -> list[tuple[str, str | None]]:
-    found: list[tuple[str, str | None]] = []
+def _versions(*distributions: str) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
     for name in distributions:
         try:
-            found.append((name, importlib.metadata.version(name)))
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found.append((name, None))
+            found[name] = None
     return found
 
 
@@ -241,7 +241,7 @@ def _build_from_torchvision(
             "name": spec.name,
             "weights": spec.weights_path.name if spec.weights_path else spec.weights,
             "weights_sha256": str(request["weights"]) if spec.weights_path else None,
-            **export.exporter_versions(),
+            **_versions("torch", "torchvision"),
         },
         preprocess=model.preprocess,
         labels=labels or model.labels,
