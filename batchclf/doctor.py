@@ -13,7 +13,7 @@ from batchclf.machine import (
     usable_cores,
 )
 from batchclf.models.bundle import cache_folder, list_cache
-from batchclf.runtime.providers import PROVIDERS, flavour_problem, installed_flavours
+from batchclf.runtime.providers import PROVIDERS, compiled_in, flavour_problem, installed_flavours
 
 PACKAGES = (
     "numpy",
@@ -87,14 +87,12 @@ def _provider_state(name: str) -> ProviderState:
     provider = PROVIDERS[name]
     if not installed_flavours():
         return ProviderState(provider.execution_provider, False, False, flavour_problem())
-    import onnxruntime
-
     from batchclf.runtime.probe import probe
 
     problem = probe(name)
     return ProviderState(
         provider.execution_provider,
-        compiled_in=provider.execution_provider in onnxruntime.get_available_providers(),
+        compiled_in=provider.execution_provider in compiled_in(),
         opens=problem is None,
         problem=problem,
     )

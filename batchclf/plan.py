@@ -83,6 +83,11 @@ def make_plan(
     classifiers: Sequence[OnnxClassifier],
     log: Log,
 ) -> Plan:
+    """Divide the frozen listing and the machine up, and check the model at the batch size.
+
+    Raises:
+        ModelError: at this batch size the model gives other answers.
+    """
     first, last = files.shard.bounds(count_listing(files))
     fixed = model.bundle.meta.fixed_batch
     if fixed is not None and fixed != job.batch_size:
@@ -128,6 +133,7 @@ def _limited(paths: Iterator[bytes], limit: int | None) -> Iterator[bytes]:
 
 
 def make_loader(plan: Plan) -> Load:
+    """What reads and decodes one listed image into its slot."""
     job = plan.job
     decoder = Decoder(
         plan.model.preprocess,

@@ -113,6 +113,7 @@ def kept_status(files: RunFiles, run: dict[str, object]) -> Iterator[None]:
 
 
 def run_facts(plan: Plan, fingerprint: Mapping[str, object]) -> dict[str, object]:
+    """What run.json says of a run, its status apart."""
     return {
         "job": plan.job.model_dump(mode="json"),
         "fingerprint": dict(fingerprint),
@@ -128,6 +129,7 @@ def run_facts(plan: Plan, fingerprint: Mapping[str, object]) -> dict[str, object
 
 
 def summary_facts(plan: Plan) -> dict[str, object]:
+    """What the summary line says beside the figures: how and on what the job ran."""
     return {
         "batch_size": plan.batch_size,
         "provider": asdict(plan.provider),

@@ -80,10 +80,7 @@ class Done:
 
 def encode_record(record: Record) -> bytes:
     """One line of predictions.jsonl, with its newline."""
-    line: dict[str, Any] = {"path": os.fsdecode(record.ref.path)}
-    is_utf8 = _is_utf8(record.ref.path)
-    if not is_utf8:
-        line["path_b64"] = base64.b64encode(record.ref.path).decode("ascii")
+    line: dict[str, Any] = {**_path_fields(record.ref.path)}
     if isinstance(record.outcome, Failure):
         line["status"] = "error"
         line["error"] = {"code": record.outcome.code, "message": record.outcome.message}
@@ -95,25 +92,21 @@ def encode_record(record: Record) -> bytes:
         ]
     if record.warnings:
         line["warnings"] = list(record.warnings)
-    if is_utf8:
+    if "path_b64" not in line:
         return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
     # Bytes that are no UTF-8 are lone surrogates by now: only \u escapes can hold them.
     return json.dumps(line, ensure_ascii=True, separators=(",", ":")).encode("ascii") + b"\n"
 
 
-def decode_path(line: Mapping[str, Any]) -> bytes:
-    """The path of a parsed record, as the bytes of the file's name."""
-    if "path_b64" in line:
-        return base64.b64decode(line["path_b64"])
-    return os.fsencode(line["path"])
-
-
-def _is_utf8(path: bytes) -> bool:
+def _path_fields(path: bytes) -> dict[str, str]:
+    """`path`, and `path_b64` where the file's name is not UTF-8."""
     try:
-        path.decode("utf-8")
+        return {"path": path.decode("utf-8")}
     except UnicodeDecodeError:
-        return False
-    return True
+        return {
+            "path": path.decode("utf-8", "surrogateescape"),
+            "path_b64": base64.b64encode(path).decode("ascii"),
+        }
 
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:
@@ -150,11 +143,14 @@ def find_done(predictions: Path, paths: Iterable[bytes]) -> Done:
 
 
 def _matches(record: Mapping[str, Any], path: bytes) -> bool:
+    written = {key: record[key] for key in ("path", "path_b64") if key in record}
+    if written != _path_fields(path):
+        return False
     match record:
-        case {"path": str(), "status": "ok", "predictions": [*_]}:
-            return decode_path(record) == path
-        case {"path": str(), "status": "error", "error": {"code": str()}}:
-            return decode_path(record) == path
+        case {"status": "ok", "predictions": [*_]}:
+            return True
+        case {"status": "error", "error": {"code": str()}}:
+            return True
     return False
 
 

@@ -66,6 +66,13 @@ def flavour_problem() -> str | None:
     return None
 
 
+def compiled_in() -> list[str]:
+    """Execution providers that the installed ONNX Runtime was built with; they need not work."""
+    import onnxruntime
+
+    return list(onnxruntime.get_available_providers())
+
+
 def require_provider(name: str) -> Provider:
     """The provider called `name`, if the installed ONNX Runtime has it compiled in.
 
@@ -75,9 +82,7 @@ def require_provider(name: str) -> Provider:
     provider = PROVIDERS[name]
     if problem := flavour_problem():
         raise ProviderError(f"provider {name}: {problem}")
-    import onnxruntime
-
-    available = onnxruntime.get_available_providers()
+    available = compiled_in()
     if provider.execution_provider not in available:
         flavour, version = next(iter(installed_flavours().items()))
         raise ProviderError(

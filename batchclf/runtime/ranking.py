@@ -6,6 +6,7 @@ Array shapes: N images of a batch, K classes.
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from batchclf.results.records import Failure, Prediction, Scores
 
@@ -48,7 +49,9 @@ def rank(
     return ranked
 
 
-def _softmax(logits_NK: Scores) -> Scores:
+def _softmax(logits_NK: NDArray[np.floating]) -> NDArray[np.floating]:
+    # In float64 the difference of two float32 cannot overflow.
+    logits_NK = logits_NK.astype(np.float64)
     shifted_NK = np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True))
-    probability_NK: Scores = shifted_NK / shifted_NK.sum(axis=1, keepdims=True)
+    probability_NK: NDArray[np.float64] = shifted_NK / shifted_NK.sum(axis=1, keepdims=True)
     return probability_NK
