@@ -8,10 +8,11 @@ folders and hidden files without an image suffix (`.git/`, `.DS_Store`); a glob 
 import base64
 import binascii
 import errno
+import fnmatch
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,7 @@ def open_source(spec: Path, *, allow_outside_links: bool = False) -> Source:
     text = os.fspath(spec)
     confined = not allow_outside_links
     if spec.is_dir():
-        return _folder(os.fsencode(spec), confined, None)
+        return _folder(os.fsencode(spec), confined, lambda path: True)
     if spec.is_file():
         if spec.suffix.lower() in LIST_SUFFIXES:
             return _list(spec)
@@ -62,7 +63,7 @@ def open_source(spec: Path, *, allow_outside_links: bool = False) -> Source:
     root = Path(*parts[:magic])
     if not root.is_dir():
         raise NoImagesError(f"input: {text}: found 0 images: {root} is not a folder")
-    return _folder(os.fsencode(root), confined, _glob_pattern(parts[magic:]))
+    return _folder(os.fsencode(root), confined, _glob(parts[magic:]))
 
 
 def require_images(source: Source) -> None:
@@ -84,13 +85,13 @@ def require_images(source: Source) -> None:
 # ---- folders and globs ---------------------------------------------------------------------------
 
 
-def _folder(root: bytes, confined: bool, pattern: re.Pattern[bytes] | None) -> Source:
+def _folder(root: bytes, confined: bool, selected: Callable[[bytes], bool]) -> Source:
     source = Source(root, confined, paths=lambda: iter(()))
 
     def paths() -> Iterator[bytes]:
         source.num_left_out = 0
         for path in _walk(source):
-            if pattern is None or pattern.fullmatch(path):
+            if selected(path):
                 yield path
 
     source.paths = paths
@@ -159,29 +160,21 @@ def _is_inside(real_path: bytes, real_root: bytes) -> bool:
     return real_path == real_root or real_path.startswith(real_root.rstrip(b"/") + b"/")
 
 
-def _glob_pattern(parts: Iterable[str]) -> re.Pattern[bytes]:
-    """`**` stands for any number of folders, `*`, `?` and `[...]` for characters of one name."""
-    pattern = b""
-    parts = list(parts)
-    for position, part in enumerate(parts):
-        last = position == len(parts) - 1
-        if part == "**":
-            pattern += b".*" if last else b"(?:[^/]+/)*"
-            continue
-        for piece in re.findall(r"\[!?\]?[^]]*\]|.", part, re.DOTALL):
-            if piece == "*":
-                pattern += b"[^/]*"
-            elif piece == "?":
-                pattern += b"[^/]"
-            elif len(piece) > 1:
-                inner = piece[1:-1].replace("\\", "\\\\")
-                negated = inner.startswith("!")
-                inner = inner.removeprefix("!").replace("[", r"\[").replace("^", r"\^")
-                pattern += b"[" + (b"^/" if negated else b"") + os.fsencode(inner) + b"]"
-            else:
-                pattern += re.escape(os.fsencode(piece))
-        pattern += b"" if last else b"/"
-    return re.compile(pattern, re.DOTALL)
+_Names = Sequence[str]
+
+
+def _glob(parts: _Names) -> Callable[[bytes], bool]:
+    """Whether a path matches: `**` is any number of folders, the rest as in `fnmatch`, per name."""
+    patterns = [None if part == "**" else re.compile(fnmatch.translate(part)) for part in parts]
+
+    def matches(patterns: Sequence[re.Pattern[str] | None], names: _Names) -> bool:
+        if not patterns:
+            return not names
+        if patterns[0] is None:
+            return any(matches(patterns[1:], names[at:]) for at in range(len(names) + 1))
+        return bool(names and patterns[0].match(names[0]) and matches(patterns[1:], names[1:]))
+
+    return lambda path: matches(patterns, os.fsdecode(path).split("/"))
 
 
 # ---- lists ---------------------------------------------------------------------------------------
