@@ -15,6 +15,7 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -39,7 +40,8 @@ def _silence_libtiff() -> None:
         loaded = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return
-    for path in {line.split()[-1] for line in loaded if "/libtiff" in line}:
+    # address, permissions, offset, device, inode, path
+    for path in {line.split(maxsplit=5)[5] for line in loaded if "/libtiff" in line}:
         library = ctypes.CDLL(path)
         for handler in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
             handler.argtypes, handler.restype = [ctypes.c_void_p], ctypes.c_void_p
@@ -66,6 +68,27 @@ _RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 _DEEP_MODES = ("I", "F")
+_ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)
+"""Values of EXIF's orientation that swap width and height."""
+_TIFF_PIXELS = {273: 279, 324: 325}
+"""TIFF 6.0 tags that say where strips and tiles lie: offsets, and their byte counts."""
+_TIFF_TYPE_BYTES = {
+    1: 1,
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    6: 1,
+    7: 1,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    16: 8,
+}
+"""Bytes of one value of each TIFF 6.0 and BigTIFF type."""
 _SAME_FORMAT = {"DIB": "BMP", "MPO": "JPEG"}
 
 
@@ -100,14 +123,15 @@ class Decoder:
             if self.mode == "fast":
                 self._draft(image)
             image.load()
-            notes = _notes(image, data, name)
-            if self.exif_transpose:
-                image = ImageOps.exif_transpose(image)
-            rgb = image.convert("RGB")
-            self._fit(rgb, slot_HWC)
+            turned = ImageOps.exif_transpose(image) if self.exif_transpose else image
+            if self.exif_transpose and image.getexif().get(_ORIENTATION) in _SIDEWAYS:
+                width, height = height, width
+            size = resized_size(width, height, self.preprocess.resize)
+            self._fit(turned.convert("RGB"), size, slot_HWC)
+            # Last, since counting the frames moves on to others.
+            return _notes(image, data, name)
         except _PILLOW_ERRORS as error:
             raise _explain(error, data) from error
-        return notes
 
     def _draft(self, image: Image.Image) -> None:
         """Let libjpeg decode at 1/2, 1/4 or 1/8 of the size; other formats ignore it."""
@@ -115,10 +139,9 @@ class Decoder:
         target_w, target_h = resized_size(width, height, self.preprocess.resize)
         image.draft(None, (target_w * FAST_OVERSAMPLING, target_h * FAST_OVERSAMPLING))
 
-    def _fit(self, rgb: Image.Image, slot_HWC: Pixels) -> None:
-        """Resize and centre-crop as torchvision does, into the slot."""
+    def _fit(self, rgb: Image.Image, size: tuple[int, int], slot_HWC: Pixels) -> None:
+        """Resize to `size` (width, height) and centre-crop as torchvision does, into the slot."""
         crop_h, crop_w = self.preprocess.crop
-        size = resized_size(*rgb.size, self.preprocess.resize)
         filter_ = self.preprocess.interpolation
         window = crop_window(size, (crop_w, crop_h))
         enlarging = size[0] > rgb.width and size[1] > rgb.height
@@ -199,7 +222,7 @@ def _explain_unidentified(data: bytes) -> _BadImage:
             "unsupported_format",
             f"{found}; decoded are JPEG, PNG, WebP, BMP, GIF, TIFF and AVIF: {advice}",
         )
-    if found in ("WEBP", "AVIF") and (total := _promised_bytes(data, found)) > len(data):
+    if found in ("WEBP", "AVIF", "TIFF") and (total := _promised_bytes(data, found)) > len(data):
         return _truncated(data, total)
     return _BadImage(
         "not_an_image", f"the first bytes of a {found} file, but no image: {data[:8].hex(' ')}"
@@ -241,6 +264,8 @@ def _promised_bytes(data: bytes, format_: str | None) -> int:
         return _boxes_end(data)
     if format_ == "PNG":
         return _chunks_end(data)
+    if format_ == "TIFF":
+        return _tiff_end(data)
     return 0
 
 
@@ -262,6 +287,45 @@ def _chunks_end(data: bytes) -> int:
     end = 8
     while end + 8 <= len(data):
         end += 12 + int.from_bytes(data[end : end + 4], "big")
+    return end
+
+
+def _tiff_end(data: bytes) -> int:
+    """Where a TIFF's first directory, its values and its pixels end (TIFF 6.0, section 2).
+
+    Many writers put the directory behind the pixels, where a cut takes it away.
+    """
+    order: Literal["little", "big"] = "little" if data.startswith(b"II") else "big"
+    is_big = 43 in data[2:4]  # BigTIFF
+    at, wide, count_bytes, entry_bytes = (8, 8, 8, 20) if is_big else (4, 4, 2, 12)
+    start = int.from_bytes(data[at : at + wide], order)
+    first = start + count_bytes
+    num_entries = int.from_bytes(data[start:first], order)
+    last = first + num_entries * entry_bytes
+    if last + wide > len(data):
+        return last + wide
+    end = last
+    strips: dict[int, tuple[int, ...]] = {}
+    for entry in range(first, last, entry_bytes):
+        tag, type_ = (int.from_bytes(data[entry + i : entry + i + 2], order) for i in (0, 2))
+        num_values = int.from_bytes(data[entry + 4 : entry + 4 + wide], order)
+        size = _TIFF_TYPE_BYTES.get(type_, 0)
+        value = entry + 4 + wide
+        if size * num_values > wide:
+            value = int.from_bytes(data[value : value + wide], order)
+            end = max(end, value + size * num_values)
+        if (
+            size
+            and tag in (*_TIFF_PIXELS, *_TIFF_PIXELS.values())
+            and value + size * num_values <= len(data)
+        ):
+            strips[tag] = tuple(
+                int.from_bytes(data[value + i : value + i + size], order)
+                for i in range(0, size * num_values, size)
+            )
+    for offsets, counts in _TIFF_PIXELS.items():
+        pairs = zip(strips.get(offsets, ()), strips.get(counts, ()), strict=False)
+        end = max([end, *(offset + count for offset, count in pairs)])
     return end
 
 

@@ -106,10 +106,7 @@ class _Axis:
         scale = length / resized
         outputs_O = np.arange(start, start + count, dtype=np.float64)
         if interpolation == "nearest":
-            # Pillow adds the step up instead of multiplying: the rounding is part of the result.
-            steps = np.full(start + count, scale)
-            steps[0] = 0.5 * scale
-            nearest_OT = np.add.accumulate(steps)[start:].astype(np.int64)[:, None]
+            nearest_OT = _nearest(scale, start, count)[:, None]
             first, last = int(nearest_OT.min()), int(nearest_OT.max()) + 1
             ones = np.full_like(nearest_OT, 1 << PRECISION_BITS)
             return cls(first, last, nearest_OT - first, ones)
@@ -139,6 +136,23 @@ class _Axis:
             total_OXC += pixels_LXC[self.indices_OT[:, tap]] * self.weights_OT[:, tap, None, None]
         pixels_OXC: Pixels = np.clip(total_OXC >> PRECISION_BITS, 0, 255).astype(np.uint8)
         return pixels_OXC
+
+
+def _nearest(scale: float, start: int, count: int) -> NDArray[np.int64]:
+    """Inputs nearest to the outputs from `start`.
+
+    Pillow adds the step up instead of multiplying: the rounding is part of the result.
+    """
+    position = 0.5 * scale
+    while start:
+        num_steps = min(start, 1 << 20)
+        steps = np.full(num_steps + 1, scale)
+        steps[0] = position
+        position = float(np.add.accumulate(steps)[-1])
+        start -= num_steps
+    steps = np.full(count, scale)
+    steps[0] = position
+    return np.add.accumulate(steps).astype(np.int64)
 
 
 def _bilinear(x: NDArray[np.float64]) -> NDArray[np.float64]:

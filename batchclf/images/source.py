@@ -6,7 +6,6 @@ folders and hidden files without an image suffix (`.git/`, `.DS_Store`); a glob 
 """
 
 import base64
-import binascii
 import errno
 import fnmatch
 import os
@@ -19,10 +18,14 @@ from pathlib import Path
 
 import orjson
 
-from batchclf.errors import NoImagesError, UsageError
+from batchclf.errors import EnvironmentFailed, NoImagesError, UsageError
 from batchclf.images.formats import looks_like_image, suffix_format
 from batchclf.results.records import Failure
 
+MAX_PATH_BYTES = 4095
+"""Longest path that Linux opens (PATH_MAX less its NUL)."""
+MAX_FILE_BYTES = 2**31
+"""A larger file is no photo: reading it would only cost the memory."""
 LIST_SUFFIXES = (".txt", ".jsonl")
 
 
@@ -105,8 +108,12 @@ def _walk(source: Source) -> Iterator[bytes]:
     of the root) is yielded as an entry of its own, so that reading it records why.
     """
     real_root = os.path.realpath(source.root)
-    root_stat = os.stat(source.root)
-    stack = [_entries(source, b"", frozenset({(root_stat.st_dev, root_stat.st_ino)}))]
+    try:
+        root_stat = os.stat(source.root)
+        top = _entries(source, b"", frozenset({(root_stat.st_dev, root_stat.st_ino)}))
+    except OSError as error:
+        raise _unreadable(os.fsdecode(source.root), error) from error
+    stack = [iter(top)]
     while stack:
         entry = next(stack[-1], None)
         if entry is None:
@@ -122,14 +129,15 @@ def _walk(source: Source) -> Iterator[bytes]:
                 yield path
                 continue
             found = os.stat(full)
+            identity = (found.st_dev, found.st_ino)
+            if identity in around or not os.access(full, os.R_OK | os.X_OK):
+                yield path
+                continue
+            entries = _entries(source, path + b"/", around | {identity})
         except OSError:
             yield path
             continue
-        identity = (found.st_dev, found.st_ino)
-        if identity in around or not os.access(full, os.R_OK | os.X_OK):
-            yield path
-            continue
-        stack.append(_entries(source, path + b"/", around | {identity}))
+        stack.append(iter(entries))
 
 
 _Identities = frozenset[tuple[int, int]]
@@ -137,7 +145,7 @@ _Identities = frozenset[tuple[int, int]]
 
 def _entries(
     source: Source, prefix: bytes, around: _Identities
-) -> Iterator[tuple[bytes, bool, bool, _Identities]]:
+) -> list[tuple[bytes, bool, bool, _Identities]]:
     """One folder's entries, sorted by bytes: (path, is a folder, is a link, folders around)."""
     found: list[tuple[bytes, bool, bool]] = []
     with os.scandir(os.path.join(source.root, prefix)) as entries:
@@ -152,8 +160,11 @@ def _entries(
                 continue
             found.append((name, is_folder, is_link))
     found.sort()
-    for name, is_folder, is_link in found:
-        yield prefix + name, is_folder, is_link, around
+    return [(prefix + name, is_folder, is_link, around) for name, is_folder, is_link in found]
+
+
+def _unreadable(name: str, error: OSError) -> EnvironmentFailed:
+    return EnvironmentFailed(f"input: {name}: cannot be read: {_reason(error)}")
 
 
 def _is_inside(real_path: bytes, real_root: bytes) -> bool:
@@ -186,7 +197,11 @@ def _list(spec: Path) -> Source:
     def paths() -> Iterator[bytes]:
         source.num_left_out = 0
         seen: set[bytes] = set()
-        with spec.open("rb") as lines:
+        try:
+            file = spec.open("rb")
+        except OSError as error:
+            raise _unreadable(str(spec), error) from error
+        with file as lines:
             for number, raw in enumerate(lines, start=1):
                 line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
                 line = line.rstrip(b"\r\n")
@@ -219,7 +234,7 @@ def _jsonl_path(line: bytes, spec: Path, number: int) -> bytes:
     if isinstance(value, dict) and isinstance(value.get("path_b64"), str):
         try:
             return base64.b64decode(value["path_b64"], validate=True)
-        except binascii.Error:
+        except ValueError:  # not base64, or not even ASCII
             raise UsageError(f"{where}: `path_b64` is not base64") from None
     path = value.get("path") if isinstance(value, dict) else value
     if not isinstance(path, str):
@@ -253,9 +268,16 @@ def read_image_file(root: bytes, path: bytes, *, confined: bool) -> bytes | Fail
     with ExitStack() as stack:
         stack.callback(os.close, descriptor)
         try:
-            return _read_regular(descriptor)
+            found = _read_regular(descriptor)
         except OSError as error:
             return Failure("io_error", f"reading failed: {_reason(error)}")
+    if isinstance(found, Failure) and os.path.isdir(full):
+        # Listed only because it could not be walked.
+        if len(full) >= MAX_PATH_BYTES:
+            return Failure("path_too_long", f"a folder whose path has {len(full):,} bytes")
+        if not os.access(full, os.R_OK | os.X_OK):
+            return Failure("permission_denied", "a folder that may not be entered")
+    return found
 
 
 def _refuse_link(root: bytes, full: bytes, confined: bool) -> Failure | None:
@@ -296,6 +318,10 @@ def _read_regular(descriptor: int) -> bytes | Failure:
     before = os.fstat(descriptor)
     if not stat.S_ISREG(before.st_mode):
         return Failure("not_regular_file", f"found a {_kind(before.st_mode)}, not a regular file")
+    if before.st_size > MAX_FILE_BYTES:
+        return Failure(
+            "too_large_bytes", f"{before.st_size:,} bytes; at most {MAX_FILE_BYTES:,} are read"
+        )
     chunks: list[bytes] = []
     # One byte more than the size: a file that grows is seen without another call.
     while chunk := os.read(descriptor, max(before.st_size + 1, 65536)):

@@ -1,0 +1,1 @@
+"""Tests of the image room: listing, decoding, resampling, prefetching."""

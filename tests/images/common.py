@@ -1,0 +1,99 @@
+"""What the tests of the image room share: generated images, and torchvision as the reference."""
+
+import io
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from batchclf.images.decode import Decoder
+from batchclf.results.records import DecodeMode, Loaded, Pixels, Preprocess
+
+RESNET50 = Preprocess(232, (224, 224), "bilinear", None, None)
+"""The preset of torchvision's newer weights; `RESNET50_V1` that of the older ones."""
+RESNET50_V1 = Preprocess(256, (224, 224), "bilinear", None, None)
+
+
+def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    """A picture with smooth parts, sharp edges and noise, so that every resampling tap counts."""
+    rng = np.random.default_rng(seed)
+    blocks = Image.fromarray(rng.integers(0, 256, (7, 5, 4), dtype=np.uint8), "RGBA")
+    smooth = np.asarray(blocks.resize((width, height), Image.Resampling.BICUBIC)).copy()
+    smooth[::3] = rng.integers(0, 256, smooth[::3].shape, dtype=np.uint8)
+    image = Image.fromarray(smooth, "RGBA")
+    if mode == "RGBA":
+        return image
+    if mode == "LA":
+        return Image.merge("LA", (image.convert("L"), image.getchannel("A")))
+    if mode == "PA":
+        return image.convert("RGB").convert("PA")
+    if mode == "I;16":
+        return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 5)
+    if mode == "F":
+        return Image.fromarray(np.asarray(image.convert("L")).astype(np.float32) * 1.7 - 60)
+    return image.convert("RGB").convert(mode)
+
+
+def encode(image: Image.Image, format_: str, **options: Any) -> bytes:
+    """The file that Pillow writes."""
+    buffer = io.BytesIO()
+    image.save(buffer, format_, **options)
+    return buffer.getvalue()
+
+
+def decode(
+    data: bytes,
+    name: bytes = b"x",
+    preprocess: Preprocess = RESNET50,
+    *,
+    mode: DecodeMode = "exact",
+    exif_transpose: bool = False,
+    max_pixels: int = 89_478_485,
+) -> tuple[Pixels, Loaded]:
+    """Decode into a slot that still holds another image's pixels."""
+    slot_HWC = np.full((*preprocess.crop, 3), 123, np.uint8)
+    decoder = Decoder(preprocess, mode, exif_transpose, max_pixels)
+    loaded = decoder(data, name, slot_HWC)
+    if loaded.failure is not None:
+        assert not slot_HWC.any(), "a failure leaves the slot zero"
+        assert loaded.failure.message
+    return slot_HWC, loaded
+
+
+def torchvision_pixels(image: Image.Image, preprocess: Preprocess) -> Pixels:
+    """What torchvision's transforms make of an opened image."""
+    pytest.importorskip("torchvision")
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as transforms
+
+    size = preprocess.resize
+    resized = transforms.resize(
+        image.convert("RGB"),
+        [size] if isinstance(size, int) else list(size),
+        InterpolationMode(preprocess.interpolation),
+        antialias=True,
+    )
+    cropped = transforms.center_crop(resized, list(preprocess.crop))
+    pixels_HWC: Pixels = transforms.pil_to_tensor(cropped).permute(1, 2, 0).numpy()
+    return pixels_HWC
+
+
+@cache
+def torchvision_presets() -> tuple[Preprocess, ...]:
+    """Every distinct preset over all weights of `torchvision.models`, the commonest first."""
+    pytest.importorskip("torchvision")
+    from torchvision import models
+
+    found = Counter(
+        (preset.resize_size[0], preset.crop_size[0], preset.interpolation.value)
+        for name in models.list_models(module=models)
+        for weights in models.get_model_weights(name)
+        for preset in [weights.transforms()]
+    )
+    return tuple(
+        Preprocess(resize, (crop, crop), interpolation, None, None)
+        for (resize, crop, interpolation), _ in found.most_common()
+    )

@@ -1,0 +1,794 @@
+"""source.py: which files, in which order, and reading one without ever being led astray."""
+
+import base64
+import glob
+import json
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchclf.errors import BatchclfError, NoImagesError, UsageError
+from batchclf.images.source import Source, open_source, read_image_file, require_images
+from batchclf.results.records import Failure, Loaded
+from tests.conftest import ROOT
+from tests.images.common import decode, encode, picture
+
+JPEG = encode(picture(40, 30), "JPEG")
+
+
+def write(root: Path, *names: str | bytes, content: bytes = JPEG) -> None:
+    """Files below `root`, with the folders they need."""
+    for name in names:
+        path = os.path.join(os.fsencode(root), os.fsencode(name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(content)
+
+
+def listed(source: Source) -> list[bytes]:
+    return list(source.paths())
+
+
+def read(source: Source, path: bytes, timeout_s: float = 10.0) -> bytes | Failure:
+    """Reading that would block for ever fails the test instead."""
+    found: list[bytes | Failure] = []
+
+    def work() -> None:
+        found.append(read_image_file(source.root, path, confined=source.confined))
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(timeout_s)
+    assert not worker.is_alive(), "reading blocks"
+    return found[0]
+
+
+def code(source: Source, path: bytes) -> str:
+    found = read(source, path)
+    assert isinstance(found, Failure), "read without a failure"
+    assert found.message
+    return found.code
+
+
+# ---- order ---------------------------------------------------------------------------------------
+
+Tree = dict[bytes, "Tree | None"]
+"""Name to folder, or None for a file."""
+
+names = (
+    st.binary(min_size=1, max_size=6)
+    .map(lambda name: name.replace(b"/", b"-").replace(b"\0", b"0"))
+    .filter(lambda name: not name.startswith(b"."))
+)
+trees: st.SearchStrategy[Tree] = st.recursive(
+    st.dictionaries(names, st.none(), max_size=5),
+    lambda inner: st.dictionaries(names, st.none() | inner, max_size=5),
+    max_leaves=25,
+)
+
+
+def plant(tree: Tree, folder: bytes) -> list[bytes]:
+    """Make the tree's files and return their paths, in no particular order."""
+    found = []
+    for name, below in tree.items():
+        path = os.path.join(folder, name)
+        if below is None:
+            with open(path, "wb"):
+                found.append(path)
+        else:
+            os.mkdir(path)
+            found += plant(below, path)
+    return found
+
+
+@settings(max_examples=80, deadline=None)
+@given(tree=trees)
+def test_the_listing_is_depth_first_with_names_in_the_order_of_their_bytes(tree: Tree) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = os.fsencode(folder)
+        files = [os.path.relpath(path, root) for path in plant(tree, root)]
+        source = open_source(Path(folder))
+        # Depth first with sorted names is the order of the paths taken as lists of names.
+        expected = sorted(files, key=lambda path: path.split(b"/"))
+        assert listed(source) == expected
+        assert listed(source) == expected, "and again"
+        assert source.num_left_out == 0
+
+
+def test_a_folder_comes_before_a_file_whose_name_goes_on_where_its_own_ends(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, "a/2.jpg", "a.jpg", "a-b.jpg", "a/10.jpg", "B.jpg", "ä.jpg", "z/y/x.jpg")
+    assert listed(open_source(tmp_path)) == [
+        b"B.jpg",
+        b"a/10.jpg",
+        b"a/2.jpg",
+        b"a-b.jpg",
+        b"a.jpg",
+        b"z/y/x.jpg",
+        "ä.jpg".encode(),
+    ]
+
+
+def test_files_of_one_name_in_several_folders_and_of_one_name_in_two_cases_are_all_listed(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, "a/1.jpg", "b/1.jpg", "b/1.JPG", "1.jpg")
+    assert listed(open_source(tmp_path)) == [b"1.jpg", b"a/1.jpg", b"b/1.JPG", b"b/1.jpg"]
+
+
+def test_hard_links_are_entries_of_their_own(tmp_path: Path) -> None:
+    write(tmp_path, "a.jpg")
+    os.link(tmp_path / "a.jpg", tmp_path / "b.jpg")
+    source = open_source(tmp_path)
+    assert [read(source, path) for path in listed(source)] == [JPEG, JPEG]
+
+
+def test_hidden_folders_and_hidden_files_that_are_no_images_are_left_out_and_counted(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, "a.jpg", ".git/objects/x.jpg", ".DS_Store", ".a.jpg", "b/.thumbs/1.jpg")
+    write(tmp_path, "b/.hidden.png", "b/.jpg", "notes.txt")
+    source = open_source(tmp_path)
+    expected = [b".a.jpg", b"a.jpg", b"b/.hidden.png", b"b/.jpg", b"notes.txt"]
+    for _ in range(2):
+        assert listed(source) == expected
+        assert source.num_left_out == 3
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+ODD_NAMES = {
+    "not UTF-8": b"caf\xe9.jpg",
+    "newline": b"a\nb.jpg",
+    "tab": b"a\tb.jpg",
+    "carriage return": b"a\r.jpg",
+    "quote": b'a"b.jpg',
+    "single quote": b"a'b.jpg",
+    "backslash": b"a\\b.jpg",
+    "control bytes": bytes(range(1, 32)) + b"\x7f.jpg",
+    "line separator": "a\u2028b.jpg".encode(),
+    "right to left": "a\u202egpj.b.jpg".encode(),
+    "emoji": "🐈‍⬛.jpg".encode(),
+    "255 bytes": b"x" * 251 + b".jpg",
+    "leading dash": b"-rf.jpg",
+    "formula": b"=cmd|' !A1.jpg",
+    "markup": b"<script>alert(1)<\\script>.jpg",
+    "glob": b"[a]*?.jpg",
+    "blank": b" .jpg",
+    "tilde": b"~.jpg",
+    "percent": b"%2e%2e%2fa.jpg",
+    "surrogate": b"\xed\xa0\x80.jpg",
+    "every high byte": bytes(range(128, 256)) + b".jpg",
+}
+
+
+@pytest.mark.parametrize("name", ODD_NAMES.values(), ids=ODD_NAMES.keys())
+def test_any_name_is_listed_byte_for_byte_and_read(tmp_path: Path, name: bytes) -> None:
+    write(tmp_path, name, name + b".d/" + name if len(name) < 250 else b"d/" + name)
+    source = open_source(tmp_path)
+    require_images(source)
+    paths = listed(source)
+    assert name in paths
+    assert len(paths) == 2
+    for path in paths:
+        content = read(source, path)
+        assert content == JPEG
+        assert decode(content, path)[1] == Loaded()
+
+
+@pytest.mark.parametrize("name", ODD_NAMES.values(), ids=ODD_NAMES.keys())
+def test_any_name_can_stand_in_a_jsonl_list(tmp_path: Path, name: bytes) -> None:
+    write(tmp_path, name)
+    record = {"path": "?", "path_b64": base64.b64encode(name).decode()}
+    (tmp_path / "list.jsonl").write_text(json.dumps(record) + "\n")
+    source = open_source(tmp_path / "list.jsonl")
+    assert listed(source) == [name]
+    assert read(source, name) == JPEG
+
+
+def test_a_name_composed_and_decomposed_is_two_files(tmp_path: Path) -> None:
+    both = [unicodedata.normalize(form, "é.jpg").encode() for form in ("NFC", "NFD")]
+    write(tmp_path, *both)
+    if len(os.listdir(tmp_path)) < 2:
+        pytest.skip("this file system normalises names")
+    assert listed(open_source(tmp_path)) == sorted(both)
+
+
+def deep_folder(root: Path, num_bytes: int) -> None:
+    """A folder whose full path has `num_bytes`, with an image in it; made step by step."""
+    descriptor = os.open(root, os.O_RDONLY)
+    left = num_bytes - len(os.fsencode(root))
+    while left:
+        # A slash and a name each; never leave a single byte, which would be a slash alone.
+        name = "d" * (min(left - 1, 200) if left - 1 <= 200 or left > 203 else 100)
+        os.mkdir(name, dir_fd=descriptor)
+        inner = os.open(name, os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = inner
+        left -= len(name) + 1
+    with open(os.open("x.jpg", os.O_WRONLY | os.O_CREAT, dir_fd=descriptor), "wb") as file:
+        file.write(JPEG)
+    os.close(descriptor)
+
+
+# The longest path Linux opens has 4,095 bytes; a folder's is also asked for with a slash behind.
+@pytest.mark.parametrize("num_bytes", [4089, 4090, 4093, 4094, 4095, 4096, 4300])
+def test_a_path_too_long_to_open_costs_its_own_record_only(tmp_path: Path, num_bytes: int) -> None:
+    write(tmp_path, "a.jpg", "z.jpg")
+    deep_folder(tmp_path, num_bytes)
+    source = open_source(tmp_path)
+    first, deep, last = listed(source)
+    assert (first, last) == (b"a.jpg", b"z.jpg")
+    assert read(source, last) == JPEG
+    if num_bytes == 4089:
+        assert read(source, deep) == JPEG
+    else:
+        assert code(source, deep) == "path_too_long"
+
+
+# ---- links ---------------------------------------------------------------------------------------
+
+
+def test_a_link_to_a_file_of_the_input_is_read_and_flagged_by_nothing(tmp_path: Path) -> None:
+    write(tmp_path, "a/1.jpg")
+    (tmp_path / "b.jpg").symlink_to("a/1.jpg")
+    (tmp_path / "c.jpg").symlink_to("b.jpg")
+    source = open_source(tmp_path)
+    assert listed(source) == [b"a/1.jpg", b"b.jpg", b"c.jpg"]
+    assert [read(source, path) for path in listed(source)] == [JPEG] * 3
+
+
+def test_a_link_to_a_folder_of_the_input_is_walked(tmp_path: Path) -> None:
+    write(tmp_path, "a/1.jpg")
+    (tmp_path / "b").symlink_to("a")
+    source = open_source(tmp_path)
+    assert listed(source) == [b"a/1.jpg", b"b/1.jpg"]
+    assert read(source, b"b/1.jpg") == JPEG
+
+
+def test_links_that_lead_round_in_a_circle_are_listed_once_and_refused(tmp_path: Path) -> None:
+    write(tmp_path, "a/b/1.jpg")
+    (tmp_path / "a" / "b" / "up").symlink_to("..")
+    (tmp_path / "a" / "root").symlink_to(tmp_path)
+    (tmp_path / "self.jpg").symlink_to("self.jpg")
+    (tmp_path / "x.jpg").symlink_to("y.jpg")
+    (tmp_path / "y.jpg").symlink_to("x.jpg")
+    (tmp_path / "here").symlink_to(".")
+    source = open_source(tmp_path)
+    expected = {
+        b"a/b/up": "symlink_loop",
+        b"a/root": "symlink_loop",
+        b"here": "symlink_loop",
+        b"self.jpg": "symlink_loop",
+        b"x.jpg": "symlink_loop",
+        b"y.jpg": "symlink_loop",
+    }
+    assert listed(source) == sorted([*expected, b"a/b/1.jpg"])
+    assert {path: code(source, path) for path in expected} == expected
+
+
+def test_a_dangling_link_is_recorded_as_vanished(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").symlink_to("gone.jpg")
+    (tmp_path / "y").symlink_to("gone/folder")
+    source = open_source(tmp_path)
+    assert [code(source, path) for path in listed(source)] == ["vanished"] * 2
+
+
+@pytest.fixture
+def inside(tmp_path: Path) -> Path:
+    """An input with links that lead out of it, one to a folder whose name begins like its own."""
+    root = tmp_path / "in"
+    write(root, "1.jpg")
+    write(tmp_path, "in2/secret.jpg", "out/secret.jpg")
+    (root / "absolute.jpg").symlink_to(tmp_path / "out" / "secret.jpg")
+    (root / "folder").symlink_to(tmp_path / "out")
+    (root / "sibling").symlink_to("../in2")
+    (root / "twice.jpg").symlink_to("absolute.jpg")
+    (root / "up.jpg").symlink_to("../in2/secret.jpg")
+    return root
+
+
+def test_links_out_of_the_input_are_refused_by_default(inside: Path) -> None:
+    source = open_source(inside)
+    outside = [b"absolute.jpg", b"folder", b"sibling", b"twice.jpg", b"up.jpg"]
+    assert listed(source) == [b"1.jpg", *outside]
+    assert [code(source, path) for path in outside] == ["outside_root"] * len(outside)
+
+
+def test_links_out_of_the_input_are_followed_where_the_job_allows_it(inside: Path) -> None:
+    source = open_source(inside, allow_outside_links=True)
+    assert listed(source) == [
+        b"1.jpg",
+        b"absolute.jpg",
+        b"folder/secret.jpg",
+        b"sibling/secret.jpg",
+        b"twice.jpg",
+        b"up.jpg",
+    ]
+    assert [read(source, path) for path in listed(source)] == [JPEG] * 6
+
+
+def test_an_input_that_is_itself_a_link_is_walked(inside: Path, tmp_path: Path) -> None:
+    write(inside, "d/2.jpg")
+    (inside / "d" / "3.jpg").symlink_to("2.jpg")
+    (tmp_path / "link").symlink_to(inside)
+    source = open_source(tmp_path / "link")
+    assert [path for path in listed(source) if not isinstance(read(source, path), Failure)] == [
+        b"1.jpg",
+        b"d/2.jpg",
+        b"d/3.jpg",
+    ]
+
+
+# ---- entries that are no regular file ------------------------------------------------------------
+
+
+def test_a_folder_named_like_an_image_is_walked_and_is_no_file_when_a_list_names_it(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, "x.jpg/1.jpg")
+    assert listed(open_source(tmp_path)) == [b"x.jpg/1.jpg"]
+    write(tmp_path, "list.txt", content=b"x.jpg\n")
+    source = open_source(tmp_path / "list.txt")
+    assert code(source, b"x.jpg") == "not_regular_file"
+
+
+def test_a_fifo_or_socket_named_like_an_image_is_recorded_and_never_blocks(
+    tmp_path: Path,
+) -> None:
+    os.mkfifo(tmp_path / "fifo.jpg")
+    (tmp_path / "link.jpg").symlink_to("fifo.jpg")
+    with socket.socket(socket.AF_UNIX) as server:
+        here = os.open(tmp_path, os.O_RDONLY)
+        server.bind(f"/proc/self/fd/{here}/socket.jpg")  # the name proper may be too long
+        os.close(here)
+        source = open_source(tmp_path)
+        assert listed(source) == [b"fifo.jpg", b"link.jpg", b"socket.jpg"]
+        assert [code(source, path) for path in listed(source)] == ["not_regular_file"] * 3
+
+
+def test_a_device_is_recorded_and_not_read(tmp_path: Path) -> None:
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    (tmp_path / "tty.jpg").symlink_to("/dev/tty")
+    source = open_source(tmp_path, allow_outside_links=True)
+    assert code(source, b"zero.jpg") == "not_regular_file"
+    assert code(source, b"tty.jpg") == "not_regular_file"
+
+
+def test_a_device_node_in_the_input_is_recorded_and_not_read(tmp_path: Path) -> None:
+    try:
+        os.mknod(tmp_path / "null.jpg", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("device nodes can be made by root only")
+    source = open_source(tmp_path)
+    assert listed(source) == [b"null.jpg"]
+    assert code(source, b"null.jpg") == "not_regular_file"
+
+
+# ---- permissions ---------------------------------------------------------------------------------
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that another user may enter, as pytest's own is not."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    folder.chmod(0o755)
+    yield folder
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """As a user to whom permissions apply; root becomes nobody, and itself again afterwards."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o111, 0o444])
+def test_a_file_or_folder_that_may_not_be_read_is_recorded_and_not_passed_over(
+    open_folder: Path, mode: int
+) -> None:
+    write(open_folder, "a.jpg", "locked/1.jpg", "secret.jpg", "z.jpg")
+    (open_folder / "locked").chmod(mode)
+    (open_folder / "secret.jpg").chmod(0o000)
+    with unprivileged():
+        source = open_source(open_folder)
+        assert listed(source) == [b"a.jpg", b"locked", b"secret.jpg", b"z.jpg"]
+        assert read(source, b"a.jpg") == read(source, b"z.jpg") == JPEG
+        assert code(source, b"secret.jpg") == "permission_denied"
+        assert code(source, b"locked") == "permission_denied"
+
+
+def test_an_input_folder_that_may_not_be_read_is_an_error_that_names_it(
+    open_folder: Path,
+) -> None:
+    write(open_folder, "in/1.jpg")
+    (open_folder / "in").chmod(0o000)
+    with unprivileged(), pytest.raises(BatchclfError, match="in"):
+        require_images(open_source(open_folder / "in"))
+
+
+def test_a_list_that_may_not_be_read_is_an_error_that_names_it(open_folder: Path) -> None:
+    write(open_folder, "list.txt", content=b"1.jpg\n")
+    (open_folder / "list.txt").chmod(0o000)
+    with unprivileged(), pytest.raises(BatchclfError, match=r"list\.txt"):
+        require_images(open_source(open_folder / "list.txt"))
+
+
+# ---- files that change ---------------------------------------------------------------------------
+
+
+def test_a_file_or_folder_gone_since_the_listing_is_recorded_as_vanished(tmp_path: Path) -> None:
+    write(tmp_path, "a.jpg", "b/1.jpg", "c/1.jpg")
+    source = open_source(tmp_path)
+    paths = listed(source)
+    (tmp_path / "a.jpg").unlink()
+    shutil.rmtree(tmp_path / "b")
+    shutil.rmtree(tmp_path / "c")
+    (tmp_path / "c").write_bytes(JPEG)
+    assert [code(source, path) for path in paths] == ["vanished"] * 3
+
+
+def _grow(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+def _shrink(path: Path) -> None:
+    os.truncate(path, 10)
+
+
+def _rewrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"\0" * 8)
+
+
+@pytest.mark.parametrize("change", [_grow, _shrink, _rewrite])
+@pytest.mark.parametrize("after_reads", [0, 1])
+def test_a_file_that_changes_while_it_is_read_is_recorded_as_changed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], None],
+    after_reads: int,
+) -> None:
+    path = tmp_path / "x.jpg"
+    path.write_bytes(JPEG)
+    os.utime(path, (1e9, 1e9))
+    really_read, num_reads = os.read, 0
+
+    def read_and_change(descriptor: int, size: int) -> bytes:
+        nonlocal num_reads
+        if num_reads == after_reads == 0:
+            change(path)
+        found = really_read(descriptor, size)
+        num_reads += 1
+        if num_reads == after_reads:
+            change(path)
+        return found
+
+    monkeypatch.setattr(os, "read", read_and_change)
+    found = read_image_file(os.fsencode(tmp_path), b"x.jpg", confined=True)
+    assert found == Failure("changed", "changed while it was read")
+    assert num_reads >= after_reads
+
+
+def test_a_file_replaced_while_it_is_read_gives_one_whole_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.jpg"
+    path.write_bytes(JPEG)
+    really_open = os.open
+
+    def open_and_replace(*arguments: object, **named: object) -> int:
+        descriptor = really_open(*arguments, **named)  # type: ignore[arg-type]
+        (tmp_path / "new").write_bytes(b"other")
+        (tmp_path / "new").replace(path)
+        return descriptor
+
+    monkeypatch.setattr("batchclf.images.source.os.open", open_and_replace)
+    found = read_image_file(os.fsencode(tmp_path), b"x.jpg", confined=True)
+    assert found == JPEG
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 65535, 65536, 65537, 3_000_000])
+def test_a_file_of_any_size_is_read_whole(tmp_path: Path, num_bytes: int) -> None:
+    content = bytes(number % 251 for number in range(1000)) * (num_bytes // 1000 + 1)
+    (tmp_path / "x").write_bytes(content[:num_bytes])
+    assert read_image_file(os.fsencode(tmp_path), b"x", confined=True) == content[:num_bytes]
+
+
+def test_reading_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    write(tmp_path, "a.jpg")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "fifo")
+    root = os.fsencode(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    for path in (b"a.jpg", b"d", b"loop", b"fifo", b"gone") * 20:
+        read_image_file(root, path, confined=True)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# ---- lists ---------------------------------------------------------------------------------------
+
+
+def list_of(tmp_path: Path, content: bytes, name: str = "list.txt") -> Source:
+    write(tmp_path, "a.jpg", "b/1.jpg")
+    (tmp_path / name).write_bytes(content)
+    return open_source(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected", "num_left_out"),
+    [
+        (b"b/1.jpg\na.jpg\n", [b"b/1.jpg", b"a.jpg"], 0),
+        (b"b/1.jpg\na.jpg", [b"b/1.jpg", b"a.jpg"], 0),
+        (b"b/1.jpg\r\na.jpg\r\n", [b"b/1.jpg", b"a.jpg"], 0),
+        (b"\xef\xbb\xbfa.jpg\r\nb/1.jpg\r\n", [b"a.jpg", b"b/1.jpg"], 0),
+        (b"\n\n a.jpg \n   \n\t\r\n", [b" a.jpg "], 0),
+        (b"a.jpg\nb/1.jpg\na.jpg\na.jpg\n", [b"a.jpg", b"b/1.jpg"], 2),
+        (b"caf\xe9.jpg\n", [b"caf\xe9.jpg"], 0),
+        ("a\u2028b.jpg\x0b\x85.jpg\n".encode(), ["a\u2028b.jpg\x0b\x85.jpg".encode()], 0),
+    ],
+    ids=["order", "no end", "CRLF", "BOM", "blank", "duplicates", "not UTF-8", "odd newlines"],
+)
+def test_a_list_is_taken_line_by_line(
+    tmp_path: Path, content: bytes, expected: list[bytes], num_left_out: int
+) -> None:
+    source = list_of(tmp_path, content)
+    for _ in range(2):
+        assert listed(source) == expected
+        assert source.num_left_out == num_left_out
+
+
+def test_paths_in_a_list_are_relative_to_its_folder_or_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir("/")
+    write(tmp_path, "elsewhere/2.jpg")
+    absolute = os.fsencode(tmp_path / "a.jpg")
+    source = list_of(tmp_path, b"a.jpg\n" + absolute + b"\nb/../elsewhere/2.jpg\ngone.jpg\n")
+    *there, gone = listed(source)
+    assert [read(source, path) for path in there] == [JPEG] * 3
+    assert code(source, gone) == "vanished"
+
+
+def test_a_list_may_name_links_that_lead_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    source = list_of(tmp_path / "in", b"link.jpg\n")
+    write(tmp_path, "out.jpg")
+    (tmp_path / "in" / "link.jpg").symlink_to("../out.jpg")
+    assert read(source, b"link.jpg") == JPEG
+
+
+def test_a_jsonl_list_holds_texts_or_objects_with_a_path(tmp_path: Path) -> None:
+    lines = [
+        '"a.jpg"',
+        '{"path": "b/1.jpg", "label": "cat"}',
+        "",
+        '{"path":"caf\\u00e9.jpg"}',
+        '{"path":"caf\\udce9.jpg","path_b64":"Y2Fm6S5qcGc="}',
+        '{"path": "a.jpg"}',
+    ]
+    source = list_of(tmp_path, "\ufeff".encode() + "\r\n".join(lines).encode(), "list.JSONL")
+    assert listed(source) == [b"a.jpg", b"b/1.jpg", "café.jpg".encode(), b"caf\xe9.jpg"]
+    assert source.num_left_out == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a.jpg",
+        "[1]",
+        "12",
+        "null",
+        '{"file": "a.jpg"}',
+        '{"path": 3}',
+        '{"path": ""}',
+        '{"path": "a\\u0000.jpg"}',
+        '{"path": "\\udce9.jpg"}',
+        '{"path_b64": "???"}',
+        '{"path_b64": "é"}',
+        '{"path_b64": ""}',
+        '{"path": "a.jpg"',
+    ],
+)
+def test_a_line_of_jsonl_without_a_usable_path_is_an_error_that_names_the_line(
+    tmp_path: Path, line: str
+) -> None:
+    source = list_of(tmp_path, f'"a.jpg"\n{line}\n'.encode(), "list.jsonl")
+    with pytest.raises(UsageError, match=r"list\.jsonl:2"):
+        listed(source)
+
+
+def test_a_utf_16_list_is_an_error_that_names_the_line(tmp_path: Path) -> None:
+    source = list_of(tmp_path, "a.jpg\r\nb/1.jpg\r\n".encode("utf-16"))
+    with pytest.raises(UsageError, match=r"list\.txt:1"):
+        listed(source)
+
+
+# ---- globs ---------------------------------------------------------------------------------------
+
+FILES = [
+    "1.jpg",
+    "2.jpg",
+    "10.jpg",
+    "1.png",
+    "a/1.jpg",
+    "a/b/1.jpg",
+    "a/b/2.png",
+    "b.d/c/x-1.jpg",
+    "b.d/x_2.jpg",
+    "]/^.jpg",
+    "c!/!.jpg",
+    "é/ü.jpg",
+    "+,-/+.jpg",
+]
+PATTERNS = [
+    "*",
+    "*.jpg",
+    "**",
+    "**/*",
+    "**/*.jpg",
+    "a/**",
+    "a/**/*.jpg",
+    "**/b/*.png",
+    "**/b/**",
+    "*/*.jpg",
+    "?.jpg",
+    "??.jpg",
+    "[12].jpg",
+    "[!1].jpg",
+    "[0-9]*.jpg",
+    "[a-b]*/*",
+    "b.?/**/x[-_]*.jpg",
+    "b.d/x[_-]2.jpg",
+    "[]]/*",
+    "[!]]/*",
+    "[!]a]*/*.jpg",
+    "]/[\\^].jpg",
+    "]/[^x].jpg",
+    "c!/[!x].jpg",
+    "c[!a]/*",
+    "[[]*",
+    "1.[jp][pn]g",
+    "*.{jpg,png}",
+    "1.jpg[",
+    "[z-a].jpg",
+    "[+--]*.jpg",
+    "a[+-9]1.jpg",
+    "é/*",
+    "?/ü.jpg",
+    "[é]/*",
+    "é/[ä-ü].jpg",
+    "**/**/1.jpg",
+    "nothing/*.jpg",
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_glob_selects_what_a_shell_would(tmp_path: Path, pattern: str) -> None:
+    write(tmp_path, *FILES)
+    found = glob.glob(pattern, root_dir=tmp_path, recursive=True)
+    expected = {os.fsencode(path) for path in found if (tmp_path / path).is_file()}
+    try:
+        source = open_source(tmp_path / pattern)
+        # Paths are relative to the folders before the first pattern.
+        selected = [
+            os.path.relpath(os.path.join(source.root, path), os.fsencode(tmp_path))
+            for path in listed(source)
+        ]
+    except NoImagesError:
+        selected = []
+    assert selected == sorted(expected, key=lambda path: path.split(b"/"))
+
+
+def test_a_glob_is_relative_to_the_folders_before_its_first_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, *FILES)
+    monkeypatch.chdir(tmp_path)
+    assert listed(open_source(Path("a/b/*.jpg"))) == [b"1.jpg"]
+    assert listed(open_source(Path("*.png"))) == [b"1.png"]
+
+
+def test_a_folder_whose_name_looks_like_a_glob_is_a_folder(tmp_path: Path) -> None:
+    write(tmp_path, "photos [2020]/1.jpg", "photos 2/1.jpg")
+    assert listed(open_source(tmp_path / "photos [2020]")) == [b"1.jpg"]
+
+
+def test_a_glob_does_not_look_into_hidden_folders(tmp_path: Path) -> None:
+    write(tmp_path, ".git/1.jpg", "a/1.jpg")
+    assert listed(open_source(tmp_path / "**" / "*.jpg")) == [b"a/1.jpg"]
+
+
+# ---- nothing to do -------------------------------------------------------------------------------
+
+
+def test_a_missing_folder_or_a_glob_below_one_is_no_images(tmp_path: Path) -> None:
+    for spec in ("nowhere", "nowhere/*.jpg"):
+        with pytest.raises(NoImagesError, match="found 0 images"):
+            open_source(tmp_path / spec)
+
+
+@pytest.mark.parametrize("files", [(), ("a/b/c.txt", "notes.md"), (".hidden/1.jpg",)])
+def test_an_input_without_any_image_is_refused(tmp_path: Path, files: tuple[str, ...]) -> None:
+    (tmp_path / "empty" / "folder").mkdir(parents=True)
+    write(tmp_path, *files, content=b"plain text\n")
+    with pytest.raises(NoImagesError, match="found 0 images"):
+        require_images(open_source(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \r\n", b"\xef\xbb\xbf", b"a.txt\nb\n"])
+def test_a_list_without_any_image_is_refused(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(NoImagesError, match="found 0 images"):
+        require_images(list_of(tmp_path, content))
+
+
+def test_a_glob_that_matches_nothing_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "1.jpg")
+    with pytest.raises(NoImagesError, match="found 0 images"):
+        require_images(open_source(tmp_path / "*.png"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("broken.jpg", b""),
+        ("without a suffix", JPEG),
+        ("photo.dat", encode(picture(8, 8), "WEBP")),
+        ("drawing", b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
+    ],
+)
+def test_one_file_with_the_name_or_content_of_an_image_is_enough(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    write(tmp_path, "a/notes.txt", content=b"plain text\n")
+    write(tmp_path, name, content=content)
+    require_images(open_source(tmp_path))
+
+
+def test_looking_for_an_image_does_not_block_on_a_fifo(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    code_ = "from batchclf.images.source import *; import sys, pathlib\n"
+    code_ += "require_images(open_source(pathlib.Path(sys.argv[1])))"
+    done = subprocess.run(
+        [sys.executable, "-c", code_, tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert "NoImagesError" in done.stderr
+
+
+def test_a_single_image_as_input_is_an_error_that_says_what_to_give(tmp_path: Path) -> None:
+    write(tmp_path, "a.jpg")
+    with pytest.raises(UsageError, match="give a folder"):
+        open_source(tmp_path / "a.jpg")
