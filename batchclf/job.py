@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -32,6 +33,8 @@ from batchclf.results.records import DecodeMode, Interpolation
 
 MAX_JOB_FILE_BYTES = 1_000_000
 MAX_DEPTH = 20
+MAX_INTEGER = 2**53
+"""Largest whole number that every reader of JSON keeps, so the largest that run.json holds."""
 MAX_COUNT = 1024
 """Most threads, streams or batches that a key may ask for: a typo must not start a million."""
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -50,7 +53,7 @@ def _auto_or_count(value: object) -> object:
 
 
 def _error_limit(value: object) -> object:
-    if value is None or (type(value) is int and value >= 0):
+    if value is None or (type(value) is int and 0 <= value <= MAX_INTEGER):
         return value
     rate = re.fullmatch(r"(\d+(?:\.\d+)?)%", value) if isinstance(value, str) else None
     if rate and float(rate[1]) <= 100:
@@ -79,9 +82,28 @@ def _per_channel(value: object) -> object:
 
 
 def _path(value: object) -> object:
-    if isinstance(value, Path) or (isinstance(value, str) and value):
+    if isinstance(value, Path) or (isinstance(value, str) and value and _can_name_a_file(value)):
         return Path(value)
     raise PydanticCustomError("path", "a path, as text")
+
+
+def _can_name_a_file(value: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
+def _file_or_name(value: str) -> str:
+    if not _can_name_a_file(value):
+        raise PydanticCustomError("path", "a name, or a path, as text")
+    return value
+
+
+def _provider_option(value: object) -> object:
+    if isinstance(value, str | float) or (isinstance(value, int) and abs(value) <= MAX_INTEGER):
+        return value
+    raise PydanticCustomError("provider_option", "text, a number, true or false")
 
 
 def _name_to_mapping(value: object) -> object:
@@ -103,7 +125,7 @@ ErrorLimit = Annotated[
             "anyOf": [
                 {"type": "null"},
                 {"type": "integer", "minimum": 0},
-                {"type": "string", "pattern": r"^\d+(\.\d+)?%$"},
+                {"type": "string", "pattern": r"^0*(100(\.0+)?|\d{1,2}(\.\d+)?)%$"},
             ]
         }
     ),
@@ -130,9 +152,24 @@ PerChannel = Annotated[
     BeforeValidator(_per_channel),
     WithJsonSchema({"type": "array", "items": {"type": "number"}, "minItems": 3, "maxItems": 3}),
 ]
+PerChannelAboveZero = Annotated[
+    tuple[float, float, float],
+    BeforeValidator(_per_channel),
+    WithJsonSchema(
+        {
+            "type": "array",
+            "items": {"type": "number", "exclusiveMinimum": 0},
+            "minItems": 3,
+            "maxItems": 3,
+        }
+    ),
+]
+ProviderOption = Annotated[str | int | float | bool, BeforeValidator(_provider_option)]
 FilePath = Annotated[
     Path, BeforeValidator(_path), WithJsonSchema({"type": "string", "minLength": 1})
 ]
+FileOrName = Annotated[str, Field(min_length=1), AfterValidator(_file_or_name)]
+Count = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
 
 
 # ---- the job -------------------------------------------------------------------------------------
@@ -150,7 +187,9 @@ class PreprocessSpec(_Spec):
     )
     crop: EdgeOrSize | None = Field(None, description="Centre crop: the model's input size.")
     mean: PerChannel | None = Field(None, description="Per channel (RGB), of pixels in 0..1.")
-    std: PerChannel | None = Field(None, description="Per channel (RGB), of pixels in 0..1.")
+    std: PerChannelAboveZero | None = Field(
+        None, description="Per channel (RGB), of pixels in 0..1."
+    )
     interpolation: Interpolation | None = Field(None, description="Resampling filter of resize.")
     exif_transpose: bool = Field(
         False, description="Turn the image as its EXIF orientation says; torchvision does not."
@@ -163,21 +202,41 @@ class PreprocessSpec(_Spec):
         return self
 
 
+_MODEL_SOURCES = ("name", "onnx", "bundle")
+_BELONGS = {"weights": "name", "num_classes": "name", "layout": "onnx", "output_name": "onnx"}
+"""Keys of a model that go with one source only."""
+
+
 class ModelSpec(_Spec):
     """The model: `name` (torchvision), or `onnx` (your own file), or `bundle` (exported before)."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {
+                    "required": [source],
+                    "properties": {
+                        **{other: {"type": "null"} for other in _MODEL_SOURCES if other != source},
+                        **{key: False for key, owner in _BELONGS.items() if owner != source},
+                        source: {"type": "string"},
+                    },
+                }
+                for source in _MODEL_SOURCES
+            ]
+        }
+    )
 
     name: str | None = Field(
         None, min_length=1, description="Any torchvision classification model, such as resnet50."
     )
-    weights: str = Field(
+    weights: FileOrName = Field(
         "DEFAULT",
-        min_length=1,
         description="torchvision weights name, path to a .pth or .safetensors file, or none.",
     )
-    labels: str | None = Field(
-        None, min_length=1, description="`imagenet`, or a text file with one name per line."
+    labels: FileOrName | None = Field(
+        None, description="`imagenet`, or a text file with one name per line."
     )
-    num_classes: Annotated[int, Field(ge=1)] | None = Field(
+    num_classes: Count | None = Field(
         None, description="Classes of the head; inferred from a weights file when absent."
     )
     onnx: FilePath | None = Field(None, description="Your own ONNX classifier.")
@@ -194,7 +253,7 @@ class ModelSpec(_Spec):
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelSpec":
-        given = [key for key in ("name", "onnx", "bundle") if getattr(self, key) is not None]
+        given = [key for key in _MODEL_SOURCES if getattr(self, key) is not None]
         if len(given) != 1:
             found = " and ".join(given) if given else "none of them"
             raise PydanticCustomError(
@@ -202,13 +261,7 @@ class ModelSpec(_Spec):
                 "exactly one of name, onnx and bundle; found {found}",
                 {"found": found},
             )
-        belongs = {
-            "weights": "name",
-            "num_classes": "name",
-            "layout": "onnx",
-            "output_name": "onnx",
-        }
-        for key, owner in belongs.items():
+        for key, owner in _BELONGS.items():
             if key in self.model_fields_set and given != [owner]:
                 raise PydanticCustomError(
                     "foreign_key",
@@ -231,9 +284,16 @@ class ModelSpec(_Spec):
 class ProviderSpec(_Spec):
     """Where inference runs; a plain name means the provider's defaults."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {"properties": {"device_type": {"type": "string"}}, "required": ["device_type"]},
+            "then": {"properties": {"name": {"const": "openvino"}}},
+        }
+    )
+
     name: Literal["cpu", "cuda", "openvino"]
     device_type: str | None = Field(None, description="openvino only: CPU, GPU, GPU.1, NPU, ...")
-    options: dict[str, str | int | float | bool] = Field(
+    options: dict[str, ProviderOption] = Field(
         default_factory=dict, description="Passed to the ONNX Runtime provider verbatim."
     )
 
@@ -254,7 +314,7 @@ class LoaderSpec(_Spec):
     decode: DecodeMode = Field(
         "exact", description="exact: torchvision's pixels; fast: scaled JPEG decoding, close to it."
     )
-    max_pixels: Annotated[int, Field(ge=1)] = Field(
+    max_pixels: Count = Field(
         89_478_485,
         description="A larger image is recorded as too_large; the default is Pillow's own limit.",
     )
@@ -297,7 +357,7 @@ class JobSpec(_Spec):
     ] = Field(ProviderSpec(name="cpu"), description="Where inference runs.")
     precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 32
-    top_k: Annotated[int, Field(ge=1)] = Field(5, description="Classes per record, best first.")
+    top_k: Count = Field(5, description="Classes per record, best first.")
     loader: LoaderSpec = LoaderSpec()
     runtime: RuntimeSpec = RuntimeSpec()
     errors: ErrorsSpec = ErrorsSpec()
@@ -335,7 +395,7 @@ def load_job(path: Path, overrides: Sequence[Override] = ()) -> JobSpec:
         JobFileError: with every problem found, one a line.
     """
     document = _parse(path)
-    _resolve_paths(document.data, path.absolute().parent)
+    _resolve_paths(document, path.absolute().parent)
     for override in overrides:
         _apply(document, override)
     try:
@@ -356,7 +416,7 @@ def parse_set(text: str) -> Override:
         raise JobFileError(f"--set {text}: found no `=`; write --set key=value, such as top_k=3")
     try:
         return Override(key.strip(), yaml.load(value, _JobLoader), f"--set {text}")  # noqa: S506
-    except yaml.YAMLError as error:
+    except _NOT_YAML as error:
         raise JobFileError(f"--set {text}: the value is not YAML: {error}") from None
 
 
@@ -364,42 +424,56 @@ def _is_weights_path(value: str) -> bool:
     return value.endswith(WEIGHT_SUFFIXES) or os.sep in value
 
 
-def _resolve_paths(data: dict[str, Any], base: Path) -> None:
+def _resolve_paths(document: _Document, base: Path) -> None:
     """Make the path-valued keys absolute, in place; values of a wrong type are left to pydantic."""
     for key in PATH_KEYS:
         *parents, leaf = key.split(".")
-        node: Any = data
+        node: Any = document.data
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
         if isinstance(node, dict) and isinstance(node.get(leaf), str) and node[leaf]:
-            node[leaf] = _resolve(key, node[leaf], base)
+            node[leaf] = _resolve(key, node[leaf], base, document.origins[key])
 
 
-def _resolve(key: str, value: str, base: Path) -> str:
+def _resolve(key: str, value: str, base: Path, origin: str) -> str:
     if key == "model.labels" and value == "imagenet":
         return value
     if key == "model.weights" and not _is_weights_path(value):
         return value
-    return os.path.normpath(base / Path(value).expanduser())
+    try:
+        return os.path.normpath(base / Path(value).expanduser())
+    except RuntimeError:  # ~ of a user who is not there
+        raise JobFileError(
+            f"{origin}: {key}: found {value}; allowed: a path; there is no such user's home folder"
+        ) from None
 
 
 def _apply(document: _Document, override: Override) -> None:
     *parents, leaf = override.key.split(".")
     node = document.data
-    for parent in parents:
+    for depth, parent in enumerate(parents, start=1):
         child = node.get(parent)
+        if parent in NAMED_KEYS and child is None:
+            child = JobSpec.model_fields[parent].default.name
         if parent in NAMED_KEYS and isinstance(child, str):
             child = {"name": child}
         if child is None:
             child = {}
+            document.origins[".".join(parents[:depth])] = override.option
         if not isinstance(child, dict):
             raise JobFileError(f"{override.option}: `{parent}` holds a value, not further keys")
         node[parent] = node = child
     value = override.value
     if override.key in PATH_KEYS and isinstance(value, str) and value:
-        value = _resolve(override.key, value, Path.cwd())
+        value = _resolve(override.key, value, Path.cwd(), override.option)
     node[leaf] = value
+    for key in [one for one in document.origins if one.startswith(f"{override.key}.")]:
+        del document.origins[key]  # replaced with what held it
     document.origins[override.key] = override.option
+
+
+_NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError)
+"""What PyYAML raises; not YAMLError for a scalar its tag cannot build: 2024-99-99, !!int ''."""
 
 
 class _JobLoader(yaml.SafeLoader):
@@ -470,7 +544,7 @@ def _parse(path: Path) -> _Document:
         line = f":{mark.line + 1}" if mark else ""
         problem = " ".join(filter(None, (error.context, error.problem)))
         raise JobFileError(f"{name}{line}: not a valid job file: {problem}") from None
-    except ValueError as error:  # a scalar YAML resolves but cannot build, such as 2024-99-99
+    except _NOT_YAML as error:
         raise JobFileError(f"{name}: not a valid job file: {error}") from None
     if node is None or not isinstance(data, dict):
         found = "an empty file" if data is None else f"a {type(data).__name__}"
@@ -562,5 +636,8 @@ def _nearest(found: str, allowed: Sequence[str]) -> str:
 
 
 def _show(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return f"a {type(value).__name__} too long to show"
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -108,10 +108,6 @@ def run_job(
         if previous is not None:  # listed then, not now
             run["num_left_out"] = previous.get("num_left_out")
         retried = _failed(plan, done) if options.retry_failed else Counter[str]()
-        finished = finished_summary(files) if done.num_images == plan.num_images else None
-        if finished is not None and not retried:
-            reporter.log(f"already complete: {plan.num_images:,} images in {files.predictions}")
-            return RunResult(files, finished, was_complete=True)
         stats = StatsCollector(
             cpu_seconds=cpu_seconds,
             peak_rss_mb=peak_rss_mb,
@@ -119,6 +115,11 @@ def run_job(
             list_s=list_s,
         )
         stats.resume(done.num_ok, done.errors_by_code - retried)
+        _check_error_limit(plan, stats)
+        finished = finished_summary(files) if done.num_images == plan.num_images else None
+        if finished is not None and not retried:
+            reporter.log(f"already complete: {plan.num_images:,} images in {files.predictions}")
+            return RunResult(files, finished, was_complete=True)
         with kept_status(files, run):
             if retried:
                 _retry_failed(plan, stats, reporter=reporter, stop=stop)

@@ -1,5 +1,7 @@
 """What an earlier run of the same job has left, and whether it is the same job at all."""
 
+import json
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,10 +32,11 @@ def fingerprint(plan: Plan, limit: int | None) -> dict[str, object]:
             "decode": job.loader.decode,
             "max_pixels": job.loader.max_pixels,
         },
+        "allow_outside_links": job.loader.allow_outside_links,
         "labels": digest_of(plan.model.labels),
         "top_k": job.top_k,
         "precision": job.precision,
-        "input": str(job.input),
+        "input": os.fspath(job.input),
         "limit": limit,
         "num_images": plan.num_images,
     }
@@ -58,7 +61,7 @@ def resume(
             )
         return Done()
     # Through JSON and back, as the previous fingerprint went.
-    current = orjson.loads(orjson.dumps(fingerprint))
+    current = json.loads(json.dumps(fingerprint))
     before = previous.get("fingerprint", {})
     changed = [
         f"  {key}: was {before.get(key)!r}, is {value!r}"

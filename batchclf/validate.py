@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from batchclf.errors import UsageError
-from batchclf.images.source import open_source, require_images
+from batchclf.images.source import open_source, require_images, would_list
 from batchclf.job import JobSpec
 from batchclf.models.resolve import check_model
 from batchclf.runtime.providers import installed_flavours, require_precision, require_provider
@@ -44,10 +44,9 @@ def require_separate_output(job: JobSpec) -> None:
     Raises:
         UsageError: also when the output is a file.
     """
-    output, source = job.output.resolve(), job.input.resolve()
-    if source.is_dir() and (output == source or source in output.parents):
+    if would_list(job.input.resolve(), job.output.resolve() / "predictions.jsonl"):
         raise UsageError(
             f"output: {job.output} lies inside the input {job.input}; give a folder outside it"
         )
-    if output.exists() and not output.is_dir():
+    if job.output.exists() and not job.output.is_dir():
         raise UsageError(f"output: {job.output} is a file; give a folder")

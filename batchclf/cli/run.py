@@ -37,7 +37,7 @@ def command(
       batchclf run jobs/cpu.yaml
       batchclf run jobs/cpu.yaml -i photos -o runs/photos -b 16
     """
-    import orjson
+    import json
 
     from batchclf.cli.progress import Progress
     from batchclf.interrupt import StopRequest
@@ -45,11 +45,11 @@ def command(
 
     def print_json(value: dict[str, Any]) -> None:
         if as_json:
-            click.echo(orjson.dumps(value).decode())
+            click.echo(json.dumps(value))
 
     if overwrite and retry_failed:
         raise UsageError("--overwrite starts anew, --retry-failed keeps: give one of them")
-    part = _parse_shard(shard) if shard else Shard()
+    part = Shard() if shard is None else _parse_shard(shard)
     try:
         with StopRequest().installed() as stop, Progress() as progress:
             spec = load(job, sets, direct)

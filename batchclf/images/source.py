@@ -59,14 +59,22 @@ def open_source(spec: Path, *, allow_outside_links: bool = False) -> Source:
             f"input: {text}: found a single file; "
             "give a folder, a glob such as photos/*.jpg, or a .txt or .jsonl list of paths"
         )
-    parts = spec.parts
-    magic = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), None)
-    if magic is None:
+    root, parts = _split_glob(spec)
+    if not parts:
         raise NoImagesError(f"input: {text}: found 0 images: no such folder or file")
-    root = Path(*parts[:magic])
     if not root.is_dir():
         raise NoImagesError(f"input: {text}: found 0 images: {root} is not a folder")
-    return _folder(os.fsencode(root), confined, _glob(parts[magic:]))
+    return _folder(os.fsencode(root), confined, _glob(parts))
+
+
+def would_list(spec: Path, path: Path) -> bool:
+    """Whether the listing of `spec`, a folder or a glob, would hold a file at `path`."""
+    if spec.is_dir():
+        return path.is_relative_to(spec)
+    root, parts = _split_glob(spec)
+    if not parts or not path.is_relative_to(root):
+        return False
+    return _glob(parts)(os.fsencode(path.relative_to(root)))
 
 
 def require_images(source: Source) -> None:
@@ -172,6 +180,13 @@ def _is_inside(real_path: bytes, real_root: bytes) -> bool:
 
 
 _Names = Sequence[str]
+
+
+def _split_glob(spec: Path) -> tuple[Path, _Names]:
+    """The folder above the first name with a wildcard, and the names from there on."""
+    parts = spec.parts
+    first = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts))
+    return Path(*parts[:first]), parts[first:]
 
 
 def _glob(parts: _Names) -> Callable[[bytes], bool]:

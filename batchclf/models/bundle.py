@@ -133,19 +133,19 @@ def cached_bundle(
 
     Two processes that want the same bundle at once build it once: the second waits.
     """
-    folder = cached_folder(request)
-    if folder.exists():
-        try:
-            return open_bundle(folder)
-        except ModelError as error:
-            log(f"{error}; building it anew")
     try:
+        folder = cached_folder(request)
+        if folder.exists():
+            try:
+                return open_bundle(folder)
+            except ModelError as error:
+                log(f"{error}; building it anew")
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{folder}.lock")
         lock.acquire()
     except OSError as error:
         raise EnvironmentFailed(
-            f"{folder.parent}: the model cache cannot be written: {error.strerror}; "
+            f"{cache_folder()}: the model cache cannot be written: {error.strerror}; "
             f"set {CACHE_VARIABLE} to a folder that can"
         ) from error
     try:
@@ -168,8 +168,11 @@ def remember_batch_size(bundle: Bundle, batch_size: int) -> None:
     verified = tuple(sorted({*bundle.meta.verified_batches, batch_size}))
     meta = bundle.meta.model_copy(update={"verified_batches": verified})
     temporary = bundle.folder / f"{META_FILE}.{os.getpid()}"
-    _write_durably(temporary, meta.model_dump_json(indent=1).encode())
-    os.replace(temporary, bundle.folder / META_FILE)
+    try:
+        _write_durably(temporary, meta.model_dump_json(indent=1).encode())
+        os.replace(temporary, bundle.folder / META_FILE)
+    except OSError:  # a cache that can only be read: the next run checks again
+        temporary.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:

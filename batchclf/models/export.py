@@ -7,10 +7,16 @@ bake the example's batch size into the graph without a word.
 Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 """
 
+import contextlib
 import difflib
+import http.client
+import math
 import pickle
+import re
+import sys
 import urllib.error
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +43,13 @@ MAX_PROTOBUF_BYTES = 1_900_000_000
 
 _FEEDS_OWN_NORMALISATION = ("googlenet", "inception_v3")
 """Models whose pretrained weights expect `transform_input=True` (torchvision's builders set it)."""
+_VIT_POSITIONS = "encoder.pos_embedding"
+"""Of shape (1, 1 + patches, width): tells for which image size a ViT was trained."""
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "model_ema")
+_OLD_DENSENET = re.compile(
+    r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var))$"
+)
+"""Names in torchvision's own DenseNet files, which its builders rename."""
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 
 OpenReference = Callable[[Path], Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]]
@@ -79,13 +91,13 @@ def build_torchvision(
         state = _read_state(weights_path)
         module = _build_from_state(name, state, weights_path, num_classes)
         labels = None
-        member = _reference_weights(enum)
+        member = _reference_weights(enum, module)
     elif weights == "none":
         with torch.random.fork_rng():
             torch.manual_seed(0)  # the same random model on every machine
             module = _bare(name, num_classes or 1000)
         labels = None
-        member = _reference_weights(enum)
+        member = _reference_weights(enum, module)
     else:
         member = _weights_member(name, enum, weights)
         if num_classes is not None and num_classes != len(member.meta["categories"]):
@@ -166,21 +178,31 @@ def _bare(name: str, num_classes: int, **options: object) -> nn.Module:
 
 def _build_pretrained(name: str, member: zoo.WeightsEnum) -> nn.Module:
     try:
-        module: nn.Module = zoo.get_model(name, weights=member)
+        with contextlib.redirect_stdout(sys.stderr):  # torch.hub prints what it downloads
+            module: nn.Module = zoo.get_model(name, weights=member)
         return module
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        http.client.HTTPException,
+    ) as error:
+        path = f"{torch.hub.get_dir()}/checkpoints/{Path(member.url).name}"
         if isinstance(error, urllib.error.HTTPError | urllib.error.URLError | TimeoutError):
             what = f"cannot be downloaded: {error.reason if hasattr(error, 'reason') else error}"
         elif "invalid hash value" in str(error):
             what = "were damaged in the download (wrong hash); a proxy may have answered instead"
+        elif isinstance(error, http.client.HTTPException):
+            what = f"cannot be downloaded: {type(error).__name__}: {_first_line(error)}"
         else:
             what = f"cannot be loaded: {_first_line(error)}"
         raise WeightsUnavailable(
             f"weights {member} {what}\n"
             f"  from: {member.url}\n"
-            f"  to:   {torch.hub.get_dir()}/checkpoints\n"
-            "  Check the network and the proxy, or put the file there by hand, or name a file of "
-            "your own in model.weights."
+            f"  to:   {path}\n"
+            "  Check the network and the proxy, or put the file there by hand (delete a damaged "
+            "one first), or name a file of your own in model.weights."
         ) from error
 
 
@@ -198,9 +220,15 @@ def _weights_member(name: str, enum: Any, weights: str) -> zoo.WeightsEnum:
     return member
 
 
-def _reference_weights(enum: Any) -> zoo.WeightsEnum:
-    """The weights whose transforms go with a weights file: IMAGENET1K_V1, or the model's first."""
-    members = {member.name: member for member in enum}
+def _reference_weights(enum: Any, module: nn.Module) -> zoo.WeightsEnum:
+    """The weights whose transforms go with a module of own or random weights.
+
+    IMAGENET1K_V1, or the model's first; for a ViT, whose image size is fixed, among those of its
+    size if there are any.
+    """
+    size = getattr(module, "image_size", None)
+    fitting = [member for member in enum if member.transforms().crop_size[0] == size]
+    members = {member.name: member for member in fitting or enum}
     found: zoo.WeightsEnum = members.get("IMAGENET1K_V1", next(iter(members.values())))
     return found
 
@@ -236,7 +264,7 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     if not state:
         raise ModelError(f"{what}: holds no tensors")
-    return state
+    return {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
 
 
 def _build_from_state(
@@ -246,14 +274,22 @@ def _build_from_state(
     if name in _FEEDS_OWN_NORMALISATION:
         has_aux = any(key.lower().startswith("aux") for key in state)
         options = {"transform_input": True, "aux_logits": has_aux}
+    positions = state.get(_VIT_POSITIONS)
+    if name.startswith("vit_") and positions is not None and positions.ndim == 3:
+        patch = int(name.rpartition("_")[2])
+        options["image_size"] = patch * math.isqrt(positions.shape[1] - 1)  # less the class token
     inferred = _infer_num_classes(name, state, options)
     if inferred is not None and num_classes not in (None, inferred):
         raise ModelError(
             f"model.num_classes: found {num_classes}, but the head in {path} has {inferred} classes"
         )
     module = _bare(name, inferred or num_classes or 1000, **options)
+    versioned = OrderedDict(state)
+    # MNASNet refuses a state dict of no version, and a file may not carry one.
+    metadata = {"": {"version": module._version}}  # noqa: SLF001
+    versioned._metadata = metadata  # type: ignore[attr-defined]  # noqa: SLF001
     try:
-        module.load_state_dict(state, strict=True)
+        module.load_state_dict(versioned, strict=True)
     except RuntimeError as error:
         raise ModelError(f"model.weights: {path}: {_misfit(name, module, state)}") from error
     return module
@@ -263,11 +299,16 @@ def _infer_num_classes(
     name: str, state: Mapping[str, Tensor], options: Mapping[str, object]
 ) -> int | None:
     """Classes of the head in `state`: the head is what changes shape with `num_classes`."""
-    with torch.device("meta"):
-        one, other = (
-            {key: value.shape for key, value in _bare(name, count, **options).state_dict().items()}
-            for count in (1000, 1001)
-        )
+
+    def shapes(count: int) -> dict[str, torch.Size]:
+        own = _bare(name, count, **options).state_dict()
+        return {key: value.shape for key, value in own.items()}
+
+    try:
+        with torch.device("meta"):
+            one, other = shapes(1000), shapes(1001)
+    except NotImplementedError:  # RegNet computes its widths with tensors
+        one, other = shapes(1000), shapes(1001)
     for key, shape in one.items():
         if shape != other[key] and key in state and state[key].ndim:
             return int(state[key].shape[0])
@@ -369,7 +410,23 @@ def _export(module: nn.Module, path: Path, *, example: Tensor) -> None:
         ) from error
     assert program is not None
     num_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
+    _forget_origins(program)
     program.save(path, external_data=num_bytes > MAX_PROTOBUF_BYTES)
+
+
+def _forget_origins(program: Any) -> None:
+    """Drop stack traces and the like: they hold this machine's paths and this file's line numbers,
+    and would make the same model another one elsewhere."""
+    model = program.model
+    for graph in (model.graph, *model.functions.values()):
+        graph.metadata_props.clear()
+        for node in graph:
+            node.metadata_props.clear()
+            for value in node.outputs:
+                value.metadata_props.clear()
+        for value in (*graph.inputs, *getattr(graph, "initializers", {}).values()):
+            value.metadata_props.clear()
+    model.metadata_props.clear()
 
 
 def _first_line(error: BaseException) -> str:

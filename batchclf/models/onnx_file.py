@@ -8,7 +8,7 @@ Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ OpenReference = Callable[..., Run]
 OLDEST_OPSET = 7
 """First opset whose Mul and Add broadcast as NumPy does."""
 MAX_PROTOBUF_BYTES = 1_900_000_000
+_PASS_ON = ("Cast", "Identity", "Flatten", "Reshape", "Squeeze")
+"""Operators that hand scores on as they are."""
 _PREFIX = "batchclf_"
 _INPUT_TYPES: dict[int, np.dtype[Any]] = {
     TensorProto.FLOAT: np.dtype(np.float32),
@@ -73,6 +75,8 @@ def wrap_onnx(
     preprocess = _preprocess(path, image, given)
     output = _score_output(path, model, spec.output_name)
     original = open_reference(path, output)
+    _rename_earlier_wrapping(model)
+    image, output = replace(image, name=_renamed(image.name)), _renamed(output)
     pixels_NHWC = sample_pixels(*image.crop)
     feed = _as_fed(pixels_NHWC, image, preprocess)
     expected_NK = _scores(path, _run_rows(original, feed, image.fixed_batch))
@@ -84,7 +88,13 @@ def wrap_onnx(
     run = open_reference(target)
     for size in checked:
         found_NK = run(tiled(pixels_NHWC, size))
-        assert_same_scores(found_NK, tiled(expected_NK, size), f"{path}, batch of {size}")
+        assert_same_scores(
+            found_NK,
+            tiled(expected_NK, size),
+            f"{path}, batch of {size}",
+            is_half=TensorProto.FLOAT16
+            in (image.type, *(w.data_type for w in model.graph.initializer)),
+        )
     return WrappedModel(
         preprocess, int(expected_NK.shape[1]), is_probability, image.fixed_batch, checked
     )
@@ -97,12 +107,25 @@ def external_files(path: Path) -> list[Path]:
         ModelError: not an ONNX model.
     """
     model = _parse(path, load_external_data=False)
+    tensors = [
+        *model.graph.initializer,
+        *(attribute.t for node in model.graph.node for attribute in node.attribute),
+    ]
     names = {
         entry.value
-        for tensor in model.graph.initializer
+        for tensor in tensors
         for entry in tensor.external_data
         if entry.key == "location"
     }
+    for name in names:
+        found = (path.parent / name).resolve()
+        if not found.is_relative_to(path.parent.resolve()) or (
+            found.exists() and not found.is_file()
+        ):
+            raise ModelError(
+                f"model.onnx: {path}: its weights are said to be in {name}, which is no file "
+                "in the model's own folder"
+            )
     return [path.parent / name for name in sorted(names)]
 
 
@@ -304,8 +327,11 @@ def _is_probability(
     path: Path, model: onnx.ModelProto, output: str, scores_NK: np.ndarray[Any, Any]
 ) -> bool:
     """Rows of probabilities are not negative and add up to 1; logits of three images never do."""
-    last = next((node.op_type for node in model.graph.node if output in node.output), "")
-    if last == "Sigmoid":
+    makers = {name: node for node in model.graph.node for name in node.output}
+    last = makers.get(output)
+    while last is not None and last.op_type in _PASS_ON and last.input:
+        last = makers.get(last.input[0])
+    if last is not None and last.op_type == "Sigmoid":
         raise ModelError(
             f"model.onnx: {path}: ends with a Sigmoid, so its classes do not exclude each other; "
             "batchclf ranks classes that do"
@@ -315,6 +341,19 @@ def _is_probability(
 
 
 # ---- wrapping ------------------------------------------------------------------------------------
+
+
+def _rename_earlier_wrapping(model: onnx.ModelProto) -> None:
+    """Give values of an earlier wrapping other names, so that ours are free."""
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [_renamed(name) for name in names]
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        value.name = _renamed(value.name)
+
+
+def _renamed(name: str) -> str:
+    return f"inner_{name}" if name.startswith(_PREFIX) else name
 
 
 def _wrap(model: onnx.ModelProto, image: _Input, preprocess: Preprocess, output: str) -> None:

@@ -259,15 +259,16 @@ def _is_error(line: bytes) -> bool:
 
 def write_run(files: RunFiles, run: Mapping[str, object]) -> None:
     """Replace run.json whole."""
-    data = orjson.dumps(run, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    # json and not orjson: a path that is not UTF-8 is kept as escapes.
+    data = json.dumps(run, indent=2).encode("ascii") + b"\n"
     _replace(files.run, data)
 
 
 def read_run(files: RunFiles) -> dict[str, Any] | None:
     """What run.json says; None when there is none, or none that parses."""
     try:
-        run = orjson.loads(files.run.read_bytes())
-    except (FileNotFoundError, orjson.JSONDecodeError):
+        run = json.loads(files.run.read_bytes())
+    except (FileNotFoundError, ValueError):
         return None
     return run if isinstance(run, dict) else None
 
@@ -363,8 +364,21 @@ def discard(files: RunFiles) -> None:
 
 def discard_abandoned_listing(files: RunFiles) -> None:
     """Remove the listing of a run that ended before it began; nothing was done by it."""
-    if not any(files.folder.glob("run*.json")):
+    if not any(files.folder.glob("run*.json")) and not _others_at_work(files):
         _remove(files.listing)
+
+
+def _others_at_work(files: RunFiles) -> bool:
+    """Whether another shard's process holds its lock: it may have frozen the listing just now."""
+    for path in files.folder.glob(".lock*"):
+        if path == files.lock:
+            continue
+        try:
+            with FileLock(path, timeout=0):
+                pass
+        except Timeout:
+            return True
+    return False
 
 
 def _remove(path: Path) -> None:

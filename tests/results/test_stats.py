@@ -1,0 +1,138 @@
+"""The figures of a run: latency percentiles, counts, stages, the bottleneck."""
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchclf.results.records import Failure, ImageRef, Prediction, Record
+from batchclf.results.stats import Histogram, StatsCollector
+
+OK = Record(ImageRef(0, b"a"), (Prediction("cat", 0, 1.0),))
+BAD = Record(ImageRef(1, b"b"), Failure("truncated", "ends early"))
+EMPTY = Record(ImageRef(2, b"c"), Failure("empty_file", "0 bytes"))
+
+
+def collector() -> StatsCollector:
+    return StatsCollector(
+        cpu_seconds=lambda: 1.234567, peak_rss_mb=lambda: 99.96, startup_s=2.0, list_s=0.5
+    )
+
+
+def stand_still(monkeypatch: pytest.MonkeyPatch, *times: float) -> None:
+    """Let the clock show `times`, one per look."""
+    monkeypatch.setattr("batchclf.results.stats.time.perf_counter", iter(times).__next__)
+
+
+@given(
+    st.lists(st.floats(1e-3, 1e4), min_size=1, max_size=300),
+    st.sampled_from([1, 25, 50, 90, 95, 99, 100]),
+)
+def test_percentiles_are_within_1_percent_of_numpys(seconds: list[float], percent: float) -> None:
+    histogram = Histogram()
+    for value in seconds:
+        histogram.add(value)
+    expected = np.percentile(seconds, percent, method="inverted_cdf")
+    assert histogram.percentile_ms(percent) / 1000 == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("percent", [50, 95, 99])
+def test_percentiles_of_many_durations_are_within_1_percent_of_numpys_default(
+    percent: float,
+) -> None:
+    seconds = np.random.default_rng(0).lognormal(mean=-3, sigma=0.8, size=50_000)
+    histogram = Histogram()
+    for value in seconds:
+        histogram.add(float(value))
+    assert histogram.percentile_ms(percent) == pytest.approx(
+        1000 * np.percentile(seconds, percent), rel=0.01
+    )
+
+
+def test_the_histogram_does_not_grow_with_the_number_of_durations() -> None:
+    histogram = Histogram()
+    for number in range(100_000):
+        histogram.add(0.01 + number % 1000 / 100_000)
+    assert len(histogram._counts) < 100
+
+
+def test_an_empty_histogram_and_a_duration_of_zero_are_no_errors() -> None:
+    histogram = Histogram()
+    assert histogram.percentile_ms(50) == 0
+    histogram.add(0.0)
+    histogram.add(-1e-9)
+    assert histogram.percentile_ms(99) == 0
+
+
+def test_counts_are_kept_by_code_and_add_up() -> None:
+    stats = collector()
+    stats.add_records([OK, BAD, EMPTY, BAD], 0.1)
+    stats.add_records([OK], 0.2)
+    figures = stats.snapshot()
+    assert (figures.num_images, figures.num_ok, figures.num_errors) == (5, 2, 3)
+    assert dict(figures.errors_by_code) == {"empty_file": 1, "truncated": 2}
+    assert list(figures.errors_by_code) == ["empty_file", "truncated"]
+    assert (stats.num_images, stats.num_errors) == (5, 3)
+    assert figures.stage_s.write == pytest.approx(0.3)
+    assert figures.stage_s.list == 0.5
+    assert figures.startup_s == 2.0
+    assert figures.cpu_s == 1.23
+    assert figures.peak_rss_mb == 100.0
+
+
+def test_what_an_earlier_run_wrote_counts_as_done_but_not_as_speed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stand_still(monkeypatch, 100.0, 102.0)
+    stats = collector()
+    stats.resume(90, {"truncated": 10})
+    stats.add_records([OK, BAD], 0.0)
+    figures = stats.snapshot()
+    assert (figures.num_images, figures.num_ok, figures.num_errors) == (102, 91, 11)
+    assert figures.wall_s == 2.0
+    assert figures.images_per_s == 1.0
+
+
+@pytest.mark.parametrize(
+    ("decode_wait_s", "infer_s", "write_s", "expected"),
+    [
+        (0.0, 0.0, 0.0, "none"),
+        (1.0, 9.0, 0.1, "infer"),
+        (9.0, 1.0, 0.1, "decode"),
+        (9.0, 1.0, 6.0, "write"),
+    ],
+)
+def test_the_bottleneck_is_what_the_others_wait_for(
+    monkeypatch: pytest.MonkeyPatch,
+    decode_wait_s: float,
+    infer_s: float,
+    write_s: float,
+    expected: str,
+) -> None:
+    stand_still(monkeypatch, 0.0, 10.0)
+    stats = collector()
+    stats.add_batch(decode_wait_s, infer_s)
+    stats.add_records([OK], write_s)
+    bottleneck = stats.snapshot().bottleneck
+    assert bottleneck["stage"] == expected
+    assert set(bottleneck) == {"stage", "why"}
+
+
+def test_streams_may_add_batches_at_once() -> None:
+    stats = collector()
+
+    def add() -> None:
+        for _ in range(2000):
+            stats.add_batch(0.001, 0.002)
+
+    threads = [threading.Thread(target=add) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stages = stats.snapshot().stage_s
+    assert stages.decode_wait == pytest.approx(8.0)
+    assert stages.infer == pytest.approx(16.0)
+    assert stats._batches._counts.total() == 8000

@@ -1,0 +1,445 @@
+"""Records to lines and back, what a cut or damaged file resumes from, the files of a run."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchclf.errors import EnvironmentFailed, ResumeRefused
+from batchclf.results import writer
+from batchclf.results.records import Failure, ImageRef, Prediction, Record, Shard
+from batchclf.results.writer import (
+    Done,
+    RecordWriter,
+    RunFiles,
+    count_listing,
+    discard,
+    discard_abandoned_listing,
+    encode_record,
+    failed_refs,
+    find_done,
+    freeze_listing,
+    only_writer,
+    read_listing,
+    read_run,
+    replace_failed,
+    write_run,
+)
+from tests.conftest import ROOT
+from tests.tiny import name_in
+
+ODD_NAMES = (
+    b"caf\xe9.jpg",
+    b"two\nlines.jpg",
+    b'"quotes".jpg',
+    b"back\\slash.jpg",
+    b"tab\t.jpg",
+    b"\x01\x7f.jpg",
+    "line\u2028separator.jpg".encode(),
+    "\u202egpj.exe".encode(),
+    "cafe\u0301.jpg".encode(),
+    "smile \U0001f600.jpg".encode(),
+    b"-rf.jpg",
+    b"=cmd|' /C calc'!A0.jpg",
+    b"<script>alert(1)</script>.jpg",
+    b"a" * 255,
+    b"\xff",
+    b"\xed\xa0\x80.jpg",  # a surrogate, written as UTF-8 may not be
+)
+NAMES = st.binary(min_size=1, max_size=40).map(lambda name: name.replace(b"\0", b"_"))
+NAMES |= st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1).map(
+    str.encode
+)
+NAMES |= st.sampled_from(ODD_NAMES)
+SCORES = st.floats(0, 1, width=32)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+PREDICTIONS = st.lists(st.builds(Prediction, TEXTS, st.integers(0, 10**6), SCORES), max_size=5)
+OUTCOMES = PREDICTIONS.map(tuple) | st.builds(Failure, st.sampled_from(["truncated", "x"]), TEXTS)
+
+
+def record_of(path: bytes, outcome: tuple[Prediction, ...] | Failure) -> Record:
+    return Record(ImageRef(0, path), outcome)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> RunFiles:
+    return RunFiles(tmp_path)
+
+
+# ---- lines ---------------------------------------------------------------------------------------
+
+
+@given(path=NAMES, outcome=OUTCOMES, warnings=st.lists(TEXTS, max_size=2).map(tuple))
+def test_a_record_is_one_line_of_json_that_gives_everything_back(
+    path: bytes, outcome: tuple[Prediction, ...] | Failure, warnings: tuple[str, ...]
+) -> None:
+    line = encode_record(Record(ImageRef(7, path), outcome, warnings))
+    assert line.endswith(b"\n")
+    assert line.count(b"\n") == 1
+    parsed = json.loads(line)
+    assert name_in(parsed) == path
+    assert tuple(parsed.get("warnings", ())) == warnings
+    if isinstance(outcome, Failure):
+        assert parsed["status"] == "error"
+        assert parsed["error"] == {"code": outcome.code, "message": outcome.message}
+        assert "predictions" not in parsed
+    else:
+        assert parsed["status"] == "ok"
+        assert "error" not in parsed
+        found = [(one["label"], one["index"]) for one in parsed["predictions"]]
+        assert found == [(one.label, one.index) for one in outcome]
+        for one, expected in zip(parsed["predictions"], outcome, strict=True):
+            assert one["score"] == pytest.approx(expected.score, abs=1e-6)
+
+
+@given(NAMES)
+def test_only_names_that_are_not_utf8_carry_base64(path: bytes) -> None:
+    parsed = json.loads(encode_record(record_of(path, ())))
+    try:
+        path.decode("utf-8")
+    except UnicodeDecodeError:
+        assert "path_b64" in parsed
+    else:
+        assert "path_b64" not in parsed
+        assert parsed["path"] == path.decode("utf-8")
+
+
+def test_the_keys_of_a_line_stand_in_the_order_of_the_contract() -> None:
+    good = encode_record(record_of(b"cats/1.jpg", (Prediction("tabby", 281, 0.78612345),)))
+    bad = encode_record(record_of(b"bad.jpg", Failure("truncated", "ends after 1,024 bytes")))
+    assert good == (
+        b'{"path":"cats/1.jpg","status":"ok",'
+        b'"predictions":[{"label":"tabby","index":281,"score":0.786123}]}\n'
+    )
+    assert bad == (
+        b'{"path":"bad.jpg","status":"error",'
+        b'"error":{"code":"truncated","message":"ends after 1,024 bytes"}}\n'
+    )
+
+
+# ---- what is done --------------------------------------------------------------------------------
+
+
+def done_in(data: bytes, paths: list[bytes]) -> Done:
+    with tempfile.TemporaryDirectory() as folder:
+        predictions = Path(folder) / "predictions.jsonl"
+        predictions.write_bytes(data)
+        return find_done(predictions, paths)
+
+
+@given(entries=st.lists(st.tuples(NAMES, OUTCOMES), max_size=6), data=st.data())
+def test_a_file_cut_anywhere_is_done_up_to_its_last_whole_line(
+    entries: list[tuple[bytes, Any]], data: st.DataObject
+) -> None:
+    lines = [encode_record(record_of(path, outcome)) for path, outcome in entries]
+    whole = b"".join(lines)
+    end = data.draw(st.integers(0, len(whole)))
+    done = done_in(whole[:end], [path for path, _ in entries])
+    kept = 0
+    while kept < len(lines) and len(b"".join(lines[: kept + 1])) <= end:
+        kept += 1
+    assert done.num_bytes == len(b"".join(lines[:kept]))
+    assert done.num_images == kept
+    failures = [outcome for _, outcome in entries[:kept] if isinstance(outcome, Failure)]
+    assert done.errors_by_code.total() == len(failures)
+    assert done.num_ok == kept - len(failures)
+
+
+@given(
+    entries=st.lists(st.tuples(NAMES, OUTCOMES), min_size=1, max_size=4),
+    position=st.floats(0, 1, exclude_max=True),
+    value=st.integers(0, 255),
+)
+def test_a_changed_byte_anywhere_is_never_an_error_and_never_hides_a_line(
+    entries: list[tuple[bytes, Any]], position: float, value: int
+) -> None:
+    lines = [encode_record(record_of(path, outcome)) for path, outcome in entries]
+    whole = bytearray(b"".join(lines))
+    offset = int(position * len(whole))
+    whole[offset] = value
+    done = done_in(bytes(whole), [path for path, _ in entries])
+    assert done.num_images <= len(lines)
+    assert done.num_bytes in {len(b"".join(lines[:count])) for count in range(len(lines) + 1)}
+    assert done.num_bytes == len(b"".join(lines[: done.num_images]))
+
+
+GOOD = encode_record(record_of(b"a.jpg", (Prediction("cat", 0, 0.5),)))
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        b"",
+        GOOD.replace(b"a.jpg", b"b.jpg")[:-1],
+        GOOD.replace(b"a.jpg", b"b.jpg")[:20],
+        b"\n",
+        b"\0" * 512,
+        b"\0" * 512 + b"\n",
+        b'{"path":"b.jpg","status":"ok","predictions":[{"label":"caf\xc3',
+        b"garbage\n",
+        b"[1,2]\n",
+        b"null\n",
+        b"{}\n",
+        b'{"path":"b.jpg"}\n',
+        b'{"path":"b.jpg","status":"ok"}\n',
+        b'{"path":"b.jpg","status":"error","error":{}}\n',
+        b'{"path":"b.jpg","status":"error","error":"truncated"}\n',
+        b'{"path":"c.jpg","status":"ok","predictions":[]}\n',
+        b'{"path":1,"status":"ok","predictions":[]}\n',
+        b'{"path":"x","path_b64":"abc","status":"ok","predictions":[]}\n',
+        b'{"path":"x","path_b64":1,"status":"ok","predictions":[]}\n',
+        b'{"path":"\\ud800","path_b64":null,"status":"ok","predictions":[]}\n',
+        GOOD,
+    ],
+)
+def test_a_tail_that_is_no_record_of_the_next_image_is_not_counted(tail: bytes) -> None:
+    done = done_in(GOOD + tail, [b"a.jpg", b"b.jpg"])
+    assert (done.num_images, done.num_bytes) == (1, len(GOOD))
+
+
+def test_more_records_than_the_listing_has_are_not_counted() -> None:
+    assert done_in(GOOD + GOOD, [b"a.jpg"]).num_bytes == len(GOOD)
+
+
+def test_without_a_file_nothing_is_done(tmp_path: Path) -> None:
+    assert find_done(tmp_path / "predictions.jsonl", [b"a.jpg"]) == Done()
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def test_a_writer_cuts_off_what_is_not_done_and_goes_on_there(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    path.write_bytes(GOOD + b"torn")
+    with RecordWriter(path, len(GOOD)) as records:
+        records.write([record_of(b"b.jpg", ()), record_of(b"c.jpg", ())])
+        records.write([])
+    lines = path.read_bytes().splitlines()
+    assert [json.loads(line)["path"] for line in lines] == ["a.jpg", "b.jpg", "c.jpg"]
+
+
+def test_records_are_in_the_file_as_soon_as_write_returns(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    with RecordWriter(path, 0) as records:
+        records.write([record_of(b"a.jpg", ())])
+        assert path.read_bytes() == encode_record(record_of(b"a.jpg", ()))
+
+
+def test_a_write_that_the_system_takes_in_pieces_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "predictions.jsonl"
+    write = os.write
+    with RecordWriter(path, 0) as records:
+        monkeypatch.setattr(os, "write", lambda to, data: write(to, bytes(data[:7])))
+        records.write([record_of(b"a.jpg", ()), record_of(b"b.jpg", ())])
+    assert path.read_bytes() == b"".join(
+        encode_record(record_of(name, ())) for name in (b"a.jpg", b"b.jpg")
+    )
+
+
+def test_new_records_take_the_places_of_the_failed_ones(files: RunFiles) -> None:
+    names = [b"a.jpg", b"caf\xe9.jpg", b"c.jpg", b"d.jpg"]
+    refs = [ImageRef(index, name) for index, name in enumerate(names)]
+    bad = Failure("io_error", "reading failed")
+    old = [Record(ref, bad if ref.index in (1, 3) else ()) for ref in refs]
+    with RecordWriter(files.predictions, 0) as records:
+        records.write(old)
+    failed = list(failed_refs(files.predictions, refs))
+    assert failed == [refs[1], refs[3]]
+    new = [Record(ref, (Prediction("cat", 0, 1.0),)) for ref in failed]
+    with RecordWriter(files.retry, 0) as records:
+        records.write(new)
+    replace_failed(files.predictions, files.retry)
+    expected = [old[0], new[0], old[2], new[1]]
+    assert files.predictions.read_bytes() == b"".join(map(encode_record, expected))
+    assert os.listdir(files.folder) == ["predictions.jsonl"]
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_an_output_that_fails_ends_with_exit_code_5_and_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def write_while_broken(path: Path, call: str) -> None:
+        with RecordWriter(path, 0) as records:
+            monkeypatch.setattr(os, call, full)
+            records.write([record_of(b"a.jpg", ())])
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "predictions.jsonl"
+    with pytest.raises(EnvironmentFailed, match="No space left") as failed:
+        write_while_broken(path, call)
+    assert failed.value.exit_code == 5
+    assert str(path) in str(failed.value)
+
+
+def test_run_json_is_replaced_whole_and_leaves_nothing_beside_it(files: RunFiles) -> None:
+    write_run(files, {"status": "running"})
+    write_run(files, {"status": "complete", "n": 1})
+    assert orjson.loads(files.run.read_bytes()) == {"status": "complete", "n": 1}
+    assert os.listdir(files.folder) == ["run.json"]
+
+
+def test_a_failed_replacement_keeps_the_old_run_json(
+    files: RunFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    write_run(files, {"status": "running"})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(EnvironmentFailed):
+        write_run(files, {"status": "complete"})
+    assert read_run(files) == {"status": "running"}
+    assert os.listdir(files.folder) == ["run.json"]
+
+
+@pytest.mark.parametrize("data", [None, b"", b"\0\0\0", b'{"status":', b"[]", b"\xff", b"1"])
+def test_a_run_json_that_is_missing_or_damaged_reads_as_none(
+    files: RunFiles, data: bytes | None
+) -> None:
+    if data is not None:
+        files.run.write_bytes(data)
+    assert read_run(files) is None
+
+
+# ---- the listing ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder_for_listings() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@given(
+    paths=st.lists(NAMES, max_size=12),
+    start=st.integers(0, 14),
+    stop=st.none() | st.integers(0, 14),
+    read_bytes=st.integers(1, 64),
+)
+def test_a_listing_gives_its_paths_back_from_anywhere_to_anywhere(
+    folder_for_listings: Path, paths: list[bytes], start: int, stop: int | None, read_bytes: int
+) -> None:
+    files = RunFiles(folder_for_listings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "READ_BYTES", read_bytes)
+        freeze_listing(files, paths)
+        assert count_listing(files) == len(paths)
+        found = list(read_listing(files, start, stop))
+    discard(files)
+    expected = [ImageRef(index, path) for index, path in enumerate(paths)]
+    assert found == expected[start:stop]
+
+
+def test_whoever_freezes_second_keeps_the_first_listing(files: RunFiles) -> None:
+    freeze_listing(files, [b"a", b"b"])
+    freeze_listing(files, [b"c"])
+    assert [ref.path for ref in read_listing(files)] == [b"a", b"b"]
+    assert os.listdir(files.folder) == ["listing.nul"]
+
+
+def test_a_listing_without_a_run_is_abandoned_once_nobody_is_at_work(tmp_path: Path) -> None:
+    first, second = RunFiles(tmp_path, Shard(0, 2)), RunFiles(tmp_path, Shard(1, 2))
+    with only_writer(first):
+        freeze_listing(first, [b"a"])
+        with only_writer(second):
+            discard_abandoned_listing(second)
+            assert count_listing(first) == 1
+    with only_writer(second):
+        discard_abandoned_listing(second)
+        assert not second.listing.exists()
+
+
+def test_a_listing_that_fails_half_way_is_not_there(files: RunFiles) -> None:
+    def paths() -> Iterator[bytes]:
+        yield b"a"
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(EnvironmentFailed):
+        freeze_listing(files, paths())
+    assert os.listdir(files.folder) == []
+
+
+# ---- the folder ----------------------------------------------------------------------------------
+
+
+@given(count=st.integers(1, 50), num_images=st.integers(0, 300))
+def test_shards_cover_every_image_once_and_evenly(count: int, num_images: int) -> None:
+    bounds = [Shard(index, count).bounds(num_images) for index in range(count)]
+    covered = [number for first, last in bounds for number in range(first, last)]
+    assert covered == list(range(num_images))
+    sizes = [last - first for first, last in bounds]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_shards_files_carry_its_number_and_share_the_listing(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path, Shard(3, 16))
+    assert files.predictions.name == "predictions-00003-of-00016.jsonl"
+    assert files.stats.name == "stats-00003-of-00016.jsonl"
+    assert files.run.name == "run-00003-of-00016.json"
+    assert files.listing == RunFiles(tmp_path).listing
+    assert files.lock != RunFiles(tmp_path, Shard(4, 16)).lock
+
+
+def test_the_output_has_one_writer_until_it_lets_go(files: RunFiles) -> None:
+    with only_writer(files):
+        with pytest.raises(ResumeRefused, match="another batchclf is writing there"):  # noqa: SIM117
+            with only_writer(files):
+                pass
+        with only_writer(RunFiles(files.folder, Shard(0, 2))):
+            pass
+    with only_writer(files):
+        pass
+
+
+def test_the_kernel_frees_the_output_of_a_process_that_was_killed(files: RunFiles) -> None:
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time; from pathlib import Path\n"
+            "from batchclf.results.writer import RunFiles, only_writer\n"
+            "with only_writer(RunFiles(Path(sys.argv[1]))):\n"
+            "    print('held', flush=True)\n"
+            "    time.sleep(60)\n",
+            os.fspath(files.folder),
+        ],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ResumeRefused), only_writer(files):
+            pass
+        holder.kill()
+    with only_writer(files):
+        pass
+
+
+def test_discarding_removes_the_runs_own_files_only(files: RunFiles) -> None:
+    mine = (files.run, files.predictions, files.stats, files.listing)
+    kept = files.folder / "notes.txt"
+    for path in (*mine, kept):
+        path.write_text("x")
+    discard(files)
+    discard(files)
+    assert os.listdir(files.folder) == ["notes.txt"]
+
+
+def test_a_folder_that_cannot_be_made_is_the_environments_failure(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(EnvironmentFailed), only_writer(RunFiles(tmp_path / "file" / "out")):
+        pass

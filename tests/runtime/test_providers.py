@@ -1,0 +1,105 @@
+"""Which providers may run: installed, compiled in, and the only flavour of its package."""
+
+import importlib.metadata
+from collections.abc import Callable
+
+import onnxruntime
+import pytest
+
+from batchclf.errors import ProviderError, UsageError
+from batchclf.job import ProviderSpec
+from batchclf.runtime.providers import (
+    FLAVOURS,
+    PROVIDERS,
+    flavour_problem,
+    installed_flavours,
+    require_precision,
+    require_provider,
+)
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Makes it look as if just these distributions were installed: `install("onnxruntime")`."""
+
+    def make(*distributions: str) -> None:
+        def version(name: str) -> str:
+            if name in distributions:
+                return "1.99.0"
+            raise importlib.metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+
+    return make
+
+
+def test_every_provider_of_the_job_file_is_known_by_its_name() -> None:
+    names = ProviderSpec.model_json_schema()["properties"]["name"]["enum"]
+    assert sorted(PROVIDERS) == sorted(names)
+    for name, provider in PROVIDERS.items():
+        assert provider.name == name
+        assert provider.distribution in FLAVOURS
+        assert provider.execution_provider in onnxruntime.get_all_providers()
+
+
+def test_the_environment_of_these_tests_holds_one_flavour_and_runs_on_the_cpu() -> None:
+    assert flavour_problem() is None
+    assert len(installed_flavours()) == 1
+    assert require_provider("cpu").execution_provider == "CPUExecutionProvider"
+
+
+def test_no_flavour_at_all_is_refused_with_the_command_to_install_one(install: Install) -> None:
+    install()
+    assert installed_flavours() == {}
+    with pytest.raises(ProviderError, match=r"not installed.*pip install 'batchclf\[cpu\]'"):
+        require_provider("cpu")
+
+
+@pytest.mark.parametrize("other", FLAVOURS[1:])
+@pytest.mark.parametrize("name", sorted(PROVIDERS))
+def test_two_flavours_side_by_side_are_refused_for_every_provider(
+    install: Install, name: str, other: str
+) -> None:
+    install("onnxruntime", other)
+    with pytest.raises(ProviderError) as refused:
+        require_provider(name)
+    message = str(refused.value)
+    assert f"onnxruntime 1.99.0 and {other} 1.99.0" in message
+    assert f"pip uninstall -y onnxruntime {other}" in message
+
+
+@pytest.mark.parametrize(("name", "extra"), [("cuda", "gpu"), ("openvino", "openvino")])
+def test_a_provider_that_is_not_compiled_in_is_refused_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, name: str, extra: str
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(ProviderError) as refused:
+        require_provider(name)
+    assert PROVIDERS[name].execution_provider in str(refused.value)
+    assert "it has CPUExecutionProvider" in str(refused.value)
+    assert f"batchclf[{extra}]" in str(refused.value)
+    assert refused.value.exit_code == 4
+
+
+def test_a_provider_that_is_compiled_in_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    available = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    assert require_provider("cuda").execution_provider == "CUDAExecutionProvider"
+
+
+@pytest.mark.parametrize("name", sorted(PROVIDERS))
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+def test_a_precision_that_cannot_run_is_refused_naming_what_can(name: str, precision: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        require_precision(name, precision)
+    message = str(refused.value)
+    assert message.startswith(f"precision: found {precision}")
+    assert f"provider {name} runs fp32" in message
+    assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", sorted(PROVIDERS))
+def test_fp32_runs_on_every_provider(name: str) -> None:
+    require_precision(name, "fp32")

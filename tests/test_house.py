@@ -1,0 +1,144 @@
+"""The rules of the house: which room imports what, and what is not imported before it is needed."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.tiny import run_here, write_tiny_job
+
+PACKAGE = ROOT / "batchclf"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+ROOMS = ("images", "models", "runtime", "results")
+SHARED = ("batchclf", "batchclf.errors", "batchclf.job", "batchclf.results.records")
+"""What every room may import: the version, the words that pass between rooms, the spec."""
+OUTSIDE = {
+    "torch": ("models/export.py",),
+    "torchvision": ("models/export.py",),
+    "onnx": ("models/onnx_file.py",),
+    "onnxruntime": ("runtime/",),
+    "PIL": ("images/",),
+    "yaml": ("job.py",),
+    "click": ("cli/",),
+    "ray": (),
+}
+"""Each outside part, and where it may be imported."""
+
+
+def imports_of(module: Path) -> Iterator[tuple[int, str]]:
+    """Every module that a file imports, those inside functions as well: (line, dotted name)."""
+    package = module.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(module.read_bytes())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            name = ".".join(filter(None, (base, node.module)))
+            for alias in node.names:
+                submodule = ROOT.joinpath(*name.split("."), f"{alias.name}.py")
+                folder = ROOT.joinpath(*name.split("."), alias.name, "__init__.py")
+                is_module = submodule.exists() or folder.exists()
+                yield node.lineno, f"{name}.{alias.name}" if is_module else name
+
+
+def where(module: Path) -> str:
+    return module.relative_to(PACKAGE).as_posix()
+
+
+def test_the_rooms_are_where_they_are_looked_for() -> None:
+    for room in ROOMS:
+        assert len([one for one in MODULES if one.is_relative_to(PACKAGE / room)]) > 1
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_no_other_room(room: str) -> None:
+    allowed = (*SHARED, f"batchclf.{room}")
+    foreign = [
+        f"{where(module)}:{line} imports {name}"
+        for module in MODULES
+        if module.is_relative_to(PACKAGE / room)
+        for line, name in imports_of(module)
+        if name.split(".")[0] == "batchclf"
+        and name not in SHARED
+        and not f"{name}.".startswith(f"{allowed[-1]}.")
+    ]
+    assert foreign == []
+
+
+@pytest.mark.parametrize("part", OUTSIDE)
+def test_an_outside_part_is_imported_in_its_own_room_only(part: str) -> None:
+    astray = [
+        f"{where(module)}:{line} imports {name}"
+        for module in MODULES
+        if not where(module).startswith(OUTSIDE[part])
+        for line, name in imports_of(module)
+        if name.split(".")[0] == part
+    ]
+    assert astray == []
+
+
+def test_the_room_of_each_outside_part_really_imports_it() -> None:
+    seen = {name.split(".")[0] for module in MODULES for _, name in imports_of(module)}
+    assert {part for part, rooms in OUTSIDE.items() if rooms} <= seen
+
+
+@pytest.mark.parametrize("module", MODULES, ids=where)
+def test_every_module_and_every_public_name_has_a_docstring(module: Path) -> None:
+    tree = ast.parse(module.read_bytes())
+    bare = []
+    if ast.get_docstring(tree) is None and module.stat().st_size:
+        bare.append(where(module))
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        if ast.get_docstring(node) is None:
+            bare.append(f"{where(module)}:{node.lineno} {node.name}")
+    assert bare == []
+
+
+# ---- what a process imports ----------------------------------------------------------------------
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """The top-level packages in a process that ran `batchclf` with these arguments."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import json, sys\n"
+            "from batchclf.cli import main\n"
+            "try:\n"
+            "    main(sys.argv[1:], prog_name='batchclf')\n"
+            "except SystemExit as end:\n"
+            "    assert not end.code, end.code\n"
+            "print()\n"
+            "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))",
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("run", "--help")])
+def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
+    heavy = {"numpy", "pydantic", "PIL", "torch", "torchvision", "onnx", "onnxruntime", "yaml"}
+    assert imported_by(*arguments) & heavy == set()
+
+
+def test_a_run_from_a_cached_bundle_imports_no_torch_and_no_onnx(tmp_path: Path) -> None:
+    job = write_tiny_job(tmp_path)
+    run_here(job)
+    found = imported_by("run", str(job), "--overwrite", "--limit", "3")
+    assert {"numpy", "PIL", "onnxruntime"} <= found
+    assert found & {"torch", "torchvision", "onnx", "onnxscript", "safetensors", "ray"} == set()

@@ -1,0 +1,140 @@
+"""A tiny ONNX classifier, prepared in milliseconds, and jobs and runs around it."""
+
+import base64
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from batchclf.interrupt import StopRequest
+from batchclf.job import load_job
+from batchclf.pipeline import RunOptions, RunResult, run_job
+from tests.conftest import ROOT
+
+NUM_CLASSES = 10
+DIGITS = ROOT / "samples" / "digits"
+SLOW_RESIZE = 800
+"""Makes an image cost milliseconds: it is enlarged before the crop is taken."""
+
+
+def write_classifier(path: Path, *, nan_when_dark: bool = False) -> Path:
+    """10 classes from the mean colour of 8 x 8 pixels; NaN below a mean of 0.05 where asked for."""
+    weights_CK = np.random.default_rng(0).normal(size=(3, NUM_CLASSES)).astype(np.float32) * 3
+    nodes = [helper.make_node("ReduceMean", ["image"], ["mean"], axes=[2, 3], keepdims=0)]
+    if nan_when_dark:
+        nodes += [
+            helper.make_node("Sub", ["mean", "dark"], ["above"]),
+            helper.make_node("Sqrt", ["above"], ["colour"]),
+        ]
+    nodes.append(
+        helper.make_node("Gemm", ["colour" if nan_when_dark else "mean", "weights"], ["logits"])
+    )
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", NUM_CLASSES])],
+        [
+            numpy_helper.from_array(weights_CK, "weights"),
+            numpy_helper.from_array(np.array([0.05], np.float32), "dark"),
+        ],
+    )
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), path)
+    return path
+
+
+def tiny_model(folder: Path, *, nan_when_dark: bool = False, **preprocess: Any) -> dict[str, Any]:
+    """The `model` of a job file: a tiny classifier written into `folder`."""
+    return {
+        "onnx": str(write_classifier(folder / "tiny.onnx", nan_when_dark=nan_when_dark)),
+        "preprocess": {"resize": 8, "mean": [0.0] * 3, "std": [1.0] * 3, **preprocess},
+    }
+
+
+def write_tiny_job(
+    folder: Path,
+    *,
+    preprocess: Mapping[str, Any] | None = None,
+    name: str = "job.yaml",
+    **keys: Any,
+) -> Path:
+    """A job file in `folder` that classifies the sample digits with a tiny classifier."""
+    job = {
+        "input": str(DIGITS),
+        "output": str(folder / "out"),
+        "model": tiny_model(folder, **(preprocess or {})),
+        **keys,
+    }
+    path = folder / name
+    path.write_text(json.dumps(job))
+    return path
+
+
+class Log:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.num_done = 0
+
+    def log(self, text: str) -> None:
+        self.lines.append(text)
+
+    def begin(self, num_images: int, num_done: int) -> None:
+        self.num_done = num_done
+
+    def update(self, num_images: int, num_errors: int) -> None:
+        pass
+
+
+def run_here(job: Path, options: RunOptions | None = None, log: Log | None = None) -> RunResult:
+    """Run a job file in this process."""
+    return run_job(
+        load_job(job), options or RunOptions(), reporter=log or Log(), stop=StopRequest()
+    )
+
+
+def link_digits(folder: Path, num_images: int) -> Path:
+    """A folder of `num_images` names, hard links to the sample digits as far as possible."""
+    folder.mkdir()
+    digits = sorted(path for path in DIGITS.rglob("*") if path.is_file())
+    for number, digit in enumerate(itertools.islice(itertools.cycle(digits), num_images)):
+        target = folder / f"{number:05d}{digit.suffix}"
+        try:
+            os.link(digit, target)
+        except OSError:  # another file system
+            shutil.copyfile(digit, target)
+    return folder
+
+
+def assert_same_records(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """The same records in the same order, up to 1e-5 in their scores."""
+    assert [record["path"] for record in found] == [record["path"] for record in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert without_scores(one) == without_scores(other)
+        np.testing.assert_allclose(_scores(one), _scores(other), rtol=0, atol=1e-5)
+
+
+def name_in(record: Mapping[str, Any]) -> bytes:
+    """The bytes of the file's name in a record, as a reader gets them back."""
+    if "path_b64" in record:
+        return base64.b64decode(record["path_b64"], validate=True)
+    return os.fsencode(record["path"])
+
+
+def without_scores(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with its scores left out."""
+    ranked = [(one["label"], one["index"]) for one in record.get("predictions", ())]
+    return {**record, "predictions": ranked}
+
+
+def _scores(record: Mapping[str, Any]) -> list[float]:
+    return [one["score"] for one in record.get("predictions", ())]
