@@ -178,9 +178,7 @@ def write_checkpoint(model: nn.Module, path: Path) -> None:
     """Write the weights, and with them what is needed to build the model again."""
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     # One entry only: safetensors writes several in an order that changes between runs.
-    description = (
-        f"torchvision shufflenet_v2_x0_5, num_classes={len(NAMES)}, Apache-2.0"
-    )
+    description = f"torchvision shufflenet_v2_x0_5, num_classes={len(NAMES)}, Apache-2.0"
     path.write_bytes(save(state, metadata={"description": description}))
 
 
