@@ -4,6 +4,7 @@ run_job:         get the model → freeze the listing → refuse another job's o
 classify_shard:  listing → prefetched batches → streams of inference → records, in order
 """
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,12 +13,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from batchclf.errors import BatchclfError, ErrorLimitPassed, UsageError
+from batchclf.errors import BatchclfError, ErrorLimitPassed, NoImagesError, UsageError
 from batchclf.images.prefetch import Prefetcher
-from batchclf.images.source import open_source, require_images
+from batchclf.images.source import Source, open_source, require_images
 from batchclf.interrupt import StopRequest
 from batchclf.job import JobSpec
-from batchclf.machine import cpu_seconds, peak_rss_mb
+from batchclf.machine import cpu_seconds, peak_rss_mb, process_age_s
 from batchclf.plan import Plan, freeze, make_loader, make_plan, open_model
 from batchclf.results.records import ImageRef, Shard
 from batchclf.results.stats import StatsCollector
@@ -41,7 +42,7 @@ from batchclf.resume import (
     run_facts,
     summary_facts,
 )
-from batchclf.runtime.providers import require_precision, require_provider
+from batchclf.runtime.providers import require_options, require_precision, require_provider
 from batchclf.runtime.ranking import rank
 from batchclf.runtime.streams import Streams
 from batchclf.validate import require_separate_output
@@ -88,21 +89,22 @@ def run_job(
     Raises:
         BatchclfError: with the exit code and what to do; the output stays resumable.
     """
-    started = time.perf_counter()
     require_separate_output(job)
     require_precision(job.provider.name, job.precision)
+    require_options(job.provider.name, job.provider.options)
     require_provider(job.provider.name)
     files = RunFiles(job.output, options.shard)
     with only_writer(files):
-        source = open_source(job.input, allow_outside_links=job.loader.allow_outside_links)
-        require_images(source)
+        previous = None if options.overwrite else read_run(files)
+        source = _source(
+            job, is_complete=previous is not None and previous.get("status") == "complete"
+        )
         model, classifiers = open_model(job, reporter.log)
         if options.overwrite:
             discard(files)
         list_s = freeze(source, files, options.limit, reporter.log)
         plan = make_plan(job, source, files, model, classifiers, reporter.log)
         wanted = fingerprint(plan, options.limit)
-        previous = read_run(files)
         done = resume(plan, previous, wanted, reporter.log)
         run = run_facts(plan, wanted)
         if previous is not None:  # listed then, not now
@@ -111,7 +113,7 @@ def run_job(
         stats = StatsCollector(
             cpu_seconds=cpu_seconds,
             peak_rss_mb=peak_rss_mb,
-            startup_s=time.perf_counter() - started,
+            startup_s=process_age_s(),
             list_s=list_s,
         )
         stats.resume(done.num_ok, done.errors_by_code - retried)
@@ -129,6 +131,18 @@ def run_job(
                     classify_shard(plan, refs, writer, stats, reporter=reporter, stop=stop)
             summary = append_stats(files, "summary", stats.snapshot(), summary_facts(plan))
         return RunResult(files, summary, was_complete=False)
+
+
+def _source(job: JobSpec, *, is_complete: bool) -> Source:
+    """The job's input; a complete job no longer needs it to be there."""
+    try:
+        source = open_source(job.input, allow_outside_links=job.loader.allow_outside_links)
+        require_images(source)
+    except NoImagesError:
+        if not is_complete:
+            raise
+        return Source(os.fsencode(job.input), confined=True, paths=lambda: iter(()))
+    return source
 
 
 def classify_shard(

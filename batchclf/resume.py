@@ -16,7 +16,15 @@ from batchclf import __version__
 from batchclf.errors import BatchclfError, Interrupted, ResumeRefused
 from batchclf.models.bundle import digest_of
 from batchclf.plan import Log, Plan
-from batchclf.results.writer import Done, RunFiles, find_done, read_listing, read_run, write_run
+from batchclf.results.writer import (
+    Done,
+    RunFiles,
+    find_done,
+    read_json,
+    read_listing,
+    read_run,
+    write_run,
+)
 from batchclf.runtime.providers import installed_flavours
 
 
@@ -53,6 +61,7 @@ def resume(
     Raises:
         ResumeRefused: the folder holds another job's records.
     """
+    _require_same_listing(plan, fingerprint)
     if previous is None:
         if plan.files.predictions.exists():
             raise ResumeRefused(
@@ -62,7 +71,7 @@ def resume(
         return Done()
     # Through JSON and back, as the previous fingerprint went.
     current = json.loads(json.dumps(fingerprint))
-    before = previous.get("fingerprint", {})
+    before = _mapping(previous.get("fingerprint"))
     changed = [
         f"  {key}: was {before.get(key)!r}, is {value!r}"
         for key, value in current.items()
@@ -81,6 +90,30 @@ def resume(
     return done
 
 
+def _require_same_listing(plan: Plan, fingerprint: Mapping[str, object]) -> None:
+    """Refuse a folder whose frozen listing is that of another input: all shards share it.
+
+    Raises:
+        ResumeRefused: naming the shard's file and what differs.
+    """
+    for path in sorted(plan.files.folder.glob("run*.json")):
+        if path == plan.files.run:
+            continue
+        other = read_json(path) or {}
+        before = _mapping(other.get("fingerprint"))
+        for key in ("input", "limit", "allow_outside_links"):
+            if before.get(key) != fingerprint[key]:
+                raise ResumeRefused(
+                    f"output: {plan.files.folder} holds another job's listing: {path.name} has "
+                    f"{key} {before.get(key)!r}, this job {fingerprint[key]!r}; "
+                    "give another output"
+                )
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
 def finished_summary(files: RunFiles) -> dict[str, Any] | None:
     """The last summary line of a job that run.json calls complete."""
     run = read_run(files)
@@ -88,7 +121,10 @@ def finished_summary(files: RunFiles) -> dict[str, Any] | None:
         return None
     with files.stats.open("rb") as lines:
         summaries = [line for line in lines if line.startswith(b'{"type":"summary"')]
-    return orjson.loads(summaries[-1]) if summaries else None
+    try:
+        return orjson.loads(summaries[-1]) if summaries else None
+    except orjson.JSONDecodeError:  # torn by a power loss: the run writes another
+        return None
 
 
 @contextmanager

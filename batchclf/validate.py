@@ -6,7 +6,12 @@ from batchclf.errors import UsageError
 from batchclf.images.source import open_source, require_images, would_list
 from batchclf.job import JobSpec
 from batchclf.models.resolve import check_model
-from batchclf.runtime.providers import installed_flavours, require_precision, require_provider
+from batchclf.runtime.providers import (
+    installed_flavours,
+    require_options,
+    require_precision,
+    require_provider,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,7 @@ def check_job(job: JobSpec) -> Checked:
     """
     require_separate_output(job)
     require_precision(job.provider.name, job.precision)
+    require_options(job.provider.name, job.provider.options)
     provider = require_provider(job.provider.name)
     source = open_source(job.input, allow_outside_links=job.loader.allow_outside_links)
     require_images(source)

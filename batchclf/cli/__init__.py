@@ -4,6 +4,7 @@ stdout carries results only; progress and log lines go to stderr.
 """
 
 import importlib
+import json
 import sys
 import traceback
 from typing import Any
@@ -11,7 +12,10 @@ from typing import Any
 import click
 
 from batchclf import __version__
-from batchclf.errors import BatchclfError
+from batchclf.errors import BatchclfError, Interrupted
+
+AS_JSON = "json"
+"""The context's object where `--json` was given."""
 
 COMMANDS = {
     "run": "Classify the images of a job; run it again to resume.",
@@ -46,6 +50,10 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except BatchclfError as error:
+            if ctx.obj == AS_JSON:
+                status = "interrupted" if isinstance(error, Interrupted) else "failed"
+                answer = {"status": status, "exit_code": error.exit_code, "error": str(error)}
+                click.echo(json.dumps(answer))
             click.echo(f"batchclf: {printable(str(error))}", err=True)
             for note in getattr(error, "__notes__", ()):
                 click.echo(f"batchclf: {printable(note)}", err=True)

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from batchclf.cli.options import json_option
+
 if TYPE_CHECKING:
     from batchclf.doctor import Diagnosis
 
 
 @click.command("doctor")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
+@json_option("Print everything as one JSON object.")
 def command(as_json: bool) -> None:
     """Tell what this machine can run, and why not the rest.
 

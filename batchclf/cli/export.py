@@ -5,13 +5,13 @@ from typing import Any
 
 import click
 
-from batchclf.cli.options import job_options, load
+from batchclf.cli.options import job_options, json_option, load
 
 
 @click.command("export")
 @job_options
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
+@json_option("Print what was written as one JSON object.")
 def command(job: Path, folder: Path, sets: tuple[str, ...], as_json: bool, **direct: Any) -> None:
     """Write the model of JOB as a bundle into FOLDER.
 
@@ -20,7 +20,7 @@ def command(job: Path, folder: Path, sets: tuple[str, ...], as_json: bool, **dir
     \b
       batchclf export jobs/cpu.yaml exported/resnet50
     """
-    import orjson
+    import json
 
     from batchclf.cli.progress import Progress
 
@@ -42,4 +42,4 @@ def command(job: Path, folder: Path, sets: tuple[str, ...], as_json: bool, **dir
         progress.log(f"bundle: {folder}: {bundle.meta.name}, {len(bundle.meta.labels):,} classes")
     if as_json:
         found = {"bundle": str(folder), "name": bundle.meta.name, "digest": bundle.digest}
-        click.echo(orjson.dumps(found).decode())
+        click.echo(json.dumps(found))

@@ -76,10 +76,10 @@ def command(
     \b
       batchclf init jobs/birds.yaml -i ../photos/birds
     """
-    import orjson
+    import json
 
     def quoted(text: str) -> str:
-        return orjson.dumps(text).decode()  # JSON's quotes are YAML's too
+        return json.dumps(text)  # JSON's quotes are YAML's too
 
     text = TEMPLATE.format(
         input=quoted(input_), output=quoted(output), model=quoted(model), provider=provider

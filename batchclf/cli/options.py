@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from batchclf.cli import AS_JSON
+
 if TYPE_CHECKING:
     from batchclf.job import JobSpec
 
@@ -34,6 +36,17 @@ def job_options(command: Command) -> Command:
         help="Override any key of the job file, such as loader.workers=8; may be repeated.",
     )(command)
     return click.argument("job", type=click.Path(path_type=Path))(command)
+
+
+def json_option(text: str) -> Callable[[Command], Command]:
+    """Add --json: one JSON object on stdout, also when the command fails."""
+
+    def note(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
+        if value:
+            ctx.find_root().obj = AS_JSON
+        return value
+
+    return click.option("--json", "as_json", is_flag=True, callback=note, help=text)
 
 
 def load(job: Path, sets: tuple[str, ...], direct: dict[str, Any]) -> "JobSpec":

@@ -1,13 +1,14 @@
 """`batchclf run`: classify the images of a job."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from batchclf.cli.options import job_options, load
-from batchclf.errors import BatchclfError, UsageError
+from batchclf.cli.options import job_options, json_option, load
+from batchclf.errors import UsageError
 
 
 @click.command("run")
@@ -18,7 +19,7 @@ from batchclf.errors import BatchclfError, UsageError
 )
 @click.option("--overwrite", is_flag=True, help="Start anew instead of resuming.")
 @click.option("--retry-failed", is_flag=True, help="Try the error records of a finished job again.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+@json_option("Print the summary as one JSON object.")
 def command(
     job: Path,
     sets: tuple[str, ...],
@@ -43,35 +44,26 @@ def command(
     from batchclf.interrupt import StopRequest
     from batchclf.results.records import Shard
 
-    def print_json(value: dict[str, Any]) -> None:
-        if as_json:
-            click.echo(json.dumps(value))
-
     if overwrite and retry_failed:
         raise UsageError("--overwrite starts anew, --retry-failed keeps: give one of them")
     part = Shard() if shard is None else _parse_shard(shard)
-    try:
-        with StopRequest().installed() as stop, Progress() as progress:
-            spec = load(job, sets, direct)
-            from batchclf.pipeline import RunOptions, run_job
+    with StopRequest().installed() as stop, Progress() as progress:
+        spec = load(job, sets, direct)
+        from batchclf.pipeline import RunOptions, run_job
 
-            options = RunOptions(part, overwrite=overwrite, retry_failed=retry_failed, limit=limit)
-            result = run_job(spec, options, reporter=progress, stop=stop)
-    except BatchclfError as error:
-        print_json({"status": "failed", "exit_code": error.exit_code, "error": str(error)})
-        raise
-    summary = dict(result.summary)
-    print_json(
-        {
+        options = RunOptions(part, overwrite=overwrite, retry_failed=retry_failed, limit=limit)
+        result = run_job(spec, options, reporter=progress, stop=stop)
+    if as_json:
+        answer = {
             "status": "complete",
             "exit_code": 0,
             "was_complete": result.was_complete,
             "predictions": str(result.files.predictions),
-            **summary,
+            **result.summary,
         }
-    )
+        click.echo(json.dumps(answer))
     if not result.was_complete:
-        _print_summary(summary, result.files.predictions)
+        _print_summary(result.summary, result.files.predictions)
 
 
 def _parse_shard(text: str) -> Any:
@@ -83,8 +75,8 @@ def _parse_shard(text: str) -> Any:
     return Shard(int(match[1]), int(match[2]))
 
 
-def _print_summary(summary: dict[str, Any], predictions: Path) -> None:
-    provider, bottleneck = summary["provider"], summary["bottleneck"]
+def _print_summary(summary: Mapping[str, Any], predictions: Path) -> None:
+    provider = summary["provider"]
     lines = [
         f"{summary['num_images']:,} images: {summary['num_ok']:,} ok, "
         f"{summary['num_errors']:,} errors"
@@ -92,7 +84,7 @@ def _print_summary(summary: dict[str, Any], predictions: Path) -> None:
         f"{summary['images_per_s']:,.1f} images/s over {summary['wall_s']:.1f} s "
         f"(and {summary['startup_s']:.1f} s of start-up), batches of {summary['batch_size']}",
         f"ran on {provider['active']} ({provider['device']}), {summary['precision']}; "
-        f"bottleneck: {bottleneck['stage']} ({bottleneck['why']})",
+        f"bottleneck: {summary['bottleneck']} ({summary['bottleneck_why']})",
         f"records: {predictions}",
     ]
     for line in lines:

@@ -7,26 +7,26 @@ from typing import Any
 import click
 
 from batchclf.cli import printable
-from batchclf.cli.options import job_options, load
+from batchclf.cli.options import job_options, json_option, load
 
 
 @click.command("validate")
 @job_options
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as one JSON object.")
+@json_option("Print what was found as one JSON object.")
 def command(job: Path, sets: tuple[str, ...], as_json: bool, **direct: Any) -> None:
     """Check JOB without running it: spec, provider, model, images found.
 
     \b
       batchclf validate jobs/cpu.yaml
     """
-    import orjson
+    import json
 
     spec = load(job, sets, direct)
     from batchclf.validate import check_job
 
     checked = check_job(spec)
     if as_json:
-        click.echo(orjson.dumps({"valid": True, **asdict(checked)}).decode())
+        click.echo(json.dumps({"valid": True, **asdict(checked)}))
         return
     left_out = f" ({checked.num_left_out:,} left out)" if checked.num_left_out else ""
     for line in (

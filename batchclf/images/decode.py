@@ -10,6 +10,7 @@ Array shapes: H rows and W columns of the crop, C = 3 (RGB).
 import ctypes
 import io
 import logging
+import re
 import struct
 import warnings
 import zlib
@@ -48,12 +49,11 @@ def _silence_libtiff() -> None:
             handler(None)
 
 
-# The limit is ours (`max_pixels`), checked on the header before any pixel is decoded; Pillow's own
-# only warns up to twice its value.
-Image.MAX_IMAGE_PIXELS = None
 # What is odd about a file is said in its record; a night's log is not the place.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
+# Pillow checks the size before it allocates; up to twice its limit it would only warn.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 _silence_libtiff()
 
 MAX_RESIZED_PIXELS = 2**25
@@ -101,6 +101,11 @@ class Decoder:
     exif_transpose: bool = False
     max_pixels: int = 89_478_485
 
+    def __post_init__(self) -> None:
+        # Pillow's limit is one for the process, and a process runs one job. It holds for crops too.
+        crop_h, crop_w = self.preprocess.crop
+        Image.MAX_IMAGE_PIXELS = max(self.max_pixels, crop_h * crop_w)
+
     def __call__(self, data: bytes, name: bytes, slot_HWC: Pixels) -> Loaded:
         """Decode `data` into `slot_HWC` (uint8, shape crop + (3,)); a failure leaves it zero."""
         try:
@@ -115,23 +120,22 @@ class Decoder:
         image = _open(data)
         width, height = image.size
         if width * height > self.max_pixels:
-            raise _BadImage(
-                "too_large",
-                f"{width:,} x {height:,} pixels; loader.max_pixels allows {self.max_pixels:,}",
-            )
+            raise _too_large(width * height, self.max_pixels)
         try:
             if self.mode == "fast":
                 self._draft(image)
             image.load()
-            turned = ImageOps.exif_transpose(image) if self.exif_transpose else image
+            rgb = (ImageOps.exif_transpose(image) if self.exif_transpose else image).convert("RGB")
             if self.exif_transpose and image.getexif().get(_ORIENTATION) in _SIDEWAYS:
                 width, height = height, width
-            size = resized_size(width, height, self.preprocess.resize)
-            self._fit(turned.convert("RGB"), size, slot_HWC)
-            # Last, since counting the frames moves on to others.
-            return _notes(image, data, name)
         except _PILLOW_ERRORS as error:
             raise _explain(error, data) from error
+        try:
+            self._fit(rgb, resized_size(width, height, self.preprocess.resize), slot_HWC)
+        except MemoryError as error:
+            raise _explain(error, data) from error
+        # Last, since counting the frames moves on to others.
+        return _notes(image, data, name)
 
     def _draft(self, image: Image.Image) -> None:
         """Let libjpeg decode at 1/2, 1/4 or 1/8 of the size; other formats ignore it."""
@@ -184,8 +188,12 @@ class _BadImage(Exception):
 
 
 # What Pillow's parsers raise on damaged files, collected from its own test images and from mutated
-# ones; a bug of ours (AttributeError, NameError) is none of them and ends the job.
+# ones. Only calls of Pillow are guarded with it: a bug of ours ends the job.
 _PILLOW_ERRORS = (
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+    AssertionError,
+    AttributeError,
     OSError,
     SyntaxError,
     ValueError,
@@ -234,6 +242,9 @@ def _explain(error: Exception, data: bytes) -> _BadImage:
     text = str(error).strip() or type(error).__name__
     lowered = text.lower()
     found = content_format(data)
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        found_pixels = re.search(r"\d+", text)
+        return _too_large(int(found_pixels[0]) if found_pixels else 0, Image.MAX_IMAGE_PIXELS or 0)
     if isinstance(error, MemoryError):
         return _BadImage("oom", "out of memory while decoding")
     if "too large for pngimageplugin" in lowered or "exceeds limit" in lowered:
@@ -246,6 +257,10 @@ def _explain(error: Exception, data: bytes) -> _BadImage:
     if found != "PNG" and _promised_bytes(data, found) > len(data):
         return _truncated(data, _promised_bytes(data, found))
     return _BadImage("corrupt", f"{type(error).__name__}: {text}")
+
+
+def _too_large(num_pixels: int, allowed: int) -> _BadImage:
+    return _BadImage("too_large", f"{num_pixels:,} pixels; loader.max_pixels allows {allowed:,}")
 
 
 def _truncated(data: bytes, total: int) -> _BadImage:

@@ -121,7 +121,7 @@ def _walk(source: Source) -> Iterator[bytes]:
         top = _entries(source, b"", frozenset({(root_stat.st_dev, root_stat.st_ino)}))
     except OSError as error:
         raise _unreadable(os.fsdecode(source.root), error) from error
-    stack = [iter(top)]
+    stack = [top]
     while stack:
         entry = next(stack[-1], None)
         if entry is None:
@@ -145,7 +145,7 @@ def _walk(source: Source) -> Iterator[bytes]:
         except OSError:
             yield path
             continue
-        stack.append(iter(entries))
+        stack.append(entries)
 
 
 _Identities = frozenset[tuple[int, int]]
@@ -153,7 +153,7 @@ _Identities = frozenset[tuple[int, int]]
 
 def _entries(
     source: Source, prefix: bytes, around: _Identities
-) -> list[tuple[bytes, bool, bool, _Identities]]:
+) -> Iterator[tuple[bytes, bool, bool, _Identities]]:
     """One folder's entries, sorted by bytes: (path, is a folder, is a link, folders around)."""
     found: list[tuple[bytes, bool, bool]] = []
     with os.scandir(os.path.join(source.root, prefix)) as entries:
@@ -168,7 +168,7 @@ def _entries(
                 continue
             found.append((name, is_folder, is_link))
     found.sort()
-    return [(prefix + name, is_folder, is_link, around) for name, is_folder, is_link in found]
+    return ((prefix + name, is_folder, is_link, around) for name, is_folder, is_link in found)
 
 
 def _unreadable(name: str, error: OSError) -> EnvironmentFailed:

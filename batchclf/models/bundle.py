@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import platformdirs
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from batchclf.errors import EnvironmentFailed, ModelError
@@ -23,6 +23,8 @@ from batchclf.results.records import Preprocess
 
 MODEL_FILE = "model.onnx"
 META_FILE = "model.json"
+MAX_PROTOBUF_BYTES = 1_900_000_000
+"""Protocol buffers end at 2 GiB; larger models keep their weights in a second file."""
 CACHE_VARIABLE = "BATCHCLF_CACHE_DIR"
 
 
@@ -142,7 +144,11 @@ def cached_bundle(
                 log(f"{error}; building it anew")
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{folder}.lock")
-        lock.acquire()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log("another process is building this model; waiting for it")
+            lock.acquire()
     except OSError as error:
         raise EnvironmentFailed(
             f"{cache_folder()}: the model cache cannot be written: {error.strerror}; "

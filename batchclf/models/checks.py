@@ -3,12 +3,18 @@
 Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from batchclf.errors import ModelError
 from batchclf.results.records import Pixels
+
+Run = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+"""A model as a plain function on arrays."""
+OpenReference = Callable[..., Run]
+"""Opens an ONNX file, on the CPU, for one of its outputs: `open_reference(path, output=None)`."""
 
 RTOL = 1e-3
 ATOL = 1e-4

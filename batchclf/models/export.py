@@ -17,12 +17,11 @@ import sys
 import urllib.error
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -31,15 +30,13 @@ from torchvision import models as zoo
 
 from batchclf.errors import ModelError, WeightsUnavailable
 from batchclf.job import PreprocessSpec
-from batchclf.models.bundle import MODEL_FILE
-from batchclf.models.checks import assert_same_scores, sample_pixels, tiled
+from batchclf.models.bundle import MAX_PROTOBUF_BYTES, MODEL_FILE
+from batchclf.models.checks import OpenReference, assert_same_scores, sample_pixels, tiled
 from batchclf.results.records import Interpolation, Preprocess
 
 OPSET = 18
 """Read by every ONNX Runtime since 1.14, so also by the OpenVINO flavour, which lags behind."""
 MAX_BATCH = 65536
-MAX_PROTOBUF_BYTES = 1_900_000_000
-"""Protocol buffers end at 2 GiB; larger models keep their weights in a second file."""
 
 _FEEDS_OWN_NORMALISATION = ("googlenet", "inception_v3")
 """Models whose pretrained weights expect `transform_input=True` (torchvision's builders set it)."""
@@ -51,8 +48,6 @@ _OLD_DENSENET = re.compile(
 )
 """Names in torchvision's own DenseNet files, which its builders rename."""
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
-
-OpenReference = Callable[[Path], Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]]
 
 
 @dataclass(frozen=True, slots=True)

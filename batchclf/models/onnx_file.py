@@ -7,7 +7,6 @@ takes uint8 pixels NHWC, and after it so that it gives float32 scores NK.
 Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,18 @@ from onnx import TensorProto, helper
 
 from batchclf.errors import ModelError
 from batchclf.job import ModelSpec, PreprocessSpec
-from batchclf.models.bundle import MODEL_FILE
-from batchclf.models.checks import assert_same_scores, sample_pixels, tiled
+from batchclf.models.bundle import MAX_PROTOBUF_BYTES, MODEL_FILE
+from batchclf.models.checks import (
+    OpenReference,
+    Run,
+    assert_same_scores,
+    sample_pixels,
+    tiled,
+)
 from batchclf.results.records import Pixels, Preprocess
-
-Run = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
-OpenReference = Callable[..., Run]
 
 OLDEST_OPSET = 7
 """First opset whose Mul and Add broadcast as NumPy does."""
-MAX_PROTOBUF_BYTES = 1_900_000_000
 _PASS_ON = ("Cast", "Identity", "Flatten", "Reshape", "Squeeze")
 """Operators that hand scores on as they are."""
 _PREFIX = "batchclf_"

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from batchclf.models.bundle import (
     remember_batch_size,
     sha256_of,
 )
-from batchclf.models.checks import assert_same_scores, sample_pixels, tiled
+from batchclf.models.checks import OpenReference, assert_same_scores, sample_pixels, tiled
 from batchclf.models.labels import imagenet_labels, read_labels, require_label_count
 from batchclf.results.records import Pixels, Preprocess, Scores
 
@@ -33,7 +32,6 @@ TORCH_PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "safetensors")
 ONNX_PACKAGES = ("onnx",)
 
 Log = Callable[[str], None]
-OpenReference = Callable[..., Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +154,7 @@ def _request(spec: ModelSpec, labels: tuple[str, ...]) -> dict[str, object]:
         "name": spec.name,
         "weights": spec.weights if path is None else _digest("model.weights", path),
         "num_classes": spec.num_classes,
-        "versions": _versions("torch", "torchvision"),
+        "versions": _versions("torch", "torchvision", "onnx", "onnxscript"),
     }
 
 

@@ -134,6 +134,9 @@ class RunStats:
     """The figures of a run so far, or of a whole run: the `interval` and `summary` lines."""
 
     num_images: int
+    """Images with a record by now, those of earlier runs of the job included, as the next three."""
+    num_new: int
+    """Images recorded by this run; all times, rates and memory below are of this run."""
     num_ok: int
     num_errors: int
     errors_by_code: Mapping[str, int]
@@ -142,6 +145,8 @@ class RunStats:
     images_per_s: float
     stage_s: StageSeconds
     batch_ms: Mapping[str, float]
-    bottleneck: Mapping[str, str]
+    bottleneck: str
+    """decode, infer or write."""
+    bottleneck_why: str
     cpu_s: float
     peak_rss_mb: float

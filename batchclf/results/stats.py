@@ -99,8 +99,10 @@ class StatsCollector:
                 write=round(self._write_s, 4),
             )
             batch_ms = {f"p{p}": self._batches.percentile_ms(p) for p in (50, 95, 99)}
+        bottleneck, bottleneck_why = self._bottleneck(stages, wall_s)
         return RunStats(
             num_images=self._num_images,
+            num_new=self._num_new,
             num_ok=self._num_images - num_errors,
             num_errors=num_errors,
             errors_by_code=dict(sorted(self._errors_by_code.items())),
@@ -109,25 +111,20 @@ class StatsCollector:
             images_per_s=round(self._num_new / wall_s, 2) if wall_s > 0 else 0.0,
             stage_s=stages,
             batch_ms=batch_ms,
-            bottleneck=self._bottleneck(stages, wall_s),
+            bottleneck=bottleneck,
+            bottleneck_why=bottleneck_why,
             cpu_s=round(self._cpu_seconds(), 2),
             peak_rss_mb=round(self._peak_rss_mb(), 1),
         )
 
-    def _bottleneck(self, stages: StageSeconds, wall_s: float) -> dict[str, str]:
+    def _bottleneck(self, stages: StageSeconds, wall_s: float) -> tuple[str, str]:
         """Whoever the others wait for: writing fills the wall time, or the streams lack pixels."""
         if wall_s <= 0 or stages.infer == 0:
-            return {"stage": "none", "why": "nothing was inferred"}
+            return "decode", "no batch was inferred"
         writing = stages.write / wall_s
         waiting = stages.decode_wait / (stages.decode_wait + stages.infer)
         if writing > 0.5:
-            return {"stage": "write", "why": f"writing took {writing:.0%} of the wall time"}
+            return "write", f"writing took {writing:.0%} of the wall time"
         if waiting > 0.5:
-            return {
-                "stage": "decode",
-                "why": f"streams waited for pixels {waiting:.0%} of the time",
-            }
-        return {
-            "stage": "infer",
-            "why": f"streams waited for pixels only {waiting:.0%} of the time",
-        }
+            return "decode", f"streams waited for pixels {waiting:.0%} of the time"
+        return "infer", f"streams waited for pixels only {waiting:.0%} of the time"

@@ -26,6 +26,7 @@ from batchclf.results.records import Failure, ImageRef, Record, RunStats, Shard
 
 SCORE_DIGITS = 6
 READ_BYTES = 1 << 20
+LOCK_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,8 @@ def find_done(predictions: Path, paths: Iterable[bytes]) -> Done:
         file = predictions.open("rb")
     except FileNotFoundError:
         return done
+    except OSError as error:
+        raise output_failed(predictions, error) from error
     with file:
         for line, path in zip(file, paths, strict=False):
             record = _parse_record(line) if line.endswith(b"\n") else None
@@ -266,11 +269,22 @@ def write_run(files: RunFiles, run: Mapping[str, object]) -> None:
 
 def read_run(files: RunFiles) -> dict[str, Any] | None:
     """What run.json says; None when there is none, or none that parses."""
+    return read_json(files.run)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A file's JSON object; None when there is no file, or nothing of the kind in it.
+
+    Raises:
+        EnvironmentFailed: the file cannot be read.
+    """
     try:
-        run = json.loads(files.run.read_bytes())
+        value = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-    return run if isinstance(run, dict) else None
+    except OSError as error:
+        raise EnvironmentFailed(f"{path}: cannot be read: {error.strerror}") from error
+    return value if isinstance(value, dict) else None
 
 
 def freeze_listing(files: RunFiles, paths: Iterable[bytes]) -> None:
@@ -340,7 +354,8 @@ def only_writer(files: RunFiles) -> Iterator[None]:
     """
     try:
         files.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(files.lock, timeout=0)
+        # Not at once: another shard may be looking whether this one is at work.
+        lock = FileLock(files.lock, timeout=LOCK_S)
         lock.acquire()
     except Timeout:
         raise ResumeRefused(

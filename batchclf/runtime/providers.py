@@ -93,6 +93,19 @@ def require_provider(name: str) -> Provider:
     return provider
 
 
+def require_options(name: str, options: Mapping[str, object]) -> None:
+    """Refuse options that the provider would pass over in silence.
+
+    Raises:
+        UsageError: naming them.
+    """
+    if name == "cpu" and options:
+        raise UsageError(
+            f"provider.options: found {', '.join(options)}; provider cpu has none "
+            "(runtime.threads and runtime.streams say how it uses the machine)"
+        )
+
+
 def require_precision(name: str, precision: str) -> None:
     """Refuse a precision that the provider cannot run.
 
