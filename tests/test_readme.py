@@ -46,6 +46,11 @@ def test_the_commands_of_the_readme_run_as_they_stand(
         assert done.exit_code == 0, f"{command}: {done.stderr}"
 
 
+def test_every_link_of_the_readme_leads_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
 def test_every_command_has_help_and_an_example_or_needs_none(batchclf: Batchclf) -> None:
     overview = batchclf("--help").stdout
     for name in ("run", "init", "validate", "export", "doctor", "schema"):

@@ -1,6 +1,6 @@
 """How long until batchclf answers: `--help`, and the first record of a job with a cached model.
 
-    python tests/benchmarks/startup.py [JOB.yaml] [--repeats 10]
+    python tests/benchmarks/startup.py JOB.yaml [--repeats 10]
 
 Each figure is a whole process, timed from outside, after one warm-up that also fills the model
 cache. The first record is there when predictions.jsonl is not empty. Prints a table (median, least
@@ -17,7 +17,6 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 POLL_S = 0.002
 
 
@@ -50,7 +49,7 @@ def first_record_seconds(command: str, job: Path) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("job", type=Path, nargs="?", default=ROOT / "jobs" / "sample.yaml")
+    parser.add_argument("job", type=Path, help="a job whose first record is timed")
     parser.add_argument("--repeats", type=int, default=10)
     arguments = parser.parse_args()
     command = str(Path(sysconfig.get_path("scripts")) / "batchclf")
