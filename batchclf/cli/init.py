@@ -33,7 +33,7 @@ model:
 
 provider: {provider}                   # cpu, cuda or openvino, or {{name: ..., options: {{...}}}}
 precision: fp32
-batch_size: 32
+batch_size: 16                  # a CPU gains nothing from more, a GPU wants 64 or more
 top_k: 5                        # classes per record, best first
 
 loader:
