@@ -14,7 +14,7 @@ import pytest
 # One thread for torch: more of them would only fight with the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("BATCHCLF_TEST_DATA", ROOT.parent / "shared" / "data"))
+DATA = Path(os.environ.get("BATCHCLF_TEST_DATA", ROOT.parent / "shared" / "data")).resolve()
 """Real weights and photos that are not the project's to pass on; tests skip where it is absent."""
 PHOTOS = DATA / "imagenet_samples"
 ODD_IMAGES = DATA / "odd_images"
