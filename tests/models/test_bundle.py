@@ -538,9 +538,10 @@ def test_processes_that_want_the_same_bundle_at_once_build_it_once(
         )
         for _ in range(3)
     ]
-    answers = {process.communicate(timeout=60)[0] for process in processes}
+    answers = [process.communicate(timeout=60)[0].decode().splitlines() for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
-    assert len(answers) == 1
+    assert len({answer[-1] for answer in answers}) == 1
+    assert sum("waiting for it" in answer[0] for answer in answers) == 2
     assert (tmp_path / "log").read_text() == "built\n"
 
 
