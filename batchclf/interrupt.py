@@ -11,6 +11,14 @@ from batchclf.errors import Interrupted
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class _StopNow(BaseException):
+    """Leaves this module only as `Interrupted`.
+
+    Not an Exception: an exporter's own handlers would swallow it. Not KeyboardInterrupt either:
+    where that passes through `exec` of a string, CPython ends by SIGINT whatever is caught later.
+    """
+
+
 class StopRequest:
     """Whether a signal came; while nothing is in flight, it ends the job right away."""
 
@@ -38,8 +46,7 @@ class StopRequest:
             os._exit(128 + signal_number)  # the second one: whatever is written can be resumed
         self.signal_number = signal_number
         if not self._in_flight:
-            # Not an Exception: an exporter's own handlers would swallow it.
-            raise KeyboardInterrupt
+            raise _StopNow
 
     @contextmanager
     def installed(self) -> Iterator["StopRequest"]:
@@ -51,9 +58,8 @@ class StopRequest:
         previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         try:
             yield self
-        except KeyboardInterrupt:
+        except _StopNow:
             self.raise_if_requested()
-            raise
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)

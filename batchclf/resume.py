@@ -134,7 +134,7 @@ def kept_status(files: RunFiles, run: dict[str, object]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        stopped = isinstance(error, Interrupted) or not isinstance(error, Exception)  # a signal
         ending = {
             "status": "interrupted" if stopped else "failed",
             "error": str(error) or type(error).__name__,
