@@ -5,7 +5,7 @@
 Each model is built with random weights, exported and compared in a process of its own, so that its
 memory is returned, small models first. Results are appended to `--results` (JSON, one line per
 model); run the same command again to go on where a sweep stopped, or delete a line to measure that
-model anew. All 80 models take about an hour on two cores, and the largest about 12 GB of memory.
+model anew. All 80 models take about an hour on two cores, and the largest about 10 GB of memory.
 
 Freshly built models hide errors: a head of zeros (ViT) or vanishing activations (MNASNet) give
 logits that do not depend on the image, and a layer scale of 1e-6 (ConvNeXt) mutes whole blocks. So

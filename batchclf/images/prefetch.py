@@ -8,7 +8,6 @@ Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB).
 """
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -62,8 +61,6 @@ class Prefetcher:
         self._exhausted = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
-        self.decode_s = 0.0
-        """Seconds the workers have spent reading and decoding, summed over them."""
         self._workers = [
             threading.Thread(target=self._work, name=f"decode-{number}", daemon=True)
             for number in range(num_workers)
@@ -119,20 +116,15 @@ class Prefetcher:
     # ---- the workers -----------------------------------------------------------------------------
 
     def _work(self) -> None:
-        decode_s = 0.0
         try:
             while (row := self._take_row()) is not None:
                 pending, index = row
-                started = time.perf_counter()
                 loaded = self._load(pending.refs[index], pending.pixels_NHWC[index])
-                decode_s += time.perf_counter() - started
                 self._finish_row(pending, index, loaded)
         except BaseException as error:  # noqa: BLE001 - the consumer raises it
             with self._changed:
                 self._error = self._error or error
                 self._changed.notify_all()
-        with self._changed:
-            self.decode_s += decode_s
 
     def _take_row(self) -> tuple[_Pending, int] | None:
         with self._changed:
