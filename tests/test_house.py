@@ -23,7 +23,7 @@ OUTSIDE = {
     "onnx": ("models/onnx_file.py",),
     "onnxruntime": ("runtime/",),
     "PIL": ("images/",),
-    "yaml": ("job.py",),
+    "yaml": ("jobfile.py",),
     "click": ("cli/",),
     "ray": (),
 }

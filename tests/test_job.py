@@ -19,7 +19,8 @@ from pydantic import BaseModel
 
 from batchclf.cli import main
 from batchclf.errors import JobFileError
-from batchclf.job import MAX_JOB_FILE_BYTES, JobSpec, Override, load_job, parse_set
+from batchclf.job import JobSpec
+from batchclf.jobfile import MAX_JOB_FILE_BYTES, Override, load_job, parse_set
 from tests.conftest import ROOT, Batchclf
 
 MINIMAL: Mapping[str, Any] = {"input": "images", "output": "out", "model": {"name": "resnet18"}}
@@ -72,8 +73,11 @@ ALL_KEYS: Mapping[str, object] = {
     "model.preprocess.exif_transpose": True,
     "provider.name": "cuda",
     "provider.device_type": "NPU",
+    "provider.devices": [0, 2],
     "provider.options": {"a": 1},
+    "provider.allow_fallback": True,
     "precision": "bf16",
+    "min_agreement": 0.5,
     "batch_size": 5,
     "top_k": 2,
     "loader.workers": 7,
@@ -182,6 +186,22 @@ WRONG_FILES: dict[str, tuple[bytes | None, tuple[str, ...]]] = {
     "device of the cpu": (
         HEAD + b"provider: {name: cpu, device_type: GPU}\n",
         ("job.yaml:4", "`device_type` goes with openvino only"),
+    ),
+    "GPUs of OpenVINO": (
+        HEAD + b"provider: {name: openvino, devices: [0]}\n",
+        ("job.yaml:4", "`devices` goes with cuda only"),
+    ),
+    "the same GPU twice": (
+        HEAD + b"provider: {name: cuda, devices: [1, 1]}\n",
+        ("job.yaml:4", "provider.devices", "each GPU once"),
+    ),
+    "no GPU": (
+        HEAD + b"provider: {name: cuda, devices: []}\n",
+        ("job.yaml:4", "provider.devices"),
+    ),
+    "agreement in per cent": (
+        HEAD + b"min_agreement: 93\n",
+        ("job.yaml:4", "min_agreement", "93", "less than or equal to 1"),
     ),
     "engine to come": (HEAD + b"engine: ray\n", ("job.yaml:4", "engine", "'ray'", "'local'")),
 }
@@ -525,6 +545,8 @@ def test_every_key_of_the_job_file_can_be_overridden(tmp_path: Path, key: str) -
         job["model"] = {"onnx": "my.onnx"}
     elif key == "provider.device_type":
         job["provider"] = "openvino"
+    elif key == "provider.devices":
+        job["provider"] = "cuda"
     path = write(tmp_path, job)
     found = at(load_job(path, [parse_set(f"{key}={json.dumps(value)}")]), key)
     if isinstance(found, Path) or key in ("model.weights", "model.labels"):
@@ -536,15 +558,15 @@ def test_every_key_of_the_job_file_can_be_overridden(tmp_path: Path, key: str) -
 @pytest.mark.parametrize(
     ("sets", "expected"),
     [
-        (["provider=cuda"], {"name": "cuda", "device_type": None, "options": {}}),
-        (["provider.options.x=1"], {"name": "cpu", "device_type": None, "options": {"x": 1}}),
+        (["provider=cuda"], {"name": "cuda", "options": {}}),
+        (["provider.options.x=1"], {"name": "cpu", "options": {"x": 1}}),
         (
             ["provider=openvino", "provider.device_type=GPU.1", "provider.options.num_streams=4"],
             {"name": "openvino", "device_type": "GPU.1", "options": {"num_streams": 4}},
         ),
         (
             ["provider={name: cuda, options: {a: b}}", "provider.options.c=true"],
-            {"name": "cuda", "device_type": None, "options": {"a": "b", "c": True}},
+            {"name": "cuda", "options": {"a": "b", "c": True}},
         ),
     ],
 )
@@ -553,7 +575,9 @@ def test_a_provider_given_as_a_name_takes_further_keys(
 ) -> None:
     job = write(tmp_path, {**MINIMAL, "provider": "cpu"})
     spec = load_job(job, [parse_set(text) for text in sets])
-    assert spec.provider.model_dump() == expected
+    assert spec.provider.model_dump(exclude_defaults=True) == {
+        key: value for key, value in expected.items() if value
+    }
 
 
 @pytest.mark.parametrize(

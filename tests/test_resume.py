@@ -16,7 +16,7 @@ import pytest
 
 from batchclf.errors import Interrupted, ResumeRefused
 from batchclf.interrupt import StopRequest
-from batchclf.job import load_job
+from batchclf.jobfile import load_job
 from batchclf.pipeline import RunOptions, run_job
 from tests.conftest import ROOT, Batchclf, command, read_records, write_job
 from tests.tiny import (

@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from batchclf.interrupt import StopRequest
-from batchclf.job import load_job
+from batchclf.jobfile import load_job
 from batchclf.pipeline import RunOptions, RunResult, run_job
 from tests.conftest import ROOT
 

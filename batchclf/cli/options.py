@@ -51,7 +51,7 @@ def json_option(text: str) -> Callable[[Command], Command]:
 
 def load(job: Path, sets: tuple[str, ...], direct: dict[str, Any]) -> "JobSpec":
     """The job with its overrides; direct options come after --set."""
-    from batchclf.job import Override, load_job, parse_set
+    from batchclf.jobfile import Override, load_job, parse_set
 
     overrides = [parse_set(text) for text in sets]
     for key, value in direct.items():

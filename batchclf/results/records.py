@@ -15,6 +15,7 @@ Pixels = NDArray[np.uint8]
 Scores = NDArray[np.float32]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 DecodeMode = Literal["exact", "fast"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +111,30 @@ class Preprocess:
 
 @dataclass(frozen=True, slots=True)
 class ActiveProvider:
-    """The provider a session really opened with, as recorded in the summary."""
+    """The provider a session was proven to have opened with, as recorded in the summary."""
 
     requested: str
     active: str
     device: str
+    """As the provider calls it: CPU, GPU.1, AUTO:GPU,CPU, or `0: NVIDIA H100` on CUDA."""
     nodes: Mapping[str, int] = field(default_factory=dict)
     """Number of graph nodes per execution provider, for example `{"CPUExecutionProvider": 60}`."""
+    cpu_nodes: tuple[str, ...] = ()
+    """Nodes that another provider than the CPU left to the CPU, as `operator name`."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """All options the provider was opened with, the user's and the defaults of this program."""
+    fallback: str | None = None
+    """Why the requested provider does not run, where the job allowed the CPU in its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionCheck:
+    """A reduced precision compared with fp32 on a sample of the job's own images."""
+
+    num_images: int
+    top1_agreement: float
+    max_score_difference: float
+    """Largest difference of one class's probability, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
