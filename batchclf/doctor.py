@@ -1,10 +1,10 @@
 """What this machine can run, and why not the rest."""
 
-import importlib.metadata
 import platform
 from dataclasses import dataclass, field
 
 from batchclf import __version__
+from batchclf.errors import BatchclfError
 from batchclf.machine import (
     CPU_FEATURES,
     cgroup_cpu_quota,
@@ -12,8 +12,14 @@ from batchclf.machine import (
     num_affinity_cores,
     usable_cores,
 )
-from batchclf.models.bundle import cache_folder, list_cache
-from batchclf.runtime.providers import PROVIDERS, compiled_in, flavour_problem, installed_flavours
+from batchclf.models.bundle import cache_folder, list_cache, versions_of
+from batchclf.runtime.providers import (
+    PROVIDERS,
+    compiled_in,
+    flavour_problem,
+    installed_flavours,
+    require_provider,
+)
 
 PACKAGES = (
     "numpy",
@@ -61,7 +67,7 @@ class Diagnosis:
 def diagnose() -> Diagnosis:
     """Look at this machine; opens a session on every provider that is compiled in."""
     name, flags = cpu_name_and_flags()
-    packages = {package: _version(package) for package in PACKAGES}
+    packages = versions_of(*PACKAGES)
     problem = flavour_problem()
     return Diagnosis(
         batchclf=__version__,
@@ -87,9 +93,14 @@ def _provider_state(name: str) -> ProviderState:
     provider = PROVIDERS[name]
     if not installed_flavours():
         return ProviderState(provider.execution_provider, False, False, flavour_problem())
-    from batchclf.runtime.probe import probe
+    from batchclf.runtime.probe import require_working
+    from batchclf.runtime.sessions import Target
 
-    problem = probe(name)
+    problem = None
+    try:
+        require_working(Target(require_provider(name)))
+    except BatchclfError as error:
+        problem = str(error)
     return ProviderState(
         provider.execution_provider,
         compiled_in=provider.execution_provider in compiled_in(),
@@ -106,10 +117,3 @@ def _cache() -> dict[str, str | int | bool]:
         "num_bytes": num_bytes,
         "writable": is_writable,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -9,7 +9,8 @@ BatchclfError                 1  unexpected; also the root of the tree
 ├── ErrorLimitPassed          3  more bad images than `errors.max` allows
 ├── ProviderError             4  the provider asked for is not the one that would run
 ├── EnvironmentFailed         5  the machine failed: disk, permissions, network
-│   └── WeightsUnavailable       pretrained weights could not be downloaded
+│   ├── WeightsUnavailable       pretrained weights could not be downloaded
+│   └── PrecisionRefused         a reduced precision agrees too seldom with fp32
 └── Interrupted        130, 143  SIGINT or SIGTERM: drained, committed, resumable
 
 A bad image is none of these: it is a `Failure` record (results/records.py).
@@ -66,6 +67,10 @@ class EnvironmentFailed(BatchclfError):
 
 class WeightsUnavailable(EnvironmentFailed):
     """Pretrained weights could not be downloaded."""
+
+
+class PrecisionRefused(EnvironmentFailed):
+    """On a sample of the job's images, a reduced precision agrees too seldom with fp32."""
 
 
 class Interrupted(BatchclfError):

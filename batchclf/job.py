@@ -402,3 +402,8 @@ class JobSpec(_Spec):
         EngineSpec,
         BeforeValidator(_name_to_mapping, json_schema_input_type=Literal["local"] | EngineSpec),
     ] = EngineSpec(name="local")
+
+
+def auto(value: int | str, default: int) -> int:
+    """A key's own number, or `default` where it says `auto`."""
+    return value if isinstance(value, int) else default

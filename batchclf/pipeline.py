@@ -1,6 +1,7 @@
 """The whole flow of a job, from its spec to its output folder. Read this file first.
 
-run_job:         get the model → freeze the listing → refuse another job's output → classify
+run_job:         prove the provider → get the model → freeze the listing → refuse another job's
+                 output → open the sessions and check their answers → classify
 classify_shard:  listing → prefetched batches → streams of inference → records, in order
 """
 
@@ -13,13 +14,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
+from batchclf.devices import Opened, open_devices, settle_provider
 from batchclf.errors import BatchclfError, ErrorLimitPassed, NoImagesError, UsageError
 from batchclf.images.prefetch import Prefetcher
 from batchclf.images.source import Source, open_source, require_images
 from batchclf.interrupt import StopRequest
-from batchclf.job import JobSpec
+from batchclf.job import JobSpec, auto
 from batchclf.machine import cpu_seconds, peak_rss_mb, process_age_s
-from batchclf.plan import Plan, freeze, make_loader, make_plan, open_model
+from batchclf.models.resolve import resolve_model
+from batchclf.plan import Plan, freeze, make_loader, make_plan
 from batchclf.results.records import ImageRef, Shard
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import (
@@ -42,9 +45,10 @@ from batchclf.resume import (
     run_facts,
     summary_facts,
 )
-from batchclf.runtime.providers import require_options, require_precision, require_provider
+from batchclf.runtime.classifier import open_reference
 from batchclf.runtime.ranking import rank
 from batchclf.runtime.streams import Streams
+from batchclf.sample import sample_listing
 from batchclf.validate import require_separate_output
 
 INTERVAL_S = 10.0
@@ -90,46 +94,44 @@ def run_job(
         BatchclfError: with the exit code and what to do; the output stays resumable.
     """
     require_separate_output(job)
-    require_precision(job.provider.name, job.precision)
-    require_options(job.provider.name, job.provider.options)
-    require_provider(job.provider.name)
+    fallback = settle_provider(job, reporter.log)
     files = RunFiles(job.output, options.shard)
     with only_writer(files):
         previous = None if options.overwrite else read_run(files)
         source = _source(
             job, is_complete=previous is not None and previous.get("status") == "complete"
         )
-        model, classifiers = open_model(job, reporter.log)
+        model = resolve_model(
+            job.model, batch_size=job.batch_size, open_reference=open_reference, log=reporter.log
+        )
         if options.overwrite:
             discard(files)
         list_s = freeze(source, files, options.limit, reporter.log)
-        plan = make_plan(job, source, files, model, classifiers, reporter.log)
+        plan = make_plan(job, source, files, model, reporter.log)
         wanted = fingerprint(plan, options.limit)
         done = resume(plan, previous, wanted, reporter.log)
-        run = run_facts(plan, wanted)
-        if previous is not None:  # listed then, not now
-            run["num_left_out"] = previous.get("num_left_out")
         retried = _failed(plan, done) if options.retry_failed else Counter[str]()
-        stats = StatsCollector(
-            cpu_seconds=cpu_seconds,
-            peak_rss_mb=peak_rss_mb,
-            startup_s=process_age_s(),
-            list_s=list_s,
-        )
+        stats = StatsCollector(cpu_seconds, peak_rss_mb, list_s=list_s)
         stats.resume(done.num_ok, done.errors_by_code - retried)
         _check_error_limit(plan, stats)
         finished = finished_summary(files) if done.num_images == plan.num_images else None
         if finished is not None and not retried:
             reporter.log(f"already complete: {plan.num_images:,} images in {files.predictions}")
             return RunResult(files, finished, was_complete=True)
+        sample = partial(sample_listing, job, source, model, read_listing(files), plan.num_listed)
+        opened = open_devices(job, model, plan.batch_size, sample, fallback, reporter.log)
+        run = run_facts(plan, opened, wanted)
+        if previous is not None:  # listed then, not now
+            run["num_left_out"] = previous.get("num_left_out")
+        stats.start(process_age_s())
         with kept_status(files, run):
             if retried:
-                _retry_failed(plan, stats, reporter=reporter, stop=stop)
+                _retry_failed(plan, opened, stats, reporter=reporter, stop=stop)
             else:
                 refs = read_listing(files, plan.first + done.num_images, plan.last)
                 with RecordWriter(files.predictions, done.num_bytes) as writer:
-                    classify_shard(plan, refs, writer, stats, reporter=reporter, stop=stop)
-            summary = append_stats(files, "summary", stats.snapshot(), summary_facts(plan))
+                    classify_shard(plan, opened, refs, writer, stats, reporter=reporter, stop=stop)
+            summary = append_stats(files, "summary", stats.snapshot(), summary_facts(plan, opened))
         return RunResult(files, summary, was_complete=False)
 
 
@@ -147,6 +149,7 @@ def _source(job: JobSpec, *, is_complete: bool) -> Source:
 
 def classify_shard(
     plan: Plan,
+    opened: Opened,
     refs: Iterator[ImageRef],
     writer: RecordWriter,
     stats: StatsCollector,
@@ -166,19 +169,21 @@ def classify_shard(
         top_k=plan.job.top_k,
         is_probability=plan.model.bundle.meta.scores == "probabilities",
     )
+    num_streams = len(opened.classifiers)
     reporter.begin(plan.num_images, stats.num_images)
     next_interval = time.monotonic() + INTERVAL_S
     with (
         stop.drained_by_caller(),
         Prefetcher(
             refs,
-            make_loader(plan),
+            make_loader(plan.job, plan.source, plan.model),
             batch_size=plan.batch_size,
             image_shape=(*plan.model.preprocess.crop, 3),
-            num_slots=plan.num_slots,
+            num_slots=num_streams + auto(plan.job.loader.prefetch, max(2, num_streams)) + 1,
             num_workers=plan.num_workers,
+            allocate=opened.allocate,
         ) as batches,
-        Streams(batches.next_batch, plan.classifiers, ranking, stats.add_batch) as streams,
+        Streams(batches.next_batch, opened.classifiers, ranking, stats.add_batch) as streams,
         _stopping(batches),
     ):
         for result in streams.results(TICK_S):
@@ -221,14 +226,14 @@ def _failed(plan: Plan, done: Done) -> Counter[str]:
 
 
 def _retry_failed(
-    plan: Plan, stats: StatsCollector, *, reporter: Reporter, stop: StopRequest
+    plan: Plan, opened: Opened, stats: StatsCollector, *, reporter: Reporter, stop: StopRequest
 ) -> None:
     """Classify the failed images again, then put the new records in the old ones' places."""
     listed = partial(read_listing, plan.files, plan.first, plan.last)
     retry = plan.files.retry
     with RecordWriter(retry, 0) as writer:
         refs = failed_refs(plan.files.predictions, listed())
-        classify_shard(plan, refs, writer, stats, reporter=reporter, stop=stop)
+        classify_shard(plan, opened, refs, writer, stats, reporter=reporter, stop=stop)
     replace_failed(plan.files.predictions, retry)
 
 

@@ -1,116 +1,65 @@
-"""What a run is going to do: the model opened, the listing frozen, the machine divided up."""
+"""What a run is going to do: the model resolved, the listing frozen, the work divided up."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from batchclf.images.decode import Decoder
 from batchclf.images.prefetch import Load
 from batchclf.images.source import Source, read_image_file
-from batchclf.job import JobSpec
+from batchclf.job import JobSpec, auto
 from batchclf.machine import usable_cores
-from batchclf.models.resolve import ResolvedModel, confirm_batch_size, resolve_model
-from batchclf.results.records import ActiveProvider, Failure, ImageRef, Loaded, Pixels
+from batchclf.models.resolve import Log, ResolvedModel
+from batchclf.results.records import Failure, ImageRef, Loaded, Pixels
 from batchclf.results.writer import (
     RunFiles,
     count_listing,
     discard_abandoned_listing,
     freeze_listing,
 )
-from batchclf.runtime.classifier import OnnxClassifier, open_classifier, open_reference
-from batchclf.runtime.providers import require_provider
-
-MAX_AUTO_STREAMS = 8
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything `classify_shard` needs: what is open, and how the machine is used."""
+    """What is to be done, with what, and in which portions."""
 
     job: JobSpec
     source: Source
     files: RunFiles
     first: int
     last: int
+    num_listed: int
+    """Images in the whole listing, of which a shard has `first` to `last`."""
     model: ResolvedModel
-    classifiers: Sequence[OnnxClassifier]
     batch_size: int
     num_workers: int
-    num_slots: int
 
     @property
     def num_images(self) -> int:
         return self.last - self.first
 
-    @property
-    def provider(self) -> ActiveProvider:
-        return self.classifiers[0].active
-
-
-def open_model(job: JobSpec, log: Log) -> tuple[ResolvedModel, list[OnnxClassifier]]:
-    """The model, and a classifier per stream.
-
-    Single-threaded streams share one session, each `Run` on its caller's thread; with more threads
-    a session's pool serves one stream.
-    """
-    model = resolve_model(
-        job.model, batch_size=job.batch_size, open_reference=open_reference, log=log
-    )
-    cores = usable_cores()
-    num_streams = _auto(job.runtime.streams, min(cores, MAX_AUTO_STREAMS))
-    threads = _auto(job.runtime.threads, max(1, cores // num_streams))
-    num_sessions = 1 if threads == 1 else num_streams
-    sessions = [
-        open_classifier(
-            model.bundle.model_path,
-            require_provider(job.provider.name),
-            threads=threads,
-            device_type=job.provider.device_type,
-            options=job.provider.options,
-        )
-        for _ in range(num_sessions)
-    ]
-    return model, [sessions[number % num_sessions] for number in range(num_streams)]
-
 
 def make_plan(
-    job: JobSpec,
-    source: Source,
-    files: RunFiles,
-    model: ResolvedModel,
-    classifiers: Sequence[OnnxClassifier],
-    log: Log,
+    job: JobSpec, source: Source, files: RunFiles, model: ResolvedModel, log: Log
 ) -> Plan:
-    """Divide the frozen listing and the machine up, and check the model at the batch size.
-
-    Raises:
-        ModelError: at this batch size the model gives other answers.
-    """
-    first, last = files.shard.bounds(count_listing(files))
+    """Divide the frozen listing up."""
+    num_listed = count_listing(files)
+    first, last = files.shard.bounds(num_listed)
     fixed = model.bundle.meta.fixed_batch
     if fixed is not None and fixed != job.batch_size:
         log(f"batch_size: the model takes only batches of {fixed}, not {job.batch_size}")
-    # A short job does not fill a batch; a smaller one saves inferring its padding.
-    batch_size = fixed or max(1, min(job.batch_size, last - first))
-    confirm_batch_size(model.bundle, batch_size, classifiers[0])
     return Plan(
         job=job,
         source=source,
         files=files,
         first=first,
         last=last,
+        num_listed=num_listed,
         model=model,
-        classifiers=classifiers,
-        batch_size=batch_size,
-        num_workers=_auto(job.loader.workers, usable_cores()),
-        num_slots=len(classifiers) + _auto(job.loader.prefetch, max(2, len(classifiers))) + 1,
+        # A short job does not fill a batch; a smaller one saves inferring its padding.
+        batch_size=fixed or max(1, min(job.batch_size, last - first)),
+        num_workers=auto(job.loader.workers, usable_cores()),
     )
-
-
-def _auto(value: int | str, default: int) -> int:
-    return value if isinstance(value, int) else default
 
 
 def freeze(source: Source, files: RunFiles, limit: int | None, log: Log) -> float:
@@ -132,16 +81,15 @@ def _limited(paths: Iterator[bytes], limit: int | None) -> Iterator[bytes]:
         yield path
 
 
-def make_loader(plan: Plan) -> Load:
+def make_loader(job: JobSpec, source: Source, model: ResolvedModel) -> Load:
     """What reads and decodes one listed image into its slot."""
-    job = plan.job
     decoder = Decoder(
-        plan.model.preprocess,
+        model.preprocess,
         mode=job.loader.decode,
         exif_transpose=bool(job.model.preprocess and job.model.preprocess.exif_transpose),
         max_pixels=job.loader.max_pixels,
     )
-    root, confined = plan.source.root, plan.source.confined
+    root, confined = source.root, source.confined
 
     def load(ref: ImageRef, slot_HWC: Pixels) -> Loaded:
         data = read_image_file(root, ref.path, confined=confined)

@@ -13,9 +13,12 @@ from typing import Any
 import orjson
 
 from batchclf import __version__
+from batchclf.devices import Opened
 from batchclf.errors import BatchclfError, Interrupted, ResumeRefused
 from batchclf.models.bundle import digest_of
-from batchclf.plan import Log, Plan
+from batchclf.models.resolve import Log
+from batchclf.models.variants import facts, needed_variant, nested_variant
+from batchclf.plan import Plan
 from batchclf.results.writer import (
     Done,
     RunFiles,
@@ -44,10 +47,23 @@ def fingerprint(plan: Plan, limit: int | None) -> dict[str, object]:
         "labels": digest_of(plan.model.labels),
         "top_k": job.top_k,
         "precision": job.precision,
+        "converted": _converted(plan),
         "input": os.fspath(job.input),
         "limit": limit,
         "num_images": plan.num_images,
     }
+
+
+def _converted(plan: Plan) -> str | None:
+    """Digest of the model at the job's precision, where it was exported with the bundle.
+
+    Otherwise it is made from the model and the listing, which are in the fingerprint already.
+    """
+    precision = needed_variant(plan.job.provider.name, plan.job.precision)
+    if precision is None:
+        return None
+    nested = nested_variant(plan.model.bundle, precision)
+    return None if nested is None else nested.digest
 
 
 def resume(
@@ -151,7 +167,7 @@ def kept_status(files: RunFiles, run: dict[str, object]) -> Iterator[None]:
 # ---- facts ---------------------------------------------------------------------------------------
 
 
-def run_facts(plan: Plan, fingerprint: Mapping[str, object]) -> dict[str, object]:
+def run_facts(plan: Plan, opened: Opened, fingerprint: Mapping[str, object]) -> dict[str, object]:
     """What run.json says of a run, its status apart."""
     return {
         "job": plan.job.model_dump(mode="json"),
@@ -160,19 +176,22 @@ def run_facts(plan: Plan, fingerprint: Mapping[str, object]) -> dict[str, object
         "num_images": plan.num_images,
         "num_left_out": plan.source.num_left_out,
         "model": {"name": plan.model.bundle.meta.name, **plan.model.bundle.meta.source},
-        "num_streams": len(plan.classifiers),
+        "converted_model": None
+        if opened.bundle.digest == plan.model.bundle.digest
+        else facts(opened.bundle),
+        "num_streams": len(opened.classifiers),
         "num_workers": plan.num_workers,
-        "num_slots": plan.num_slots,
-        **summary_facts(plan),
+        **summary_facts(plan, opened),
     }
 
 
-def summary_facts(plan: Plan) -> dict[str, object]:
+def summary_facts(plan: Plan, opened: Opened) -> dict[str, object]:
     """What the summary line says beside the figures: how and on what the job ran."""
     return {
         "batch_size": plan.batch_size,
-        "provider": asdict(plan.provider),
+        "provider": asdict(opened.provider),
         "precision": plan.job.precision,
+        "precision_check": opened.precision_check and asdict(opened.precision_check),
         "decode": plan.job.loader.decode,
         "versions": {
             "batchclf": __version__,

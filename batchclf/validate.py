@@ -2,16 +2,12 @@
 
 from dataclasses import dataclass
 
+from batchclf.devices import settle_provider
 from batchclf.errors import UsageError
 from batchclf.images.source import open_source, require_images, would_list
 from batchclf.job import JobSpec
-from batchclf.models.resolve import check_model
-from batchclf.runtime.providers import (
-    installed_flavours,
-    require_options,
-    require_precision,
-    require_provider,
-)
+from batchclf.models.resolve import Log, check_model
+from batchclf.runtime.providers import PROVIDERS, installed_flavours
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,16 +20,15 @@ class Checked:
     model: str
 
 
-def check_job(job: JobSpec) -> Checked:
+def check_job(job: JobSpec, log: Log) -> Checked:
     """Everything that can be told before running.
 
     Raises:
         BatchclfError: the first problem, with the exit code that `run` would end with.
     """
     require_separate_output(job)
-    require_precision(job.provider.name, job.precision)
-    require_options(job.provider.name, job.provider.options)
-    provider = require_provider(job.provider.name)
+    fallback = settle_provider(job, log)
+    provider = PROVIDERS["cpu" if fallback is not None else job.provider.name]
     source = open_source(job.input, allow_outside_links=job.loader.allow_outside_links)
     require_images(source)
     model = check_model(job.model)

@@ -738,3 +738,12 @@ def test_the_schema_describes_its_keys(schema: Schema) -> None:
 def test_the_jobs_that_come_with_the_project_are_valid(schema: Schema, job: Path) -> None:
     load_job(job)
     assert schema.errors(yaml.safe_load(job.read_text())) == []
+
+
+def test_set_adds_keys_to_the_provider_that_is_named_on_the_command_line(
+    batchclf: Batchclf, tmp_path: Path
+) -> None:
+    job = write(tmp_path, {**MINIMAL, "provider": {"name": "openvino", "device_type": "GPU"}})
+    done = batchclf("run", job, "--set", "provider.devices=[0, 0]", "--provider", "cuda")
+    assert done.exit_code == 2
+    assert "provider.devices: found [0, 0]; allowed: each GPU once" in done.stderr

@@ -36,7 +36,7 @@ SUMMARY_KEYS = {
     *("type", "num_images", "num_new", "num_ok", "num_errors", "errors_by_code"),
     *("wall_s", "startup_s", "bottleneck_why"),
     *("images_per_s", "stage_s", "batch_ms", "bottleneck", "cpu_s", "peak_rss_mb"),
-    *("batch_size", "provider", "precision", "decode", "versions"),
+    *("batch_size", "provider", "precision", "precision_check", "decode", "versions"),
 }
 FINGERPRINT_KEYS = {
     *("model", "preprocess", "labels", "top_k", "precision", "input", "limit", "num_images"),
@@ -93,8 +93,12 @@ def test_a_job_writes_its_files_with_the_keys_of_the_contract(
     assert summary["bottleneck"] in ("decode", "infer", "write")
     assert summary["batch_size"] == 2
     provider = summary["provider"]
-    assert set(provider) == {"requested", "active", "device", "nodes"}
+    assert set(provider) == {
+        *("requested", "active", "device", "nodes"),
+        *("cpu_nodes", "options", "fallback"),
+    }
     assert (provider["requested"], provider["active"]) == ("cpu", "CPUExecutionProvider")
+    assert provider["fallback"] is None
     assert provider["nodes"]["CPUExecutionProvider"] > 0
     assert {"batchclf", "python", "numpy", "pillow", "onnxruntime"} <= set(summary["versions"])
     assert summary["wall_s"] > 0
@@ -435,7 +439,7 @@ def test_a_provider_that_is_not_here_ends_with_4_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_precision_that_does_not_run_ends_with_2(
     batchclf: Batchclf, tmp_path: Path, precision: str
 ) -> None:

@@ -16,8 +16,11 @@ from onnx import TensorProto, helper, numpy_helper
 from batchclf.interrupt import StopRequest
 from batchclf.jobfile import load_job
 from batchclf.pipeline import RunOptions, RunResult, run_job
+from batchclf.runtime.providers import PROVIDERS
+from batchclf.runtime.sessions import Target
 from tests.conftest import ROOT
 
+CPU = Target(PROVIDERS["cpu"])
 NUM_CLASSES = 10
 DIGITS = ROOT / "samples" / "digits"
 SLOW_RESIZE = 800

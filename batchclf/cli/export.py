@@ -15,30 +15,23 @@ from batchclf.cli.options import job_options, json_option, load
 def command(job: Path, folder: Path, sets: tuple[str, ...], as_json: bool, **direct: Any) -> None:
     """Write the model of JOB as a bundle into FOLDER.
 
-    A job with `model: {bundle: FOLDER}` runs where torch is not installed.
+    A job with `model: {bundle: FOLDER}` runs where torch is not installed. At a precision that
+    needs another model file (int8; fp16 on cuda) the bundle holds that as well, int8 calibrated on
+    a sample of JOB's images.
 
     \b
       batchclf export jobs/cpu.yaml exported/resnet50
+      batchclf export jobs/cpu.yaml exported/resnet50 --precision int8
     """
     import json
 
     from batchclf.cli.progress import Progress
 
     spec = load(job, sets, direct)
-    from batchclf.models.bundle import copy_bundle
-    from batchclf.models.resolve import resolve_model
-    from batchclf.runtime.classifier import open_reference
-    from batchclf.runtime.providers import require_provider
+    from batchclf.export import export_job
 
-    require_provider("cpu")  # what the exported model is checked with
     with Progress() as progress:
-        model = resolve_model(
-            spec.model,
-            batch_size=spec.batch_size,
-            open_reference=open_reference,
-            log=progress.log,
-        )
-        bundle = copy_bundle(model.bundle, folder, labels=model.labels, preprocess=model.preprocess)
+        bundle = export_job(spec, folder, progress.log)
         progress.log(f"bundle: {folder}: {bundle.meta.name}, {len(bundle.meta.labels):,} classes")
     if as_json:
         found = {"bundle": str(folder), "name": bundle.meta.name, "digest": bundle.digest}

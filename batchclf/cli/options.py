@@ -50,7 +50,10 @@ def json_option(text: str) -> Callable[[Command], Command]:
 
 
 def load(job: Path, sets: tuple[str, ...], direct: dict[str, Any]) -> "JobSpec":
-    """The job with its overrides; direct options come after --set."""
+    """The job with its overrides.
+
+    --provider comes first, so that --set can add keys to it; the other direct options come last.
+    """
     from batchclf.jobfile import Override, load_job, parse_set
 
     overrides = [parse_set(text) for text in sets]
@@ -58,5 +61,6 @@ def load(job: Path, sets: tuple[str, ...], direct: dict[str, Any]) -> "JobSpec":
         name = key.removeprefix("override_")
         if value is not None:
             option = next(text for text in _DIRECT[name][:2] if text and text.startswith("--"))
-            overrides.append(Override(name, value, f"{option} {value}"))
+            override = Override(name, value, f"{option} {value}")
+            overrides.insert(0 if name == "provider" else len(overrides), override)
     return load_job(job, overrides)

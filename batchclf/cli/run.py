@@ -87,5 +87,14 @@ def _print_summary(summary: Mapping[str, Any], predictions: Path) -> None:
         f"bottleneck: {summary['bottleneck']} ({summary['bottleneck_why']})",
         f"records: {predictions}",
     ]
+    if provider["fallback"] is not None:
+        lines.insert(-1, f"FELL BACK TO THE CPU, as the job allows: {provider['fallback']}")
+    if (check := summary["precision_check"]) is not None:
+        lines.insert(
+            -1,
+            f"{summary['precision']} compared with fp32 on {check['num_images']} images: same top "
+            f"class on {check['top1_agreement']:.1%}, largest difference of a score "
+            f"{check['max_score_difference']:.2f}",
+        )
     for line in lines:
         click.echo(f"batchclf: {line}", err=True)

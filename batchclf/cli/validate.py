@@ -24,7 +24,7 @@ def command(job: Path, sets: tuple[str, ...], as_json: bool, **direct: Any) -> N
     spec = load(job, sets, direct)
     from batchclf.validate import check_job
 
-    checked = check_job(spec)
+    checked = check_job(spec, log=lambda text: click.echo(printable(f"batchclf: {text}"), err=True))
     if as_json:
         click.echo(json.dumps({"valid": True, **asdict(checked)}))
         return

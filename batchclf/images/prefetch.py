@@ -9,15 +9,22 @@ Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB).
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 import numpy as np
 
 from batchclf.results.records import Batch, ImageRef, Loaded, Pixels
 
+Allocate = Callable[[Sequence[int]], Pixels]
+"""Makes the zeroed memory of one batch, uint8 of the given shape NHWC."""
 Load = Callable[[ImageRef, Pixels], Loaded]
 """Reads one image into one slot (uint8, shape HWC); a bad image is a returned failure."""
+
+
+def zeroed_pixels(shape: Sequence[int]) -> Pixels:
+    """A batch in ordinary memory."""
+    return np.zeros(shape, np.uint8)
 
 
 class _Pending:
@@ -47,14 +54,13 @@ class Prefetcher:
         image_shape: tuple[int, int, int],
         num_slots: int,
         num_workers: int,
+        allocate: Allocate = zeroed_pixels,
     ) -> None:
         self._refs = refs
         self._load = load
         self._batch_size = batch_size
         # Zeros, so that the padding of a first, short batch is the same on every run.
-        self._free: list[Pixels] = [
-            np.zeros((batch_size, *image_shape), np.uint8) for _ in range(num_slots)
-        ]
+        self._free = [allocate((batch_size, *image_shape)) for _ in range(num_slots)]
         self._pending: deque[_Pending] = deque()
         self._num_batches = 0
         self._closed = False

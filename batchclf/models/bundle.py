@@ -1,11 +1,14 @@
-"""The model bundle: a folder with model.onnx and model.json, all that a run needs of a model.
+"""The model bundle: a folder with all that a run needs of a model.
 
 model.onnx takes `pixels`, uint8 of shape NHWC, and gives float32 scores of shape NK; scaling,
-normalisation and change of layout are inside the graph. A bundle is written beside its final
-place and renamed there whole, so a folder with the final name is complete.
+normalisation and change of layout are inside the graph. model.json describes it, golden.npz holds
+a few images with their scores. A folder `int8` or `fp16` in it is the bundle of the same model at
+that precision. A bundle is written beside its final place and renamed there whole, so a folder
+with the final name is complete.
 """
 
 import hashlib
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -23,6 +26,7 @@ from batchclf.results.records import Preprocess
 
 MODEL_FILE = "model.onnx"
 META_FILE = "model.json"
+GOLDEN_FILE = "golden.npz"
 MAX_PROTOBUF_BYTES = 1_900_000_000
 """Protocol buffers end at 2 GiB; larger models keep their weights in a second file."""
 CACHE_VARIABLE = "BATCHCLF_CACHE_DIR"
@@ -33,7 +37,7 @@ class BundleMeta(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     name: str
     source: Mapping[str, str | int | None]
     """Where the model came from: model name, weights, digests, exporter versions."""
@@ -44,8 +48,13 @@ class BundleMeta(BaseModel):
     """The only batch size that the model takes, if it takes only one."""
     verified_batches: tuple[int, ...] = ()
     """Batch sizes at which the model gave its source's answers."""
+    arithmetic: Literal["fp32", "fp16", "int8"] = "fp32"
+    """The least precise that the graph itself computes in."""
     files: Mapping[str, str]
     """SHA-256 of each file of the model."""
+    golden_sha256: str
+    """Of golden.npz, which is not among `files`: another CPU gives other last digits, and the
+    model is the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +97,7 @@ def open_bundle(folder: Path) -> Bundle:
         raise ModelError(
             f"{meta_path}: not a bundle of this version: {where} {first['msg']}; {again}"
         ) from None
-    for name, expected in meta.files.items():
+    for name, expected in {**meta.files, GOLDEN_FILE: meta.golden_sha256}.items():
         try:
             found = sha256_of(folder / name)
         except OSError as error:
@@ -114,8 +123,8 @@ def write_bundle(target: Path, build: Callable[[Path], BundleMeta]) -> Bundle:
             folder.mkdir()
             meta = build(folder)
             _write_durably(folder / META_FILE, meta.model_dump_json(indent=1).encode())
-            for name in meta.files:
-                _sync(folder / name)
+            for path in folder.rglob("*"):
+                _sync(path)
             _sync(folder)
             if target.exists():
                 os.rename(target, Path(temporary) / "replaced")
@@ -216,9 +225,16 @@ def cached_folder(request: Mapping[str, object]) -> Path:
 
 
 def copy_bundle(
-    bundle: Bundle, target: Path, *, labels: tuple[str, ...], preprocess: Preprocess
+    bundle: Bundle,
+    target: Path,
+    *,
+    labels: tuple[str, ...],
+    preprocess: Preprocess,
+    variant: tuple[str, Bundle] | None = None,
 ) -> Bundle:
     """Copy a bundle to a folder of the user's, with a job's own labels and preprocessing in it.
+
+    `variant` is the same model at another precision, and its folder's name in the copy.
 
     Raises:
         ModelError: something else is at `target`.
@@ -228,8 +244,10 @@ def copy_bundle(
         raise ModelError(f"{target}: exists and is no model bundle; give another folder")
 
     def build(folder: Path) -> BundleMeta:
-        for name in bundle.meta.files:
+        for name in (*bundle.meta.files, GOLDEN_FILE):
             shutil.copyfile(bundle.folder / name, folder / name)
+        if variant is not None:
+            shutil.copytree(variant[1].folder, folder / variant[0])
         return bundle.meta.model_copy(update={"labels": labels, "preprocess": preprocess})
 
     return write_bundle(target, build)
@@ -248,7 +266,20 @@ def sha256_of(path: Path) -> str:
 
 def model_files(folder: Path) -> dict[str, str]:
     """The model's files in a bundle's folder and their SHA-256: what `BundleMeta.files` holds."""
-    return {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+    return {
+        path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != GOLDEN_FILE
+    }
+
+
+def versions_of(*distributions: str) -> dict[str, str | None]:
+    """Installed versions of packages; None for what is not installed."""
+    found: dict[str, str | None] = {}
+    for name in distributions:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def _write_durably(path: Path, data: bytes) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -31,7 +32,7 @@ from torchvision import models as zoo
 from batchclf.errors import ModelError, WeightsUnavailable
 from batchclf.job import PreprocessSpec
 from batchclf.models.bundle import MAX_PROTOBUF_BYTES, MODEL_FILE
-from batchclf.models.checks import OpenReference, assert_same_scores, sample_pixels, tiled
+from batchclf.models.checks import OpenReference, Run, assert_same_scores, sample_pixels, tiled
 from batchclf.results.records import Interpolation, Preprocess
 
 OPSET = 18
@@ -151,6 +152,19 @@ def export_torchvision(
         found_NK = run(tiled(pixels_NHWC, size))
         assert_same_scores(found_NK, tiled(expected_NK, size), f"exported model, batch of {size}")
     return checked
+
+
+def eager(model: TorchvisionModel, threads: int) -> Run:
+    """The model in PyTorch, uint8 pixels NHWC to float32 logits NK, on `threads` CPU threads."""
+    wrapped = _PixelsToLogits(model.module, model.preprocess).eval()
+    torch.set_num_threads(threads)
+
+    def run(pixels_NHWC: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        with torch.inference_mode():
+            logits_NK: np.ndarray[Any, Any] = wrapped(torch.from_numpy(pixels_NHWC)).numpy()
+        return logits_NK
+
+    return run
 
 
 # ---- building ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -32,6 +32,7 @@ OLDEST_OPSET = 7
 """First opset whose Mul and Add broadcast as NumPy does."""
 _PASS_ON = ("Cast", "Identity", "Flatten", "Reshape", "Squeeze")
 """Operators that hand scores on as they are."""
+_QUANTISED = ("QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "ConvInteger")
 _PREFIX = "batchclf_"
 _INPUT_TYPES: dict[int, np.dtype[Any]] = {
     TensorProto.FLOAT: np.dtype(np.float32),
@@ -49,6 +50,7 @@ class WrappedModel:
     is_probability: bool
     fixed_batch: int | None
     checked_batches: tuple[int, ...]
+    arithmetic: Literal["fp32", "fp16", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +89,31 @@ def wrap_onnx(
     _save(model, target)
     checked = (image.fixed_batch,) if image.fixed_batch else tuple(sorted({1, 2, 3, batch_size}))
     run = open_reference(target)
+    arithmetic = _arithmetic(model, image)
     for size in checked:
         found_NK = run(tiled(pixels_NHWC, size))
         assert_same_scores(
             found_NK,
             tiled(expected_NK, size),
             f"{path}, batch of {size}",
-            is_half=TensorProto.FLOAT16
-            in (image.type, *(w.data_type for w in model.graph.initializer)),
+            is_half=arithmetic == "fp16",
         )
     return WrappedModel(
-        preprocess, int(expected_NK.shape[1]), is_probability, image.fixed_batch, checked
+        preprocess,
+        int(expected_NK.shape[1]),
+        is_probability,
+        image.fixed_batch,
+        checked,
+        arithmetic,
     )
+
+
+def _arithmetic(model: onnx.ModelProto, image: _Input) -> Literal["fp32", "fp16", "int8"]:
+    """What the file's own graph computes in."""
+    if any(node.op_type in _QUANTISED for node in model.graph.node):
+        return "int8"
+    types = {image.type, *(tensor.data_type for tensor in model.graph.initializer)}
+    return "fp16" if TensorProto.FLOAT16 in types else "fp32"
 
 
 def external_files(path: Path) -> list[Path]:

@@ -3,18 +3,19 @@
 Only building imports torch (or onnx); a run from a bundle, cached or given, needs neither.
 """
 
-import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from batchclf.errors import ModelError, UsageError
 from batchclf.job import ModelSpec, PreprocessSpec
 from batchclf.models.bundle import (
+    MODEL_FILE,
     Bundle,
     BundleMeta,
     cached_bundle,
@@ -23,8 +24,10 @@ from batchclf.models.bundle import (
     open_bundle,
     remember_batch_size,
     sha256_of,
+    versions_of,
 )
-from batchclf.models.checks import OpenReference, assert_same_scores, sample_pixels, tiled
+from batchclf.models.checks import OpenReference, Run, assert_same_scores, sample_pixels, tiled
+from batchclf.models.golden import write_golden
 from batchclf.models.labels import imagenet_labels, read_labels, require_label_count
 from batchclf.results.records import Pixels, Preprocess, Scores
 
@@ -102,6 +105,23 @@ def check_model(spec: ModelSpec) -> str:
     return f"{spec.name} ({spec.weights}), to be exported at the first run"
 
 
+def open_eager(spec: ModelSpec, threads: int) -> Run | str:
+    """The job's model in PyTorch itself, uint8 pixels NHWC to logits NK, or why there is none.
+
+    Raises:
+        ModelError: the model cannot be built.
+        WeightsUnavailable: pretrained weights could not be downloaded.
+    """
+    if spec.name is None:
+        given = "an ONNX file" if spec.onnx is not None else "a bundle"
+        return f"the job names {given}, not a torchvision model"
+    if missing := _missing(*TORCH_PACKAGES):
+        return f"{', '.join(missing)} not installed: pip install 'batchclf[export]'"
+    export, model = _build_torchvision(spec)
+    run: Run = export.eager(model, threads)
+    return run
+
+
 def confirm_batch_size(
     bundle: Bundle, batch_size: int, classify: Callable[[Pixels], Scores]
 ) -> None:
@@ -147,14 +167,14 @@ def _request(spec: ModelSpec, labels: tuple[str, ...]) -> dict[str, object]:
             "external": _external_digests(spec.onnx),
             "layout": spec.layout,
             "output_name": spec.output_name,
-            "versions": _versions("onnx"),
+            "versions": versions_of("onnx"),
         }
     path = spec.weights_path
     return request | {
         "name": spec.name,
         "weights": spec.weights if path is None else _digest("model.weights", path),
         "num_classes": spec.num_classes,
-        "versions": _versions("torch", "torchvision", "onnx", "onnxscript"),
+        "versions": versions_of("torch", "torchvision", "onnx", "onnxscript"),
     }
 
 
@@ -175,24 +195,17 @@ def _external_digests(path: Path) -> list[str]:
     return [_digest("model.onnx", found) for found in onnx_file.external_files(path)]
 
 
-def _versions(*distributions: str) -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in distributions:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
 def _require_packages(what: str, *modules: str) -> None:
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
+    if missing := _missing(*modules):
         raise UsageError(
             f"{what} has to be exported first, which needs {', '.join(missing)}: "
             "pip install 'batchclf[export]', or run `batchclf export` where they are installed "
             "and name the folder in model.bundle"
         )
+
+
+def _missing(*modules: str) -> list[str]:
+    return [module for module in modules if importlib.util.find_spec(module) is None]
 
 
 def _import_export(name: str) -> ModuleType:
@@ -208,6 +221,20 @@ def _import_export(name: str) -> ModuleType:
     return export
 
 
+def _build_torchvision(spec: ModelSpec) -> tuple[ModuleType, Any]:
+    """The module that holds torch, and the model it built."""
+    assert spec.name is not None
+    export = _import_export(spec.name)
+    model = export.build_torchvision(
+        spec.name,
+        weights=spec.weights,
+        weights_path=spec.weights_path,
+        num_classes=spec.num_classes,
+        overrides=spec.preprocess,
+    )
+    return export, model
+
+
 def _build_from_torchvision(
     spec: ModelSpec,
     folder: Path,
@@ -220,32 +247,27 @@ def _build_from_torchvision(
 ) -> BundleMeta:
     assert spec.name is not None
     log(f"exporting {spec.name} ({spec.weights}) to ONNX; this is done once")
-    export = _import_export(spec.name)
-    model = export.build_torchvision(
-        spec.name,
-        weights=spec.weights,
-        weights_path=spec.weights_path,
-        num_classes=spec.num_classes,
-        overrides=spec.preprocess,
-    )
+    export, model = _build_torchvision(spec)
     if labels:
         require_label_count(labels, len(model.labels), spec.labels or "")
     checked = export.export_torchvision(
         model, folder, batch_size=batch_size, open_reference=open_reference
     )
+    sample_NHWC = sample_pixels(*model.preprocess.crop)
     return BundleMeta(
         name=spec.name,
         source={
             "name": spec.name,
             "weights": spec.weights_path.name if spec.weights_path else spec.weights,
             "weights_sha256": str(request["weights"]) if spec.weights_path else None,
-            **_versions("torch", "torchvision"),
+            **versions_of("torch", "torchvision"),
         },
         preprocess=model.preprocess,
         labels=labels or model.labels,
         scores="logits",
         verified_batches=checked,
         files=model_files(folder),
+        golden_sha256=write_golden(folder, open_reference(folder / MODEL_FILE), sample_NHWC),
     )
 
 
@@ -277,7 +299,14 @@ def _build_from_onnx(
         scores="probabilities" if wrapped.is_probability else "logits",
         fixed_batch=wrapped.fixed_batch,
         verified_batches=wrapped.checked_batches,
+        arithmetic=wrapped.arithmetic,
         files=model_files(folder),
+        golden_sha256=write_golden(
+            folder,
+            open_reference(folder / MODEL_FILE),
+            sample_pixels(*wrapped.preprocess.crop),
+            wrapped.fixed_batch,
+        ),
     )
 
 

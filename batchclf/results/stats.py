@@ -37,17 +37,16 @@ class StatsCollector:
 
     def __init__(
         self,
-        *,
         cpu_seconds: Callable[[], float],
         peak_rss_mb: Callable[[], float],
-        startup_s: float,
+        *,
         list_s: float,
     ) -> None:
         self._cpu_seconds = cpu_seconds
         self._peak_rss_mb = peak_rss_mb
-        self._startup_s = startup_s
+        self._startup_s = 0.0
         self._list_s = list_s
-        self._started = time.perf_counter()
+        self._started = math.nan
         self._lock = threading.Lock()
         self._errors_by_code: Counter[str] = Counter()
         self._num_images = 0
@@ -65,6 +64,11 @@ class StatsCollector:
     @property
     def num_errors(self) -> int:
         return self._errors_by_code.total()
+
+    def start(self, startup_s: float) -> None:
+        """Begin to count this run's time, after `startup_s` seconds of start-up."""
+        self._started = time.perf_counter()
+        self._startup_s = startup_s
 
     def resume(self, num_ok: int, errors_by_code: Mapping[str, int]) -> None:
         """Count what an earlier run of the job has written."""

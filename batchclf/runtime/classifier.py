@@ -3,33 +3,19 @@
 Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 """
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from batchclf.errors import ModelError, ProviderError
 from batchclf.results.records import ActiveProvider, Pixels, Scores
-from batchclf.runtime.providers import Provider
+from batchclf.runtime.sessions import ERRORS_ONLY, ORT_ERRORS, Target, open_session
 
 Classifier = Callable[[Pixels], Scores]
 """uint8 pixels of shape NHWC to float32 scores of shape NK; may be called from several threads."""
-
-_ERRORS_ONLY = 3
-_ORT_ERRORS: tuple[type[Exception], ...] = (
-    RuntimeError,
-    ValueError,
-    *(
-        found
-        for found in vars(ort_errors).values()
-        if isinstance(found, type) and issubclass(found, Exception)
-    ),
-)
-"""ONNX Runtime's own errors share no base class but Exception."""
 
 
 class OnnxClassifier:
@@ -46,74 +32,79 @@ class OnnxClassifier:
         return np.asarray(scores_NK, np.float32)
 
 
+class BoundClassifier(OnnxClassifier):
+    """A classifier whose pixels go to one fixed place in the device's memory, for one caller.
+
+    Binding spares ONNX Runtime an allocation and a staging copy per batch. Two of these, called
+    from two threads, overlap one batch's copy with the other's computation.
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        active: ActiveProvider,
+        *,
+        device: str,
+        device_id: int,
+    ) -> None:
+        super().__init__(session, active)
+        self._place = (device, device_id)
+        self._binding = session.io_binding()
+        self._pixels: ort.OrtValue | None = None
+
+    def __call__(self, pixels_NHWC: Pixels) -> Scores:
+        if self._pixels is None:
+            # On the CPU an OrtValue would share the array's memory; the copy makes it our own.
+            self._pixels = ort.OrtValue.ortvalue_from_numpy(pixels_NHWC.copy(), *self._place)
+            self._binding.bind_ortvalue_input(self._input, self._pixels)
+            self._binding.bind_output(self._output, *self._place)
+        else:
+            self._pixels.update_inplace(pixels_NHWC)
+        self._session.run_with_iobinding(self._binding)
+        (scores_NK,) = self._binding.copy_outputs_to_cpu()
+        return np.array(scores_NK, np.float32)
+
+
 def open_classifier(
     model: Path,
-    provider: Provider,
+    target: Target,
     *,
-    threads: int,
-    device_type: str | None = None,
-    options: Mapping[str, str | int | float | bool] | None = None,
+    batch_size: int | None = None,
+    compile_cache: Path | None = None,
+    bind: bool = True,
 ) -> OnnxClassifier:
-    """Open a session for a bundle's model (one uint8 NHWC input, one output of scores NK).
+    """Open a bundle's model (one uint8 NHWC input, one output of scores NK) on a target.
 
-    With one thread, concurrent calls each run on their caller's thread and share the weights.
+    With one thread, concurrent calls each run on their caller's thread and share the weights; on
+    CUDA a classifier is for one caller, unless `bind` is false.
 
     Raises:
         ModelError: ONNX Runtime does not accept the model.
-        ProviderError: the session would run on another provider.
+        ProviderError: the session would run elsewhere than on the target.
+        UsageError: an option that the provider does not know.
     """
-    chosen = {key: str(value) for key, value in (options or {}).items()}
-    if device_type is not None:
-        chosen["device_type"] = device_type
-    session = _open_session(model, provider, chosen, threads)
-    active = session.get_providers()
-    if active[0] != provider.execution_provider:
-        raise ProviderError(
-            f"provider {provider.name}: asked for {provider.execution_provider}, but the session "
-            f"opened on {active[0]}; `batchclf doctor` tells what is missing"
-        )
-    return OnnxClassifier(
-        session,
-        ActiveProvider(
-            requested=provider.name,
-            active=active[0],
-            device=device_type or {"cuda": "GPU"}.get(provider.name, "CPU"),
-            nodes=_nodes_per_provider(session),
-        ),
+    session, active = open_session(
+        model, target, batch_size=batch_size, compile_cache=compile_cache
     )
+    if bind and target.provider.name == "cuda":
+        return BoundClassifier(session, active, device="cuda", device_id=target.device_id)
+    return OnnxClassifier(session, active)
 
 
-def _open_session(
-    model: Path, provider: Provider, options: dict[str, str], threads: int
-) -> ort.InferenceSession:
-    settings = ort.SessionOptions()
-    # Set explicitly: ONNX Runtime's own default ignores cpusets and cgroup quotas.
-    settings.intra_op_num_threads = threads
-    settings.inter_op_num_threads = 1
-    settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    settings.log_severity_level = _ERRORS_ONLY
-    # Decoding shares the cores; a thread that spins between batches takes them from it.
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+def warm_up(classify: OnnxClassifier, pixels_NHWC: Pixels) -> Scores:
+    """Run a first batch, which is when a provider plans, compiles and allocates.
+
+    Raises:
+        ProviderError: it does not run.
+    """
     try:
-        # Without enable_fallback=0 the Python wrapper retries on the CPU by itself.
-        return ort.InferenceSession(
-            str(model),
-            settings,
-            providers=[(provider.execution_provider, options)],
-            enable_fallback=0,
-        )
-    except _ORT_ERRORS as error:
-        if provider.name == "cpu" and not options:
-            raise ModelError(f"{model}: ONNX Runtime does not accept it: {error}") from error
-        raise ProviderError(f"provider {provider.name}: no session opens: {error}") from error
-
-
-def _nodes_per_provider(session: ort.InferenceSession) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-    for subgraph in session.get_provider_graph_assignment_info():
-        counts[subgraph.ep_name] += len(subgraph.get_nodes())
-    return dict(counts)
+        return classify(pixels_NHWC)
+    except ORT_ERRORS as error:
+        active = classify.active
+        raise ProviderError(
+            f"provider {active.requested}: a first batch of {len(pixels_NHWC)} does not run on "
+            f"{active.device}: {error}"
+        ) from error
 
 
 def open_reference(
@@ -125,10 +116,10 @@ def open_reference(
         ModelError: ONNX Runtime does not accept the model, or running it fails.
     """
     settings = ort.SessionOptions()
-    settings.log_severity_level = _ERRORS_ONLY
+    settings.log_severity_level = ERRORS_ONLY
     try:
         session = ort.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
-    except _ORT_ERRORS as error:
+    except ORT_ERRORS as error:
         raise ModelError(f"{model}: ONNX Runtime does not accept it: {error}") from error
     input_name = session.get_inputs()[0].name
     output_name = output or session.get_outputs()[0].name
@@ -136,7 +127,7 @@ def open_reference(
     def run(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         try:
             (result,) = session.run([output_name], {input_name: array})
-        except _ORT_ERRORS as error:
+        except ORT_ERRORS as error:
             raise ModelError(f"{model}: running it on {array.shape} fails: {error}") from error
         return np.asarray(result)
 

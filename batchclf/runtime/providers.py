@@ -1,7 +1,8 @@
 """Job-file provider names to ONNX Runtime execution providers; refuses what is not there.
 
-ONNX Runtime falls back to the CPU silently in several ways. Nothing here does: a provider is
-installed, compiled in and first in the session's own list, or there is no session.
+ONNX Runtime falls back to the CPU silently in several ways. Nothing here does: what is not
+installed or not compiled in is an error that names the command which mends it. What a session
+really runs on is proven in sessions.py.
 """
 
 import importlib.metadata
@@ -9,12 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from batchclf.errors import ProviderError, UsageError
+from batchclf.results.records import Precision
 
 FLAVOURS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino")
 """Distributions that own the same Python package; two of them side by side break each other."""
-
-PRECISIONS = ("fp32",)
-"""Precisions this version runs, on every provider."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +25,23 @@ class Provider:
     extra: str
     """The extra of this package that installs the right ONNX Runtime flavour."""
     distribution: str
+    precisions: tuple[Precision, ...]
+    """What it runs, fp32 first."""
 
 
 PROVIDERS: Mapping[str, Provider] = {
-    "cpu": Provider("cpu", "CPUExecutionProvider", "cpu", "onnxruntime"),
-    "cuda": Provider("cuda", "CUDAExecutionProvider", "gpu", "onnxruntime-gpu"),
-    "openvino": Provider(
-        "openvino", "OpenVINOExecutionProvider", "openvino", "onnxruntime-openvino"
-    ),
+    provider.name: provider
+    for provider in (
+        Provider("cpu", "CPUExecutionProvider", "cpu", "onnxruntime", ("fp32", "int8")),
+        Provider("cuda", "CUDAExecutionProvider", "gpu", "onnxruntime-gpu", ("fp32", "fp16")),
+        Provider(
+            "openvino",
+            "OpenVINOExecutionProvider",
+            "openvino",
+            "onnxruntime-openvino",
+            ("fp32", "bf16", "fp16", "int8"),
+        ),
+    )
 }
 
 
@@ -93,27 +101,16 @@ def require_provider(name: str) -> Provider:
     return provider
 
 
-def require_options(name: str, options: Mapping[str, object]) -> None:
-    """Refuse options that the provider would pass over in silence.
-
-    Raises:
-        UsageError: naming them.
-    """
-    if name == "cpu" and options:
-        raise UsageError(
-            f"provider.options: found {', '.join(options)}; provider cpu has none "
-            "(runtime.threads and runtime.streams say how it uses the machine)"
-        )
-
-
-def require_precision(name: str, precision: str) -> None:
+def require_precision(name: str, precision: Precision) -> None:
     """Refuse a precision that the provider cannot run.
 
     Raises:
         UsageError: naming what can be had instead.
     """
-    if precision not in PRECISIONS:
+    can = PROVIDERS[name].precisions
+    if precision not in can:
+        others = [one.name for one in PROVIDERS.values() if precision in one.precisions]
         raise UsageError(
-            f"precision: found {precision}; provider {name} runs {' or '.join(PRECISIONS)} "
-            "in this version"
+            f"precision: found {precision}; provider {name} runs {' or '.join(can)}, "
+            f"and {precision} runs on provider {' or '.join(others)}"
         )

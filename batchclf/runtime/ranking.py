@@ -24,7 +24,7 @@ def rank(
     finite_N = np.logical_and.reduce(np.isfinite(scores_NK), axis=1)
     if not finite_N.all():
         scores_NK = np.where(finite_N[:, None], scores_NK, 0)
-    probability_NK = scores_NK if is_probability else _softmax(scores_NK)
+    probability_NK = scores_NK if is_probability else softmax(scores_NK)
     # The k-th best value of each row; several classes may share it.
     threshold_N = np.partition(scores_NK, num_classes - kept, axis=1)[:, num_classes - kept]
     ranked: list[tuple[Prediction, ...] | Failure] = []
@@ -49,7 +49,8 @@ def rank(
     return ranked
 
 
-def _softmax(logits_NK: NDArray[np.floating]) -> NDArray[np.floating]:
+def softmax(logits_NK: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Probabilities of the classes, rows adding up to 1, in float64."""
     # In float64 the difference of two float32 cannot overflow.
     logits_NK = logits_NK.astype(np.float64)
     shifted_NK = np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True))

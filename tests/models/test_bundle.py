@@ -17,20 +17,22 @@ from pydantic import ValidationError
 from batchclf.errors import EnvironmentFailed, ModelError
 from batchclf.job import ModelSpec
 from batchclf.models.bundle import (
+    GOLDEN_FILE,
     BundleMeta,
     cache_folder,
     cached_bundle,
     model_files,
     open_bundle,
     remember_batch_size,
+    sha256_of,
     write_bundle,
 )
 from batchclf.models.resolve import ResolvedModel, confirm_batch_size, resolve_model
 from batchclf.results.records import Preprocess
 from batchclf.runtime.classifier import open_classifier, open_reference
-from batchclf.runtime.providers import require_provider
 from tests.conftest import ROOT, Batchclf, command, read_records, write_job
 from tests.models.onnx_models import PREPROCESS, Classifier, save
+from tests.tiny import CPU
 
 PHOTOS_HERE = str(ROOT / "samples" / "photos")
 
@@ -56,12 +58,15 @@ def meta_of(folder: Path, **changes: Any) -> BundleMeta:
         "scores": "logits",
         "files": model_files(folder),
     }
+    if "golden_sha256" not in changes:
+        facts["golden_sha256"] = sha256_of(folder / GOLDEN_FILE)
     return BundleMeta.model_validate(facts | changes)
 
 
 def build_fake(folder: Path) -> BundleMeta:
     (folder / "model.onnx").write_bytes(b"model")
     (folder / "model.onnx.data").write_bytes(b"weights")
+    (folder / GOLDEN_FILE).write_bytes(b"golden")
     return meta_of(folder)
 
 
@@ -104,7 +109,12 @@ def test_a_bundle_comes_back_as_it_was_written(tmp_path: Path) -> None:
     found = open_bundle(tmp_path / "deep" / "bundle")
     assert found == written
     assert found.meta.labels == ("ant", "bee")
-    assert sorted(os.listdir(found.folder)) == ["model.json", "model.onnx", "model.onnx.data"]
+    assert sorted(os.listdir(found.folder)) == [
+        "golden.npz",
+        "model.json",
+        "model.onnx",
+        "model.onnx.data",
+    ]
     assert os.listdir(tmp_path / "deep") == ["bundle"]
 
 
@@ -134,7 +144,7 @@ def test_the_digest_is_that_of_the_model_wherever_and_whenever_it_was_written(
     assert resolve(other).bundle.digest not in digests
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", GOLDEN_FILE])
 @pytest.mark.parametrize("damage", ["changed", "shorter", "gone"])
 def test_a_damaged_bundle_is_refused_by_the_file_that_is_damaged(
     tmp_path: Path, name: str, damage: str
@@ -152,8 +162,8 @@ def test_a_damaged_bundle_is_refused_by_the_file_that_is_damaged(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "not a bundle of this version: format_version"),
-        ({"format_version": 2, "extra": 1}, "not a bundle of this version: format_version"),
+        ({"format_version": 1}, "not a bundle of this version: format_version"),
+        ({"format_version": 3, "extra": 1}, "not a bundle of this version: format_version"),
         ({"scores": "odds"}, "not a bundle of this version: scores"),
         ({"colours": 3}, "not a bundle of this version: colours"),
         ({"preprocess": {"resize": 1}}, "not a bundle of this version: preprocess"),
@@ -187,7 +197,7 @@ def test_a_folder_that_is_no_bundle_is_refused_with_the_command_that_writes_one(
 
 def test_what_model_json_says_is_checked_when_it_is_made(tmp_path: Path) -> None:
     with pytest.raises(ValidationError):
-        meta_of(tmp_path, format_version=2)
+        meta_of(tmp_path, format_version=1, golden_sha256="")
 
 
 # ---- the whole way -------------------------------------------------------------------------------
@@ -267,7 +277,7 @@ def test_a_batch_size_that_was_checked_is_remembered_in_the_cache_only(
     assert bundle.meta.verified_batches == (1, 2, 3, 4)
     users = Path(shutil.copytree(bundle.folder, tmp_path / "users"))
     before = (users / "model.json").read_bytes()
-    classify = open_classifier(bundle.model_path, require_provider("cpu"), threads=1)
+    classify = open_classifier(bundle.model_path, CPU)
     calls = []
 
     def counting(pixels: Any) -> Any:
@@ -281,7 +291,7 @@ def test_a_batch_size_that_was_checked_is_remembered_in_the_cache_only(
     found = open_bundle(bundle.folder)
     assert found.meta.verified_batches == (1, 2, 3, 4, 7)
     assert found.digest == bundle.digest
-    assert sorted(os.listdir(bundle.folder)) == ["model.json", "model.onnx"]
+    assert sorted(os.listdir(bundle.folder)) == ["golden.npz", "model.json", "model.onnx"]
     remember_batch_size(open_bundle(users), 7)
     assert (users / "model.json").read_bytes() == before
 
@@ -290,7 +300,7 @@ def test_a_batch_size_at_which_the_model_answers_otherwise_is_refused(
     cache: Path, own_onnx: Path
 ) -> None:
     bundle = resolve(own_onnx).bundle
-    classify = open_classifier(bundle.model_path, require_provider("cpu"), threads=1)
+    classify = open_classifier(bundle.model_path, CPU)
     with pytest.raises(ModelError, match="batch of 7: gives other answers"):
         confirm_batch_size(bundle, 7, lambda pixels: classify(pixels) * (1 + (len(pixels) == 7)))
     assert 7 not in open_bundle(bundle.folder).meta.verified_batches
@@ -426,14 +436,16 @@ def test_a_build_that_fails_leaves_nothing_behind(cache: Path) -> None:
 BUILD_FAKE = """
 import os, sys, time
 from pathlib import Path
-from batchclf.models.bundle import BundleMeta, cached_bundle, model_files
+from batchclf.models.bundle import GOLDEN_FILE, BundleMeta, cached_bundle, model_files, sha256_of
 from batchclf.results.records import Preprocess
 def build_fake(folder):
     (folder / "model.onnx").write_bytes(b"model")
     (folder / "model.onnx.data").write_bytes(b"weights")
+    (folder / GOLDEN_FILE).write_bytes(b"golden")
     return BundleMeta(
         name="fake", source={}, preprocess=Preprocess(40, (32, 24), "bilinear", None, None),
         labels=("ant", "bee"), scores="logits", files=model_files(folder),
+        golden_sha256=sha256_of(folder / GOLDEN_FILE),
     )
 """
 """`build_fake` for a child process: importing this file costs it more than the test itself."""
@@ -484,7 +496,12 @@ def test_killed_at_any_step_of_writing_the_cache_holds_a_whole_bundle_or_none(
                 assert start == "damaged", "a bundle with its final name is not whole"
         assert open_bundle(cached_bundle({"a": 1}, build_fake, print).folder)
         found = cached_bundle({"a": 1}, build_fake, print)
-        assert sorted(os.listdir(found.folder)) == ["model.json", "model.onnx", "model.onnx.data"]
+        assert sorted(os.listdir(found.folder)) == [
+            "golden.npz",
+            "model.json",
+            "model.onnx",
+            "model.onnx.data",
+        ]
         if not whole:
             assert unfinished(cache) == []
     assert step > 10

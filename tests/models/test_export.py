@@ -21,8 +21,8 @@ from batchclf.images.decode import Decoder
 from batchclf.job import ModelSpec, PreprocessSpec
 from batchclf.models.resolve import ResolvedModel, resolve_model
 from batchclf.runtime.classifier import open_classifier, open_reference
-from batchclf.runtime.providers import require_provider
 from tests.conftest import DIGITS_MODEL, MOBILENET_WEIGHTS, PHOTOS, ROOT, Batchclf, data, write_job
+from tests.tiny import CPU
 
 torch = pytest.importorskip("torch")
 zoo = pytest.importorskip("torchvision.models")
@@ -88,7 +88,7 @@ def test_a_model_of_each_family_gives_pytorchs_logits_at_any_batch_size(
     pixels_NHWC = np.random.default_rng(1).integers(0, 256, (9, height, width, 3), np.uint8)
     pixels_NHWC[::2] //= 3
     expected_NK = pytorch_logits(model, pixels_NHWC)
-    classify = open_classifier(tmp_path / "model.onnx", require_provider("cpu"), threads=1)
+    classify = open_classifier(tmp_path / "model.onnx", CPU)
     scale = float(np.abs(expected_NK).max())
     spread = float(np.ptp(expected_NK, axis=0).max())
     for size in (1, 5, 9):
@@ -126,7 +126,7 @@ def test_real_mobilenet_agrees_with_pytorch_on_250_photos(mobilenet: ResolvedMod
     pixels_NHWC = np.zeros((len(paths), 224, 224, 3), np.uint8)
     for path, slot_HWC in zip(paths, pixels_NHWC, strict=True):
         assert decode(path.read_bytes(), path.name.encode(), slot_HWC).failure is None
-    classify = open_classifier(mobilenet.bundle.model_path, require_provider("cpu"), threads=1)
+    classify = open_classifier(mobilenet.bundle.model_path, CPU)
     found_NK = np.concatenate(
         [classify(pixels_NHWC[start : start + 7]) for start in range(0, len(paths), 7)]
     )

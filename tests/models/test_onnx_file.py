@@ -23,7 +23,6 @@ from batchclf.errors import ModelError
 from batchclf.job import ModelSpec
 from batchclf.models.resolve import ResolvedModel, resolve_model
 from batchclf.runtime.classifier import OnnxClassifier, open_classifier, open_reference
-from batchclf.runtime.providers import require_provider
 from tests.conftest import DATA, MOBILENET_WEIGHTS, ROOT, Batchclf, data, read_records, write_job
 from tests.models.onnx_models import (
     MEAN,
@@ -36,6 +35,7 @@ from tests.models.onnx_models import (
     run_by_hand,
     save,
 )
+from tests.tiny import CPU
 
 PLAIN = Classifier()
 BYTES = PLAIN.but(input_type="uint8")
@@ -53,7 +53,7 @@ def resolve(path: Path, **spec: Any) -> ResolvedModel:
 
 
 def open_on_cpu(model: ResolvedModel) -> OnnxClassifier:
-    return open_classifier(model.bundle.model_path, require_provider("cpu"), threads=1)
+    return open_classifier(model.bundle.model_path, CPU)
 
 
 def pixels(count: int, height: int = 32, width: int = 24) -> NDArray[np.uint8]:

@@ -16,9 +16,9 @@ EMPTY = Record(ImageRef(2, b"c"), Failure("empty_file", "0 bytes"))
 
 
 def collector() -> StatsCollector:
-    return StatsCollector(
-        cpu_seconds=lambda: 1.234567, peak_rss_mb=lambda: 99.96, startup_s=2.0, list_s=0.5
-    )
+    stats = StatsCollector(lambda: 1.234567, lambda: 99.96, list_s=0.5)
+    stats.start(startup_s=2.0)
+    return stats
 
 
 def stand_still(monkeypatch: pytest.MonkeyPatch, *times: float) -> None:

@@ -1,0 +1,118 @@
+"""The golden check: does a session give the answers that the model gave when it was exported?
+
+A bundle holds a few images with their fp32 scores on the CPU. Each session is compared with them
+before the first record, so a damaged model, a wrong cache or a broken library is found in the
+time of one batch.
+
+Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from batchclf.errors import ModelError, ProviderError
+from batchclf.models.bundle import GOLDEN_FILE, Bundle, sha256_of
+from batchclf.models.checks import Run, assert_same_scores, tiled
+from batchclf.results.records import Pixels, Precision, Scores
+
+_LEAST_CORRELATION: Mapping[Precision, float] = {"fp16": 0.999, "bf16": 0.98, "int8": 0.85}
+"""Of an image's scores over all classes with those at fp32. Rounding leaves far more than this;
+wrong weights, a wrong layout or zeros leave nothing."""
+_FP32_DIFFERENCE = 2e-5
+"""Two fp32 computations differ less than this, relative to the largest score; fp16 and bf16,
+which keep 11 and 8 bits, differ more."""
+
+
+def write_golden(
+    folder: Path, run: Run, pixels_NHWC: Pixels, fixed_batch: int | None = None
+) -> str:
+    """Write golden.npz from the model's answers to a few images; returns its SHA-256."""
+    size = fixed_batch or 1
+    rows = [run(np.repeat(row[None], size, axis=0))[:1] for row in pixels_NHWC]
+    scores_NK = np.concatenate(rows).astype(np.float32)
+    path = folder / GOLDEN_FILE
+    np.savez_compressed(path, pixels_NHWC=pixels_NHWC, scores_NK=scores_NK)
+    return sha256_of(path)
+
+
+def read_golden(bundle: Bundle) -> tuple[Pixels, Scores]:
+    """A bundle's reference images, uint8 NHWC, and their scores, float32 NK."""
+    with np.load(bundle.folder / GOLDEN_FILE, allow_pickle=False) as arrays:
+        return arrays["pixels_NHWC"], arrays["scores_NK"]
+
+
+def check_golden(
+    bundle: Bundle,
+    classify: Callable[[Pixels], Scores],
+    *,
+    where: str,
+    precision: Precision = "fp32",
+    batch_size: int | None = None,
+) -> None:
+    """Refuse a session that does not give the bundle's own answers.
+
+    Args:
+        classify: the session, as a function; called once.
+        where: what it runs on, for the message.
+        precision: what it computes in.
+        batch_size: the one batch size it takes; None: as many images as there are.
+
+    Raises:
+        ProviderError: other answers, or those of another precision than the one asked for.
+    """
+    pixels_NHWC, expected_NK = read_golden(bundle)
+    if batch_size is not None:
+        pixels_NHWC = tiled(pixels_NHWC, batch_size)
+        expected_NK = tiled(expected_NK, batch_size)
+    found_NK = classify(pixels_NHWC)
+    what = f"{bundle.meta.name} on {where}"
+    rounding = precision if precision != "fp32" else bundle.meta.arithmetic
+    try:
+        if rounding == "fp32":
+            assert_same_scores(found_NK, expected_NK, what)
+        else:
+            _assert_alike(found_NK, expected_NK, _LEAST_CORRELATION[rounding], what)
+    except ModelError as error:
+        raise ProviderError(
+            f"{error}. The model's file is whole (its SHA-256 was compared), so suspect the "
+            "provider's libraries, driver, compile cache or device"
+        ) from error
+    if precision in ("fp16", "bf16"):
+        _require_in_effect(found_NK, expected_NK, precision, where)
+
+
+def _assert_alike(found_NK: Scores, expected_NK: Scores, least: float, what: str) -> None:
+    if found_NK.shape != expected_NK.shape:
+        raise ModelError(
+            f"{what}: gives scores of shape {found_NK.shape}, expected {expected_NK.shape}"
+        )
+    if not np.isfinite(found_NK).all():
+        raise ModelError(f"{what}: gives NaN or infinite scores")
+    for found_K, expected_K in zip(found_NK, expected_NK, strict=True):
+        found_K = found_K - found_K.mean(dtype=np.float64)
+        expected_K = expected_K - expected_K.mean(dtype=np.float64)
+        norms = np.linalg.norm(found_K) * np.linalg.norm(expected_K)
+        if norms:
+            correlation = float(found_K @ expected_K / norms)
+        else:  # an untrained head gives every class the same score
+            correlation = float(np.allclose(found_K, expected_K, atol=1e-3))
+        if correlation < least:
+            raise ModelError(
+                f"{what}: gives other answers than its source: its scores correlate "
+                f"{correlation:.3f} with fp32's, at least {least} is needed"
+            )
+
+
+def _require_in_effect(
+    found_NK: Scores, expected_NK: Scores, precision: Precision, where: str
+) -> None:
+    """A provider that cannot compute in a precision may go on in fp32 and say nothing."""
+    largest = float(np.abs(expected_NK).max())
+    difference = float(np.abs(found_NK - expected_NK).max()) / largest if largest else 1.0
+    if difference < _FP32_DIFFERENCE:
+        raise ProviderError(
+            f"precision: {precision} was asked for, but {where} computed in fp32: the scores "
+            f"differ by {difference:.1g} of the largest only. Use precision fp32"
+        )

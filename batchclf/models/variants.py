@@ -1,0 +1,153 @@
+"""A bundle at another precision: int8 and fp16 models, each in a bundle of its own.
+
+OpenVINO reads fp16 and bf16 as a setting and computes the fp32 model in them; what has to be
+another model is made once, from the fp32 bundle, and kept: inside a bundle of the user's that was
+exported at this precision, or in the cache.
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from batchclf.errors import ModelError, UsageError
+from batchclf.models.bundle import (
+    META_FILE,
+    MODEL_FILE,
+    Bundle,
+    BundleMeta,
+    cached_bundle,
+    model_files,
+    open_bundle,
+    versions_of,
+)
+from batchclf.models.checks import OpenReference
+from batchclf.models.golden import read_golden, write_golden
+from batchclf.results.records import Pixels, Precision
+
+RECIPE = 1
+"""Counted up when quantize.py or half.py come to write other models, so that cached ones go."""
+_NUM_GOLDEN = 4
+
+Log = Callable[[str], None]
+
+
+def needed_variant(provider: str, precision: Precision) -> Precision | None:
+    """The precision of the model file that a provider wants; None: the fp32 model will do."""
+    if precision == "int8":
+        return "int8"
+    return "fp16" if (provider, precision) == ("cuda", "fp16") else None
+
+
+def nested_variant(bundle: Bundle, precision: Precision) -> Bundle | None:
+    """The bundle at this precision that was exported with `bundle`, if there is one.
+
+    Raises:
+        ModelError: it is damaged, or was made from another model.
+    """
+    folder = bundle.folder / precision
+    if not (folder / META_FILE).exists():
+        return None
+    variant = open_bundle(folder)
+    if variant.meta.source.get("base") != bundle.digest:
+        raise ModelError(
+            f"{folder}: was made from another model than {bundle.folder / MODEL_FILE}; "
+            "write both again with `batchclf export`"
+        )
+    return variant
+
+
+def resolve_variant(
+    bundle: Bundle,
+    precision: Precision,
+    sample: Callable[[], Pixels],
+    *,
+    open_reference: OpenReference,
+    log: Log,
+) -> Bundle:
+    """`bundle` at `precision` (int8 or fp16): exported with it, from the cache, or made now.
+
+    Args:
+        sample: images of the job to calibrate int8 with, uint8 NHWC; called if they are needed.
+
+    Raises:
+        ModelError: the model cannot be converted.
+        UsageError: it has to be, and what converts it is not installed.
+        EnvironmentFailed: the cache cannot be written.
+    """
+    if (nested := nested_variant(bundle, precision)) is not None:
+        return nested
+    _refuse_unfit(bundle, precision)
+    pixels_NHWC = sample() if precision == "int8" else None
+    request: dict[str, object] = {
+        "format_version": BundleMeta.model_fields["format_version"].default,
+        "base": bundle.digest,
+        "precision": precision,
+        "recipe": RECIPE,
+        "calibration": None if pixels_NHWC is None else _digest(pixels_NHWC),
+        "versions": versions_of("onnx"),
+    }
+
+    def build(folder: Path) -> BundleMeta:
+        if importlib.util.find_spec("onnx") is None:
+            raise UsageError(
+                f"precision: {precision} needs a converted model, and converting needs onnx: "
+                "pip install 'batchclf[export]', or run `batchclf export` with this precision "
+                "where it is installed and name the folder in model.bundle"
+            )
+        reference = open_reference(bundle.model_path)
+        if pixels_NHWC is None:
+            from batchclf.models import half
+
+            log(f"converting {bundle.meta.name} to fp16; this is done once")
+            half.to_half(bundle.model_path, folder / MODEL_FILE)
+            golden_NHWC = read_golden(bundle)[0]
+        else:
+            from batchclf.models import quantize
+
+            log(
+                f"quantising {bundle.meta.name} to int8, calibrated on {len(pixels_NHWC)} of the "
+                "job's images; this is done once"
+            )
+            quantize.quantize_int8(bundle.model_path, folder / MODEL_FILE, pixels_NHWC)
+            golden_NHWC = pixels_NHWC[:_NUM_GOLDEN]
+        return bundle.meta.model_copy(
+            update={
+                "source": {
+                    **bundle.meta.source,
+                    "base": bundle.digest,
+                    "calibration": request["calibration"],
+                    "num_calibration_images": None if pixels_NHWC is None else len(pixels_NHWC),
+                },
+                "arithmetic": precision,
+                "files": model_files(folder),
+                "golden_sha256": write_golden(folder, reference, golden_NHWC),
+            }
+        )
+
+    return cached_bundle(request, build, log)
+
+
+def _refuse_unfit(bundle: Bundle, precision: Precision) -> None:
+    if bundle.meta.arithmetic != "fp32":
+        raise ModelError(
+            f"precision: found {precision}, but {bundle.meta.name} already computes in "
+            f"{bundle.meta.arithmetic}; use precision fp32, which runs the model as it is"
+        )
+    if bundle.meta.fixed_batch is not None:
+        raise ModelError(
+            f"precision: found {precision}, but {bundle.meta.name} takes only batches of "
+            f"{bundle.meta.fixed_batch}; export it with a dynamic batch dimension to convert it"
+        )
+
+
+def _digest(pixels_NHWC: Pixels) -> str:
+    return hashlib.sha256(np.ascontiguousarray(pixels_NHWC).data).hexdigest()
+
+
+def facts(bundle: Bundle) -> Mapping[str, object]:
+    """What run.json says of a converted model: where its calibration came from."""
+    keys = ("calibration", "num_calibration_images")
+    return {"digest": bundle.digest, **{key: bundle.meta.source.get(key) for key in keys}}

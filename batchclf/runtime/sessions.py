@@ -1,0 +1,312 @@
+"""ONNX Runtime sessions that run where they were asked to, proven, or not at all.
+
+A session is accepted when its provider is first in its own list and holds every node of the graph
+but those that compute shapes. What ONNX Runtime says about the cause when a provider does not
+open goes to the process's stderr alone, so it is read there.
+"""
+
+import os
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from batchclf.errors import ModelError, ProviderError, UsageError
+from batchclf.results.records import ActiveProvider, Precision
+from batchclf.runtime import openvino
+from batchclf.runtime.providers import Provider
+
+BATCH_DIMENSION = "batch"
+"""Name of the dynamic dimension of a bundle's model."""
+ORT_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    ValueError,
+    *(
+        found
+        for found in vars(ort_errors).values()
+        if isinstance(found, type) and issubclass(found, Exception)
+    ),
+)
+"""ONNX Runtime's own errors share no base class but Exception."""
+ERRORS_ONLY = 3
+_SHAPE_OPERATORS = frozenset(
+    {
+        "Shape",
+        "Size",
+        "Range",
+        "Gather",
+        "Slice",
+        "Concat",
+        "Squeeze",
+        "Unsqueeze",
+        "Constant",
+        "ConstantOfShape",
+        "Cast",
+        "Expand",
+        "Reshape",
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Mod",
+        "Min",
+        "Max",
+        "Equal",
+        "Less",
+        "Greater",
+        "Not",
+        "And",
+        "Where",
+        "ReduceProd",
+    }
+)
+"""Operators that compute shapes, which every accelerator leaves to the CPU; none of them is worth
+an accelerator's while by itself."""
+_COLOURS = re.compile(r"\x1b\[[\d;]*m")
+_UNKNOWN_OPTION = re.compile(
+    r"(Invalid OpenVINO EP option: \w+|Unknown provider option: \S+|"
+    r"Unsupported property \w+|Failed to (?:map|parse)[^\n]*option[^\n]*)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where, and how, a session is to run."""
+
+    provider: Provider
+    precision: Precision = "fp32"
+    device_type: str = openvino.DEFAULT_DEVICE
+    """openvino only."""
+    device_id: int = 0
+    """cuda only: the number of the GPU."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """The user's own options of the provider."""
+    streams: int = 1
+    """Calls that will be in flight at once."""
+    threads: int = 1
+    """CPU threads of one call."""
+    may_leave_nodes: bool = False
+    """Whether the user allowed nodes of the model on the CPU."""
+
+
+def open_session(
+    model: Path,
+    target: Target,
+    *,
+    batch_size: int | None = None,
+    compile_cache: Path | None = None,
+) -> tuple[ort.InferenceSession, ActiveProvider]:
+    """Open a model on a target, and prove that it runs there.
+
+    Args:
+        model: an ONNX file whose batch dimension is named `batch`.
+        batch_size: the one batch size that accelerators are given; None leaves it open.
+        compile_cache: folder for models that a provider compiles.
+
+    Raises:
+        ModelError: ONNX Runtime does not accept the model.
+        ProviderError: it does not run on the target, with the cause.
+        UsageError: an option that the provider does not know.
+    """
+    provider = target.provider
+    options = _provider_options(target, compile_cache)
+    settings = _session_options(target, batch_size)
+    with _captured_stderr() as said:
+        try:
+            session = ort.InferenceSession(
+                str(model),
+                settings,
+                providers=[(provider.execution_provider, options)],
+                # Without it the Python wrapper retries on the CPU by itself.
+                enable_fallback=0,
+            )
+        except ORT_ERRORS as error:
+            raise _explained(model, target, str(error)) from error
+    active = session.get_providers()[0]
+    if active != provider.execution_provider:
+        raise ProviderError(
+            f"provider {provider.name}: asked for {provider.execution_provider}, but ONNX Runtime "
+            f"opened the session on {active}: {_cause(said(), target)}"
+        )
+    nodes, left = _placement(session, provider)
+    _require_nodes(nodes, left, target)
+    return session, ActiveProvider(
+        requested=provider.name,
+        active=active,
+        device=_device(target),
+        nodes=nodes,
+        cpu_nodes=left,
+        options=options,
+    )
+
+
+def _session_options(target: Target, batch_size: int | None) -> ort.SessionOptions:
+    settings = ort.SessionOptions()
+    # Set explicitly: ONNX Runtime's own default ignores cpusets and cgroup quotas.
+    settings.intra_op_num_threads = target.threads if target.provider.name == "cpu" else 1
+    settings.inter_op_num_threads = 1
+    settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    settings.log_severity_level = ERRORS_ONLY
+    # Decoding shares the cores; a thread that spins between batches takes them from it.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if target.provider.name != "cpu" and batch_size is not None:
+        # Accelerators compile or plan for a shape: the one that every batch is padded to.
+        settings.add_free_dimension_override_by_name(BATCH_DIMENSION, batch_size)
+    if target.provider.name == "openvino":
+        # OpenVINO optimises the graph itself, and knows its own patterns only.
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return settings
+
+
+def _provider_options(target: Target, compile_cache: Path | None) -> dict[str, str]:
+    if target.provider.name == "openvino":
+        return openvino.provider_options(
+            target.device_type,
+            target.precision,
+            target.options,
+            streams=target.streams,
+            threads=target.streams * target.threads,
+            cache=compile_cache,
+        )
+    if target.provider.name == "cuda":
+        from batchclf.runtime import cuda
+
+        return cuda.provider_options(target.device_id, target.precision, target.options)
+    if target.options:
+        raise UsageError(
+            f"provider.options: found {', '.join(target.options)}; provider cpu has none "
+            "(runtime.threads and runtime.streams say how it uses the machine)"
+        )
+    return {}
+
+
+def _device(target: Target) -> str:
+    if target.provider.name == "cuda":
+        from batchclf.runtime import cuda
+
+        return cuda.device_name(target.device_id)
+    return target.device_type if target.provider.name == "openvino" else "CPU"
+
+
+# ---- proof ---------------------------------------------------------------------------------------
+
+
+def _placement(
+    session: ort.InferenceSession, provider: Provider
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Nodes per execution provider, and those that are not on the one asked for."""
+    counts: Counter[str] = Counter()
+    left: list[str] = []
+    for subgraph in session.get_provider_graph_assignment_info():
+        nodes = subgraph.get_nodes()
+        counts[subgraph.ep_name] += len(nodes)
+        if subgraph.ep_name != provider.execution_provider:
+            left += [f"{node.op_type} {node.name}" for node in nodes]
+    return dict(counts), tuple(left)
+
+
+def _require_nodes(nodes: Mapping[str, int], left: tuple[str, ...], target: Target) -> None:
+    provider = target.provider
+    computing = [name for name in left if name.partition(" ")[0] not in _SHAPE_OPERATORS]
+    if nodes.get(provider.execution_provider) and (not computing or target.may_leave_nodes):
+        return
+    some = ", ".join(computing[:3]) + (", ..." if len(computing) > 3 else "")
+    if not nodes.get(provider.execution_provider):
+        known = ""
+        if provider.name == "openvino":
+            known = (
+                f"; device_type {target.device_type} may not be one: give CPU, GPU, GPU.1, NPU, or "
+                "AUTO, MULTI or HETERO with a list, such as AUTO:GPU,CPU"
+            )
+        raise ProviderError(
+            f"provider {provider.name}: it took none of the {sum(nodes.values())} nodes of the "
+            f"model, so all would run on the CPU{known}"
+        )
+    raise ProviderError(
+        f"provider {provider.name}: {len(computing)} of {sum(nodes.values())} nodes of the model "
+        f"would run on the CPU ({some}), since the provider has no kernel for them; change the "
+        "model, take another provider, or allow it with provider.allow_fallback: true"
+    )
+
+
+def _explained(
+    model: Path, target: Target, message: str
+) -> ModelError | ProviderError | UsageError:
+    """The error to raise for an exception of ONNX Runtime's."""
+    name = target.provider.name
+    if unknown := _UNKNOWN_OPTION.search(message):
+        return UsageError(
+            f"provider.options: {unknown[1]} (provider {name} of onnxruntime {ort.__version__}); "
+            "options are passed to the provider as they are: see its documentation"
+        )
+    if name == "cpu":
+        return ModelError(f"{model}: ONNX Runtime does not accept it: {message}")
+    return ProviderError(
+        f"provider {name}: no session opens: {_last_sentence(message)}{_with_options(target)}"
+    )
+
+
+def _cause(said: str, target: Target) -> str:
+    """What ONNX Runtime's log says about a provider that did not open, and what mends it."""
+    if absent := re.search(r"Device (\S+) is not available", said):
+        return (
+            f"device {absent[1]} is not available to OpenVINO here{_remedy(absent[1])}; or use "
+            "device_type CPU"
+        )
+    errors = re.findall(r"\[E:onnxruntime:[^\]]*\] (.*)", said)
+    if not errors:
+        return f"it gave no reason; `batchclf doctor` tells what {target.provider.name} needs"
+    return f"{_last_sentence(errors[0])}{_with_options(target)}"
+
+
+def _with_options(target: Target) -> str:
+    given = ", ".join(f"{key}: {value}" for key, value in target.options.items())
+    return f"; the job's provider.options are {given}" if given else ""
+
+
+def _remedy(device: str) -> str:
+    if device.startswith("GPU"):
+        return (
+            ": an Intel GPU needs /dev/dri and Intel's compute runtime (Debian, Ubuntu: apt "
+            "install intel-opencl-icd), in a container `docker run --device /dev/dri "
+            "--group-add $(stat -c %g /dev/dri/renderD128)`"
+        )
+    if device.startswith("NPU"):
+        return ": an Intel NPU needs /dev/accel and the intel-npu driver"
+    return ""
+
+
+def _last_sentence(message: str) -> str:
+    """An ONNX Runtime message without the C++ function names before what it says."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    text = lines[-1] if lines else "no reason given"
+    return re.sub(r"^.*(?:\[ERROR\]|\[ONNXRuntimeError\][^:]*: \d+ : \w+ :) *", "", text)
+
+
+@contextmanager
+def _captured_stderr() -> Iterator[Callable[[], str]]:
+    """Collects what native code writes to file descriptor 2; read it with the function given.
+
+    ONNX Runtime's default logger has no other outlet in Python.
+    """
+    sys.stderr.flush()
+    text = ""
+    with tempfile.TemporaryFile() as collected:
+        kept = os.dup(2)
+        os.dup2(collected.fileno(), 2)
+        try:
+            yield lambda: text
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            collected.seek(0)
+            text = _COLOURS.sub("", collected.read().decode(errors="replace"))

@@ -1,0 +1,136 @@
+"""A sample of the job's own images: to calibrate int8 on, and to compare answers on.
+
+Array shapes: N images, H rows, W columns, C = 3 (RGB), K classes.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from batchclf.errors import NoImagesError, PrecisionRefused
+from batchclf.images.prefetch import Load, Prefetcher
+from batchclf.images.source import Source, open_source, require_images
+from batchclf.job import JobSpec, auto
+from batchclf.machine import usable_cores
+from batchclf.models.resolve import ResolvedModel
+from batchclf.plan import make_loader
+from batchclf.results.records import ImageRef, Pixels, PrecisionCheck, Scores
+from batchclf.runtime.ranking import softmax
+
+SAMPLE_SIZE = 200
+"""Images of a sample: an agreement of 0.97 is then known to within about 0.012."""
+
+
+def sample_listing(
+    job: JobSpec,
+    source: Source,
+    model: ResolvedModel,
+    refs: Iterable[ImageRef],
+    num_listed: int,
+    *,
+    size: int = SAMPLE_SIZE,
+) -> Pixels:
+    """At most `size` of a listing's images, evenly spread, decoded as the job decodes them, NHWC.
+
+    Raises:
+        NoImagesError: not one of them decodes.
+    """
+    wanted = {number * num_listed // size for number in range(size)}
+    return load_sample(
+        (ref for number, ref in enumerate(refs) if number in wanted),
+        make_loader(job, source, model),
+        crop=model.preprocess.crop,
+        num_workers=auto(job.loader.workers, usable_cores()),
+    )
+
+
+def sample_input(job: JobSpec, model: ResolvedModel, *, size: int = SAMPLE_SIZE) -> Pixels:
+    """The same sample for a command that freezes no listing; the input is listed in memory.
+
+    Raises:
+        NoImagesError: the input holds no image, or not one of the sample decodes.
+    """
+    source = open_source(job.input, allow_outside_links=job.loader.allow_outside_links)
+    require_images(source)
+    refs = [ImageRef(index, path) for index, path in enumerate(source.paths())]
+    return sample_listing(job, source, model, refs, len(refs), size=size)
+
+
+def load_sample(
+    refs: Iterable[ImageRef], load: Load, *, crop: tuple[int, int], num_workers: int
+) -> Pixels:
+    """The images of `refs` that decode, as one uint8 array NHWC.
+
+    Raises:
+        NoImagesError: not one of them decodes.
+    """
+    listed = list(refs)
+    with Prefetcher(
+        iter(listed),
+        load,
+        batch_size=max(1, len(listed)),
+        image_shape=(*crop, 3),
+        num_slots=1,
+        num_workers=num_workers,
+    ) as batches:
+        batch = batches.next_batch()
+    good = [] if batch is None else [row for row, one in enumerate(batch.loaded) if not one.failure]
+    if batch is None or not good:
+        raise NoImagesError(
+            f"input: not one of the {len(listed)} images sampled can be decoded, so nothing can "
+            "be compared on them; a run at precision fp32 records the cause of each"
+        )
+    return batch.pixels_NHWC[good]
+
+
+def require_agreement(check: PrecisionCheck, job: JobSpec) -> None:
+    """Refuse a precision whose answers are not those of fp32 often enough.
+
+    Raises:
+        PrecisionRefused: below `min_agreement`.
+    """
+    if check.top1_agreement < job.min_agreement:
+        raise PrecisionRefused(
+            f"precision: at {job.precision} the top class is that of fp32 on only "
+            f"{check.top1_agreement:.1%} of {check.num_images} of the job's images, and "
+            f"min_agreement is {job.min_agreement:.1%} (largest difference of a score: "
+            f"{check.max_score_difference:.2f}); use precision fp32, or lower min_agreement"
+        )
+
+
+def compare_precisions(
+    reduced: Callable[[Pixels], Scores],
+    full: Callable[[Pixels], Scores],
+    pixels_NHWC: Pixels,
+    batch_size: int,
+    *,
+    is_probability: bool,
+) -> PrecisionCheck:
+    """Run both classifiers over the sample and compare them; images with NaN scores disagree."""
+    num_images = len(pixels_NHWC)
+    num_agreeing = 0
+    largest = 0.0
+    for batch_NHWC in _padded_batches(pixels_NHWC, batch_size):
+        reduced_NK, full_NK = (
+            classify(batch_NHWC) if is_probability else softmax(classify(batch_NHWC))
+            for classify in (reduced, full)
+        )
+        count = min(batch_size, num_images)
+        num_images -= count
+        reduced_NK, full_NK = reduced_NK[:count], full_NK[:count]
+        finite_N = np.isfinite(reduced_NK).all(axis=1) & np.isfinite(full_NK).all(axis=1)
+        same_N = reduced_NK.argmax(axis=1) == full_NK.argmax(axis=1)
+        num_agreeing += int((finite_N & same_N).sum())
+        differences_NK = np.abs(reduced_NK - full_NK)[finite_N]
+        largest = max(largest, float(differences_NK.max(initial=0)))
+    return PrecisionCheck(
+        len(pixels_NHWC), round(num_agreeing / len(pixels_NHWC), 4), round(largest, 6)
+    )
+
+
+def _padded_batches(pixels_NHWC: Pixels, size: int) -> Iterator[Pixels]:
+    for start in range(0, len(pixels_NHWC), size):
+        batch_NHWC = np.zeros((size, *pixels_NHWC.shape[1:]), np.uint8)
+        rows = pixels_NHWC[start : start + size]
+        batch_NHWC[: len(rows)] = rows
+        yield batch_NHWC
