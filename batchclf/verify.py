@@ -253,8 +253,7 @@ def _compared(one: _Measured, reference_NK: Scores, job: JobSpec) -> Backend:
 
 
 def _top5_agreement(found_NK: Scores, expected_NK: Scores) -> float:
-    count = min(5, found_NK.shape[1])
+    count: int = min(5, found_NK.shape[1])
     best = [np.argsort(-scores_NK, axis=1)[:, :count] for scores_NK in (found_NK, expected_NK)]
-    shared = [len(np.intersect1d(found, expected)) for found, expected in zip(*best, strict=True)]
-    mean: float = np.mean(shared).item()
-    return mean / count
+    shared = sum(len(np.intersect1d(*rows)) for rows in zip(*best, strict=True))
+    return float(shared) / (count * len(found_NK))

@@ -27,9 +27,9 @@ SLOW_RESIZE = 800
 """Makes an image cost milliseconds: it is enlarged before the crop is taken."""
 
 
-def write_classifier(path: Path, *, nan_when_dark: bool = False) -> Path:
+def write_classifier(path: Path, *, nan_when_dark: bool = False, seed: int = 0) -> Path:
     """10 classes from the mean colour of 8 x 8 pixels; NaN below a mean of 0.05 where asked for."""
-    weights_CK = np.random.default_rng(0).normal(size=(3, NUM_CLASSES)).astype(np.float32) * 3
+    weights_CK = np.random.default_rng(seed).normal(size=(3, NUM_CLASSES)).astype(np.float32) * 3
     nodes = [helper.make_node("ReduceMean", ["image"], ["mean"], axes=[2, 3], keepdims=0)]
     if nan_when_dark:
         nodes += [

@@ -43,7 +43,6 @@ class BoundClassifier(OnnxClassifier):
         self,
         session: ort.InferenceSession,
         active: ActiveProvider,
-        *,
         device: str,
         device_id: int,
     ) -> None:
@@ -71,12 +70,12 @@ def open_classifier(
     *,
     batch_size: int | None = None,
     compile_cache: Path | None = None,
-    bind: bool = True,
+    bind: bool | None = None,
 ) -> OnnxClassifier:
     """Open a bundle's model (one uint8 NHWC input, one output of scores NK) on a target.
 
-    With one thread, concurrent calls each run on their caller's thread and share the weights; on
-    CUDA a classifier is for one caller, unless `bind` is false.
+    With one thread, concurrent calls each run on their caller's thread and share the weights. A
+    bound classifier (`BoundClassifier`; by default on CUDA, where it pays) is for one caller.
 
     Raises:
         ModelError: ONNX Runtime does not accept the model.
@@ -86,8 +85,10 @@ def open_classifier(
     session, active = open_session(
         model, target, batch_size=batch_size, compile_cache=compile_cache
     )
-    if bind and target.provider.name == "cuda":
-        return BoundClassifier(session, active, device="cuda", device_id=target.device_id)
+    on_cuda = target.provider.name == "cuda"
+    if on_cuda if bind is None else bind:
+        place = ("cuda", target.device_id) if on_cuda else ("cpu", 0)
+        return BoundClassifier(session, active, *place)
     return OnnxClassifier(session, active)
 
 

@@ -1,0 +1,340 @@
+"""Everything there is to measure on a CUDA machine, in one go, into one JSON file.
+
+    python -m tests.benchmarks.gpu --out tests/benchmarks/results/gpu.json
+
+In this order, the file written anew after each: the machine and `batchclf doctor`; the tests of the
+providers; `batchclf verify` at fp32 and fp16; inference alone over batch sizes for fp32, TF32 and
+fp16, bound and unbound, one and two batches in flight; decoding alone; and whole runs from JPEG
+files against the smaller of the two limits. `--provider cpu` rehearses it where there is no GPU
+(fp32 only). Models have random weights unless --bundle names exported ones.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from batchclf.devices import targets
+from batchclf.errors import BatchclfError
+from batchclf.images.prefetch import Prefetcher, zeroed_pixels
+from batchclf.images.source import open_source
+from batchclf.job import JobSpec, ProviderSpec
+from batchclf.jobfile import load_job
+from batchclf.machine import cpu_name_and_flags, usable_cores
+from batchclf.models.resolve import resolve_model
+from batchclf.models.variants import needed_variant, resolve_variant
+from batchclf.plan import make_loader
+from batchclf.results.records import ImageRef
+from batchclf.runtime.classifier import open_classifier, open_reference
+from batchclf.runtime.timing import measure_throughput
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = ("mobilenet_v2", "resnet50")
+BATCH_SIZES = (1, 8, 32, 64, 128, 256)
+TESTS = ("tests/runtime", "tests/test_refusals.py", "tests/test_precisions.py")
+
+
+def log(text: str) -> None:
+    """A line of progress on stderr."""
+    print(f"gpu: {text}", file=sys.stderr, flush=True)
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A Python process from the project's root."""
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def last_json(done: subprocess.CompletedProcess[str]) -> Any:
+    """The JSON object that a command printed last, or how it ended."""
+    with suppress(IndexError, json.JSONDecodeError):
+        return {"exit_code": done.returncode, **json.loads(done.stdout.splitlines()[-1])}
+    return {"exit_code": done.returncode, "stderr": done.stderr[-2000:]}
+
+
+def machine() -> dict[str, Any]:
+    """What this was measured on."""
+    found: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_name_and_flags()[0],
+        "usable_cores": usable_cores(),
+    }
+    if shutil.which("nvidia-smi"):
+        query = "name,driver_version,memory.total,power.limit"
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        found["gpus"] = done.stdout.strip().splitlines()
+    return found
+
+
+class Bench:
+    """The steps, and the jobs that they share."""
+
+    def __init__(self, arguments: argparse.Namespace, work: Path) -> None:
+        self.arguments = arguments
+        self.provider: str = arguments.provider
+        self.work = work
+        self.images = link_images(arguments.images, work / "images", arguments.num_images)
+
+    def job(self, model: str, **keys: Any) -> Path:
+        """A job file for a model of the benchmark."""
+        bundles = {Path(folder).name: folder for folder in self.arguments.bundle}
+        spec = (
+            {"bundle": str(Path(bundles[model]).resolve())}
+            if model in bundles
+            else {"name": model, "weights": "none"}
+        )
+        path = self.work / f"{model}.yaml"
+        job = {
+            "input": str(self.images),
+            "output": str(self.work / "out"),
+            "model": spec,
+            "provider": self.provider,
+            "min_agreement": 0.0,  # random weights tell classes apart by a hair
+            **keys,
+        }
+        path.write_text(json.dumps(job))
+        return path
+
+    def precisions(self) -> list[tuple[str, str, dict[str, str]]]:
+        """Name, the job's precision and the provider's options of each."""
+        if self.provider != "cuda":
+            return [("fp32", "fp32", {})]
+        return [("fp32", "fp32", {}), ("tf32", "fp32", {"use_tf32": "1"}), ("fp16", "fp16", {})]
+
+    def doctor(self) -> Any:
+        """`batchclf doctor --json`."""
+        return last_json(call("batchclf", "doctor", "--json"))
+
+    def tests(self) -> Any:
+        """The tests of the providers, as they end."""
+        found = [path for path in TESTS if (ROOT / path).exists()]
+        done = call("pytest", "-q", *found)
+        return {"exit_code": done.returncode, "output": (done.stdout + done.stderr)[-3000:]}
+
+    def verify(self) -> Any:
+        """`batchclf verify` of each model and precision."""
+        return {
+            f"{model} {name}": last_json(
+                call("batchclf", "verify", str(self.job(model, precision=precision)), "--json")
+            )
+            for model in self.arguments.models
+            for name, precision, options in self.precisions()
+            if not options
+        }
+
+    def inference(self) -> Any:
+        """Images/s of inference alone."""
+        rows = []
+        for model in self.arguments.models:
+            for (name, precision, options), size, bind, streams in itertools.product(
+                self.precisions(), self.arguments.batch_sizes, (False, True), (1, 2)
+            ):
+                row = {"model": model, "precision": name, "batch_size": size, "bound": bind}
+                row |= {"in_flight": streams}
+                try:
+                    row["images_per_s"] = self._throughput(
+                        model, precision, options, size, bind=bind, streams=streams
+                    )
+                except BatchclfError as error:
+                    row["error"] = str(error)
+                log(json.dumps(row))
+                rows.append(row)
+        return rows
+
+    def _throughput(
+        self,
+        model: str,
+        precision: str,
+        options: dict[str, str],
+        size: int,
+        *,
+        bind: bool,
+        streams: int,
+    ) -> float:
+        job = load_job(self.job(model, precision=precision))
+        spec = ProviderSpec.model_validate({"name": self.provider, "options": options})
+        bundle = self._bundle(job)
+        (target,) = targets(spec, job)
+        allocate = zeroed_pixels
+        if self.provider == "cuda" and bind:
+            from batchclf.runtime.cuda import pinned_pixels as allocate
+        pixels_NHWC = allocate((size, *bundle.meta.preprocess.crop, 3))
+        pixels_NHWC[:] = np.random.default_rng(0).integers(0, 256, pixels_NHWC.shape)
+        runs = [
+            open_classifier(bundle.model_path, target, batch_size=size, bind=bind)
+            for _ in range(streams)
+        ]
+        return measure_throughput(runs, pixels_NHWC)
+
+    def _bundle(self, job: JobSpec) -> Any:
+        model = resolve_model(job.model, batch_size=64, open_reference=open_reference, log=log)
+        precision = needed_variant(job.provider.name, job.precision)
+        if precision is None:
+            return model.bundle
+        return resolve_variant(
+            model.bundle,
+            precision,
+            lambda: zeroed_pixels((1, *model.preprocess.crop, 3)),
+            open_reference=open_reference,
+            log=log,
+        )
+
+    def decode(self) -> Any:
+        """Images/s of reading and decoding alone, with every usable core."""
+        job = load_job(self.job(self.arguments.models[0]))
+        model = resolve_model(job.model, batch_size=64, open_reference=open_reference, log=log)
+        source = open_source(job.input, allow_outside_links=False)
+        refs = [ImageRef(number, path) for number, path in enumerate(source.paths())]
+        return {
+            mode: self._decoded_per_s(
+                refs,
+                make_loader(
+                    job.model_copy(
+                        update={"loader": job.loader.model_copy(update={"decode": mode})}
+                    ),
+                    source,
+                    model,
+                ),
+                model.preprocess.crop,
+            )
+            for mode in ("exact", "fast")
+        }
+
+    def _decoded_per_s(
+        self, refs: list[ImageRef], load: Callable[..., Any], crop: tuple[int, int]
+    ) -> float:
+        started = time.perf_counter()
+        with Prefetcher(
+            iter(refs),
+            load,
+            batch_size=64,
+            image_shape=(*crop, 3),
+            num_slots=4,
+            num_workers=usable_cores(),
+        ) as batches:
+            while (batch := batches.next_batch()) is not None:
+                batches.release(batch)
+        return round(len(refs) / (time.perf_counter() - started), 1)
+
+    def end_to_end(self, limits: dict[str, Any]) -> Any:
+        """Whole runs from files, against the smaller of the two limits."""
+        rows = []
+        for model, decode in itertools.product(self.arguments.models, ("exact", "fast")):
+            for name, precision, options in self.precisions():
+                size = self.arguments.batch_sizes[len(self.arguments.batch_sizes) // 2]
+                job = self.job(
+                    model,
+                    precision=precision,
+                    batch_size=size,
+                    loader={"decode": decode},
+                    provider={"name": self.provider, "options": options},
+                )
+                runs = [
+                    last_json(call("batchclf", "run", str(job), "--overwrite", "--json"))
+                    for _ in range(self.arguments.repeats)
+                ]
+                row = {"model": model, "precision": name, "decode": decode, "batch_size": size}
+                rates = [run["images_per_s"] for run in runs if run["exit_code"] == 0]
+                rows.append(row | self._efficiency(row, rates, limits) | {"last_run": runs[-1]})
+                log(json.dumps({**row, "images_per_s": rates}))
+        return rows
+
+    def _efficiency(
+        self, row: dict[str, Any], rates: list[float], limits: dict[str, Any]
+    ) -> dict[str, Any]:
+        inferred = [
+            one["images_per_s"]
+            for one in limits.get("inference", [])
+            if (one["model"], one["precision"]) == (row["model"], row["precision"])
+            and one["batch_size"] == row["batch_size"]
+            and "images_per_s" in one
+        ]
+        if not rates or not inferred:
+            return {}
+        limit = min(max(inferred), limits["decode"][row["decode"]])
+        median = statistics.median(rates)
+        return {
+            "images_per_s": median,
+            "inference_limit": max(inferred),
+            "decode_limit": limits["decode"][row["decode"]],
+            "efficiency": round(median / limit, 3),
+        }
+
+
+def link_images(source: Path, target: Path, num_images: int) -> Path:
+    """A folder of `num_images` names, links to the images of `source`."""
+    target.mkdir()
+    originals = sorted(path for path in source.rglob("*") if path.is_file())
+    for number, path in enumerate(itertools.islice(itertools.cycle(originals), num_images)):
+        link = target / f"{number:06d}{path.suffix}"
+        try:
+            os.link(path, link)
+        except OSError:  # another file system
+            shutil.copyfile(path, link)
+    return target
+
+
+def steps(bench: Bench, results: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The steps by name, in their order."""
+    yield "doctor", bench.doctor
+    yield "tests", bench.tests
+    yield "verify", bench.verify
+    yield "inference", bench.inference
+    yield "decode", bench.decode
+    yield "end_to_end", lambda: bench.end_to_end(results)
+
+
+def main() -> None:
+    """Measure, and write after each step."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--provider", default="cuda", choices=("cuda", "cpu", "openvino"))
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--bundle", nargs="*", default=[], help="exported models, by folder name")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=list(BATCH_SIZES))
+    parser.add_argument("--images", type=Path, default=ROOT / "samples" / "photos")
+    parser.add_argument("--num-images", type=int, default=5_000)
+    parser.add_argument("--repeats", type=int, default=3, help="whole runs of each kind")
+    parser.add_argument("--skip", nargs="*", default=[], help="steps to leave out")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(arguments, Path(folder))
+        results: dict[str, Any] = {"machine": machine()}
+        for name, step in steps(bench, results):
+            if name in arguments.skip:
+                continue
+            log(name)
+            results[name] = step()
+            arguments.out.write_bytes(orjson.dumps(results, option=orjson.OPT_INDENT_2) + b"\n")
+    for row in results.get("end_to_end", []):
+        print(*(f"{row.get(key, '-')!s:>14}" for key in TABLE))
+    print(json.dumps({key: results.get(key) for key in ("machine", "decode", "end_to_end")}))
+
+
+TABLE = ("model", "precision", "decode", "batch_size", "images_per_s", "efficiency")
+
+if __name__ == "__main__":
+    main()

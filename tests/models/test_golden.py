@@ -1,0 +1,156 @@
+"""The golden check: a session that gives other answers than the bundle does not start a job."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from batchclf.errors import ProviderError
+from batchclf.models.bundle import Bundle, BundleMeta, model_files, sha256_of, write_bundle
+from batchclf.models.golden import check_golden, read_golden, write_golden
+from batchclf.results.records import Pixels, Precision, Preprocess, Scores
+from tests.conftest import Batchclf
+from tests.tiny import write_classifier, write_tiny_job
+
+NUM_CLASSES = 50
+NOISE = np.random.default_rng(1).normal(size=(NUM_CLASSES,)).astype(np.float32)
+WEIGHTS_PK = np.random.default_rng(0).normal(size=(4 * 4 * 3, NUM_CLASSES)).astype(np.float32)
+PIXELS_NHWC = np.random.default_rng(2).integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
+
+
+def classify(pixels_NHWC: Pixels) -> Scores:
+    rows_NP = (pixels_NHWC.reshape(len(pixels_NHWC), -1) / 255).astype(np.float32)
+    scores_NK: Scores = rows_NP @ WEIGHTS_PK
+    return scores_NK
+
+
+def noisy(size: float) -> Callable[[Pixels], Scores]:
+    return lambda pixels_NHWC: classify(pixels_NHWC) + np.float32(size) * NOISE
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    def build(folder: Path) -> BundleMeta:
+        (folder / "model.onnx").write_bytes(b"not opened here")
+        return BundleMeta(
+            name="linear",
+            source={},
+            preprocess=Preprocess(4, (4, 4), "bilinear", None, None),
+            labels=tuple(map(str, range(NUM_CLASSES))),
+            scores="logits",
+            files=model_files(folder),
+            golden_sha256=write_golden(folder, classify, PIXELS_NHWC),
+        )
+
+    return write_bundle(tmp_path / "bundle", build)
+
+
+def test_the_reference_images_and_their_scores_come_back(bundle: Bundle) -> None:
+    pixels_NHWC, scores_NK = read_golden(bundle)
+    np.testing.assert_array_equal(pixels_NHWC, PIXELS_NHWC)
+    np.testing.assert_allclose(scores_NK, classify(PIXELS_NHWC), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 2, 7])
+def test_the_models_own_answers_pass_at_any_batch_size(
+    bundle: Bundle, batch_size: int | None
+) -> None:
+    sizes = []
+
+    def counting(pixels_NHWC: Pixels) -> Scores:
+        sizes.append(len(pixels_NHWC))
+        return classify(pixels_NHWC)
+
+    check_golden(bundle, counting, where="here", batch_size=batch_size)
+    assert sizes == [batch_size or len(PIXELS_NHWC)]
+
+
+@pytest.mark.parametrize(
+    ("precision", "noise"), [("fp32", 1e-5), ("fp16", 3e-2), ("bf16", 0.3), ("int8", 1.0)]
+)
+def test_the_rounding_of_each_precision_passes(
+    bundle: Bundle, precision: Precision, noise: float
+) -> None:
+    check_golden(bundle, noisy(noise), where="here", precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("precision", "noise"), [("fp32", 1e-2), ("fp16", 0.5), ("bf16", 2.0), ("int8", 8.0)]
+)
+def test_other_answers_are_refused_at_each_precision(
+    bundle: Bundle, precision: Precision, noise: float
+) -> None:
+    with pytest.raises(ProviderError, match="linear on here: gives other answers") as refused:
+        check_golden(bundle, noisy(noise), where="here", precision=precision)
+    assert refused.value.exit_code == 4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda pixels_NHWC: classify(255 - pixels_NHWC),
+        lambda pixels_NHWC: classify(pixels_NHWC[..., ::-1]),
+        lambda pixels_NHWC: classify(pixels_NHWC[::-1]),
+        lambda pixels_NHWC: np.zeros_like(classify(pixels_NHWC)),
+        lambda pixels_NHWC: classify(pixels_NHWC) * np.float32(np.nan),
+        lambda pixels_NHWC: classify(pixels_NHWC)[:, :-1],
+        lambda pixels_NHWC: classify(pixels_NHWC)[:1],
+    ],
+    ids=["inverted", "BGR", "rows turned", "zeros", "NaN", "a class short", "a row only"],
+)
+def test_a_broken_session_is_refused_at_each_precision(
+    bundle: Bundle, precision: Precision, broken: Callable[[Pixels], Scores]
+) -> None:
+    with pytest.raises(ProviderError):
+        check_golden(bundle, broken, where="here", precision=precision)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_precision_that_was_silently_computed_in_fp32_is_refused(
+    bundle: Bundle, precision: Precision
+) -> None:
+    with pytest.raises(ProviderError, match=rf"{precision} was asked for, but here computed in"):
+        check_golden(bundle, classify, where="here", precision=precision)
+
+
+def test_a_model_that_gives_every_class_the_same_score_passes(bundle: Bundle) -> None:
+    def constant(pixels_NHWC: Pixels) -> Scores:
+        return np.zeros((len(pixels_NHWC), NUM_CLASSES), np.float32)
+
+    meta = bundle.meta.model_copy(
+        update={"golden_sha256": write_golden(bundle.folder, constant, PIXELS_NHWC)}
+    )
+    precisions: tuple[Precision, ...] = ("fp32", "bf16", "int8")
+    for precision in precisions:
+        check_golden(Bundle(bundle.folder, meta), constant, where="here", precision=precision)
+
+
+def test_a_cached_model_that_was_swapped_is_found_before_the_first_record(
+    batchclf: Batchclf, tmp_path: Path
+) -> None:
+    """Its digest is right, as after a cache was filled wrongly; only its answers tell."""
+    cache = tmp_path / "cache"
+    env = {**os.environ, "BATCHCLF_CACHE_DIR": str(cache)}
+    job = write_tiny_job(tmp_path)
+    assert batchclf("run", job, "--limit", "2", env=env).exit_code == 0
+    (found,) = (cache / "bundles").glob("*/model.json")
+    other = tmp_path / "other"
+    other.mkdir()
+    write_classifier(other / "other.onnx", seed=1)
+    other_job = write_tiny_job(other, name="other.yaml")
+    shutil.copyfile(other / "other.onnx", other / "tiny.onnx")
+    exported = tmp_path / "exported"
+    assert batchclf("export", other_job, exported, env=env).exit_code == 0
+    shutil.copyfile(exported / "model.onnx", found.parent / "model.onnx")
+    meta = json.loads(found.read_bytes())
+    meta["files"]["model.onnx"] = sha256_of(exported / "model.onnx")
+    found.write_text(json.dumps(meta))
+    done = batchclf("run", job, "-o", tmp_path / "again", env=env)
+    assert done.exit_code == 4, done.stderr
+    assert "gives other answers than its source" in done.stderr
+    assert not (tmp_path / "again" / "predictions.jsonl").exists()
