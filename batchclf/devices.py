@@ -150,7 +150,14 @@ def _open(
 ) -> Opened:
     bundle = model.bundle
     if (precision := needed_variant(spec.name, job.precision)) is not None:
-        bundle = resolve_variant(bundle, precision, sample, open_reference=open_reference, log=log)
+        bundle = resolve_variant(
+            bundle,
+            precision,
+            sample,
+            open_reference=open_reference,
+            threads=usable_cores(),
+            log=log,
+        )
     classifiers: list[OnnxClassifier] = []
     for target in targets(spec, job):
         classifiers += _open_target(bundle, target, batch_size)

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from batchclf.job import JobSpec
+from batchclf.machine import usable_cores
 from batchclf.models.bundle import Bundle, copy_bundle
 from batchclf.models.resolve import Log, resolve_model
 from batchclf.models.variants import needed_variant, resolve_variant
@@ -30,6 +31,7 @@ def export_job(job: JobSpec, folder: Path, log: Log) -> Bundle:
             precision,
             partial(sample_input, job, model),
             open_reference=open_reference,
+            threads=usable_cores(),
             log=log,
         )
         variant = (precision, converted)

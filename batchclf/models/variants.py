@@ -65,12 +65,14 @@ def resolve_variant(
     sample: Callable[[], Pixels],
     *,
     open_reference: OpenReference,
+    threads: int,
     log: Log,
 ) -> Bundle:
     """`bundle` at `precision` (int8 or fp16): exported with it, from the cache, or made now.
 
     Args:
         sample: images of the job to calibrate int8 with, uint8 NHWC; called if they are needed.
+        threads: CPU threads for calibrating.
 
     Raises:
         ModelError: the model cannot be converted.
@@ -111,7 +113,9 @@ def resolve_variant(
                 f"quantising {bundle.meta.name} to int8, calibrated on {len(pixels_NHWC)} of the "
                 "job's images; this is done once"
             )
-            quantize.quantize_int8(bundle.model_path, folder / MODEL_FILE, pixels_NHWC)
+            quantize.quantize_int8(
+                bundle.model_path, folder / MODEL_FILE, pixels_NHWC, threads=threads
+            )
             golden_NHWC = pixels_NHWC[:_NUM_GOLDEN]
         return bundle.meta.model_copy(
             update={
@@ -123,7 +127,9 @@ def resolve_variant(
                 },
                 "arithmetic": precision,
                 "files": model_files(folder),
-                "golden_sha256": write_golden(folder, reference, golden_NHWC),
+                "golden_sha256": write_golden(
+                    folder, reference, golden_NHWC, bundle.meta.fixed_batch
+                ),
             }
         )
 
@@ -135,11 +141,6 @@ def _refuse_unfit(bundle: Bundle, precision: Precision) -> None:
         raise ModelError(
             f"precision: found {precision}, but {bundle.meta.name} already computes in "
             f"{bundle.meta.arithmetic}; use precision fp32, which runs the model as it is"
-        )
-    if bundle.meta.fixed_batch is not None:
-        raise ModelError(
-            f"precision: found {precision}, but {bundle.meta.name} takes only batches of "
-            f"{bundle.meta.fixed_batch}; export it with a dynamic batch dimension to convert it"
         )
 
 

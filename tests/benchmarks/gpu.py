@@ -199,6 +199,7 @@ class Bench:
             precision,
             lambda: zeroed_pixels((1, *model.preprocess.crop, 3)),
             open_reference=open_reference,
+            threads=usable_cores(),
             log=log,
         )
 
