@@ -31,8 +31,11 @@ model:
   # onnx: my.onnx               # instead of name and weights: your own ONNX classifier
   # bundle: exported/resnet50   # instead: what `batchclf export` wrote; needs no torch
 
-provider: {provider}                   # cpu, cuda or openvino, or {{name: ..., options: {{...}}}}
-precision: fp32
+provider: {provider}                   # cpu, cuda or openvino, or with more to say:
+                                # {{name: openvino, device_type: GPU}}, {{name: cuda, devices: [0, 1]}},
+                                # options: {{...}} for ONNX Runtime, allow_fallback: true for the CPU
+precision: fp32                 # cpu: fp32, int8; cuda: fp32, fp16; openvino: fp32, bf16, fp16, int8
+# min_agreement: 0.93           # of another precision with fp32, on a sample of the images
 batch_size: 16                  # a CPU gains nothing from more, a GPU wants 64 or more
 top_k: 5                        # classes per record, best first
 
