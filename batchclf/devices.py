@@ -156,6 +156,7 @@ def _open(
             sample,
             open_reference=open_reference,
             threads=usable_cores(),
+            made_by=installed_flavours(),
             log=log,
         )
     classifiers: list[OnnxClassifier] = []

@@ -9,7 +9,7 @@ from batchclf.models.bundle import Bundle, copy_bundle
 from batchclf.models.resolve import Log, resolve_model
 from batchclf.models.variants import needed_variant, resolve_variant
 from batchclf.runtime.classifier import open_reference
-from batchclf.runtime.providers import require_precision, require_provider
+from batchclf.runtime.providers import installed_flavours, require_precision, require_provider
 from batchclf.sample import sample_input
 
 
@@ -32,6 +32,7 @@ def export_job(job: JobSpec, folder: Path, log: Log) -> Bundle:
             partial(sample_input, job, model),
             open_reference=open_reference,
             threads=usable_cores(),
+            made_by=installed_flavours(),
             log=log,
         )
         variant = (precision, converted)

@@ -20,7 +20,10 @@ SHARED = ("batchclf", "batchclf.errors", "batchclf.job", "batchclf.results.recor
 OUTSIDE = {
     "torch": ("models/export.py",),
     "torchvision": ("models/export.py",),
-    "onnx": ("models/onnx_file.py", "models/quantize.py", "models/half.py"),
+    "onnx": (
+        *("models/onnx_file.py", "models/graph.py", "models/equalize.py"),
+        *("models/quantize.py", "models/half.py"),
+    ),
     "onnxruntime": ("runtime/", "models/quantize.py", "models/half.py"),
     "openvino": ("runtime/native_openvino.py",),
     "PIL": ("images/",),

@@ -110,9 +110,9 @@ def test_an_int8_job_converts_its_model_once_and_resumes(
     job = write_job(tmp_path, provider=provider, precision="int8")
     first = batchclf("run", job, "--json")
     assert first.exit_code == 0, first.stderr
-    assert "quantising shufflenet_v2_x0_5 to int8, calibrated on 200" in first.stderr
+    assert "quantising shufflenet_v2_x0_5 to int8, calibrated on 100" in first.stderr
     run = json.loads((tmp_path / "out" / "run.json").read_bytes())
-    assert run["converted_model"]["num_calibration_images"] == 200
+    assert run["converted_model"]["num_calibration_images"] == 100
     assert run["converted_model"]["digest"] != run["fingerprint"]["model"]
     again = batchclf("run", job, "--json")
     assert again.exit_code == 0, again.stderr

@@ -32,9 +32,10 @@ model:
   # bundle: exported/resnet50   # instead: what `batchclf export` wrote; needs no torch
 
 provider: {provider}                   # cpu, cuda or openvino, or with more to say:
-                                # {{name: openvino, device_type: GPU}}, {{name: cuda, devices: [0, 1]}},
-                                # options: {{...}} for ONNX Runtime, allow_fallback: true for the CPU
-precision: fp32                 # cpu: fp32, int8; cuda: fp32, fp16; openvino: fp32, bf16, fp16, int8
+                                # {{name: openvino, device_type: GPU}}, or
+                                # {{name: cuda, devices: [0, 1]}}; options: {{...}} go to its
+                                # provider, allow_fallback: true lets the CPU stand in for it
+precision: fp32                 # cpu: or int8; cuda: or fp16; openvino: or bf16, fp16, int8
 # min_agreement: 0.93           # of another precision with fp32, on a sample of the images
 batch_size: 16                  # a CPU gains nothing from more, a GPU wants 64 or more
 top_k: 5                        # classes per record, best first

@@ -1,4 +1,4 @@
-"""A user's own ONNX classifier to a bundle: the only place that imports onnx.
+"""A user's own ONNX classifier to a bundle.
 
 What the file tells is read from it (layout, type, size, batch, classes, logits or probabilities);
 what it cannot tell (resize, mean, std) is asked for. Nodes are put before the graph so that it
@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 from batchclf.errors import ModelError
 from batchclf.job import ModelSpec, PreprocessSpec
-from batchclf.models.bundle import MAX_PROTOBUF_BYTES, MODEL_FILE
+from batchclf.models.bundle import MODEL_FILE
 from batchclf.models.checks import (
     OpenReference,
     Run,
@@ -26,13 +26,13 @@ from batchclf.models.checks import (
     sample_pixels,
     tiled,
 )
+from batchclf.models.graph import QUANTISED, save_model
 from batchclf.results.records import Pixels, Preprocess
 
 OLDEST_OPSET = 7
 """First opset whose Mul and Add broadcast as NumPy does."""
 _PASS_ON = ("Cast", "Identity", "Flatten", "Reshape", "Squeeze")
 """Operators that hand scores on as they are."""
-_QUANTISED = ("QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "ConvInteger")
 _PREFIX = "batchclf_"
 _INPUT_TYPES: dict[int, np.dtype[Any]] = {
     TensorProto.FLOAT: np.dtype(np.float32),
@@ -86,7 +86,7 @@ def wrap_onnx(
     is_probability = _is_probability(path, model, output, expected_NK)
     _wrap(model, image, preprocess, output)
     target = folder / MODEL_FILE
-    _save(model, target)
+    save_model(model, target)
     checked = (image.fixed_batch,) if image.fixed_batch else tuple(sorted({1, 2, 3, batch_size}))
     run = open_reference(target)
     arithmetic = _arithmetic(model, image)
@@ -110,7 +110,7 @@ def wrap_onnx(
 
 def _arithmetic(model: onnx.ModelProto, image: _Input) -> Literal["fp32", "fp16", "int8"]:
     """What the file's own graph computes in."""
-    if any(node.op_type in _QUANTISED for node in model.graph.node):
+    if any(node.op_type in QUANTISED for node in model.graph.node):
         return "int8"
     types = {image.type, *(tensor.data_type for tensor in model.graph.initializer)}
     return "fp16" if TensorProto.FLOAT16 in types else "fp32"
@@ -435,10 +435,3 @@ def _chain(
         helper.make_node(operator, [names[number], *extra], [names[number + 1]], **attributes)
         for number, (operator, extra, attributes) in enumerate(steps)
     ]
-
-
-def _save(model: onnx.ModelProto, target: Path) -> None:
-    if model.ByteSize() > MAX_PROTOBUF_BYTES:
-        onnx.save(model, target, save_as_external_data=True, location=f"{target.name}.data")
-    else:
-        onnx.save(model, target)

@@ -41,6 +41,7 @@ from batchclf.models.variants import needed_variant, resolve_variant
 from batchclf.plan import make_loader
 from batchclf.results.records import ImageRef
 from batchclf.runtime.classifier import open_classifier, open_reference
+from batchclf.runtime.providers import installed_flavours
 from batchclf.runtime.timing import measure_throughput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,6 +201,7 @@ class Bench:
             lambda: zeroed_pixels((1, *model.preprocess.crop, 3)),
             open_reference=open_reference,
             threads=usable_cores(),
+            made_by=installed_flavours(),
             log=log,
         )
 
