@@ -62,8 +62,7 @@ def settle_provider(job: JobSpec, log: Log) -> str | None:
     """
     require_precision(job.provider.name, job.precision)
     try:
-        for target in targets(job.provider, job):
-            require_working(target)
+        require_working(targets(job.provider, job))
     except ProviderError as error:
         return _allowed_fallback(job, error, log)
     return None
@@ -106,7 +105,8 @@ def targets(provider: ProviderSpec, job: JobSpec) -> list[Target]:
 
 
 def _as_text(value: object) -> str:
-    return str(int(value)) if isinstance(value, bool) else str(value)
+    """An option as ONNX Runtime reads it: OpenVINO's provider takes no 1 for true."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def open_devices(
@@ -207,7 +207,8 @@ def _open_target(bundle: Bundle, target: Target, batch_size: int) -> list[OnnxCl
 
 def _rounding(target: Target) -> Precision:
     """The precision to expect of a session: TF32, where the user asks for it, rounds as fp16."""
-    is_tf32 = target.provider.name == "cuda" and target.options.get("use_tf32") == "1"
+    tf32 = target.options.get("use_tf32", "0").lower()
+    is_tf32 = target.provider.name == "cuda" and tf32 in ("1", "true")
     return "fp16" if is_tf32 and target.precision == "fp32" else target.precision
 
 

@@ -91,14 +91,13 @@ def diagnose() -> Diagnosis:
 
 def _provider_state(name: str) -> ProviderState:
     provider = PROVIDERS[name]
-    if not installed_flavours():
-        return ProviderState(provider.execution_provider, False, False, flavour_problem())
+    if problem := flavour_problem():  # nothing, or two in each other's way: not to be imported
+        return ProviderState(provider.execution_provider, False, False, problem)
     from batchclf.runtime.probe import require_working
     from batchclf.runtime.sessions import Target
 
-    problem = None
     try:
-        require_working(Target(require_provider(name)))
+        require_working([Target(require_provider(name))])
     except BatchclfError as error:
         problem = str(error)
     return ProviderState(

@@ -2,7 +2,6 @@
 
 import os
 import resource
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,15 +91,6 @@ def cpu_name_and_flags() -> tuple[str, frozenset[str]]:
         key, _, value = line.partition(":")
         facts.setdefault(key.strip(), value.strip())
     return facts.get("model name", ""), frozenset(facts.get("flags", "").split())
-
-
-def process_age_s() -> float:
-    """Wall seconds since this process started, the interpreter's own start-up included."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    except OSError:
-        return time.process_time()
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds() -> float:

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
+from batchclf import STARTED
 from batchclf.devices import Opened, open_devices, settle_provider
 from batchclf.errors import BatchclfError, ErrorLimitPassed, NoImagesError, UsageError
 from batchclf.images.prefetch import Prefetcher
 from batchclf.images.source import Source, open_source, require_images
 from batchclf.interrupt import StopRequest
 from batchclf.job import JobSpec, auto
-from batchclf.machine import cpu_seconds, peak_rss_mb, process_age_s
+from batchclf.machine import cpu_seconds, peak_rss_mb
 from batchclf.models.resolve import resolve_model
 from batchclf.plan import Plan, freeze, make_loader, make_plan
 from batchclf.results.records import ImageRef, Shard
@@ -123,7 +124,7 @@ def run_job(
         run = run_facts(plan, opened, wanted)
         if previous is not None:  # listed then, not now
             run["num_left_out"] = previous.get("num_left_out")
-        stats.start(process_age_s())
+        stats.start(time.perf_counter() - STARTED)
         with kept_status(files, run):
             if retried:
                 _retry_failed(plan, opened, stats, reporter=reporter, stop=stop)

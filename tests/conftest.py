@@ -48,8 +48,13 @@ Batchclf = Callable[..., Finished]
 
 @pytest.fixture(scope="session", autouse=True)
 def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model cache for all tests of a session, empty at first: the user's own is not touched."""
-    folder = tmp_path_factory.mktemp("cache")
+    """A model cache for all tests of a session, empty at first: the user's own is not touched.
+
+    The workers of `pytest -n` share it, so that each model is exported once.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    folder.mkdir(exist_ok=True)
     os.environ["BATCHCLF_CACHE_DIR"] = str(folder)
     return folder
 

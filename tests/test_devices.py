@@ -66,7 +66,7 @@ def test_options_reach_the_provider_as_text() -> None:
     options = {"a": 1, "b": True, "c": False, "d": 0.5, "e": "text"}
     spec = job(provider={"name": "cpu", "options": options})
     (target,) = targets(spec.provider, spec)
-    assert target.options == {"a": "1", "b": "1", "c": "0", "d": "0.5", "e": "text"}
+    assert target.options == {"a": "1", "b": "true", "c": "false", "d": "0.5", "e": "text"}
 
 
 def test_tf32_is_expected_to_round_where_it_was_asked_for() -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from batchclf.jobfile import load_job
+from batchclf.runtime.providers import installed_flavours
 from tests.conftest import ROOT, Batchclf
 
 README = (ROOT / "README.md").read_text()
@@ -61,9 +63,10 @@ def test_every_command_has_help_and_an_example_or_needs_none(batchclf: Batchclf)
 
 
 def test_every_shipped_job_file_validates(batchclf: Batchclf) -> None:
+    works = {"cpu", "openvino"} if "onnxruntime-openvino" in installed_flavours() else {"cpu"}
     for job in sorted((ROOT / "jobs").glob("*.yaml")):
         done = batchclf("validate", job)
-        if job.name in ("gpu.yaml", "openvino.yaml"):  # other environments' providers
+        if load_job(job).provider.name not in works:
             assert done.exit_code == 4, done.stderr
             done = batchclf("validate", job, "--provider", "cpu")
         assert done.exit_code == 0, done.stderr

@@ -5,6 +5,8 @@ stdout carries results only; progress and log lines go to stderr.
 
 import importlib
 import json
+import os
+import signal
 import sys
 import traceback
 from typing import Any
@@ -48,6 +50,7 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a user's error becomes a message and its exit code, no traceback."""
+        _hear_sigterm_as_pid_1()
         try:
             return super().invoke(ctx)
         except BatchclfError as error:
@@ -63,6 +66,12 @@ class LazyGroup(click.Group):
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             sys.exit(130)
+
+
+def _hear_sigterm_as_pid_1() -> None:
+    """End at SIGTERM in a container too: the kernel drops it for a PID 1 that has no handler."""
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

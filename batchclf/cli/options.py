@@ -53,8 +53,13 @@ def load(job: Path, sets: tuple[str, ...], direct: dict[str, Any]) -> "JobSpec":
     """The job with its overrides.
 
     --provider comes first, so that --set can add keys to it; the other direct options come last.
+
+    Raises:
+        JobFileError: with every problem found.
+        ProviderError: no ONNX Runtime, or two, so that what uses it cannot even be imported.
     """
     from batchclf.jobfile import Override, load_job, parse_set
+    from batchclf.runtime.providers import require_flavour
 
     overrides = [parse_set(text) for text in sets]
     for key, value in direct.items():
@@ -63,4 +68,6 @@ def load(job: Path, sets: tuple[str, ...], direct: dict[str, Any]) -> "JobSpec":
             option = next(text for text in _DIRECT[name][:2] if text and text.startswith("--"))
             override = Override(name, value, f"{option} {value}")
             overrides.insert(0 if name == "provider" else len(overrides), override)
-    return load_job(job, overrides)
+    spec = load_job(job, overrides)
+    require_flavour()
+    return spec

@@ -102,7 +102,12 @@ def _require_devices(devices: Sequence[int]) -> None:
     hint = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
     code = driver.cuInit(0)
     if code == _NO_DEVICE:
-        raise ProviderError(f"provider cuda: the NVIDIA driver (CUDA {has}) finds no GPU{hint}")
+        remedy = "see what `nvidia-smi` lists; in a container, run with `docker run --gpus all`"
+        if visible is not None:
+            remedy = "unset CUDA_VISIBLE_DEVICES, or name GPUs that `nvidia-smi` lists"
+        raise ProviderError(
+            f"provider cuda: the NVIDIA driver (CUDA {has}) finds no GPU{hint}: {remedy}"
+        )
     if code:
         raise ProviderError(
             f"provider cuda: the NVIDIA driver (CUDA {has}) does not start (error {code} of "

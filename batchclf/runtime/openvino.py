@@ -6,7 +6,8 @@ https://docs.openvino.ai/2025/openvino-workflow/running-inference/optimize-infer
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from batchclf.errors import ProviderError, UsageError
 from batchclf.results.records import Precision
 
 DEFAULT_DEVICE = "CPU"
+_DEVICE = r"(CPU|(GPU|NPU)(\.\d+)*)"
+_DEVICE_TYPE = re.compile(rf"{_DEVICE}|(AUTO|MULTI|HETERO):{_DEVICE}(, *{_DEVICE})*")
 _HINTS: Mapping[Precision, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
 """INFERENCE_PRECISION_HINT for what is not quantised; left out, a Xeon would choose bf16 and a GPU
 f16 by themselves."""
@@ -27,7 +30,10 @@ _DEPRECATED = {
 """Options of the provider and the property that each sets: the user's comes before our default."""
 _CPU_FLAGS: Mapping[Precision, tuple[tuple[str, ...], str]] = {
     "bf16": (("avx512bw", "amx_bf16", "avx_ne_convert"), "AVX-512, AMX or AVX-NE-CONVERT"),
-    "fp16": (("avx512_fp16", "amx_fp16", "avx_ne_convert"), "AVX-512 FP16 or AMX FP16"),
+    "fp16": (
+        ("avx512_fp16", "amx_fp16", "avx_ne_convert"),
+        "AVX-512 FP16, AMX FP16 or AVX-NE-CONVERT",
+    ),
 }
 """Any of these CPU flags lets OpenVINO's CPU plugin compute in a precision; without, it goes on in
 fp32 and says nothing."""
@@ -37,6 +43,26 @@ def device_names(device_type: str) -> list[str]:
     """The devices in a `device_type`: GPU.1 is one, AUTO:GPU,CPU names two."""
     _, colon, listed = device_type.partition(":")
     return [name.strip() for name in listed.split(",")] if colon else [device_type]
+
+
+def require_fitting(device_type: str, user: Mapping[str, str]) -> None:
+    """Refuse a device that is none, and options that do not fit it.
+
+    Raises:
+        ProviderError: a `device_type` that the provider would accept, then run nothing on or pass
+            over in a list.
+        UsageError: an option that a key of the job file stands for, or a `load_config` that does
+            not fit.
+    """
+    if not _DEVICE_TYPE.fullmatch(device_type):
+        raise ProviderError(
+            f"provider openvino: device_type {device_type} is none of OpenVINO's; give CPU, GPU, "
+            "GPU.1, NPU, or AUTO, MULTI or HETERO with a list, such as AUTO:GPU,CPU"
+        )
+    for option, key in _OWN_KEYS.items():
+        if option in user:
+            raise UsageError(f"provider.options.{option}: found {user[option]}; use {key} for it")
+    _user_config(user.get("load_config"), device_names(device_type))
 
 
 def provider_options(
@@ -56,12 +82,9 @@ def provider_options(
         cache: folder for compiled models; used where compiling takes long, so not by a CPU.
 
     Raises:
-        UsageError: an option that a key of the job file stands for, or a `load_config` that does
-            not fit.
+        ProviderError, UsageError: as `require_fitting`.
     """
-    for option, key in _OWN_KEYS.items():
-        if option in user:
-            raise UsageError(f"provider.options.{option}: found {user[option]}; use {key} for it")
+    require_fitting(device_type, user)
     taken = {prop for option, prop in _DEPRECATED.items() if option in user}
     config: dict[str, dict[str, Any]] = {}
     for name in device_names(device_type):
@@ -79,7 +102,15 @@ def provider_options(
     return {**user, "device_type": device_type, "load_config": json.dumps(config)}
 
 
-def _user_config(text: str | None, devices: Mapping[str, object]) -> dict[str, dict[str, Any]]:
+def options_of_one(device: str, user: Mapping[str, str]) -> dict[str, str]:
+    """The user's options for one device of several: only its own part of `load_config`."""
+    if "load_config" not in user:
+        return dict(user)
+    config = json.loads(user["load_config"])
+    return {**user, "load_config": json.dumps({device: config.get(device, {})})}
+
+
+def _user_config(text: str | None, devices: Collection[str]) -> dict[str, dict[str, Any]]:
     if text is None:
         return {}
     what = "provider.options.load_config"

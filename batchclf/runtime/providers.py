@@ -74,6 +74,16 @@ def flavour_problem() -> str | None:
     return None
 
 
+def require_flavour() -> None:
+    """Refuse an environment without ONNX Runtime, or with two flavours of it, before its import.
+
+    Raises:
+        ProviderError: with the command that mends it.
+    """
+    if problem := flavour_problem():
+        raise ProviderError(problem)
+
+
 def compiled_in() -> list[str]:
     """Execution providers that the installed ONNX Runtime was built with; they need not work."""
     import onnxruntime

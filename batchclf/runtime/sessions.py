@@ -8,7 +8,6 @@ open goes to the process's stderr alone, so it is read there.
 import os
 import re
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -220,15 +219,9 @@ def _require_nodes(nodes: Mapping[str, int], left: tuple[str, ...], target: Targ
         return
     some = ", ".join(computing[:3]) + (", ..." if len(computing) > 3 else "")
     if not nodes.get(provider.execution_provider):
-        known = ""
-        if provider.name == "openvino":
-            known = (
-                f"; device_type {target.device_type} may not be one: give CPU, GPU, GPU.1, NPU, or "
-                "AUTO, MULTI or HETERO with a list, such as AUTO:GPU,CPU"
-            )
         raise ProviderError(
             f"provider {provider.name}: it took none of the {sum(nodes.values())} nodes of the "
-            f"model, so all would run on the CPU{known}"
+            "model, so all would run on the CPU"
         )
     raise ProviderError(
         f"provider {provider.name}: {len(computing)} of {sum(nodes.values())} nodes of the model "
@@ -242,16 +235,15 @@ def _explained(
 ) -> ModelError | ProviderError | UsageError:
     """The error to raise for an exception of ONNX Runtime's."""
     name = target.provider.name
-    if unknown := _UNKNOWN_OPTION.search(message):
+    # GPU numbers are checked while options are read, so a CUDA that fails looks like an option.
+    if "CUDA failure" not in message and (unknown := _UNKNOWN_OPTION.search(message)):
         return UsageError(
             f"provider.options: {unknown[1]} (provider {name} of onnxruntime {ort.__version__}); "
             "options are passed to the provider as they are: see its documentation"
         )
     if name == "cpu":
         return ModelError(f"{model}: ONNX Runtime does not accept it: {message}")
-    return ProviderError(
-        f"provider {name}: no session opens: {_last_sentence(message)}{_with_options(target)}"
-    )
+    return ProviderError(f"provider {name}: no session opens: {_last_sentence(message)}")
 
 
 def _cause(said: str, target: Target) -> str:
@@ -264,12 +256,7 @@ def _cause(said: str, target: Target) -> str:
     errors = re.findall(r"\[E:onnxruntime:[^\]]*\] (.*)", said)
     if not errors:
         return f"it gave no reason; `batchclf doctor` tells what {target.provider.name} needs"
-    return f"{_last_sentence(errors[0])}{_with_options(target)}"
-
-
-def _with_options(target: Target) -> str:
-    given = ", ".join(f"{key}: {value}" for key, value in target.options.items())
-    return f"; the job's provider.options are {given}" if given else ""
+    return _last_sentence(errors[0])
 
 
 def _remedy(device: str) -> str:
@@ -299,7 +286,8 @@ def _captured_stderr() -> Iterator[Callable[[], str]]:
     """
     sys.stderr.flush()
     text = ""
-    with tempfile.TemporaryFile() as collected:
+    # Memory, not a temporary file: there may be no folder that can be written.
+    with open(os.memfd_create("stderr"), "w+b") as collected:
         kept = os.dup(2)
         os.dup2(collected.fileno(), 2)
         try:

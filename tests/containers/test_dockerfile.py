@@ -1,0 +1,181 @@
+"""What the Dockerfile and the pinned requirements say, without building anything."""
+
+import configparser
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+
+from batchclf.runtime.providers import FLAVOURS
+from tests.conftest import ROOT
+
+PINS = ROOT / ".docker"
+TARGETS = {"cpu": "onnxruntime", "gpu": "onnxruntime-gpu", "openvino": "onnxruntime-openvino"}
+"""Each target, and the ONNX Runtime that its image holds."""
+EXTRAS = {"cpu": ("cpu",), "gpu": ("gpu",), "openvino": ("openvino",), "export": ("cpu", "export")}
+"""Each file of pinned requirements, and the extras of setup.cfg that it pins."""
+PYTHONS = ("3.11", "3.12", "3.13")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage of the Dockerfile: what it starts from, and its (instruction, rest) pairs."""
+
+    base: str
+    steps: tuple[tuple[str, str], ...]
+
+    def of(self, instruction: str) -> list[str]:
+        """What this stage gives to every such instruction."""
+        return [rest for word, rest in self.steps if word == instruction]
+
+
+def stages() -> dict[str, Stage]:
+    """The Dockerfile's stages by name; a step that goes on over several lines is one."""
+    text = re.sub(r"^\s*#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    steps = [line.split(None, 1) for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+    found: dict[str, Stage] = {}
+    for word, rest in steps:
+        if word == "FROM":
+            base, _, name = rest.split()
+            found[name] = Stage(base, ())
+        elif found:
+            found[name] = Stage(found[name].base, (*found[name].steps, (word, rest.strip())))
+    return found
+
+
+STAGES = stages()
+
+
+def pins(name: str, python: str = "3.12") -> dict[str, str]:
+    """What a file of pinned requirements installs with this Python on Linux: name to version."""
+    where = {"python_version": python, "python_full_version": f"{python}.0"}
+    where |= {"sys_platform": "linux", "platform_machine": "x86_64", "platform_system": "Linux"}
+    found: dict[str, str] = {}
+    for requirement, marker in lines(name):
+        if marker is None or marker.evaluate(where):
+            (specifier,) = requirement.specifier
+            assert specifier.operator == "=="
+            assert requirement.name not in found, f"{name}.txt: {requirement.name} is there twice"
+            found[requirement.name] = specifier.version
+    return found
+
+
+def lines(name: str) -> Iterator[tuple[Requirement, Marker | None]]:
+    text = (PINS / f"{name}.txt").read_text().replace("\\\n", "")
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            requirement, *hashes = line.split(" --hash=")
+            assert hashes, f"{name}.txt: {requirement} has no hash"
+            parsed = Requirement(requirement)
+            yield parsed, parsed.marker
+
+
+def wanted(name: str) -> list[Requirement]:
+    """What setup.cfg asks for in the environment that this file fills."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    text = config["options"]["install_requires"]
+    text += "".join(config["options.extras_require"][extra] for extra in EXTRAS[name])
+    return [Requirement(one) for one in text.splitlines() if one and not one.startswith("#")]
+
+
+# ---- the pinned requirements ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("name", EXTRAS)
+def test_the_pins_satisfy_what_setup_cfg_asks_for(name: str, python: str) -> None:
+    pinned = pins(name, python)
+    unmet = [
+        str(one) for one in wanted(name) if not one.specifier.contains(pinned.get(key(one), "0"))
+    ]
+    assert unmet == [], f"run .docker/renew: .docker/{name}.txt has {pinned}"
+
+
+def key(requirement: Requirement) -> str:
+    """A requirement's name as the pins spell it."""
+    return re.sub(r"[-_.]+", "-", requirement.name).lower()
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_each_environment_has_exactly_one_onnx_runtime(name: str) -> None:
+    assert set(pins(name)) & set(FLAVOURS) == {TARGETS.get(name, "onnxruntime")}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_nothing_that_only_exporting_needs_is_pinned_for_a_run(name: str) -> None:
+    assert set(pins(name)) & {"torch", "torchvision", "onnx", "onnxscript"} == set()
+
+
+def test_the_gpu_image_gets_its_cuda_libraries_from_wheels() -> None:
+    libraries = {"nvidia-cublas", "nvidia-cuda-runtime", "nvidia-cudnn-cu13", "nvidia-cufft"}
+    assert libraries <= set(pins("gpu"))
+    assert not any("apt-get" in step for step in STAGES["gpu"].of("RUN"))
+
+
+def test_a_model_is_exported_with_the_packages_that_the_cpu_image_runs_it_with() -> None:
+    cpu, export = pins("cpu"), pins("export")
+    assert {name: export[name] for name in cpu} == cpu
+
+
+def test_the_build_tools_are_those_that_pyproject_asks_for() -> None:
+    system = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]
+    for requirement in map(Requirement, system["requires"]):
+        assert requirement.specifier.contains(pins("build")[key(requirement)])
+
+
+# ---- the Dockerfile ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_target_holds_its_own_environment_and_the_model(target: str) -> None:
+    copies = STAGES[target].of("COPY")
+    assert copies == [
+        f"--from=build-{target} /opt/batchclf /opt/batchclf",
+        "--from=model /bundle /bundle",
+    ]
+    assert f".docker/{target}.txt /requirements/" in STAGES[f"build-{target}"].of("COPY")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_target_runs_as_a_user_who_is_not_root(target: str) -> None:
+    word, user = STAGES[target].steps[-1]
+    assert word == "USER"
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_entry_point_is_the_command_itself_and_no_shell(target: str) -> None:
+    assert STAGES[target].base == "runtime"
+    assert STAGES[target].of("ENTRYPOINT") == []
+    assert [json.loads(one) for one in STAGES["runtime"].of("ENTRYPOINT")] == [["batchclf"]]
+    assert [json.loads(one) for one in STAGES["runtime"].of("CMD")] == [["--help"]]
+
+
+def test_only_the_python_image_is_foreign() -> None:
+    foreign = {stage.base for stage in STAGES.values()} - set(STAGES)
+    assert foreign == {"${PYTHON_IMAGE}", "scratch", "model-${MODEL}"}
+    assert {"model-none", "model-export"} <= set(STAGES)
+    assert "\nARG PYTHON_IMAGE=python:3.12-slim\n" in (ROOT / "Dockerfile").read_text()
+
+
+def test_what_is_copied_from_the_repository_is_there_and_let_in() -> None:
+    let_in = {
+        line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[0] == "!"
+    }
+    assert {one for one in let_in if not (ROOT / one).exists()} == set()
+    copied = [
+        step.split()[0]
+        for stage in STAGES.values()
+        for step in stage.of("COPY")
+        if not step.startswith("--from=")
+    ]
+    assert "." in copied
+    for source in set(copied) - {"."}:
+        assert (ROOT / source).exists(), source
+        assert source.split("/")[0] in let_in

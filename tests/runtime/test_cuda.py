@@ -1,0 +1,68 @@
+"""What the CUDA provider is told, and how a library that is missing is named.
+
+The refusals themselves are in tests/test_refusals.py, in processes of their own.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from batchclf.errors import UsageError
+from batchclf.runtime.cuda import _load_problem, provider_options
+from batchclf.runtime.providers import installed_flavours
+
+for_cuda = pytest.mark.skipif(
+    "onnxruntime-gpu" not in installed_flavours(),
+    reason="needs onnxruntime-gpu, which tells its CUDA version: nox -s gpu",
+)
+
+
+def test_the_gpu_is_told_by_its_number_and_computes_in_full_fp32() -> None:
+    options = provider_options(3, "fp32", {})
+    assert options["device_id"] == "3"
+    assert options["use_tf32"] == "0"
+    assert "prefer_nhwc" not in options
+
+
+def test_fp16_prefers_the_layout_of_the_tensor_cores() -> None:
+    assert provider_options(0, "fp16", {})["prefer_nhwc"] == "1"
+
+
+def test_an_option_of_the_users_goes_before_ours() -> None:
+    user = {"use_tf32": "1", "prefer_nhwc": "0", "gpu_mem_limit": "1000000000"}
+    assert provider_options(0, "fp16", user).items() >= user.items()
+
+
+def test_the_number_of_a_gpu_is_no_option() -> None:
+    with pytest.raises(UsageError, match=r"found 1; use provider\.devices"):
+        provider_options(0, "fp32", {"device_id": "1"})
+
+
+def test_a_library_that_loads_is_no_problem() -> None:
+    assert _load_problem("libc.so.6") is None
+
+
+@for_cuda
+def test_a_library_that_is_not_there_or_none_is_named_with_what_installs_it(
+    tmp_path: Path,
+) -> None:
+    broken = tmp_path / "libbroken.so"
+    broken.write_bytes(b"no library")
+    for library, cause in (("libnone.so.9", "No such file"), (str(broken), "too short")):
+        problem = _load_problem(library)
+        assert problem is not None
+        assert problem.startswith(f"{Path(library).name} cannot be loaded (")
+        assert cause in problem
+        assert "pip install 'batchclf[gpu]'" in problem
+
+
+@for_cuda
+def test_libraries_for_another_cuda_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / "nvidia_cublas_cu12-12.9.1.4.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Name: nvidia-cublas-cu12\nVersion: 12.9.1.4\n")
+    assert "nvidia-cublas-cu12" not in str(_load_problem("libnone.so.9"))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "nvidia-cublas-cu12" in str(_load_problem("libnone.so.9"))
