@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,13 @@ from batchclf.models.checks import ATOL, RTOL
 from batchclf.models.resolve import Log, ResolvedModel, open_eager, resolve_model
 from batchclf.results.records import Pixels, Precision, Scores
 from batchclf.runtime.classifier import open_classifier, open_reference
-from batchclf.runtime.timing import Latency, Run, measure_latency, measure_throughput
+from batchclf.runtime.timing import (
+    Latency,
+    Run,
+    filled_batches,
+    measure_latency,
+    measure_throughput,
+)
 from batchclf.sample import sample_input
 
 TIGHT = {"rtol": 1e-5, "atol": 1e-4}
@@ -137,8 +142,8 @@ def _measure(
     batch_size: int,
 ) -> _Measured:
     """Figures of a backend: `runs` take batches of `batch_size`, `run_one` takes single images."""
-    rows = [runs[0](batch_NHWC) for batch_NHWC in _batches(pixels_NHWC, batch_size)]
-    batch_NHWC = next(iter(_batches(pixels_NHWC, batch_size)))
+    rows = [runs[0](batch_NHWC) for batch_NHWC in filled_batches(pixels_NHWC, batch_size)]
+    batch_NHWC = next(filled_batches(pixels_NHWC, batch_size))
     latencies = [] if run_one is None else [measure_latency(run_one, pixels_NHWC[:1])]
     if batch_size > 1:
         latencies.append(measure_latency(runs[0], batch_NHWC))
@@ -150,13 +155,6 @@ def _measure(
         measure_throughput(runs, batch_NHWC),
         np.concatenate(rows)[: len(pixels_NHWC)].astype(np.float32),
     )
-
-
-def _batches(pixels_NHWC: Pixels, size: int) -> Sequence[Pixels]:
-    """Batches of exactly `size`, the last one filled up with the first images."""
-    num_batches = -(-len(pixels_NHWC) // size)
-    rows = list(islice(cycle(range(len(pixels_NHWC))), num_batches * size))
-    return [pixels_NHWC[rows[start : start + size]] for start in range(0, len(rows), size)]
 
 
 def _measure_eager(eager: Run, pixels_NHWC: Pixels, batch_size: int) -> _Measured:

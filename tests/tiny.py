@@ -105,17 +105,22 @@ def run_here(job: Path, options: RunOptions | None = None, log: Log | None = Non
     )
 
 
-def link_digits(folder: Path, num_images: int) -> Path:
-    """A folder of `num_images` names, hard links to the sample digits as far as possible."""
+def link_images(source: Path, folder: Path, num_images: int) -> Path:
+    """A folder of `num_images` names, hard links to the images of `source` as far as possible."""
     folder.mkdir()
-    digits = sorted(path for path in DIGITS.rglob("*") if path.is_file())
-    for number, digit in enumerate(itertools.islice(itertools.cycle(digits), num_images)):
-        target = folder / f"{number:05d}{digit.suffix}"
+    originals = sorted(path for path in source.rglob("*") if path.is_file())
+    for number, path in enumerate(itertools.islice(itertools.cycle(originals), num_images)):
+        target = folder / f"{number:06d}{path.suffix}"
         try:
-            os.link(digit, target)
+            os.link(path, target)
         except OSError:  # another file system
-            shutil.copyfile(digit, target)
+            shutil.copyfile(path, target)
     return folder
+
+
+def link_digits(folder: Path, num_images: int) -> Path:
+    """The same with the sample digits."""
+    return link_images(DIGITS, folder, num_images)
 
 
 def assert_same_records(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-from batchclf.runtime.timing import MAX_CALLS, MIN_CALLS, measure_latency
+from batchclf.runtime.timing import MAX_CALLS, MIN_CALLS, filled_batches, measure_latency
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -33,21 +33,20 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     batch_size = request["batch_size"]
     sizes = {*request["latency_batches"], batch_size}
     compiled = {size: _compile(core, request["model"], size, "LATENCY") for size in sizes}
-    rows = [
-        _run(compiled[batch_size], batch_NHWC) for batch_NHWC in _batches(pixels_NHWC, batch_size)
-    ]
-    np.save(request["scores"], np.concatenate(rows)[: len(pixels_NHWC)])
-    latencies = [
-        asdict(measure_latency(partial(_run, compiled[size]), next(_batches(pixels_NHWC, size))))
-        for size in request["latency_batches"]
-    ]
+    batches = filled_batches(pixels_NHWC, batch_size)
+    scores_NK = np.concatenate([_run(compiled[batch_size], batch_NHWC) for batch_NHWC in batches])
+    np.save(request["scores"], scores_NK[: len(pixels_NHWC)])
+    latencies = []
+    for size in request["latency_batches"]:
+        batch_NHWC = next(filled_batches(pixels_NHWC, size))
+        latencies.append(asdict(measure_latency(partial(_run, compiled[size]), batch_NHWC)))
     return {
         "version": ov.__version__,
         "device": core.get_property("CPU", "FULL_DEVICE_NAME"),
         "latencies": latencies,
         "images_per_s": _throughput(
             _compile(core, request["model"], batch_size, "THROUGHPUT"),
-            next(_batches(pixels_NHWC, batch_size)),
+            next(filled_batches(pixels_NHWC, batch_size)),
         ),
     }
 
@@ -64,12 +63,6 @@ def _compile(core: ov.Core, path: str, batch_size: int, hint: str) -> ov.Compile
 
 def _run(compiled: ov.CompiledModel, batch_NHWC: Any) -> Any:
     return np.array(compiled(batch_NHWC)[0])
-
-
-def _batches(pixels_NHWC: Any, size: int) -> Any:
-    """Batches of exactly `size`, the last one filled up with the first images."""
-    for start in range(0, len(pixels_NHWC), size):
-        yield np.take(pixels_NHWC, range(start, start + size), axis=0, mode="wrap")
 
 
 def _throughput(compiled: ov.CompiledModel, batch_NHWC: Any) -> float:

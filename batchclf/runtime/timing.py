@@ -5,11 +5,13 @@ Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB).
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from batchclf.results.records import Pixels
 
 Run = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 """uint8 pixels NHWC to scores NK."""
@@ -27,6 +29,12 @@ class Latency:
     batch_size: int
     median_ms: float
     p95_ms: float
+
+
+def filled_batches(pixels_NHWC: Pixels, size: int) -> Iterator[Pixels]:
+    """Batches of exactly `size`, the last one filled up with the first images."""
+    for start in range(0, len(pixels_NHWC), size):
+        yield np.take(pixels_NHWC, range(start, start + size), axis=0, mode="wrap")
 
 
 def measure_latency(run: Run, batch_NHWC: np.ndarray[Any, Any]) -> Latency:

@@ -12,7 +12,6 @@ files against the smaller of the two limits. `--provider cpu` rehearses it where
 import argparse
 import itertools
 import json
-import os
 import platform
 import shutil
 import statistics
@@ -43,6 +42,7 @@ from batchclf.results.records import ImageRef
 from batchclf.runtime.classifier import open_classifier, open_reference
 from batchclf.runtime.providers import installed_flavours
 from batchclf.runtime.timing import measure_throughput
+from tests.tiny import link_images
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("mobilenet_v2", "resnet50")
@@ -285,19 +285,6 @@ class Bench:
             "decode_limit": limits["decode"][row["decode"]],
             "efficiency": round(median / limit, 3),
         }
-
-
-def link_images(source: Path, target: Path, num_images: int) -> Path:
-    """A folder of `num_images` names, links to the images of `source`."""
-    target.mkdir()
-    originals = sorted(path for path in source.rglob("*") if path.is_file())
-    for number, path in enumerate(itertools.islice(itertools.cycle(originals), num_images)):
-        link = target / f"{number:06d}{path.suffix}"
-        try:
-            os.link(path, link)
-        except OSError:  # another file system
-            shutil.copyfile(path, link)
-    return target
 
 
 def steps(bench: Bench, results: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -1,0 +1,57 @@
+"""The benchmarks run, and print what they promise; what they measure is nobody's assertion."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import DIGITS_MODEL, ROOT, Batchclf, write_job
+
+
+def run(module: str, *arguments: str) -> str:
+    """A benchmark's stdout."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.benchmarks.{module}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_script_for_cuda_machines_goes_through_all_its_steps_on_the_cpu(
+    batchclf: Batchclf, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "digits"
+    assert batchclf("export", write_job(tmp_path, model=DIGITS_MODEL), bundle).exit_code == 0
+    out = tmp_path / "gpu.json"
+    printed = run(
+        *("gpu", "--provider", "cpu", "--bundle", str(bundle), "--models", "digits"),
+        *("--batch-sizes", "1", "4", "--num-images", "12", "--repeats", "1"),
+        *("--out", str(out), "--skip", "tests"),
+    )
+    found = json.loads(out.read_bytes())
+    assert list(found) == ["machine", "doctor", "verify", "inference", "decode", "end_to_end"]
+    assert found["doctor"]["providers"]["cpu"]["opens"]
+    assert found["verify"]["digits fp32"]["agree"]
+    kinds = {(row["batch_size"], row["bound"], row["in_flight"]) for row in found["inference"]}
+    assert kinds == {(size, bound, n) for size in (1, 4) for bound in (False, True) for n in (1, 2)}
+    assert all(row["images_per_s"] > 0 for row in found["inference"])
+    assert set(found["decode"]) == {"exact", "fast"}
+    assert [row["decode"] for row in found["end_to_end"]] == ["exact", "fast"]
+    assert all(row["last_run"]["num_ok"] == 12 for row in found["end_to_end"])
+    assert all(row["efficiency"] > 0 for row in found["end_to_end"])
+    assert json.loads(printed.splitlines()[-1])["end_to_end"] == found["end_to_end"]
+
+
+def test_the_precisions_are_compared_in_one_run() -> None:
+    printed = run(
+        *("precisions", "--images", str(ROOT / "samples" / "photos"), "--batch-size", "2"),
+        *("--models", "shufflenet_v2_x0_5", "--rounds", "1", "--calls", "1"),
+    )
+    rows = json.loads(printed.splitlines()[-1])["rows"]
+    assert [row["precision"] for row in rows] == ["fp32", "int8"]
+    assert rows[0]["speed"] == rows[0]["cpu"] == 1
+    assert rows[1]["top1_agreement"] is not None
