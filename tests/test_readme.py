@@ -17,7 +17,7 @@ CONSOLE = [
     for line in block.splitlines()
 ]
 INLINE = re.findall(r"`(batchclf [^`]+)`", README)
-TAKES_A_JOB = ("run", "validate", "export")
+TAKES_A_JOB = ("run", "validate", "export", "verify")
 
 
 def test_the_quick_start_is_two_lines_that_ci_runs() -> None:
@@ -55,7 +55,7 @@ def test_every_link_of_the_readme_leads_somewhere() -> None:
 
 def test_every_command_has_help_and_an_example_or_needs_none(batchclf: Batchclf) -> None:
     overview = batchclf("--help").stdout
-    for name in ("run", "init", "validate", "export", "doctor", "schema"):
+    for name in ("run", "init", "validate", "export", "verify", "doctor", "schema"):
         assert name in overview
         done = batchclf(name, "--help")
         assert done.exit_code == 0
