@@ -3,6 +3,8 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 from batchclf.errors import ProviderError
@@ -20,7 +22,7 @@ from batchclf.runtime.classifier import (
     open_reference,
     warm_up,
 )
-from batchclf.runtime.openvino import DEFAULT_DEVICE, require_cpu_precision
+from batchclf.runtime.openvino import DEFAULT_DEVICE, device_names, require_cpu_precision
 from batchclf.runtime.probe import require_working
 from batchclf.runtime.providers import (
     PROVIDERS,
@@ -47,7 +49,7 @@ class Opened:
     allocate: Allocate
     """Makes the batches' memory, as the device likes it best."""
     precision_check: PrecisionCheck | None
-    """None at fp32."""
+    """Of the device that agrees least; None at fp32."""
 
 
 def settle_provider(job: JobSpec, log: Log) -> str | None:
@@ -89,7 +91,8 @@ def targets(provider: ProviderSpec, job: JobSpec) -> list[Target]:
     found = require_provider(provider.name)
     device_type = provider.device_type or DEFAULT_DEVICE
     if found.name == "openvino":
-        require_cpu_precision(device_type, job.precision, cpu_name_and_flags()[1])
+        for name in device_names(device_type):
+            require_cpu_precision(name, job.precision, cpu_name_and_flags()[1])
     on_cpu = found.name == "cpu" or (found.name == "openvino" and device_type == "CPU")
     streams = auto(job.runtime.streams, min(cores, MAX_CPU_STREAMS) if on_cpu else DEVICE_STREAMS)
     target = Target(
@@ -160,22 +163,32 @@ def _open(
             log=log,
         )
     classifiers: list[OnnxClassifier] = []
-    for target in targets(spec, job):
-        classifiers += _open_target(bundle, target, batch_size)
-    active = classifiers[0].active
-    if active.cpu_nodes:
-        some = ", ".join(active.cpu_nodes[:5])
-        log(f"provider {spec.name}: {len(active.cpu_nodes)} nodes stay on the CPU: {some}")
     check = None
-    if job.precision != "fp32":
-        check = _check_precision(job, model.bundle, classifiers[0], sample(), batch_size, log)
+    for target in targets(spec, job):
+        opened = _open_target(bundle, target, batch_size)
+        _log_cpu_nodes(opened[0].active, log)
+        if _rounding(target) != "fp32":
+            found = _check_precision(job, model.bundle, opened[0], sample(), batch_size, log)
+            check = found if check is None else min(check, found, key=attrgetter("top1_agreement"))
+        classifiers += opened
+    devices = dict.fromkeys(one.active.device for one in classifiers)
     return Opened(
         classifiers,
-        active,
+        replace(classifiers[0].active, device=", ".join(devices)),
         bundle,
-        allocate=_pinned if spec.name == "cuda" else zeroed_pixels,
+        allocate=partial(_pinned, spec.devices or (0,)) if spec.name == "cuda" else zeroed_pixels,
         precision_check=check,
     )
+
+
+def _log_cpu_nodes(active: ActiveProvider, log: Log) -> None:
+    if active.fallback is not None:
+        log(
+            f"FALLING BACK TO THE CPU IN PART, as provider.allow_fallback allows: {active.fallback}"
+        )
+    elif active.cpu_nodes:
+        some = ", ".join(active.cpu_nodes[:5])
+        log(f"provider {active.requested}: shapes are computed on the CPU: {some}")
 
 
 def _open_target(bundle: Bundle, target: Target, batch_size: int) -> list[OnnxClassifier]:
@@ -194,9 +207,10 @@ def _open_target(bundle: Bundle, target: Target, batch_size: int) -> list[OnnxCl
         )
         check_golden(
             bundle,
-            functools.partial(warm_up, classify),
+            partial(warm_up, classify),
             where=f"{name} ({classify.active.device})",
-            precision=_rounding(target),
+            precision=target.precision,
+            rounding=_rounding(target),
             batch_size=bundle.meta.fixed_batch if on_cpu else batch_size,
         )
         sessions.append(classify)
@@ -245,8 +259,9 @@ def _check_precision(
         batch_size,
         is_probability=bundle.meta.scores == "probabilities",
     )
+    name = job.precision if job.precision != "fp32" else "TF32"
     log(
-        f"{job.precision} compared with fp32 on {check.num_images} of the job's images: same "
+        f"{name} compared with fp32 on {check.num_images} of the job's images: same "
         f"top class on {check.top1_agreement:.1%}, largest difference of a score "
         f"{check.max_score_difference:.2f}"
     )
@@ -254,7 +269,7 @@ def _check_precision(
     return check
 
 
-def _pinned(shape: Sequence[int]) -> Pixels:
+def _pinned(devices: Sequence[int], shape: Sequence[int]) -> Pixels:
     from batchclf.runtime.cuda import pinned_pixels
 
-    return pinned_pixels(shape)
+    return pinned_pixels(shape, devices[0])

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 
 from batchclf import STARTED
@@ -22,8 +22,8 @@ from batchclf.images.source import Source, open_source, require_images
 from batchclf.interrupt import StopRequest
 from batchclf.job import JobSpec, auto
 from batchclf.machine import cpu_seconds, peak_rss_mb
-from batchclf.models.resolve import resolve_model
-from batchclf.plan import Plan, freeze, make_loader, make_plan
+from batchclf.models.resolve import ResolvedModel, resolve_model
+from batchclf.plan import Plan, fitting_batch_size, freeze, limited, make_loader, make_plan
 from batchclf.results.records import ImageRef, Shard
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import (
@@ -42,6 +42,7 @@ from batchclf.resume import (
     fingerprint,
     finished_summary,
     kept_status,
+    require_same_converted,
     resume,
     run_facts,
     summary_facts,
@@ -95,17 +96,21 @@ def run_job(
         BatchclfError: with the exit code and what to do; the output stays resumable.
     """
     require_separate_output(job)
-    fallback = settle_provider(job, reporter.log)
     files = RunFiles(job.output, options.shard)
+    is_complete = not options.overwrite and (read_run(files) or {}).get("status") == "complete"
+    settle = cache(partial(settle_provider, job, reporter.log))
+    if not is_complete:  # else nothing will run, and the provider may be gone
+        settle()
     with only_writer(files):
         previous = None if options.overwrite else read_run(files)
-        source = _source(
-            job, is_complete=previous is not None and previous.get("status") == "complete"
-        )
+        source = _source(job, is_complete=is_complete)
         model = resolve_model(
             job.model, batch_size=job.batch_size, open_reference=open_reference, log=reporter.log
         )
+        opened = None
         if options.overwrite:
+            # Nothing is thrown away before what replaces it was seen to run.
+            opened = _open(job, options, source, model, settle(), reporter)
             discard(files)
         list_s = freeze(source, files, options.limit, reporter.log)
         plan = make_plan(job, source, files, model, reporter.log)
@@ -119,8 +124,12 @@ def run_job(
         if finished is not None and not retried:
             reporter.log(f"already complete: {plan.num_images:,} images in {files.predictions}")
             return RunResult(files, finished, was_complete=True)
-        sample = partial(sample_listing, job, source, model, read_listing(files), plan.num_listed)
-        opened = open_devices(job, model, plan.batch_size, sample, fallback, reporter.log)
+        if opened is None:
+            sample = partial(
+                sample_listing, job, source, model, read_listing(files), plan.num_listed
+            )
+            opened = open_devices(job, model, plan.batch_size, sample, settle(), reporter.log)
+            require_same_converted(previous, done, opened)
         run = run_facts(plan, opened, wanted)
         if previous is not None:  # listed then, not now
             run["num_left_out"] = previous.get("num_left_out")
@@ -134,6 +143,28 @@ def run_job(
                     classify_shard(plan, opened, refs, writer, stats, reporter=reporter, stop=stop)
             summary = append_stats(files, "summary", stats.snapshot(), summary_facts(plan, opened))
         return RunResult(files, summary, was_complete=False)
+
+
+def _open(
+    job: JobSpec,
+    options: RunOptions,
+    source: Source,
+    model: ResolvedModel,
+    fallback: str | None,
+    reporter: Reporter,
+) -> Opened:
+    """Open a job's sessions before its listing is frozen; the input is listed in memory."""
+    paths = limited(source.paths(), options.limit)
+    refs = [ImageRef(index, path) for index, path in enumerate(paths)]
+    first, last = options.shard.bounds(len(refs))
+    return open_devices(
+        job,
+        model,
+        fitting_batch_size(job, model, last - first),
+        partial(sample_listing, job, source, model, refs, len(refs)),
+        fallback,
+        reporter.log,
+    )
 
 
 def _source(job: JobSpec, *, is_complete: bool) -> Source:

@@ -56,10 +56,14 @@ def make_plan(
         last=last,
         num_listed=num_listed,
         model=model,
-        # A short job does not fill a batch; a smaller one saves inferring its padding.
-        batch_size=fixed or max(1, min(job.batch_size, last - first)),
+        batch_size=fitting_batch_size(job, model, last - first),
         num_workers=auto(job.loader.workers, usable_cores()),
     )
+
+
+def fitting_batch_size(job: JobSpec, model: ResolvedModel, num_images: int) -> int:
+    """The model's own batch size, or the job's; a short job saves inferring its padding."""
+    return model.bundle.meta.fixed_batch or max(1, min(job.batch_size, num_images))
 
 
 def freeze(source: Source, files: RunFiles, limit: int | None, log: Log) -> float:
@@ -68,13 +72,14 @@ def freeze(source: Source, files: RunFiles, limit: int | None, log: Log) -> floa
     discard_abandoned_listing(files)
     if files.listing.exists():
         return 0.0
-    freeze_listing(files, _limited(source.paths(), limit))
+    freeze_listing(files, limited(source.paths(), limit))
     if source.num_left_out:
         log(f"input: left out {source.num_left_out:,} hidden or repeated entries")
     return time.perf_counter() - started
 
 
-def _limited(paths: Iterator[bytes], limit: int | None) -> Iterator[bytes]:
+def limited(paths: Iterator[bytes], limit: int | None) -> Iterator[bytes]:
+    """The first `limit` paths; None: all."""
     for number, path in enumerate(paths):
         if limit is not None and number >= limit:
             return

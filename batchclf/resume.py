@@ -55,10 +55,7 @@ def fingerprint(plan: Plan, limit: int | None) -> dict[str, object]:
 
 
 def _converted(plan: Plan) -> str | None:
-    """Digest of the model at the job's precision, where it was exported with the bundle.
-
-    Otherwise it is made from the model and the listing, which are in the fingerprint already.
-    """
+    """Digest of the model at the job's precision, where it was exported with the bundle."""
     precision = needed_variant(plan.job.provider.name, plan.job.precision)
     if precision is None:
         return None
@@ -104,6 +101,22 @@ def resume(
     if 0 < done.num_images < plan.num_images:
         log(f"resuming after {done.num_images:,} of {plan.num_images:,} images")
     return done
+
+
+def require_same_converted(previous: Mapping[str, Any] | None, done: Done, opened: Opened) -> None:
+    """Refuse to go on with another int8 or fp16 model than the one that wrote the first records.
+
+    Raises:
+        ResumeRefused: it was calibrated anew, since images or ONNX Runtime changed.
+    """
+    before = _mapping((previous or {}).get("converted_model")).get("digest")
+    if done.num_images and before not in (None, opened.bundle.digest):
+        raise ResumeRefused(
+            f"output: {done.num_images:,} records are of a converted model with digest "
+            f"{before[:12]}, and it is now {opened.bundle.digest[:12]}: ONNX Runtime or images of "
+            "its calibration changed. --overwrite starts anew; `batchclf export` at this precision "
+            "keeps a converted model for several runs"
+        )
 
 
 def _require_same_listing(plan: Plan, fingerprint: Mapping[str, object]) -> None:

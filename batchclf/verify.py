@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from batchclf.devices import Opened, open_devices, settle_provider, targets
-from batchclf.errors import BatchclfError
+from batchclf.errors import BatchclfError, UsageError
 from batchclf.job import JobSpec, ProviderSpec
 from batchclf.machine import usable_cores
 from batchclf.models.checks import ATOL, RTOL
@@ -49,7 +49,8 @@ class Backend:
     precision: Precision
     latencies: Sequence[Latency]
     images_per_s: float
-    largest_logit_difference: float
+    largest_logit_difference: float | None
+    """None where a logit is NaN or infinite."""
     is_close: Mapping[str, bool]
     """Whether all logits are close at `TIGHT` and at `PROMISED`; the latter decides at fp32."""
     top1_agreement: float
@@ -114,8 +115,13 @@ def verify_job(job: JobSpec, num_images: int, log: Log) -> Verified:
     else:
         log("native OpenVINO, in a process of its own")
         measured.append(_measure_native(model, pixels_NHWC, batch_size))
-    if isinstance(eager, str) and opened.provider.active != "CPUExecutionProvider":
+    if isinstance(eager, str) and (
+        job.precision != "fp32" or opened.provider.active != "CPUExecutionProvider"
+    ):
         measured.insert(0, _measure_cpu(job, model, pixels_NHWC, batch_size))
+    if len(measured) < 2:
+        reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+        raise UsageError(f"verify: there is nothing to compare {measured[0].name} with: {reasons}")
     backends = [_compared(one, measured[0].logits_NK, job) for one in measured]
     return Verified(
         model=model.bundle.meta.name,
@@ -166,7 +172,8 @@ def _measure_job(job: JobSpec, opened: Opened, pixels_NHWC: Pixels, batch_size: 
     spec = job.provider if opened.provider.fallback is None else ProviderSpec(name="cpu")
     run_one: Run | None = None
     if opened.bundle.meta.fixed_batch is None:
-        target = replace(targets(spec, job)[0], streams=1)
+        target = targets(spec, job)[0]
+        target = replace(target, streams=1, threads=target.streams * target.threads)
         run_one = open_classifier(opened.bundle.model_path, target, batch_size=1)
     return _measure(
         f"ONNX Runtime {opened.provider.active.removesuffix('ExecutionProvider')}",
@@ -235,6 +242,7 @@ def _compared(one: _Measured, reference_NK: Scores, job: JobSpec) -> Backend:
         for name, tolerance in (("tight", TIGHT), ("promised", PROMISED))
     }
     top1 = float((one.logits_NK.argmax(axis=1) == reference_NK.argmax(axis=1)).mean())
+    largest = float(np.abs(one.logits_NK - reference_NK).max())
     agrees = close["promised"] if one.precision == "fp32" else top1 >= job.min_agreement
     return Backend(
         name=one.name,
@@ -242,7 +250,7 @@ def _compared(one: _Measured, reference_NK: Scores, job: JobSpec) -> Backend:
         precision=one.precision,
         latencies=one.latencies,
         images_per_s=one.images_per_s,
-        largest_logit_difference=float(np.abs(one.logits_NK - reference_NK).max()),
+        largest_logit_difference=largest if np.isfinite(largest) else None,
         is_close=close,
         top1_agreement=round(top1, 4),
         top5_agreement=round(_top5_agreement(one.logits_NK, reference_NK), 4),

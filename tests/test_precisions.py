@@ -108,19 +108,20 @@ def test_an_int8_job_converts_its_model_once_and_resumes(
     batchclf: Batchclf, tmp_path: Path, provider: str
 ) -> None:
     job = write_job(tmp_path, provider=provider, precision="int8")
-    first = batchclf("run", job, "--json")
+    env = {"BATCHCLF_CACHE_DIR": str(tmp_path / "cache")}
+    first = batchclf("run", job, "--json", env=env)
     assert first.exit_code == 0, first.stderr
     assert "quantising shufflenet_v2_x0_5 to int8, calibrated on 100" in first.stderr
     run = json.loads((tmp_path / "out" / "run.json").read_bytes())
     assert run["converted_model"]["num_calibration_images"] == 100
     assert run["converted_model"]["digest"] != run["fingerprint"]["model"]
-    again = batchclf("run", job, "--json")
+    again = batchclf("run", job, "--json", env=env)
     assert again.exit_code == 0, again.stderr
     assert again.json["was_complete"]
-    other = batchclf("run", job, "-o", tmp_path / "other", "--json")
+    other = batchclf("run", job, "-o", tmp_path / "other", "--json", env=env)
     assert "quantising" not in other.stderr
     assert read_records(tmp_path / "other") == read_records(tmp_path / "out")
-    full = batchclf("run", job, "--precision", "fp32")
+    full = batchclf("run", job, "--precision", "fp32", env=env)
     assert full.exit_code == 2
     assert "precision: was 'int8', is 'fp32'" in full.stderr
 

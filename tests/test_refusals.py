@@ -19,7 +19,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from batchclf.machine import cpu_name_and_flags
 from batchclf.runtime.providers import installed_flavours
@@ -405,6 +408,66 @@ def test_a_property_that_openvino_would_pass_over_in_a_list_of_devices_is_named(
     options = load_config(CPU={"BANANA": "1"})
     provider = openvino(device_type=device_type, options=options)
     assert "Unsupported property BANANA" in refused(tmp_path, provider, exit_code=2)
+
+
+def write_classifier_with_doubles(path: Path) -> None:
+    """10 classes of 8 x 8 pixels, with a double Mul that OpenVINO's provider leaves."""
+    weights_CK11 = np.random.default_rng(0).normal(size=(10, 3, 1, 1)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["image", "weights"], ["maps"]),
+        helper.make_node("Cast", ["maps"], ["wide"], to=TensorProto.DOUBLE),
+        helper.make_node("Mul", ["wide", "two"], ["twice"]),
+        helper.make_node("Cast", ["twice"], ["narrow"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["narrow"], ["logits"], axes=[2, 3], keepdims=0),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "doubles",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 10])],
+        [
+            numpy_helper.from_array(weights_CK11, "weights"),
+            numpy_helper.from_array(np.array([2.0]), "two"),
+        ],
+    )
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), path)
+
+
+@openvino_environment
+def test_nodes_that_stay_on_the_cpu_are_refused_or_stand_in_the_summary(
+    batchclf: Batchclf, tmp_path: Path
+) -> None:
+    write_classifier_with_doubles(tmp_path / "doubles.onnx")
+    preprocess = {"resize": 8, "mean": [0.0] * 3, "std": [1.0] * 3}
+    model = {"onnx": str(tmp_path / "doubles.onnx"), "preprocess": preprocess}
+    job = write_tiny_job(tmp_path, model=model, provider="openvino")
+    done = batchclf("run", job, "--json")
+    assert done.exit_code == 4, done.stderr
+    assert "nodes of the model run on the CPU" in done.json["error"]
+    assert "Mul" in done.json["error"]
+    assert "provider.allow_fallback: true" in done.json["error"]
+    allowed = batchclf(
+        *("run", job, "--json", "--provider", "openvino"),
+        *("--set", "provider.allow_fallback=true"),
+    )
+    assert allowed.exit_code == 0, allowed.stderr
+    provider = allowed.json["provider"]
+    assert provider["active"] == "OpenVINOExecutionProvider"
+    assert "nodes of the model run on the CPU" in provider["fallback"]
+    assert "FALLING BACK TO THE CPU IN PART" in allowed.stderr
+    assert "FELL BACK TO THE CPU" in allowed.stderr
+
+
+@openvino_environment
+@pytest.mark.parametrize("device_type", ["AUTO:CPU", "MULTI:CPU", "HETERO:CPU"])
+def test_a_precision_is_refused_for_a_cpu_in_a_list_of_devices_as_well(
+    device_type: str, tmp_path: Path
+) -> None:
+    if cpu_name_and_flags()[1] & {"avx512bw", "amx_bf16", "avx_ne_convert"}:
+        pytest.skip("this CPU computes in bf16")
+    message = refused(tmp_path, openvino(device_type=device_type), precision="bf16")
+    assert "precision bf16 needs a CPU with" in message
 
 
 @gpu_environment

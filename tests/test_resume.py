@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -18,6 +19,7 @@ from batchclf.errors import Interrupted, ResumeRefused
 from batchclf.interrupt import StopRequest
 from batchclf.jobfile import load_job
 from batchclf.pipeline import RunOptions, run_job
+from batchclf.runtime.providers import PROVIDERS, compiled_in
 from tests.conftest import ROOT, Batchclf, command, read_records, write_job
 from tests.tiny import (
     SLOW_RESIZE,
@@ -440,3 +442,60 @@ def test_a_signal_before_the_first_batch_is_not_forgotten(tmp_path: Path) -> Non
     assert status_of(tmp_path / "out") == "interrupted"
     run_here(job)
     assert len(read_records(tmp_path / "out")) == 300
+
+
+def test_overwrite_throws_nothing_away_before_what_replaces_it_runs(
+    batchclf: Batchclf, tmp_path: Path
+) -> None:
+    job = write_tiny_job(tmp_path, precision="int8", min_agreement=0)
+    assert batchclf("run", job).exit_code == 0
+    out = tmp_path / "out"
+    kept = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    dark = tmp_path / "dark"
+    dark.mkdir()
+    (dark / "broken.jpg").write_bytes(b"\xff\xd8")
+    refused = batchclf("run", job, "--overwrite", "-i", dark)
+    assert refused.exit_code == 2, refused.stderr
+    assert "sampled can be decoded" in refused.stderr
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == kept
+    assert batchclf("run", job, "--overwrite", "--limit", "7").exit_code == 0
+    assert len(read_records(out)) == 7
+
+
+def test_a_finished_job_is_finished_where_its_provider_does_not_work(
+    batchclf: Batchclf, tmp_path: Path
+) -> None:
+    job = write_tiny_job(tmp_path)
+    assert batchclf("run", job).exit_code == 0
+    elsewhere = next(name for name in ("cuda", "openvino") if name not in works_here())
+    again = batchclf("run", job, "--provider", elsewhere, "--json")
+    assert again.exit_code == 0, again.stderr
+    assert again.json["was_complete"]
+    assert batchclf("run", job, "--provider", elsewhere, "--overwrite").exit_code == 4
+    assert len(read_records(tmp_path / "out")) == 300
+
+
+def works_here() -> list[str]:
+    return [name for name, one in PROVIDERS.items() if one.execution_provider in compiled_in()]
+
+
+def test_records_of_a_model_that_would_be_calibrated_anew_are_not_added_to(
+    batchclf: Batchclf, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(ROOT / "samples" / "digits", images)
+    job = write_job(tmp_path, input=str(images), precision="int8")
+    assert batchclf("run", job).exit_code == 0
+    predictions = tmp_path / "out" / "predictions.jsonl"
+    lines = predictions.read_bytes().splitlines(keepends=True)
+    predictions.write_bytes(b"".join(lines[:100]))
+    assert batchclf("run", job).exit_code == 0
+    assert predictions.read_bytes() == b"".join(lines)
+    predictions.write_bytes(b"".join(lines[:100]))
+    shown = sorted(path for path in images.rglob("*") if path.is_file())
+    for path in shown[150:]:
+        shutil.copyfile(shown[0], path)
+    done = batchclf("run", job)
+    assert done.exit_code == 2, done.stderr
+    assert "ONNX Runtime or images of its calibration changed" in done.stderr
+    assert predictions.read_bytes() == b"".join(lines[:100])

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from batchclf.models.bundle import sha256_of
 from batchclf.runtime.providers import installed_flavours
 from tests.conftest import Batchclf, write_job
-from tests.tiny import write_tiny_job
+from tests.tiny import tiny_model, write_tiny_job
 
 HERE = "openvino" if "onnxruntime-openvino" in installed_flavours() else "cpu"
 """The provider that the environment of these tests is for."""
@@ -100,16 +101,41 @@ def test_answers_that_differ_from_pytorchs_end_with_1(
     assert not done.json["agree"]
 
 
-def test_a_model_that_is_not_torchvisions_is_compared_without_pytorch(
-    batchclf: Batchclf, tmp_path: Path
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_model_that_is_not_torchvisions_is_compared_with_fp32_on_the_cpu(
+    batchclf: Batchclf, tmp_path: Path, precision: str
 ) -> None:
-    done = batchclf(
-        "verify", write_tiny_job(tmp_path), "--provider", HERE, "-n", "5", "-b", "2", "--json"
-    )
+    job = write_tiny_job(tmp_path, provider=HERE, precision=precision, min_agreement=0.5)
+    done = batchclf("verify", job, "-n", "5", "-b", "2", "--json")
+    if not HAS_OPENVINO and (HERE, precision) == ("cpu", "fp32"):
+        assert done.exit_code == 2
+        assert "there is nothing to compare ONNX Runtime CPU with" in done.json["error"]
+        return
     assert done.exit_code == 0, done.stderr
     assert done.json["reference"] == "ONNX Runtime CPU"
+    assert done.json["backends"][0]["precision"] == "fp32"
+    assert len(done.json["backends"]) >= 2
+    own = next(one for one in done.json["backends"] if one["precision"] == precision)
+    assert own["agrees"]
+    if precision == "int8":
+        assert own["largest_logit_difference"] > 0
     assert "an ONNX file" in done.json["left_out"]["PyTorch eager"]
     assert done.json["batch_size"] == 2
+
+
+def test_scores_that_are_nan_are_no_number_in_the_json(batchclf: Batchclf, tmp_path: Path) -> None:
+    black = tmp_path / "black"
+    black.mkdir()
+    Image.new("RGB", (8, 8)).save(black / "1.png")
+    (tmp_path / "dark").mkdir()
+    model = tiny_model(tmp_path / "dark", nan_when_dark=True)
+    job = write_tiny_job(tmp_path, model=model, input=str(black), provider=HERE)
+    done = batchclf("verify", job, "--json")
+    if len(done.json.get("backends", ())) < 2:
+        pytest.skip("nothing to compare with here")
+    assert done.exit_code == 1, done.stderr
+    assert done.json["backends"][0]["largest_logit_difference"] is None
+    assert "NaN" in batchclf("verify", job).stdout
 
 
 def test_the_native_program_is_given_images_that_do_not_fill_its_batches(

@@ -90,9 +90,10 @@ def _print_summary(summary: Mapping[str, Any], predictions: Path) -> None:
     if provider["fallback"] is not None:
         lines.insert(-1, f"FELL BACK TO THE CPU, as the job allows: {provider['fallback']}")
     if (check := summary["precision_check"]) is not None:
+        name = summary["precision"] if summary["precision"] != "fp32" else "TF32"
         lines.insert(
             -1,
-            f"{summary['precision']} compared with fp32 on {check['num_images']} images: same top "
+            f"{name} compared with fp32 on {check['num_images']} images: same top "
             f"class on {check['top1_agreement']:.1%}, largest difference of a score "
             f"{check['max_score_difference']:.2f}",
         )

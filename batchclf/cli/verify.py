@@ -97,7 +97,7 @@ def _row(one: "Backend", batch_size: int) -> tuple[str, ...]:
         one.precision,
         *latencies,
         f"{one.images_per_s:,.1f}",
-        f"{one.largest_logit_difference:.1e}",
+        "NaN" if one.largest_logit_difference is None else f"{one.largest_logit_difference:.1e}",
         *("holds" if holds else "no" for holds in one.is_close.values()),
         f"{one.top1_agreement:.1%}",
         f"{one.top5_agreement:.1%}",

@@ -83,15 +83,19 @@ def resolve_variant(
     """
     if (nested := nested_variant(bundle, precision)) is not None:
         return nested
-    _refuse_unfit(bundle, precision)
-    # Every second image, so that the others can tell how good the calibration is.
-    pixels_NHWC = sample()[::2] if precision == "int8" else None
+    if bundle.meta.arithmetic != "fp32":
+        raise ModelError(
+            f"precision: found {precision}, but {bundle.meta.name} already computes in "
+            f"{bundle.meta.arithmetic}; use precision fp32, which runs the model as it is"
+        )
+    # Half of the sample: the comparison with fp32 sees the other half as well.
+    calibration_NHWC = sample()[::2] if precision == "int8" else None
     request: dict[str, object] = {
         "format_version": BundleMeta.model_fields["format_version"].default,
         "base": bundle.digest,
         "precision": precision,
         "recipe": RECIPE,
-        "calibration": None if pixels_NHWC is None else _digest(pixels_NHWC),
+        "calibration": None if calibration_NHWC is None else _digest(calibration_NHWC),
         "made_by": sorted(made_by.items()),
         "versions": versions_of("onnx"),
     }
@@ -103,32 +107,16 @@ def resolve_variant(
                 "pip install 'batchclf[export]', or run `batchclf export` with this precision "
                 "where it is installed and name the folder in model.bundle"
             )
+        golden_NHWC = _convert(bundle, folder, calibration_NHWC, threads, log)
         reference = open_reference(bundle.model_path)
-        if pixels_NHWC is None:
-            from batchclf.models import half
-
-            log(f"converting {bundle.meta.name} to fp16; this is done once")
-            half.to_half(bundle.model_path, folder / MODEL_FILE)
-            golden_NHWC = read_golden(bundle)[0]
-        else:
-            from batchclf.models import quantize
-
-            log(
-                f"quantising {bundle.meta.name} to int8, calibrated on {len(pixels_NHWC)} of the "
-                "job's images; this is done once"
-            )
-            quantize.quantize_int8(
-                bundle.model_path, folder / MODEL_FILE, pixels_NHWC, threads=threads
-            )
-            golden_NHWC = pixels_NHWC[:_NUM_GOLDEN]
+        source = {
+            "base": bundle.digest,
+            "calibration": request["calibration"],
+            "num_calibration_images": None if calibration_NHWC is None else len(calibration_NHWC),
+        }
         return bundle.meta.model_copy(
             update={
-                "source": {
-                    **bundle.meta.source,
-                    "base": bundle.digest,
-                    "calibration": request["calibration"],
-                    "num_calibration_images": None if pixels_NHWC is None else len(pixels_NHWC),
-                },
+                "source": {**bundle.meta.source, **source},
                 "arithmetic": precision,
                 "files": model_files(folder),
                 "golden_sha256": write_golden(
@@ -140,12 +128,25 @@ def resolve_variant(
     return cached_bundle(request, build, log)
 
 
-def _refuse_unfit(bundle: Bundle, precision: Precision) -> None:
-    if bundle.meta.arithmetic != "fp32":
-        raise ModelError(
-            f"precision: found {precision}, but {bundle.meta.name} already computes in "
-            f"{bundle.meta.arithmetic}; use precision fp32, which runs the model as it is"
-        )
+def _convert(
+    bundle: Bundle, folder: Path, calibration_NHWC: Pixels | None, threads: int, log: Log
+) -> Pixels:
+    """Write the int8 model, or without calibration images the fp16 one; returns golden images."""
+    target = folder / MODEL_FILE
+    if calibration_NHWC is None:
+        from batchclf.models import half
+
+        log(f"converting {bundle.meta.name} to fp16; this is done once")
+        half.to_half(bundle.model_path, target)
+        return read_golden(bundle)[0]
+    from batchclf.models import quantize
+
+    log(
+        f"quantising {bundle.meta.name} to int8, calibrated on {len(calibration_NHWC)} of the "
+        "job's images; this is done once"
+    )
+    quantize.quantize_int8(bundle.model_path, target, calibration_NHWC, threads=threads)
+    return calibration_NHWC[:_NUM_GOLDEN]
 
 
 def _digest(pixels_NHWC: Pixels) -> str:

@@ -53,12 +53,13 @@ class BoundClassifier(OnnxClassifier):
 
     def __call__(self, pixels_NHWC: Pixels) -> Scores:
         if self._pixels is None:
-            # On the CPU an OrtValue would share the array's memory; the copy makes it our own.
-            self._pixels = ort.OrtValue.ortvalue_from_numpy(pixels_NHWC.copy(), *self._place)
-            self._binding.bind_ortvalue_input(self._input, self._pixels)
+            self._pixels = ort.OrtValue.ortvalue_from_shape_and_type(
+                pixels_NHWC.shape, pixels_NHWC.dtype, *self._place
+            )
             self._binding.bind_output(self._output, *self._place)
-        else:
-            self._pixels.update_inplace(pixels_NHWC)
+        self._pixels.update_inplace(pixels_NHWC)
+        # Where a node on the CPU takes the pixels, binding copies them: so for every batch.
+        self._binding.bind_ortvalue_input(self._input, self._pixels)
         self._session.run_with_iobinding(self._binding)
         (scores_NK,) = self._binding.copy_outputs_to_cpu()
         return np.array(scores_NK, np.float32)

@@ -158,8 +158,10 @@ def _load_problem(library: str) -> str | None:
 # ---- pinned memory -------------------------------------------------------------------------------
 
 
-def pinned_pixels(shape: Sequence[int]) -> Pixels:
-    """A zeroed uint8 array in page-locked host memory, which a GPU copies from without a detour.
+def pinned_pixels(shape: Sequence[int], device: int) -> Pixels:
+    """A zeroed uint8 array in page-locked host memory, which GPUs copy from without a detour.
+
+    `device` is one of the job's: the memory belongs to it, and is no other GPU's business.
 
     It is freed with the process: batches are allocated once, at the start of a job.
 
@@ -168,7 +170,7 @@ def pinned_pixels(shape: Sequence[int]) -> Pixels:
     """
     num_bytes = math.prod(shape)
     pointer = ctypes.c_void_p()
-    code = _cudart().cudaHostAlloc(
+    code = _cudart().cudaSetDevice(ctypes.c_int(device)) or _cudart().cudaHostAlloc(
         ctypes.byref(pointer), ctypes.c_size_t(num_bytes), ctypes.c_uint(_HOST_ALLOC_PORTABLE)
     )
     if code:

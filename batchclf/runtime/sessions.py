@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,38 +36,10 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
 """ONNX Runtime's own errors share no base class but Exception."""
 ERRORS_ONLY = 3
 _SHAPE_OPERATORS = frozenset(
-    {
-        "Shape",
-        "Size",
-        "Range",
-        "Gather",
-        "Slice",
-        "Concat",
-        "Squeeze",
-        "Unsqueeze",
-        "Constant",
-        "ConstantOfShape",
-        "Cast",
-        "Expand",
-        "Reshape",
-        "Add",
-        "Sub",
-        "Mul",
-        "Div",
-        "Mod",
-        "Min",
-        "Max",
-        "Equal",
-        "Less",
-        "Greater",
-        "Not",
-        "And",
-        "Where",
-        "ReduceProd",
-    }
+    ("Shape", "Size", "Range", "Gather", "Slice", "Squeeze", "Unsqueeze", "Constant")
 )
-"""Operators that compute shapes, which every accelerator leaves to the CPU; none of them is worth
-an accelerator's while by itself."""
+"""Operators that compute shapes, which every accelerator leaves to the CPU. With the one batch size
+that accelerators are given, what is computed with shapes is folded before."""
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")
 _UNKNOWN_OPTION = re.compile(
     r"(Invalid OpenVINO EP option: \w+|Unknown provider option: \S+|"
@@ -135,7 +107,7 @@ def open_session(
             f"opened the session on {active}: {_cause(said(), target)}"
         )
     nodes, left = _placement(session, provider)
-    _require_nodes(nodes, left, target)
+    computing = _require_nodes(nodes, left, target)
     return session, ActiveProvider(
         requested=provider.name,
         active=active,
@@ -143,6 +115,7 @@ def open_session(
         nodes=nodes,
         cpu_nodes=left,
         options=options,
+        fallback=_some_on_cpu(computing, nodes) if computing else None,
     )
 
 
@@ -162,6 +135,9 @@ def _session_options(target: Target, batch_size: int | None) -> ort.SessionOptio
     if target.provider.name == "openvino":
         # OpenVINO optimises the graph itself, and knows its own patterns only.
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if any(name.startswith("NPU") for name in openvino.device_names(target.device_type)):
+            # A model that an NPU cannot compile would go to OpenVINO's CPU with a warning.
+            settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     return settings
 
 
@@ -208,26 +184,35 @@ def _placement(
         nodes = subgraph.get_nodes()
         counts[subgraph.ep_name] += len(nodes)
         if subgraph.ep_name != provider.execution_provider:
-            left += [f"{node.op_type} {node.name}" for node in nodes]
+            left += [f"{node.op_type} {node.name}".strip() for node in nodes]
     return dict(counts), tuple(left)
 
 
-def _require_nodes(nodes: Mapping[str, int], left: tuple[str, ...], target: Target) -> None:
+def _require_nodes(nodes: Mapping[str, int], left: tuple[str, ...], target: Target) -> list[str]:
+    """The computing nodes that were left to the CPU, where the user allows any.
+
+    Raises:
+        ProviderError: there are some, and none is allowed; or the provider took no node at all.
+    """
     provider = target.provider
-    computing = [name for name in left if name.partition(" ")[0] not in _SHAPE_OPERATORS]
-    if nodes.get(provider.execution_provider) and (not computing or target.may_leave_nodes):
-        return
-    some = ", ".join(computing[:3]) + (", ..." if len(computing) > 3 else "")
     if not nodes.get(provider.execution_provider):
         raise ProviderError(
             f"provider {provider.name}: it took none of the {sum(nodes.values())} nodes of the "
             "model, so all would run on the CPU"
         )
-    raise ProviderError(
-        f"provider {provider.name}: {len(computing)} of {sum(nodes.values())} nodes of the model "
-        f"would run on the CPU ({some}), since the provider has no kernel for them; change the "
-        "model, take another provider, or allow it with provider.allow_fallback: true"
-    )
+    computing = [name for name in left if name.partition(" ")[0] not in _SHAPE_OPERATORS]
+    if computing and not target.may_leave_nodes:
+        raise ProviderError(
+            f"provider {provider.name}: {_some_on_cpu(computing, nodes)}, since the provider has "
+            "no kernel for them; change the model, take another provider, or allow it with "
+            "provider.allow_fallback: true"
+        )
+    return computing
+
+
+def _some_on_cpu(computing: Sequence[str], nodes: Mapping[str, int]) -> str:
+    some = ", ".join(computing[:3]) + (", ..." if len(computing) > 3 else "")
+    return f"{len(computing)} of {sum(nodes.values())} nodes of the model run on the CPU ({some})"
 
 
 def _explained(
@@ -284,8 +269,11 @@ def _captured_stderr() -> Iterator[Callable[[], str]]:
 
     ONNX Runtime's default logger has no other outlet in Python.
     """
-    sys.stderr.flush()
     text = ""
+    if sys.stderr is None:  # closed by whoever started the process
+        yield lambda: text
+        return
+    sys.stderr.flush()
     # Memory, not a temporary file: there may be no folder that can be written.
     with open(os.memfd_create("stderr"), "w+b") as collected:
         kept = os.dup(2)

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,12 @@ def main() -> None:
     for row in [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]:
         print("".join(f"{row[key]!s:>18}" for key in COLUMNS))
     machine = {"cpu": cpu_name_and_flags()[0], "usable_cores": usable_cores()}
-    print(json.dumps({"machine": machine, "versions": installed_flavours(), "rows": rows}))
+    date = datetime.now(UTC).date().isoformat()
+    print(
+        json.dumps(
+            {"date": date, "machine": machine, "versions": installed_flavours(), "rows": rows}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -118,6 +118,57 @@ def test_a_precision_that_was_silently_computed_in_fp32_is_refused(
         check_golden(bundle, classify, where="here", precision=precision)
 
 
+def golden_of(bundle: Bundle, scores_NK: Scores) -> Bundle:
+    """The same bundle with other reference scores."""
+    pixels_NHWC = PIXELS_NHWC[: len(scores_NK)]
+    rows = iter(scores_NK)
+    digest = write_golden(bundle.folder, lambda _: next(rows)[None], pixels_NHWC)
+    return Bundle(bundle.folder, bundle.meta.model_copy(update={"golden_sha256": digest}))
+
+
+@pytest.mark.parametrize(
+    ("expected", "rounded", "garbage"),
+    [
+        ([[5.0], [-4.0], [3.0]], [[5.1], [-4.1], [2.9]], [[9.0], [-9.0], [77.0]]),
+        (
+            [[0.02, -0.02], [3.0, -3.0], [-2.0, 2.0]],
+            [[-0.03, 0.03], [2.8, -2.9], [-2.1, 2.0]],
+            [[1e-6, -1e-6], [-900.0, 900.0], [900.0, -900.0]],
+        ),
+        (
+            [[0.02, -0.02, 0], [3.0, -3.0, 1], [-2.0, 2.0, 1]],
+            [[-0.03, 0.03, 0], [2.8, -2.9, 1], [-2.1, 2.0, 1]],
+            [[3.0, -3.0, 1], [0.02, -0.02, 0], [-2.0, 2.0, 1]],
+        ),
+    ],
+    ids=["1 class", "2 classes", "3 classes"],
+)
+def test_few_classes_are_judged_by_the_size_of_the_error(
+    bundle: Bundle,
+    expected: list[list[float]],
+    rounded: list[list[float]],
+    garbage: list[list[float]],
+) -> None:
+    few = golden_of(bundle, np.array(expected, np.float32))
+    check_golden(few, lambda _: np.array(rounded, np.float32), where="here", precision="int8")
+    with pytest.raises(ProviderError):
+        check_golden(few, lambda _: np.array(garbage, np.float32), where="here", precision="int8")
+
+
+def test_probabilities_that_are_0_and_1_at_any_precision_are_no_proof_of_fp32(
+    bundle: Bundle,
+) -> None:
+    sure = golden_of(bundle, np.array([[1, 0], [0, 1]], np.float32))
+    meta = sure.meta.model_copy(update={"scores": "probabilities"})
+    found_NK = np.array([[1 - 1e-7, 1e-7], [1e-7, 1 - 1e-7]], np.float32)
+    check_golden(Bundle(sure.folder, meta), lambda _: found_NK, where="here", precision="fp16")
+
+
+def test_a_session_may_round_more_than_its_precision_where_that_is_said(bundle: Bundle) -> None:
+    check_golden(bundle, noisy(3e-2), where="here", rounding="fp16")
+    check_golden(bundle, classify, where="here", rounding="fp16")
+
+
 def test_a_model_that_gives_every_class_the_same_score_passes(bundle: Bundle) -> None:
     def constant(pixels_NHWC: Pixels) -> Scores:
         return np.zeros((len(pixels_NHWC), NUM_CLASSES), np.float32)

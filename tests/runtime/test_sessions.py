@@ -9,7 +9,13 @@ import pytest
 from batchclf.errors import ModelError, ProviderError, UsageError
 from batchclf.runtime.classifier import BoundClassifier, OnnxClassifier, open_classifier, warm_up
 from batchclf.runtime.providers import PROVIDERS
-from batchclf.runtime.sessions import Target, _captured_stderr, _require_nodes, open_session
+from batchclf.runtime.sessions import (
+    Target,
+    _captured_stderr,
+    _require_nodes,
+    _session_options,
+    open_session,
+)
 from tests.tiny import CPU, write_classifier
 
 CUDA = Target(PROVIDERS["cuda"])
@@ -35,19 +41,20 @@ def test_a_session_tells_where_every_node_is(model: Path) -> None:
 
 
 def test_shape_nodes_may_stay_on_the_cpu() -> None:
-    left = ("Shape node_Shape_0", "Gather node_Gather_1", "Concat node_Concat_2")
-    _require_nodes({ON_CUDA: 50, ON_CPU: 3}, left, CUDA)
+    left = ("Shape node_Shape_0", "Gather node_Gather_1", "Unsqueeze")
+    assert _require_nodes({ON_CUDA: 50, ON_CPU: 3}, left, CUDA) == []
 
 
-def test_a_computing_node_on_the_cpu_is_refused_by_its_name() -> None:
-    left = ("Shape node_Shape_0", "Conv conv1", "Resize up")
-    with pytest.raises(ProviderError, match=r"2 of 53 nodes .* \(Conv conv1, Resize up\)"):
+@pytest.mark.parametrize("operator", ["Conv", "Add", "Mul", "Concat", "Cast", "Resize", "Softmax"])
+def test_a_computing_node_on_the_cpu_is_refused_by_its_name(operator: str) -> None:
+    left = ("Shape node_Shape_0", f"{operator} one", f"{operator}")
+    with pytest.raises(ProviderError, match=rf"2 of 53 nodes .* \({operator} one, {operator}\)"):
         _require_nodes({ON_CUDA: 50, ON_CPU: 3}, left, CUDA)
 
 
 def test_a_computing_node_on_the_cpu_is_let_through_where_the_user_allows_it() -> None:
     allowing = Target(PROVIDERS["cuda"], may_leave_nodes=True)
-    _require_nodes({ON_CUDA: 50, ON_CPU: 1}, ("Conv conv1",), allowing)
+    assert _require_nodes({ON_CUDA: 50, ON_CPU: 1}, ("Conv conv1",), allowing) == ["Conv conv1"]
 
 
 @pytest.mark.parametrize("may_leave_nodes", [False, True])
@@ -55,6 +62,17 @@ def test_a_provider_that_took_nothing_is_refused_whatever_is_allowed(may_leave_n
     target = Target(PROVIDERS["openvino"], may_leave_nodes=may_leave_nodes)
     with pytest.raises(ProviderError, match="took none of the 60 nodes"):
         _require_nodes({ON_CPU: 60}, ("Conv conv1",) * 60, target)
+
+
+def test_an_npu_may_not_hand_a_model_on_to_a_cpu() -> None:
+    for device_type, entry in (("NPU", "1"), ("AUTO:NPU,CPU", "1"), ("CPU", ""), ("GPU", "")):
+        settings = _session_options(Target(PROVIDERS["openvino"], device_type=device_type), 8)
+        key = "session.disable_cpu_ep_fallback"
+        try:
+            found = settings.get_session_config_entry(key)
+        except RuntimeError:  # not set
+            found = ""
+        assert found == entry, device_type
 
 
 def test_the_cpu_takes_no_options(model: Path) -> None:
