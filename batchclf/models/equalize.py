@@ -10,6 +10,7 @@ tensor is as good as one per channel.
 Array shapes: C channels.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ def equalize(graph: Graph, names: set[str], peaks_of: Peaks) -> None:
         if group.is_closed and group.sources and (group.depthwise or group.dense)
     ]
     for group in groups:
-        group.tensors = [name for name in group.tensors if not graph.is_rectified(name)]
+        group.tensors = [name for name in group.tensors if not graph.is_rectified(name, names)]
     peaks = peaks_of([name for group in groups for name in group.tensors])
     for group in groups:
         peak_C = np.max([peaks[name] for name in group.tensors], axis=0)
@@ -128,9 +129,8 @@ def _carries_channels(graph: Graph, node: onnx.NodeProto) -> bool:
     if node.op_type == "Add":
         return all(name in graph.producer for name in node.input)
     if node.op_type == "Clip":
-        bounds = [graph.weights.get(name) for name in node.input[1:]]
-        low, high = bounds if len(bounds) == 2 else (None, None)
-        return low is not None and high is not None and float(low) == 0 < float(high)
+        low, high = graph.bounds(node)
+        return low == 0 < high < math.inf
     return node.op_type in _SCALABLE
 
 
@@ -139,7 +139,7 @@ def _add_sink(
 ) -> None:
     if _carries_channels(graph, node):
         if node.op_type == "Clip":
-            high = float(graph.weights[node.input[2]])
+            _, high = graph.bounds(node)
             group.ceiling = min(high, group.ceiling or high)
         return
     if node.op_type == "Conv" and is_chosen and place == 0:

@@ -3,7 +3,8 @@
 Array shapes of weights: O output channels by whatever each of them sums over.
 """
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,10 +61,35 @@ class Graph:
                 array = np.ascontiguousarray(self.weights[tensor.name], np.float32)
                 tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
 
-    def is_rectified(self, name: str) -> bool:
-        """Whether one Relu or Clip alone sees a tensor, which is then not quantised itself."""
+    def rectifies(self, node: onnx.NodeProto) -> bool:
+        """Whether a node is a Relu or Clip whose work the 8-bit range of its output does as well.
+
+        Such a range holds 0, so a Clip that does not let 0 through is none.
+        """
+        if node.op_type == "Clip":
+            low, high = self.bounds(node)
+            return low <= 0 <= high
+        return node.op_type == "Relu"
+
+    def bounds(self, clip: onnx.NodeProto) -> tuple[float, float]:
+        """Where a Clip of opset 11 or later cuts: infinite where it does not, NaN if not known."""
+        low, high = -math.inf, math.inf
+        if len(clip.input) > 1 and clip.input[1]:
+            low = self._constant(clip.input[1])
+        if len(clip.input) > 2 and clip.input[2]:
+            high = self._constant(clip.input[2])
+        return low, high
+
+    def _constant(self, name: str) -> float:
+        return float(self.weights[name].item()) if name in self.weights else math.nan
+
+    def is_rectified(self, name: str, names: Collection[str]) -> bool:
+        """Whether a Relu or Clip among the nodes called `names` is all that takes a tensor.
+
+        The tensor is then not quantised itself.
+        """
         takers = self.consumers[name]
-        return len(takers) == 1 and takers[0].op_type in ("Relu", "Clip")
+        return len(takers) == 1 and takers[0].name in names and self.rectifies(takers[0])
 
     def by_name(self, names: Collection[str]) -> list[onnx.NodeProto]:
         """The nodes called so, in the order of the graph."""
@@ -71,26 +97,43 @@ class Graph:
 
 
 def _own_weights(model: onnx.ModelProto) -> None:
-    """Name every node; give every Conv and Gemm weights and a bias that no other node uses."""
+    """Name every node; give every layer weights, and Conv and Gemm a bias, that no other node uses.
+
+    A Gemm's bias that is the same for every row becomes one number per output channel.
+    """
     graph = model.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    used: set[str] = set()
+    uses = Counter(name for node in graph.node for name in node.input)
     for number, node in enumerate(graph.node):
         node.name = f"{node.op_type}_{number}"
         if node.op_type not in WEIGHTED or node.input[1] not in tensors:
             continue
+        if not node.input[-1]:  # the bias, left out by an empty name
+            del node.input[-1]
         for place, name in enumerate(node.input):
-            if place and name in used:
-                own = f"{name}_{number}"
-                graph.initializer.add().CopyFrom(tensors[name])
-                graph.initializer[-1].name = node.input[place] = own
-        weight = tensors.get(node.input[1], graph.initializer[-1])
-        if node.op_type != "MatMul" and len(node.input) == 2:
-            axis = 1 if node.op_type == "Gemm" and not attribute(node, "transB", 0) else 0
-            zeros = np.zeros(weight.dims[axis], np.float32)
+            if place and name in tensors and uses[name] > 1:
+                uses[name] -= 1
+                own = graph.initializer.add()
+                own.CopyFrom(tensors[name])
+                own.name = node.input[place] = f"{name}_{number}"
+                tensors[own.name] = own
+        if node.op_type == "MatMul":
+            continue
+        num_channels = tensors[node.input[1]].dims[output_axis(node)]
+        if len(node.input) == 2:
+            zeros = np.zeros(num_channels, np.float32)
             node.input.append(f"bias_{number}")
             graph.initializer.append(numpy_helper.from_array(zeros, node.input[2]))
-        used.update(node.input[1:])
+        elif node.op_type == "Gemm" and node.input[2] in tensors:
+            bias = tensors[node.input[2]]
+            if all(size == 1 for size in bias.dims[:-1]):
+                bias_O = np.broadcast_to(numpy_helper.to_array(bias).ravel(), num_channels)
+                bias.CopyFrom(numpy_helper.from_array(bias_O.copy(), bias.name))
+
+
+def output_axis(node: onnx.NodeProto) -> int:
+    """The axis of a layer's weights along which its output channels lie."""
+    return 0 if node.op_type == "Conv" or attribute(node, "transB", 0) else 1
 
 
 def reached(
@@ -110,17 +153,23 @@ def reached(
 
 
 def is_layer(graph: Graph, node: onnx.NodeProto) -> bool:
-    """Whether a node is a 2-D convolution or a matrix product with constant float32 weights."""
+    """Whether a node is a 2-D convolution or a matrix product with constant float32 weights.
+
+    A bias is constant too, with one number per output channel.
+    """
     weight = graph.weights.get(node.input[1]) if node.op_type in WEIGHTED else None
     if weight is None or node.input[0] in graph.weights:
         return False
-    if node.op_type == "Conv":
-        return weight.ndim == 4 and node.input[2] in graph.weights
-    plain = all(
+    if weight.ndim != (4 if node.op_type == "Conv" else 2):
+        return False
+    if node.op_type != "MatMul":
+        bias = graph.weights.get(node.input[2])
+        if bias is None or bias.shape != (weight.shape[output_axis(node)],):
+            return False
+    return node.op_type == "Conv" or all(
         attribute(node, name, default) == default
         for name, default in (("alpha", 1.0), ("beta", 1.0), ("transA", 0))
     )
-    return weight.ndim == 2 and plain and all(name in graph.weights for name in node.input[1:])
 
 
 def is_depthwise(graph: Graph, node: onnx.NodeProto) -> bool:

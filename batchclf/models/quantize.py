@@ -45,6 +45,7 @@ from batchclf.models.graph import (
     attribute,
     is_depthwise,
     is_layer,
+    output_axis,
     reached,
     refuse_reduced,
     save_model,
@@ -90,8 +91,8 @@ def quantize_int8(model: Path, target: Path, calibration_NHWC: Pixels, *, thread
     channels (Dettmers et al. 2022, "LLM.int8()"), for which 8 bits are too few.
 
     Raises:
-        ModelError: the model is quantised or float16 already, holds nothing to quantise, or ONNX
-            cannot bring it to opset 13.
+        ModelError: the model is quantised or float16 already, holds nothing to quantise, is fed
+            nothing but zeros by the calibration images, or ONNX cannot bring it to opset 13.
     """
     with tempfile.TemporaryDirectory(prefix=".int8-", dir=target.parent) as temporary:
         folder = Path(temporary)
@@ -100,6 +101,7 @@ def quantize_int8(model: Path, target: Path, calibration_NHWC: Pixels, *, thread
         run = _Calibration(graph, calibration_NHWC, folder, threads)
         equalize(graph, names, run.channel_peaks)
         ranges = run.ranges(_tensors_of(graph, names))
+        names = _without_dead(graph, names, ranges, model)
         scales = _weight_scales(graph, names, ranges)
         _correct_biases(graph, scales, run)
         save_model(_with_qdq(graph, names, ranges, scales), target)
@@ -250,11 +252,13 @@ def _choose(graph: Graph, path: Path) -> set[str]:
     for node in graph.nodes:
         maker = graph.producer.get(node.input[0]) if node.input else None
         ends_layer = (
-            node.op_type in ("Relu", "Clip")
+            graph.rectifies(node)
             and maker is not None
             and maker.op_type == "Conv"
             and maker.name in layers
         )
+        if node.op_type == "Clip" and not graph.rectifies(node):
+            continue  # ONNX Runtime's quantiser would remove it nevertheless
         if node.op_type in _BETWEEN and (
             ends_layer
             or (node.name in after & before and not (_is_binary(node) and _has_weight(graph, node)))
@@ -277,8 +281,24 @@ def _tensors_of(graph: Graph, names: set[str]) -> list[str]:
     return [
         name
         for name in dict.fromkeys(touched)
-        if name in graph.producer and not graph.is_rectified(name)
+        if name in graph.producer and not graph.is_rectified(name, names)
     ]
+
+
+def _without_dead(graph: Graph, names: set[str], ranges: Ranges, path: Path) -> set[str]:
+    """The names without those of layers whose input was 0 throughout: it has no range to quantise.
+
+    Raises:
+        ModelError: that was every layer.
+    """
+    layers = [node for node in graph.by_name(names) if node.op_type in WEIGHTED]
+    dead = {node.name for node in layers if ranges[node.input[0]] == (0, 0)}
+    if len(dead) == len(layers):
+        raise ModelError(
+            f"{path}: found only zeros before every layer on the calibration images, so int8 has "
+            "no ranges to go by; use precision fp32, or give more varied images"
+        )
+    return names - dead
 
 
 # ---- weights and biases --------------------------------------------------------------------------
@@ -293,7 +313,7 @@ def _weight_scales(graph: Graph, names: set[str], ranges: Ranges) -> dict[str, F
         scale_O = _least_scales(graph, node)
         if len(node.input) > 2:  # wide enough for the bias to fit in 32 bits
             low, high = ranges[node.input[0]]
-            unit = max(high - low, 1e-12) / 255 * _BIAS_LIMIT
+            unit = (high - low) / 255 * _BIAS_LIMIT
             scale_O = np.maximum(scale_O, np.abs(graph.weights[node.input[2]]) / unit)
         scales[node.name] = np.maximum(scale_O, 1e-12).astype(np.float32)
     return scales
@@ -363,12 +383,8 @@ def _correct_biases(graph: Graph, scales: dict[str, Floats], run: _Calibration) 
 
 def _along_output(graph: Graph, node: onnx.NodeProto, scale_O: Floats) -> Floats:
     shape = [1] * graph.weights[node.input[1]].ndim
-    shape[_output_axis(node)] = -1
+    shape[output_axis(node)] = -1
     return scale_O.reshape(shape)
-
-
-def _output_axis(node: onnx.NodeProto) -> int:
-    return 0 if node.op_type == "Conv" or attribute(node, "transB", 0) else 1
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -382,7 +398,7 @@ def _with_qdq(
     overrides = {
         node.input[1]: [
             {
-                "axis": _output_axis(node),
+                "axis": output_axis(node),
                 "quant_type": QuantType.QInt8,
                 "scale": scale,
                 "zero_point": np.int8(0),
@@ -396,7 +412,7 @@ def _with_qdq(
         for name, (low, high) in ranges.items()
     }
     for node in graph.by_name(names):  # asked for, and then replaced by what the Relu gives
-        if graph.is_rectified(node.output[0]):
+        if graph.is_rectified(node.output[0], names):
             data[node.output[0]] = data[graph.consumers[node.output[0]][0].output[0]]
     with _quiet():
         quantizer = QDQQuantizer(

@@ -50,6 +50,36 @@ CONVOLUTIONS = """
     j = Flatten <axis = 1> (i)
     scores = Gemm (j, head, head_bias)
 """
+CLIPPED = """
+    a = Conv <pads = [1, 1, 1, 1]> (image, first)
+    b = Clip (a, low, high)
+    c = Conv (b, wide)
+    d = GlobalAveragePool (c)
+    e = Flatten <axis = 1> (d)
+    scores = Gemm (e, head, head_bias)
+"""
+DEAD = """
+    a = Conv (image, patch, drowned)
+    b = Relu (a)
+    c = Conv (b, wide, wide_bias)
+    d = Conv (image, patch)
+    e = Add (c, d)
+    f = GlobalAveragePool (e)
+    g = Flatten <axis = 1> (f)
+    scores = Gemm (g, head, head_bias)
+"""
+LAYERS = """
+    a = Conv (image, first)
+    b = Relu (a)
+    c = Conv <group = 4> (b, grouped)
+    d = GlobalAveragePool (c)
+    e = Flatten <axis = 1> (d)
+    f = MatMul (e, query)
+    g = Relu (f)
+    h = Gemm <transB = 1> (g, key, zeros)
+    scores = Gemm (h, head, head_bias)
+"""
+"""A convolution of an odd number of channels, one of groups, and every kind of matrix product."""
 ATTENTION = """
     patches = Conv <strides = [4, 4]> (image, patch)
     a = Reshape (patches, rows)
@@ -69,8 +99,10 @@ SPREAD_C = np.logspace(-2.5, 0.5, 16)
 """Channels that differ a thousandfold, which one range per tensor serves badly."""
 
 
-def write_graph(path: Path, body: str, *, batch: str = "batch", opset: int = 17) -> Path:
-    """A model of 16 x 16 pixels, uint8 NHWC, to 10 scores, with random weights."""
+def write_graph(
+    path: Path, body: str, *, batch: str = "batch", opset: int = 17, **others: NDArray[Any]
+) -> Path:
+    """A model of 16 x 16 pixels, uint8 NHWC, to 10 scores, with random weights and `others`."""
     rng = np.random.default_rng(1)
     shapes = {"wide": (16, 16, 1, 1), "last": (16, 16, 3, 3), "patch": (16, 3, 4, 4)}
     weights = {name: rng.normal(0, 0.2, shape) for name, shape in shapes.items()}
@@ -88,7 +120,9 @@ def write_graph(path: Path, body: str, *, batch: str = "batch", opset: int = 17)
         "zeros": np.zeros(16),
         "zero": np.array(0),
         "six": np.array(6),
+        "grouped": rng.normal(0, 0.2, (16, 4, 3, 3)),
     }
+    weights |= others
     model = onnx.parser.parse_model(
         f'<ir_version: 8, opset_import: ["" : {opset}]>'
         f"graph (uint8[{batch}, 16, 16, 3] pixels) => (float[{batch}, 10] scores) "
@@ -119,6 +153,34 @@ def error_of(found_NK: Scores, expected_NK: Scores) -> float:
     """Root mean square of the difference, in units of the spread of the expected scores."""
     difference = np.sqrt(np.mean((found_NK - expected_NK) ** 2))
     return float(difference / expected_NK.std(axis=0).mean())
+
+
+def largest_pairs(model: Path) -> list[int]:
+    """The largest sum of two weights that an int8 kernel adds in 16 bits, for each layer.
+
+    Two weights are beside each other in a tap, or in all of a filter's taps one after another.
+    Depthwise kernels add in 32 bits: those layers are left out.
+    """
+    graph = onnx.load(model).graph
+    tensors = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
+    makers = {node.output[0]: node for node in graph.node}
+    largest = []
+    for node in graph.node:
+        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+            continue
+        codes = tensors[makers[node.input[1]].input[0]].astype(np.int64)
+        if node.op_type == "Conv":
+            codes = codes.transpose(0, 2, 3, 1)
+            if attribute(node, "group", 1) == len(codes):
+                continue
+        elif not attribute(node, "transB", 0):
+            codes = codes.T
+        sums = []
+        for rows in (codes.reshape(-1, codes.shape[-1]), codes.reshape(len(codes), -1)):
+            pairs = rows[:, : rows.shape[1] // 2 * 2].reshape(-1, 2)
+            sums += [np.maximum(pairs, 0).sum(1).max(), np.maximum(-pairs, 0).sum(1).max()]
+        largest.append(int(max(sums)))
+    return largest
 
 
 # ---- a real model --------------------------------------------------------------------------------
@@ -174,19 +236,9 @@ def test_int8_keeps_input_and_output_and_is_less_than_half_the_size(
 
 
 def test_no_pair_of_products_can_saturate_16_bits(digits_int8: Path) -> None:
-    model = onnx.load(digits_int8)
-    tensors = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
-    makers = {node.output[0]: node for node in model.graph.node}
-    largest = 0
-    for node in model.graph.node:
-        if node.op_type == "Conv" and attribute(node, "group", 1) == 1:
-            codes_OIHW = tensors[makers[node.input[1]].input[0]].astype(np.int64)
-            rows = codes_OIHW.transpose(0, 2, 3, 1).reshape(len(codes_OIHW), -1)
-            pairs = rows[:, : rows.shape[1] // 2 * 2].reshape(len(rows), -1, 2)
-            for sums in (np.maximum(pairs, 0).sum(2), np.minimum(pairs, 0).sum(2)):
-                assert np.abs(sums * 255).max() < 2**15
-                largest = max(largest, int(np.abs(sums).max()))
-    assert largest > 120, "more of int8 could have been used"
+    sums = largest_pairs(digits_int8)
+    assert max(sums) * 255 < 2**15
+    assert max(sums) > 120, "more of int8 could have been used"
 
 
 def test_the_same_input_gives_the_same_file_and_leaves_nothing_else(
@@ -239,6 +291,14 @@ def test_a_sum_between_convolutions_is_done_in_int8_and_the_head_gives_float32(
     assert operators["Clip"] == operators["Conv"] == 0
 
 
+def test_no_pair_can_saturate_in_any_kind_of_layer(tmp_path: Path) -> None:
+    model = write_graph(tmp_path / "model.onnx", LAYERS)
+    quantize_int8(model, tmp_path / "int8.onnx", NOISE_NHWC, threads=1)
+    sums = largest_pairs(tmp_path / "int8.onnx")
+    assert len(sums) == 5
+    assert max(sums) * 255 < 2**15
+
+
 def test_a_model_of_one_batch_size_is_calibrated_at_it(tmp_path: Path) -> None:
     model = write_graph(tmp_path / "model.onnx", CONVOLUTIONS, batch="5")
     quantize_int8(model, tmp_path / "int8.onnx", NOISE_NHWC[:12], threads=1)
@@ -260,6 +320,82 @@ def test_of_a_graph_with_attention_the_products_with_weights_are_quantised(tmp_p
     assert num_quantised == 3  # query, key and head: not the patches, sums or attention itself
     expected_NK = scores_of(model, NOISE_NHWC)
     assert error_of(scores_of(tmp_path / "int8.onnx", NOISE_NHWC), expected_NK) < 0.25
+
+
+@pytest.mark.parametrize("bounds", [(1, 6), (0.5, 6), (-6, -0.5), (0, 1), (-1, 1)])
+def test_a_clip_keeps_its_bounds(tmp_path: Path, bounds: tuple[float, float]) -> None:
+    low, high = (np.array(bound) for bound in bounds)
+    model = write_graph(tmp_path / "model.onnx", CLIPPED, low=low, high=high)
+    quantize_int8(model, tmp_path / "int8.onnx", NOISE_NHWC, threads=1)
+    expected_NK = scores_of(model, NOISE_NHWC)
+    assert error_of(scores_of(tmp_path / "int8.onnx", NOISE_NHWC), expected_NK) < 0.25
+    kept = any(node.op_type == "Clip" for node in onnx.load(tmp_path / "int8.onnx").graph.node)
+    assert kept == (not bounds[0] <= 0 <= bounds[1])
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 10), (10,)])
+def test_a_bias_of_any_shape_is_added_in_int8(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    bias = np.linspace(1, 3, int(np.prod(shape))).reshape(shape)
+    model = write_graph(tmp_path / "model.onnx", CONVOLUTIONS, head_bias=bias)
+    quantize_int8(model, tmp_path / "int8.onnx", NOISE_NHWC, threads=1)
+    expected_NK = scores_of(model, NOISE_NHWC)
+    assert error_of(scores_of(tmp_path / "int8.onnx", NOISE_NHWC), expected_NK) < 0.1
+    assert operators_run(tmp_path / "int8.onnx", tmp_path)["QGemm"] == 1
+
+
+def test_a_product_with_a_bias_per_image_stays_float32(tmp_path: Path) -> None:
+    bias = np.linspace(-1, 1, 10)[:, None]  # as many images as scores
+    model = write_graph(tmp_path / "model.onnx", CONVOLUTIONS, batch="10", head_bias=bias)
+    quantize_int8(model, tmp_path / "int8.onnx", NOISE_NHWC[:10], threads=1)
+    expected_NK = scores_of(model, NOISE_NHWC[:10])
+    assert error_of(scores_of(tmp_path / "int8.onnx", NOISE_NHWC[:10]), expected_NK) < 0.25
+    assert operators_run(tmp_path / "int8.onnx", tmp_path)["QGemm"] == 0
+
+
+def test_layers_get_weights_and_biases_that_no_other_node_uses(tmp_path: Path) -> None:
+    body = LAYERS.replace("(h, head, head_bias)", "(h, head, two)").replace("scores", "i")
+    body = body.replace("(g, key, zeros)", "(g, query, zeros)")
+    model = write_graph(tmp_path / "model.onnx", f"{body} scores = Mul (i, two)", two=np.array(2))
+    loaded = onnx.load(model)
+    for node in loaded.graph.node:
+        if node.op_type == "Conv":
+            node.input.append("")  # another way to write that it has no bias
+    graph = Graph(loaded)
+    layers = [node for node in graph.nodes if node.op_type in ("Conv", "MatMul", "Gemm")]
+    shapes = [[graph.weights[name].shape for name in node.input[1:]] for node in layers]
+    assert [shape[1:] for shape in shapes] == [[(16,)], [(16,)], [], [(16,)], [(10,)]]
+    names = [name for node in graph.nodes for name in node.input if name in graph.weights]
+    assert len(names) == len(set(names))
+    graph.flush()
+    onnx.save(graph.model, tmp_path / "owned.onnx")
+    np.testing.assert_array_equal(
+        scores_of(tmp_path / "owned.onnx", NOISE_NHWC), scores_of(model, NOISE_NHWC)
+    )
+
+
+def test_a_model_may_end_in_a_relu(tmp_path: Path) -> None:
+    body = LAYERS.replace("scores", "i") + "scores = Relu (i)"
+    model = write_graph(tmp_path / "model.onnx", body)
+    quantize_int8(model, tmp_path / "int8.onnx", NOISE_NHWC, threads=1)
+    np.testing.assert_allclose(
+        scores_of(tmp_path / "int8.onnx", NOISE_NHWC), scores_of(model, NOISE_NHWC), atol=0.1
+    )
+
+
+def test_a_layer_that_gets_nothing_but_zeros_keeps_its_bias(tmp_path: Path) -> None:
+    drowned, bias = np.full(16, -100), np.linspace(-1, 1, 16)
+    model = write_graph(tmp_path / "model.onnx", DEAD, drowned=drowned, wide_bias=bias)
+    quantize_int8(model, tmp_path / "int8.onnx", NOISE_NHWC, threads=1)
+    expected_NK = scores_of(model, NOISE_NHWC)
+    assert error_of(scores_of(tmp_path / "int8.onnx", NOISE_NHWC), expected_NK) < 0.25
+
+
+def test_images_that_feed_every_layer_zeros_are_refused(tmp_path: Path) -> None:
+    body = "a = Flatten <axis = 1> (image) \n scores = MatMul (a, dense)"
+    model = write_graph(tmp_path / "model.onnx", body, dense=np.ones((768, 10)))
+    grey_NHWC = np.full_like(NOISE_NHWC, 128)  # what the model takes to 0
+    with pytest.raises(ModelError, match="found only zeros before every layer"):
+        quantize_int8(model, tmp_path / "int8.onnx", grey_NHWC, threads=1)
 
 
 def test_a_quantised_model_and_a_float16_model_are_refused(digits_int8: Path, digits: Path) -> None:
