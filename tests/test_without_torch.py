@@ -39,6 +39,16 @@ def test_a_bundle_runs_in_an_environment_without_torch(batchclf: Batchclf, tmp_p
     assert not (tmp_path / "no-cache").exists()
     assert read_records(elsewhere / "out") == read_records(tmp_path / "out")
 
+    # int8 needs onnx to be made, and nothing once it was exported with the bundle.
+    quantised = write_job(tmp_path, precision="int8")
+    assert batchclf("export", quantised, tmp_path / "bundle8").exit_code == 0
+    for bundle, exit_code in (("bundle", 2), ("bundle8", 0)):
+        model = {"bundle": str(tmp_path / bundle)}
+        job = write_job(elsewhere, model=model, precision="int8", output=str(tmp_path / "int8"))
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+        assert done.returncode == exit_code, done.stderr
+        assert exit_code == 0 or "converting needs onnx" in json.loads(done.stdout)["error"]
+
     # What has to be exported first says so, and what to do.
     wanted = [command[0], "run", str(write_job(tmp_path)), "--overwrite"]
     refused = subprocess.run(wanted, capture_output=True, text=True, env=env, check=False)

@@ -101,12 +101,7 @@ def resolve_variant(
     }
 
     def build(folder: Path) -> BundleMeta:
-        if importlib.util.find_spec("onnx") is None:
-            raise UsageError(
-                f"precision: {precision} needs a converted model, and converting needs onnx: "
-                "pip install 'batchclf[export]', or run `batchclf export` with this precision "
-                "where it is installed and name the folder in model.bundle"
-            )
+        _require_onnx(precision)
         golden_NHWC = _convert(bundle, folder, calibration_NHWC, threads, log)
         reference = open_reference(bundle.model_path)
         source = {
@@ -126,6 +121,15 @@ def resolve_variant(
         )
 
     return cached_bundle(request, build, log)
+
+
+def _require_onnx(precision: Precision) -> None:
+    if importlib.util.find_spec("onnx") is None:
+        raise UsageError(
+            f"precision: {precision} needs a converted model, and converting needs onnx: "
+            "pip install 'batchclf[export]', or run `batchclf export` with this precision "
+            "where it is installed and name the folder in model.bundle"
+        )
 
 
 def _convert(
