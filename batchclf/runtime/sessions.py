@@ -89,6 +89,7 @@ def open_session(
     provider = target.provider
     options = _provider_options(target, compile_cache)
     settings = _session_options(target, batch_size)
+    failure: Exception | None = None
     with _captured_stderr() as said:
         try:
             session = ort.InferenceSession(
@@ -99,7 +100,13 @@ def open_session(
                 enable_fallback=0,
             )
         except ORT_ERRORS as error:
-            raise _explained(model, target, str(error)) from error
+            failure = error
+    if failure is not None and "is not available" not in said():
+        raise _explained(model, target, str(failure)) from failure
+    if failure is not None:
+        raise ProviderError(
+            f"provider {provider.name}: no session opens: {_cause(said(), target)}"
+        ) from failure
     active = session.get_providers()[0]
     if active != provider.execution_provider:
         raise ProviderError(
