@@ -27,9 +27,16 @@ SLOW_RESIZE = 800
 """Makes an image cost milliseconds: it is enlarged before the crop is taken."""
 
 
-def write_classifier(path: Path, *, nan_when_dark: bool = False, seed: int = 0) -> Path:
-    """10 classes from the mean colour of 8 x 8 pixels; NaN below a mean of 0.05 where asked for."""
-    weights_CK = np.random.default_rng(seed).normal(size=(3, NUM_CLASSES)).astype(np.float32) * 3
+def write_classifier(
+    path: Path,
+    *,
+    nan_when_dark: bool = False,
+    seed: int = 0,
+    num_classes: int = NUM_CLASSES,
+    edge: int = 8,
+) -> Path:
+    """Classes from the mean colour of small images; NaN below a mean of 0.05 where asked for."""
+    weights_CK = np.random.default_rng(seed).normal(size=(3, num_classes)).astype(np.float32) * 3
     nodes = [helper.make_node("ReduceMean", ["image"], ["mean"], axes=[2, 3], keepdims=0)]
     if nan_when_dark:
         nodes += [
@@ -42,8 +49,8 @@ def write_classifier(path: Path, *, nan_when_dark: bool = False, seed: int = 0) 
     graph = helper.make_graph(
         nodes,
         "tiny",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 3, 8, 8])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", NUM_CLASSES])],
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 3, edge, edge])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", num_classes])],
         [
             numpy_helper.from_array(weights_CK, "weights"),
             numpy_helper.from_array(np.array([0.05], np.float32), "dark"),

@@ -1,6 +1,6 @@
 """Class scores to the records' predictions: softmax and top k.
 
-Array shapes: N images of a batch, K classes.
+Array shapes: N images of a batch, K classes, T of them kept.
 """
 
 from collections.abc import Sequence
@@ -19,40 +19,43 @@ def rank(
     `scores_NK` are logits unless `is_probability`. A row with a NaN or an infinite value is a
     `non_finite_output` failure, never a label.
     """
-    num_classes = scores_NK.shape[1]
-    kept = min(top_k, num_classes)
+    kept = min(top_k, scores_NK.shape[1])
     finite_N = np.logical_and.reduce(np.isfinite(scores_NK), axis=1)
     if not finite_N.all():
         scores_NK = np.where(finite_N[:, None], scores_NK, 0)
     probability_NK = scores_NK if is_probability else softmax(scores_NK)
-    # The k-th best value of each row; several classes may share it.
-    threshold_N = np.partition(scores_NK, num_classes - kept, axis=1)[:, num_classes - kept]
-    ranked: list[tuple[Prediction, ...] | Failure] = []
-    for scores_K, probability_K, threshold, finite in zip(
-        scores_NK, probability_NK, threshold_N, finite_N, strict=True
-    ):
-        if not finite:
-            ranked.append(Failure("non_finite_output", "the model's scores hold NaN or infinity"))
-            continue
-        candidates = np.flatnonzero(scores_K >= threshold)
-        order = np.argsort(-scores_K[candidates], kind="stable")[:kept]
-        ranked.append(
-            tuple(
-                Prediction(labels[index], index, score)
-                for index, score in zip(
-                    candidates[order].tolist(),
-                    probability_K[candidates[order]].tolist(),
-                    strict=True,
-                )
-            )
-        )
-    return ranked
+    best_NT = _best(scores_NK, kept)
+    indices = best_NT.tolist()
+    scores = np.take_along_axis(probability_NK, best_NT, axis=1).tolist()
+    return [
+        tuple(Prediction(labels[index], index, score) for index, score in zip(*row, strict=True))
+        if finite
+        else Failure("non_finite_output", "the model's scores hold NaN or infinity")
+        for finite, *row in zip(finite_N.tolist(), indices, scores, strict=True)
+    ]
+
+
+def _best(scores_NK: Scores, kept: int) -> NDArray[np.intp]:
+    """Indices of each row's `kept` highest scores, best first, the lower index first among equals.
+
+    Shape NT, T = `kept`.
+    """
+    threshold_N = np.partition(scores_NK, -kept, axis=1)[:, -kept]
+    is_best_NK = scores_NK >= threshold_N[:, None]
+    num_best_N = np.count_nonzero(is_best_NK, axis=1)
+    for row in np.flatnonzero(num_best_N > kept):  # several classes share the last place
+        last_places = np.flatnonzero(scores_NK[row] == threshold_N[row])
+        is_best_NK[row, last_places[kept - num_best_N[row] :]] = False
+    candidates_NT = np.nonzero(is_best_NK)[1].reshape(-1, kept)
+    order_NT = np.argsort(-np.take_along_axis(scores_NK, candidates_NT, axis=1), kind="stable")
+    return np.take_along_axis(candidates_NT, order_NT, axis=1)
 
 
 def softmax(logits_NK: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Probabilities of the classes, rows adding up to 1, in float64."""
-    # In float64 the difference of two float32 cannot overflow.
-    logits_NK = logits_NK.astype(np.float64)
-    shifted_NK = np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True))
-    probability_NK: NDArray[np.float64] = shifted_NK / shifted_NK.sum(axis=1, keepdims=True)
+    """Probabilities of the classes, rows adding up to 1; sums are taken in float64."""
+    with np.errstate(over="ignore"):  # a difference beyond the type's range: its exponential is 0
+        shifted_NK = np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True))
+    probability_NK: NDArray[np.floating] = shifted_NK / shifted_NK.sum(
+        axis=1, keepdims=True, dtype=np.float64
+    )
     return probability_NK

@@ -5,7 +5,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
-from batchclf.results.records import Batch, Failure, Prediction, Record, Scores
+from batchclf.results.records import (
+    Batch,
+    Failure,
+    ImageRef,
+    Loaded,
+    Prediction,
+    Record,
+    Scores,
+)
 from batchclf.runtime.classifier import Classifier
 
 Rank = Callable[[Scores], Sequence[tuple[Prediction, ...] | Failure]]
@@ -86,7 +94,7 @@ class Streams:
                 received = time.perf_counter()
                 scores_NK = classifier(batch.pixels_NHWC)[: len(batch.refs)]
                 self._timed(received - started, time.perf_counter() - received)
-                records = _records(batch, self._rank(scores_NK))
+                records = to_records(batch.refs, batch.loaded, self._rank(scores_NK))
                 with self._changed:
                     self._results[batch.sequence] = (batch, records)
                     self._changed.notify_all()
@@ -99,8 +107,13 @@ class Streams:
                 self._changed.notify_all()
 
 
-def _records(batch: Batch, ranked: Sequence[tuple[Prediction, ...] | Failure]) -> list[Record]:
+def to_records(
+    refs: Sequence[ImageRef],
+    loaded: Sequence[Loaded],
+    ranked: Sequence[tuple[Prediction, ...] | Failure],
+) -> list[Record]:
+    """The records of a batch, in its order: a failure to load stands before any prediction."""
     return [
-        Record(ref, loaded.failure or outcome, loaded.warnings)
-        for ref, loaded, outcome in zip(batch.refs, batch.loaded, ranked, strict=True)
+        Record(ref, one.failure or outcome, one.warnings)
+        for ref, one, outcome in zip(refs, loaded, ranked, strict=True)
     ]

@@ -55,3 +55,13 @@ def test_the_precisions_are_compared_in_one_run() -> None:
     assert [row["precision"] for row in rows] == ["fp32", "int8"]
     assert rows[0]["speed"] == rows[0]["cpu"] == 1
     assert rows[1]["top1_agreement"] is not None
+
+
+def test_the_overhead_of_each_step_and_of_the_whole_is_measured() -> None:
+    printed = run("overhead", "--num-images", "128", "--workers", "1", "3")
+    rows = json.loads(printed.splitlines()[-1])["rows"]
+    assert [row["part"] for row in rows if row["decode"] == "exact"] == [
+        *("read", "decode", "rank", "encode"),
+        *("whole, 1 decode workers", "whole, 3 decode workers"),
+    ]
+    assert all(row["cpu_us"] > 0 for row in rows)

@@ -1,0 +1,185 @@
+"""What the interpreter costs per image: a whole job with a null model and images of 16 pixels.
+
+    python -m tests.benchmarks.overhead [--num-images 20000]
+
+Decoding and inference cost next to nothing here, so what is left is the overhead that all threads
+of a process share through the interpreter lock: reading, prefetching, ranking 1,000 classes,
+writing. One core's second divided by it is the rate that no number of cores can pass. The CPU time
+of all threads counts, system calls and libjpeg's own time included: an upper bound. Prints a table
+(microseconds of CPU time per image) and, as the last line, the same as JSON.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from PIL import Image
+
+from batchclf.devices import Opened
+from batchclf.images.decode import Decoder
+from batchclf.images.prefetch import zeroed_pixels
+from batchclf.images.source import open_source, read_image_file
+from batchclf.interrupt import StopRequest
+from batchclf.job import JobSpec
+from batchclf.machine import cpu_seconds, peak_rss_mb, usable_cores
+from batchclf.models.resolve import ResolvedModel, resolve_model
+from batchclf.pipeline import classify_shard
+from batchclf.plan import make_plan
+from batchclf.results.records import ActiveProvider, DecodeMode, ImageRef, Pixels, Scores
+from batchclf.results.stats import StatsCollector
+from batchclf.results.writer import RecordWriter, RunFiles, encode_record, freeze_listing
+from batchclf.runtime.classifier import OnnxClassifier, open_reference
+from batchclf.runtime.ranking import rank
+from batchclf.runtime.streams import to_records
+from tests.tiny import Log, link_images, write_classifier
+
+EDGE = 16
+"""Pixels of an image's sides, and of the crop."""
+NUM_CLASSES = 1000
+BATCH_SIZE = 64
+NUM_FILES = 64
+
+
+class NullModel:
+    """The same scores for every batch, at once."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        self._scores_NK: Scores = rng.normal(size=(BATCH_SIZE, NUM_CLASSES)).astype(np.float32)
+
+    def __call__(self, pixels_NHWC: Pixels) -> Scores:
+        return self._scores_NK[: len(pixels_NHWC)]
+
+
+def prepare(folder: Path, num_images: int, decode: DecodeMode) -> tuple[JobSpec, ResolvedModel]:
+    """A job over `num_images` names of small JPEG files, with a model of 1,000 classes."""
+    originals = folder / "originals"
+    images = folder / "images"
+    if not images.exists():
+        originals.mkdir()
+        rng = np.random.default_rng(0)
+        for number in range(NUM_FILES):
+            pixels_HWC = rng.integers(0, 256, (EDGE, EDGE, 3), np.uint8)
+            Image.fromarray(pixels_HWC).save(originals / f"{number}.jpg", quality=90)
+        link_images(originals, images, num_images)
+        write_classifier(folder / "null.onnx", num_classes=NUM_CLASSES, edge=EDGE)
+    job = JobSpec.model_validate(
+        {
+            "input": images,
+            "output": folder / f"out-{decode}",
+            "model": {
+                "onnx": folder / "null.onnx",
+                "preprocess": {
+                    "resize": EDGE,
+                    "crop": EDGE,
+                    "mean": [0.0] * 3,
+                    "std": [1.0] * 3,
+                },
+            },
+            "batch_size": BATCH_SIZE,
+            "loader": {"decode": decode},
+        }
+    )
+    model = resolve_model(
+        job.model, batch_size=BATCH_SIZE, open_reference=open_reference, log=Log().log
+    )
+    return job, model
+
+
+def whole(folder: Path, num_images: int, decode: DecodeMode, workers: int) -> dict[str, Any]:
+    """CPU microseconds per image of the pipeline, from names to records on disk."""
+    job, model = prepare(folder, num_images, decode)
+    loader = job.loader.model_copy(update={"workers": workers})
+    job = job.model_copy(update={"loader": loader})
+    source = open_source(job.input)
+    files = RunFiles(Path(tempfile.mkdtemp(dir=folder)))
+    freeze_listing(files, source.paths())
+    plan = make_plan(job, source, files, model, Log().log)
+    null = cast(OnnxClassifier, NullModel())
+    opened = Opened([null], ActiveProvider("cpu", "cpu", "CPU"), model.bundle, zeroed_pixels, None)
+    stats = StatsCollector(cpu_seconds, peak_rss_mb, list_s=0.0)
+    refs = (ImageRef(index, path) for index, path in enumerate(source.paths()))
+    with RecordWriter(files.predictions, 0) as writer:
+        stats.start(0.0)
+        started, cpu = time.perf_counter(), cpu_seconds()
+        classify_shard(plan, opened, refs, writer, stats, reporter=Log(), stop=StopRequest())
+        wall_s, cpu_s = time.perf_counter() - started, cpu_seconds() - cpu
+    return {
+        "part": f"whole, {workers} decode workers",
+        "decode": decode,
+        "cpu_us": round(1e6 * cpu_s / num_images, 1),
+        "images_per_s": round(num_images / wall_s),
+    }
+
+
+def parts(folder: Path, num_images: int, decode: DecodeMode) -> Iterator[dict[str, Any]]:
+    """CPU microseconds per image of each step alone, on one thread."""
+    job, model = prepare(folder, num_images, decode)
+    source = open_source(job.input)
+    refs = [ImageRef(index, path) for index, path in enumerate(source.paths())]
+    data = (folder / "originals" / "0.jpg").read_bytes()
+    decoder = Decoder(model.preprocess, mode=decode)
+    slot_HWC = np.zeros((EDGE, EDGE, 3), np.uint8)
+    null = NullModel()
+    scores_NK = null(zeroed_pixels((BATCH_SIZE, 1)))
+    labels = [f"class number {number}" for number in range(NUM_CLASSES)]
+
+    def ranked() -> object:
+        return rank(scores_NK, labels, 5, is_probability=False)
+
+    loaded = [decoder(data, b"0.jpg", slot_HWC)] * BATCH_SIZE
+    records = to_records(
+        refs[:BATCH_SIZE], loaded, rank(scores_NK, labels, 5, is_probability=False)
+    )
+    for name, call, per_call in (
+        ("read", lambda: read_image_file(source.root, refs[0].path, confined=True), 1),
+        ("decode", lambda: decoder(data, b"0.jpg", slot_HWC), 1),
+        ("rank", ranked, BATCH_SIZE),
+        ("encode", lambda: b"".join(map(encode_record, records)), BATCH_SIZE),
+    ):
+        yield {
+            "part": name,
+            "decode": decode,
+            "cpu_us": round(_cpu_us(call, max(1, num_images // per_call)) / per_call, 1),
+        }
+
+
+def _cpu_us(call: Callable[[], object], repeats: int) -> float:
+    call()
+    started = time.process_time()
+    for _ in range(repeats):
+        call()
+    return 1e6 * (time.process_time() - started) / repeats
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--num-images", type=int, default=20_000)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, usable_cores(), 16])
+    parser.add_argument("--decodes", nargs="+", default=["exact", "fast"])
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for decode in arguments.decodes:
+            rows += parts(Path(folder), arguments.num_images, decode)
+            rows += [
+                whole(Path(folder), arguments.num_images, decode, workers)
+                for workers in arguments.workers
+            ]
+    for row in [{key: key for key in ("part", "decode", "cpu_us", "images_per_s")}, *rows]:
+        print(
+            f"{row['part']:>26}{row['decode']:>8}{row['cpu_us']!s:>10}"
+            f"{row.get('images_per_s', '')!s:>14}"
+        )
+    print(json.dumps({"cores": os.cpu_count(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
