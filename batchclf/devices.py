@@ -31,7 +31,7 @@ from batchclf.runtime.providers import (
     require_provider,
 )
 from batchclf.runtime.sessions import Target
-from batchclf.sample import compare_precisions, require_agreement
+from batchclf.sample import compare_precisions, remembered, require_agreement
 
 MAX_CPU_STREAMS = 8
 DEVICE_STREAMS = 2
@@ -168,7 +168,9 @@ def _open(
         opened = _open_target(bundle, target, batch_size)
         _log_cpu_nodes(opened[0].active, log)
         if _rounding(target) != "fp32":
-            found = _check_precision(job, model.bundle, opened[0], sample(), batch_size, log)
+            found = _check_precision(
+                job, model.bundle, bundle, target, opened[0], sample(), batch_size, log
+            )
             check = found if check is None else min(check, found, key=attrgetter("top1_agreement"))
         classifiers += opened
     devices = dict.fromkeys(one.active.device for one in classifiers)
@@ -228,7 +230,13 @@ def _rounding(target: Target) -> Precision:
 
 def _compile_cache(bundle: Bundle, target: Target, batch_size: int) -> Path:
     """Where a provider keeps what it compiled: the folder's name says all that it depends on."""
-    key = (
+    key = _what_answers(bundle, target, batch_size)
+    return cache_folder().parent / "compiled" / digest_of(key)[:24]
+
+
+def _what_answers(bundle: Bundle, target: Target, batch_size: int) -> tuple[object, ...]:
+    """All that the answers of a session depend on, its device apart."""
+    return (
         bundle.digest,
         target.provider.name,
         sorted(installed_flavours().items()),
@@ -237,28 +245,35 @@ def _compile_cache(bundle: Bundle, target: Target, batch_size: int) -> Path:
         batch_size,
         sorted(target.options.items()),
     )
-    return cache_folder().parent / "compiled" / digest_of(key)[:24]
 
 
 def _check_precision(
     job: JobSpec,
     bundle: Bundle,
+    reduced: Bundle,
+    target: Target,
     classify: OnnxClassifier,
     sample_NHWC: Pixels,
     batch_size: int,
     log: Log,
 ) -> PrecisionCheck:
     """Compare with fp32 on the CPU, which every ONNX Runtime has and which is beyond doubt."""
-    full = open_classifier(
-        bundle.model_path, Target(require_provider("cpu"), threads=usable_cores())
-    )
-    check = compare_precisions(
-        classify,
-        full,
-        sample_NHWC,
-        batch_size,
-        is_probability=bundle.meta.scores == "probabilities",
-    )
+
+    def compare() -> PrecisionCheck:
+        full = open_classifier(
+            bundle.model_path, Target(require_provider("cpu"), threads=usable_cores())
+        )
+        return compare_precisions(
+            classify,
+            full,
+            sample_NHWC,
+            batch_size,
+            is_probability=bundle.meta.scores == "probabilities",
+        )
+
+    name, flags = cpu_name_and_flags()
+    key = (_what_answers(reduced, target, batch_size), bundle.digest, name, sorted(flags))
+    check = remembered(key, classify.active.device, sample_NHWC, compare)
     name = job.precision if job.precision != "fp32" else "TF32"
     log(
         f"{name} compared with fp32 on {check.num_images} of the job's images: same "

@@ -3,15 +3,21 @@
 Array shapes: N images, H rows, W columns, C = 3 (RGB), K classes.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from hashlib import sha256
 
 import numpy as np
+import orjson
 
 from batchclf.errors import NoImagesError, PrecisionRefused
 from batchclf.images.prefetch import Load, Prefetcher
 from batchclf.images.source import Source, open_source, require_images
 from batchclf.job import JobSpec, auto
 from batchclf.machine import usable_cores
+from batchclf.models.bundle import cache_folder, digest_of
 from batchclf.models.resolve import ResolvedModel
 from batchclf.plan import make_loader
 from batchclf.results.records import ImageRef, Pixels, PrecisionCheck, Scores
@@ -111,21 +117,40 @@ def compare_precisions(
     num_agreeing = 0
     largest = 0.0
     for batch_NHWC in _padded_batches(pixels_NHWC, batch_size):
-        reduced_NK, full_NK = (
-            classify(batch_NHWC) if is_probability else softmax(classify(batch_NHWC))
-            for classify in (reduced, full)
-        )
         count = min(batch_size, num_images)
         num_images -= count
-        reduced_NK, full_NK = reduced_NK[:count], full_NK[:count]
+        reduced_NK, full_NK = (classify(batch_NHWC)[:count] for classify in (reduced, full))
         finite_N = np.isfinite(reduced_NK).all(axis=1) & np.isfinite(full_NK).all(axis=1)
         same_N = reduced_NK.argmax(axis=1) == full_NK.argmax(axis=1)
         num_agreeing += int((finite_N & same_N).sum())
-        differences_NK = np.abs(reduced_NK - full_NK)[finite_N]
-        largest = max(largest, float(differences_NK.max(initial=0)))
+        reduced_NK, full_NK = reduced_NK[finite_N], full_NK[finite_N]
+        if not is_probability:
+            reduced_NK, full_NK = softmax(reduced_NK), softmax(full_NK)
+        largest = max(largest, float(np.abs(reduced_NK - full_NK).max(initial=0)))
     return PrecisionCheck(
         len(pixels_NHWC), round(num_agreeing / len(pixels_NHWC), 4), round(largest, 6)
     )
+
+
+def remembered(
+    what_answers: object, device: str, sample_NHWC: Pixels, compare: Callable[[], PrecisionCheck]
+) -> PrecisionCheck:
+    """The result of `compare`, kept for the next run with the same sessions and pixels.
+
+    Comparing costs seconds at every start of a job otherwise, also when it resumes. The session
+    itself is compared with its reference answers at every start all the same.
+    """
+    key = digest_of((what_answers, device, sample_NHWC.shape, sha256(sample_NHWC.data).hexdigest()))
+    path = cache_folder().parent / "agreement" / f"{key[:24]}.json"
+    with suppress(OSError, ValueError, TypeError):  # none yet, or of another version
+        return PrecisionCheck(**orjson.loads(path.read_bytes()))
+    check = compare()
+    temporary = path.with_suffix(f".{os.getpid()}")
+    with suppress(OSError):  # a cache that can only be read: the next run compares again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(orjson.dumps(asdict(check)))
+        os.replace(temporary, path)
+    return check
 
 
 def _padded_batches(pixels_NHWC: Pixels, size: int) -> Iterator[Pixels]:

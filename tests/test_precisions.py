@@ -8,12 +8,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from batchclf.errors import ProviderError
 from batchclf.machine import cpu_name_and_flags
+from batchclf.results.records import PrecisionCheck
 from batchclf.runtime.openvino import require_cpu_precision
 from batchclf.runtime.providers import installed_flavours
+from batchclf.sample import remembered
 from tests.conftest import DATA, MOBILENET_WEIGHTS, PHOTOS, Batchclf, data, read_records, write_job
 
 HAS_OPENVINO = "onnxruntime-openvino" in installed_flavours()
@@ -194,3 +197,21 @@ def test_a_sample_of_which_nothing_decodes_ends_with_2(batchclf: Batchclf, tmp_p
     done = batchclf("run", write_job(tmp_path, input=str(images), precision="int8"))
     assert done.exit_code == 2
     assert "not one of the 1 images sampled can be decoded" in done.stderr
+
+
+def test_a_comparison_is_made_anew_for_other_pixels_or_answers_only(tmp_path: Path) -> None:
+    numbers = iter(range(1, 10))
+
+    def compare() -> PrecisionCheck:
+        return PrecisionCheck(next(numbers), 1.0, 0.0)
+
+    black_NHWC, white_NHWC = np.zeros((2, 4, 4, 3), np.uint8), np.full((2, 4, 4, 3), 255, np.uint8)
+    asked = [
+        remembered("int8 of " + tmp_path.name, "CPU", black_NHWC, compare),
+        remembered("int8 of " + tmp_path.name, "CPU", black_NHWC, compare),
+        remembered("int8 of " + tmp_path.name, "CPU", white_NHWC, compare),
+        remembered("bf16 of " + tmp_path.name, "CPU", black_NHWC, compare),
+        remembered("int8 of " + tmp_path.name, "GPU", black_NHWC, compare),
+        remembered("int8 of " + tmp_path.name, "CPU", white_NHWC, compare),
+    ]
+    assert [check.num_images for check in asked] == [1, 1, 2, 3, 4, 2]
