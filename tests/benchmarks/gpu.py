@@ -4,9 +4,9 @@
 
 In this order, the file written anew after each: the machine and `batchclf doctor`; the tests of the
 providers; `batchclf verify` at fp32 and fp16; inference alone over batch sizes for fp32, TF32 and
-fp16, bound and unbound, one and two batches in flight; decoding alone; and whole runs from JPEG
-files against the smaller of the two limits. `--provider cpu` rehearses it where there is no GPU
-(fp32 only). Models have random weights unless --bundle names exported ones.
+fp16, bound and unbound, one and two batches in flight; decoding alone, on the CPU and on the GPU;
+and whole runs from JPEG files against the smaller of the two limits. `--provider cpu` rehearses it
+where there is no GPU (fp32 only). Models have random weights unless --bundle names exported ones.
 """
 
 import argparse
@@ -249,6 +249,35 @@ class Bench:
                 batches.release(batch)
         return round(len(refs) / (time.perf_counter() - started), 1)
 
+    def decode_on_gpu(self) -> Any:
+        """Images/s of nvImageCodec over batch sizes, into the GPU's memory, not resized.
+
+        An experiment: what it must beat is `decode`, for which the GPU does nothing.
+        """
+        try:
+            from nvidia import nvimgcodec  # type: ignore[import-untyped, unused-ignore]
+        except ImportError as error:
+            return {"error": f"{error}: pip install 'nvidia-nvimgcodec-cu13[all]'"}
+        files = [path.read_bytes() for path in sorted(self.images.iterdir())]
+        decoder = nvimgcodec.Decoder(device_id=0)
+        rows = []
+        for size in self.arguments.batch_sizes:
+            batches = [files[start : start + size] for start in range(0, len(files), size)]
+            decoder.decode(batches[0])  # warms up
+            num_failed = 0
+            started = time.perf_counter()
+            for batch in batches:
+                images = [image for image in decoder.decode(batch) if image is not None]
+                num_failed += len(batch) - len(images)
+            if not images:
+                return {"error": f"nvImageCodec decoded {len(files) - num_failed} images"}
+            images[-1].cpu()  # decoding is asynchronous: waits for the last one
+            rate = len(files) / (time.perf_counter() - started)
+            rows.append(
+                {"batch_size": size, "images_per_s": round(rate, 1), "num_failed": num_failed}
+            )
+        return rows
+
     def end_to_end(self, limits: dict[str, Any]) -> Any:
         """Whole runs from files, against the smaller of the two limits."""
         rows = []
@@ -301,6 +330,7 @@ def steps(bench: Bench, results: dict[str, Any]) -> Iterator[tuple[str, Callable
     yield "verify", bench.verify
     yield "inference", bench.inference
     yield "decode", bench.decode
+    yield "decode_on_gpu", bench.decode_on_gpu
     yield "end_to_end", lambda: bench.end_to_end(results)
 
 
