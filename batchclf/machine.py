@@ -1,6 +1,7 @@
 """What this machine gives us: usable cores, CPU features, memory and CPU time used so far."""
 
 import os
+import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -101,4 +102,11 @@ def cpu_seconds() -> float:
 
 def peak_rss_mb() -> float:
     """Largest resident set of this process so far, in MB (10^6 bytes)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    # getrusage's figure survives exec: it could be that of the parent.
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        status = ""
+    found = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
+    peak_kib = int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_kib * 1024 / 1e6

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import starmap
 from typing import Any, Protocol
 
 from batchclf import STARTED
@@ -133,13 +134,13 @@ def run_job(
         run = run_facts(plan, opened, wanted)
         if previous is not None:  # listed then, not now
             run["num_left_out"] = previous.get("num_left_out")
-        stats.start(time.perf_counter() - STARTED)
+        stats.start(time.perf_counter() - STARTED, len(opened.classifiers))
         with kept_status(files, run):
             if retried:
                 _retry_failed(plan, opened, stats, reporter=reporter, stop=stop)
             else:
                 refs = read_listing(files, plan.first + done.num_images, plan.last)
-                with RecordWriter(files.predictions, done.num_bytes) as writer:
+                with RecordWriter(files.predictions, done.num_bytes, stats.add_write) as writer:
                     classify_shard(plan, opened, refs, writer, stats, reporter=reporter, stop=stop)
             summary = append_stats(files, "summary", stats.snapshot(), summary_facts(plan, opened))
         return RunResult(files, summary, was_complete=False)
@@ -153,15 +154,18 @@ def _open(
     fallback: str | None,
     reporter: Reporter,
 ) -> Opened:
-    """Open a job's sessions before its listing is frozen; the input is listed in memory."""
-    paths = limited(source.paths(), options.limit)
-    refs = [ImageRef(index, path) for index, path in enumerate(paths)]
-    first, last = options.shard.bounds(len(refs))
+    """Open a job's sessions before its listing is frozen; the input is only counted, or sampled."""
+
+    def refs() -> Iterator[ImageRef]:
+        return starmap(ImageRef, enumerate(limited(source.paths(), options.limit)))
+
+    num_listed = sum(1 for _ in refs())
+    first, last = options.shard.bounds(num_listed)
     return open_devices(
         job,
         model,
         fitting_batch_size(job, model, last - first),
-        partial(sample_listing, job, source, model, refs, len(refs)),
+        lambda: sample_listing(job, source, model, refs(), num_listed),
         fallback,
         reporter.log,
     )
@@ -221,9 +225,8 @@ def classify_shard(
         for result in streams.results(TICK_S):
             if result is not None:
                 batch, records = result
-                write_started = time.perf_counter()
                 writer.write(records)
-                stats.add_records(records, time.perf_counter() - write_started)
+                stats.add_records(records)
                 batches.release(batch)
                 _check_error_limit(plan, stats)
             if stop.signal_number is not None:
@@ -263,7 +266,7 @@ def _retry_failed(
     """Classify the failed images again, then put the new records in the old ones' places."""
     listed = partial(read_listing, plan.files, plan.first, plan.last)
     retry = plan.files.retry
-    with RecordWriter(retry, 0) as writer:
+    with RecordWriter(retry, 0, stats.add_write) as writer:
         refs = failed_refs(plan.files.predictions, listed())
         classify_shard(plan, opened, refs, writer, stats, reporter=reporter, stop=stop)
     replace_failed(plan.files.predictions, retry)

@@ -24,7 +24,7 @@ from batchclf.results.writer import (
     RunFiles,
     find_done,
     read_json,
-    read_listing,
+    read_paths,
     read_run,
     write_run,
 )
@@ -96,7 +96,7 @@ def resume(
             + "\n".join(changed)
             + "\n  Give another output, or --overwrite to start anew."
         )
-    paths = (ref.path for ref in read_listing(plan.files, plan.first, plan.last))
+    paths = read_paths(plan.files, plan.first, plan.last)
     done = find_done(plan.files.predictions, paths)
     if 0 < done.num_images < plan.num_images:
         log(f"resuming after {done.num_images:,} of {plan.num_images:,} images")

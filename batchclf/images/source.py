@@ -12,8 +12,9 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 
 import orjson
@@ -37,6 +38,8 @@ class Source:
     confined: bool
     """Whether links that lead out of `root` are refused; lists name their files themselves."""
     paths: Callable[[], Iterator[bytes]]
+    glimpse: Callable[[], Iterator[bytes]] = field(default=lambda: iter(()))
+    """Paths in no order and not all, where the first comes sooner than that of `paths()`."""
     num_left_out: int = field(default=0)
     """Hidden files and folders, or duplicate lines of a list, seen by the last `paths()`."""
 
@@ -83,6 +86,8 @@ def require_images(source: Source) -> None:
     Raises:
         NoImagesError: naming the folder and what was found instead.
     """
+    if any(map(suffix_format, source.glimpse())):
+        return
     num_files = 0
     for path in source.paths():
         num_files += 1
@@ -105,7 +110,20 @@ def _folder(root: bytes, confined: bool, selected: Callable[[bytes], bool]) -> S
             if selected(path):
                 yield path
 
-    source.paths = paths
+    def glimpse() -> Iterator[bytes]:
+        prefixes = [b""]
+        while prefixes:
+            prefix = prefixes.pop()
+            with suppress(OSError), os.scandir(os.path.join(root, prefix)) as entries:
+                for entry in entries:
+                    path = prefix + entry.name
+                    if entry.is_dir():
+                        if not entry.is_symlink() and not entry.name.startswith(b"."):
+                            prefixes.append(path + b"/")
+                    elif selected(path):
+                        yield path
+
+    source.paths, source.glimpse = paths, glimpse
     return source
 
 
@@ -127,8 +145,8 @@ def _walk(source: Source) -> Iterator[bytes]:
         if entry is None:
             stack.pop()
             continue
-        path, is_folder, is_link, around = entry
-        if not is_folder:
+        path, is_link, around = entry
+        if is_link is None:
             yield path
             continue
         full = os.path.join(source.root, path)
@@ -153,12 +171,16 @@ _Identities = frozenset[tuple[int, int]]
 
 def _entries(
     source: Source, prefix: bytes, around: _Identities
-) -> Iterator[tuple[bytes, bool, bool, _Identities]]:
-    """One folder's entries, sorted by bytes: (path, is a folder, is a link, folders around)."""
-    found: list[tuple[bytes, bool, bool]] = []
+) -> Iterator[tuple[bytes, bool | None, _Identities]]:
+    """One folder's entries, sorted by bytes: (path, None or a folder's is a link, folders around).
+
+    A million files are held as their bare names: 80 bytes each.
+    """
+    names: list[bytes] = []
+    folders: dict[bytes, bool] = {}
     with os.scandir(os.path.join(source.root, prefix)) as entries:
         for entry in entries:
-            name, is_link = entry.name, entry.is_symlink()
+            name = entry.name
             try:
                 is_folder = entry.is_dir()
             except OSError:  # a link that cannot be followed
@@ -166,9 +188,11 @@ def _entries(
             if name.startswith(b".") and (is_folder or not suffix_format(name)):
                 source.num_left_out += 1
                 continue
-            found.append((name, is_folder, is_link))
-    found.sort()
-    return ((prefix + name, is_folder, is_link, around) for name, is_folder, is_link in found)
+            if is_folder:
+                folders[name] = entry.is_symlink()
+            names.append(name)
+    names.sort()
+    return ((prefix + name, folders.get(name), around) for name in names)
 
 
 def _unreadable(name: str, error: OSError) -> EnvironmentFailed:
@@ -225,10 +249,12 @@ def _list(spec: Path) -> Source:
                 path = _jsonl_path(line, spec, number) if spec.suffix.lower() == ".jsonl" else line
                 if not path or b"\0" in path:
                     raise UsageError(f"input: {spec}:{number}: found no usable path: {path!r}")
-                if path in seen:
+                # 16 bytes, however long the path; two of a million are equal in one of 10^26 lists.
+                digest = blake2b(path, digest_size=16).digest()
+                if digest in seen:
                     source.num_left_out += 1
                     continue
-                seen.add(path)
+                seen.add(digest)
                 yield path
 
     source.paths = paths

@@ -9,8 +9,9 @@ import itertools
 import json
 import os
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -24,9 +25,13 @@ from filelock import FileLock, Timeout
 from batchclf.errors import EnvironmentFailed, ResumeRefused
 from batchclf.results.records import Failure, ImageRef, Record, RunStats, Shard
 
-SCORE_DIGITS = 6
-READ_BYTES = 1 << 20
+SCORE_STEPS = 10**6
+"""Scores have 6 digits."""
+READ_BYTES = 1 << 16
+"""Of the listing at once; its paths as objects take several times as much."""
 LOCK_S = 0.5
+Timed = Callable[[float], None]
+"""Told the seconds of each write and sync."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,12 @@ def encode_record(record: Record) -> bytes:
     else:
         line["status"] = "ok"
         line["predictions"] = [
-            {"label": one.label, "index": one.index, "score": round(one.score, SCORE_DIGITS)}
+            {
+                "label": one.label,
+                "index": one.index,
+                # round(score, 6) takes four times as long: by way of a text.
+                "score": round(one.score * SCORE_STEPS) / SCORE_STEPS,
+            }
             for one in record.outcome
         ]
     if record.warnings:
@@ -134,27 +144,39 @@ def find_done(predictions: Path, paths: Iterable[bytes]) -> Done:
         raise output_failed(predictions, error) from error
     with file:
         for line, path in zip(file, paths, strict=False):
-            record = _parse_record(line) if line.endswith(b"\n") else None
-            if record is None or not _matches(record, path):
+            outcome = _outcome(line, path)
+            if outcome is None:
                 break
             done.num_bytes += len(line)
-            if record["status"] == "ok":
+            if outcome == "ok":
                 done.num_ok += 1
             else:
-                done.errors_by_code[record["error"]["code"]] += 1
+                done.errors_by_code[outcome] += 1
     return done
 
 
-def _matches(record: Mapping[str, Any], path: bytes) -> bool:
-    written = {key: record[key] for key in ("path", "path_b64") if key in record}
-    if written != _path_fields(path):
-        return False
-    match record:
-        case {"status": "ok", "predictions": [*_]}:
-            return True
-        case {"status": "error", "error": {"code": str()}}:
-            return True
-    return False
+def _outcome(line: bytes, path: bytes) -> str | None:
+    """`ok` or the code of the failure, where `line` is a whole record of `path`; else None."""
+    record = _parse_record(line) if line.endswith(b"\n") else None
+    if record is None or not _is_of(record, path):
+        return None
+    # Plain look-ups: a `match` takes as long as parsing the line.
+    if record.get("status") == "ok" and isinstance(record.get("predictions"), list):
+        return "ok"
+    error = record.get("error")
+    if record.get("status") == "error" and isinstance(error, dict):
+        code = error.get("code")
+        return code if isinstance(code, str) else None
+    return None
+
+
+def _is_of(record: Mapping[str, Any], path: bytes) -> bool:
+    if "path_b64" not in record:
+        try:
+            return bool(record.get("path") == path.decode())
+        except UnicodeDecodeError:
+            return False
+    return {key: record.get(key) for key in ("path", "path_b64")} == _path_fields(path)
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -163,8 +185,11 @@ def _matches(record: Mapping[str, Any], path: bytes) -> bool:
 class RecordWriter:
     """Appends records to a file cut back to `num_bytes_kept`; use as a context manager."""
 
-    def __init__(self, path: Path, num_bytes_kept: int) -> None:
+    def __init__(
+        self, path: Path, num_bytes_kept: int, timed: Timed = lambda seconds: None
+    ) -> None:
         self._path = path
+        self._timed = timed
         try:
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
             os.ftruncate(self._descriptor, num_bytes_kept)
@@ -192,12 +217,14 @@ class RecordWriter:
         Raises:
             EnvironmentFailed: disk full, quota, I/O error.
         """
+        started = time.perf_counter()
         data = memoryview(b"".join(map(encode_record, records)))
         try:
             while data:
                 data = data[os.write(self._descriptor, data) :]
         except OSError as error:
             raise output_failed(self._path, error) from error
+        self._timed(time.perf_counter() - started)
 
     def sync(self) -> None:
         """Make what is written survive a power loss.
@@ -205,10 +232,12 @@ class RecordWriter:
         Raises:
             EnvironmentFailed: the disk does not take it.
         """
+        started = time.perf_counter()
         try:
             os.fsync(self._descriptor)
         except OSError as error:
             raise output_failed(self._path, error) from error
+        self._timed(time.perf_counter() - started)
 
 
 def append_stats(
@@ -305,8 +334,13 @@ def freeze_listing(files: RunFiles, paths: Iterable[bytes]) -> None:
 
 def read_listing(files: RunFiles, start: int = 0, stop: int | None = None) -> Iterator[ImageRef]:
     """The entries `start` to `stop` of the frozen listing, read as they are asked for."""
-    entries = (ImageRef(index, path) for index, path in enumerate(_nul_paths(files.listing)))
-    return itertools.islice(entries, start, stop)
+    return itertools.starmap(ImageRef, enumerate(read_paths(files, start, stop), start))
+
+
+def read_paths(files: RunFiles, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+    """The paths alone of the entries `start` to `stop`."""
+    paths = _nul_paths(files.listing, start)
+    return itertools.islice(paths, None if stop is None else max(0, stop - start))
 
 
 def count_listing(files: RunFiles) -> int:
@@ -315,12 +349,14 @@ def count_listing(files: RunFiles) -> int:
         return sum(chunk.count(b"\0") for chunk in iter(partial(file.read, READ_BYTES), b""))
 
 
-def _nul_paths(listing: Path) -> Iterator[bytes]:
+def _nul_paths(listing: Path, start: int) -> Iterator[bytes]:
     rest = b""
+    num_left = start
     with listing.open("rb") as file:
         while chunk := file.read(READ_BYTES):
             *paths, rest = (rest + chunk).split(b"\0")
-            yield from paths
+            yield from paths[num_left:]
+            num_left = max(0, num_left - len(paths))
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -15,9 +15,9 @@ BAD = Record(ImageRef(1, b"b"), Failure("truncated", "ends early"))
 EMPTY = Record(ImageRef(2, b"c"), Failure("empty_file", "0 bytes"))
 
 
-def collector() -> StatsCollector:
+def collector(num_streams: int = 1) -> StatsCollector:
     stats = StatsCollector(lambda: 1.234567, lambda: 99.96, list_s=0.5)
-    stats.start(startup_s=2.0)
+    stats.start(startup_s=2.0, num_streams=num_streams)
     return stats
 
 
@@ -68,8 +68,10 @@ def test_an_empty_histogram_and_a_duration_of_zero_are_no_errors() -> None:
 
 def test_counts_are_kept_by_code_and_add_up() -> None:
     stats = collector()
-    stats.add_records([OK, BAD, EMPTY, BAD], 0.1)
-    stats.add_records([OK], 0.2)
+    stats.add_records([OK, BAD, EMPTY, BAD])
+    stats.add_records([OK])
+    stats.add_write(0.1)
+    stats.add_write(0.2)
     figures = stats.snapshot()
     assert (figures.num_images, figures.num_ok, figures.num_errors) == (5, 2, 3)
     assert dict(figures.errors_by_code) == {"empty_file": 1, "truncated": 2}
@@ -88,7 +90,7 @@ def test_what_an_earlier_run_wrote_counts_as_done_but_not_as_speed(
     stand_still(monkeypatch, 100.0, 102.0)
     stats = collector()
     stats.resume(90, {"truncated": 10})
-    stats.add_records([OK, BAD], 0.0)
+    stats.add_records([OK, BAD])
     figures = stats.snapshot()
     assert (figures.num_images, figures.num_ok, figures.num_errors) == (102, 91, 11)
     assert figures.wall_s == 2.0
@@ -98,10 +100,13 @@ def test_what_an_earlier_run_wrote_counts_as_done_but_not_as_speed(
 @pytest.mark.parametrize(
     ("decode_wait_s", "infer_s", "write_s", "expected"),
     [
-        (0.0, 0.0, 0.0, "decode"),
-        (1.0, 9.0, 0.1, "infer"),
-        (9.0, 1.0, 0.1, "decode"),
-        (9.0, 1.0, 6.0, "write"),
+        (1.0, 19.0, 0.1, "infer"),
+        (4.0, 16.0, 0.1, "infer"),
+        (8.0, 12.0, 0.1, "decode"),  # they share the cores: decoding costs more, and is caught up
+        (18.0, 2.0, 0.1, "decode"),
+        (18.0, 2.0, 9.0, "write"),  # nobody gives batches back: the streams wait as well
+        (1.0, 19.0, 6.0, "infer"),  # writing goes on beside it
+        (1.0, 6.0, 6.0, "write"),  # after it, on a disk that takes long to have it all
     ],
 )
 def test_the_bottleneck_is_what_the_others_wait_for(
@@ -112,12 +117,34 @@ def test_the_bottleneck_is_what_the_others_wait_for(
     expected: str,
 ) -> None:
     stand_still(monkeypatch, 0.0, 10.0)
-    stats = collector()
-    stats.add_batch(decode_wait_s, infer_s)
-    stats.add_records([OK], write_s)
+    stats = collector(num_streams=2)
+    for _ in range(8):
+        stats.add_batch(decode_wait_s / 8, infer_s / 8)
+    stats.add_write(write_s)
     figures = stats.snapshot()
     assert figures.bottleneck == expected
-    assert figures.bottleneck_why
+    assert "%" in figures.bottleneck_why
+
+
+@pytest.mark.parametrize(
+    ("decode_wait_s", "infer_s", "write_s", "expected"),
+    [(0.2, 0.1, 0.01, "decode"), (0.1, 0.2, 0.15, "infer"), (0.1, 0.2, 0.3, "write")],
+)
+@pytest.mark.parametrize("num_batches", [1, 5])
+def test_the_bottleneck_of_a_short_job_is_its_longest_stage_and_said_to_be_unsure(
+    num_batches: int, decode_wait_s: float, infer_s: float, write_s: float, expected: str
+) -> None:
+    stats = collector(num_streams=2)
+    for _ in range(num_batches):
+        stats.add_batch(decode_wait_s, infer_s)
+        stats.add_write(write_s / (1 if num_batches == 1 else 2))
+    figures = stats.snapshot()
+    assert figures.bottleneck == expected
+    assert figures.bottleneck_why.startswith("too short to tell")
+
+
+def test_without_a_batch_the_bottleneck_says_so() -> None:
+    assert collector().snapshot().bottleneck_why == "no batch was inferred"
 
 
 def test_streams_may_add_batches_at_once() -> None:

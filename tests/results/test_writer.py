@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from batchclf.results.writer import (
     freeze_listing,
     only_writer,
     read_listing,
+    read_paths,
     read_run,
     replace_failed,
     write_run,
@@ -234,6 +236,19 @@ def test_records_are_in_the_file_as_soon_as_write_returns(tmp_path: Path) -> Non
         assert path.read_bytes() == encode_record(record_of(b"a.jpg", ()))
 
 
+def test_the_time_of_every_write_and_sync_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float] = []
+    clock = iter(range(100))
+    with RecordWriter(tmp_path / "predictions.jsonl", 0, told.append) as records:
+        monkeypatch.setattr("batchclf.results.writer.time.perf_counter", clock.__next__)
+        records.write([record_of(b"a.jpg", ())])
+        records.sync()
+        assert told == [1, 1]
+    assert told == [1, 1, 1], "the last sync"
+
+
 def test_a_write_that_the_system_takes_in_pieces_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,6 +356,25 @@ def test_a_listing_gives_its_paths_back_from_anywhere_to_anywhere(
     discard(files)
     expected = [ImageRef(index, path) for index, path in enumerate(paths)]
     assert found == expected[start:stop]
+
+
+def test_a_long_listing_and_its_records_are_read_in_little_memory(files: RunFiles) -> None:
+    num_images = 30_000
+    names = [b"folder/IMG_%08d.jpg" % number for number in range(num_images)]
+    freeze_listing(files, names)
+    with RecordWriter(files.predictions, 0) as records:
+        records.write([record_of(name, (Prediction("cat", 0, 0.5),)) for name in names])
+    del names
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_listing(files)) == num_images
+        assert find_done(files.predictions, read_paths(files)).num_ok == num_images
+        assert next(read_paths(files, num_images - 1)) == b"folder/IMG_00029999.jpg"
+        assert count_listing(files) == num_images
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000  # the listing alone has 750 kB, 2.4 MB as objects
 
 
 def test_whoever_freezes_second_keeps_the_first_listing(files: RunFiles) -> None:
