@@ -68,3 +68,19 @@ def test_the_overhead_of_each_step_and_of_the_whole_is_measured() -> None:
         *("whole, 1 decode workers", "whole, 3 decode workers"),
     ]
     assert all(row["cpu_us"] > 0 for row in rows)
+
+
+def test_a_long_night_is_measured_in_small(tmp_path: Path) -> None:
+    out = tmp_path / "nights.json"
+    printed = run(
+        *("nights", "--num-files", "1500", "--num-images", "1500", "--repeats", "1"),
+        *("--sample-s", "0.01", "--cache", str(tmp_path / "cache"), "--out", str(out)),
+    )
+    found = json.loads(out.read_bytes())
+    assert json.loads(printed.splitlines()[-1]) == found
+    assert set(found["listing"]) == {"one folder", "folders of 1,000", "text list"}
+    assert all(row["num_files"] == 1500 for row in found["listing"].values())
+    assert all(0 < row["peak_rss_mb"] < 200 for row in found["listing"].values())
+    assert found["memory"]["num_samples"] > 1
+    assert found["resume"]["num_records"] == 1400
+    assert len(found["resume"]["first_record_s"]) == len(found["resume"]["complete_s"]) == 1
