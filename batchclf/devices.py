@@ -165,7 +165,7 @@ def _open(
     classifiers: list[OnnxClassifier] = []
     check = None
     for target in targets(spec, job):
-        opened = _open_target(bundle, target, batch_size)
+        opened = open_target(bundle, target, batch_size)
         _log_cpu_nodes(opened[0].active, log)
         if _rounding(target) != "fp32":
             found = _check_precision(
@@ -193,7 +193,7 @@ def _log_cpu_nodes(active: ActiveProvider, log: Log) -> None:
         log(f"provider {active.requested}: shapes are computed on the CPU: {some}")
 
 
-def _open_target(bundle: Bundle, target: Target, batch_size: int) -> list[OnnxClassifier]:
+def open_target(bundle: Bundle, target: Target, batch_size: int) -> list[OnnxClassifier]:
     """A classifier per stream, each session compared with the bundle's golden answers."""
     name = target.provider.name
     on_cpu = name == "cpu"

@@ -27,6 +27,7 @@ OUTSIDE = {
     "onnxruntime": ("runtime/", "models/quantize.py", "models/half.py"),
     "openvino": ("runtime/native_openvino.py",),
     "PIL": ("images/",),
+    "matplotlib": ("tuning/plot.py",),
     "yaml": ("jobfile.py",),
     "click": ("cli/",),
     "ray": (),
@@ -134,7 +135,9 @@ def imported_by(*arguments: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("run", "--help")])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("--version",), ("run", "--help"), ("tune", "--help")]
+)
 def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
     heavy = {"numpy", "pydantic", "PIL", "torch", "torchvision", "onnx", "onnxruntime", "yaml"}
     assert imported_by(*arguments) & heavy == set()

@@ -25,6 +25,7 @@ COMMANDS = {
     "validate": "Check a job without running it: spec, provider, model, images.",
     "export": "Write a job's model bundle, to run it where torch is not installed.",
     "verify": "Compare a job's provider with PyTorch and native OpenVINO.",
+    "tune": "Find the fastest batch size, streams and workers of a job.",
     "doctor": "Tell what this machine can run, and why not the rest.",
     "schema": "Print the JSON Schema of the job file.",
 }

@@ -293,7 +293,7 @@ def write_run(files: RunFiles, run: Mapping[str, object]) -> None:
     """Replace run.json whole."""
     # json and not orjson: a path that is not UTF-8 is kept as escapes.
     data = json.dumps(run, indent=2).encode("ascii") + b"\n"
-    _replace(files.run, data)
+    replace_file(files.run, data)
 
 
 def read_run(files: RunFiles) -> dict[str, Any] | None:
@@ -359,7 +359,7 @@ def _nul_paths(listing: Path, start: int) -> Iterator[bytes]:
             num_left = max(0, num_left - len(paths))
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:

@@ -1,0 +1,313 @@
+"""The measurements: decoding alone, inference alone, and the whole pipeline, each for seconds.
+
+Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB).
+"""
+
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from batchclf.devices import Opened
+from batchclf.errors import NoImagesError
+from batchclf.images.prefetch import Prefetcher
+from batchclf.images.source import Source
+from batchclf.interrupt import StopRequest
+from batchclf.job import ErrorsSpec, JobSpec
+from batchclf.machine import cpu_seconds, peak_rss_mb
+from batchclf.models.resolve import ResolvedModel
+from batchclf.pipeline import classify_shard
+from batchclf.plan import Plan, make_loader
+from batchclf.results.records import DecodeMode, ImageRef, Pixels, Record
+from batchclf.results.stats import StatsCollector
+from batchclf.results.writer import RecordWriter, RunFiles
+from batchclf.tuning.records import DecodeLimit, Prediction, Settings, Trial
+
+DECODE_BATCH = 16
+NUM_KEPT = 64
+"""Decoded images kept to infer on."""
+ROUNDS = 2
+"""Batches of each stream that a steady state must last, if its time allows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What is measured: a job, its model, and a sample of its images."""
+
+    job: JobSpec
+    source: Source
+    model: ResolvedModel
+    refs: Sequence[ImageRef]
+    folder: Path
+    """Where the records of trials go; its disk is part of what is measured."""
+    stop: StopRequest
+
+
+def job_with(job: JobSpec, settings: Settings) -> JobSpec:
+    """The job at other settings; a bad image must not end a trial."""
+    session = settings.session
+    return job.model_copy(
+        update={
+            "precision": session.precision,
+            "batch_size": session.batch_size,
+            "loader": job.loader.model_copy(
+                update={"workers": settings.workers, "decode": settings.decode}
+            ),
+            "runtime": job.runtime.model_copy(
+                update={"streams": session.streams, "threads": session.threads}
+            ),
+            "errors": ErrorsSpec(),
+        }
+    )
+
+
+def spread(
+    paths: Iterable[bytes], size: int, until: Callable[[], bool]
+) -> tuple[list[ImageRef], int, bool]:
+    """About `size` to twice as many of the paths, evenly spread, in memory that does not grow.
+
+    Returns:
+        The sample, the number of paths seen, and whether those are all: `until` ends the listing.
+    """
+    kept: list[ImageRef] = []
+    step, count = 1, 0
+    for count, path in enumerate(paths, start=1):
+        if (count - 1) % step == 0:
+            kept.append(ImageRef(count - 1, path))
+            if len(kept) == 2 * size:
+                kept, step = kept[::2], 2 * step
+        if count % 1024 == 0 and until():
+            return kept, count, False
+    return kept, count, True
+
+
+# ---- decoding ------------------------------------------------------------------------------------
+
+
+def first_pass(bench: Bench, workers: int, max_s: float) -> tuple[DecodeLimit, Pixels]:
+    """Decode the sample once, from its beginning as far as `max_s` seconds go.
+
+    Returns:
+        The figures, and some of the pixels, NHWC.
+
+    Raises:
+        NoImagesError: none of them can be decoded.
+    """
+    slot_HWC = np.zeros((*bench.model.preprocess.crop, 3), np.uint8)
+    make_loader(bench.job, bench.source, bench.model)(bench.refs[0], slot_HWC)  # imports decoders
+    kept: list[Pixels] = []
+    num_images = num_errors = 0
+    started, cpu_started = time.perf_counter(), cpu_seconds()
+    with _decoding(bench, bench.refs, bench.job.loader.decode, workers) as batches:
+        while (batch := batches.next_batch()) is not None:
+            good = [row for row, one in enumerate(batch.loaded) if one.failure is None]
+            num_errors += len(batch.loaded) - len(good)
+            if sum(map(len, kept)) < NUM_KEPT:
+                kept.append(batch.pixels_NHWC[good])
+            num_images += len(batch.refs)
+            batches.release(batch)
+            if time.perf_counter() - started >= max_s:
+                break
+        wall_s, cpu_s = time.perf_counter() - started, cpu_seconds() - cpu_started
+    if num_errors == num_images:
+        raise NoImagesError(
+            f"input: not one of the {num_images} images sampled can be decoded; "
+            "a run records the cause of each"
+        )
+    figures = DecodeLimit(
+        bench.job.loader.decode,
+        workers,
+        is_first_pass=True,
+        num_images=num_images,
+        num_errors=num_errors,
+        images_per_s=num_images / wall_s,
+        cpu_ms_per_image=1000 * cpu_s / num_images,
+    )
+    return figures, np.concatenate(kept)
+
+
+def measure_decoding(bench: Bench, decode: DecodeMode, workers: int, seconds: float) -> DecodeLimit:
+    """Decode the sample over and over for `seconds`, after a first batch."""
+    num_images = num_errors = 0
+    with _decoding(bench, itertools.cycle(bench.refs), decode, workers) as batches:
+        batch = batches.next_batch()
+        assert batch is not None
+        started, cpu_started = time.perf_counter(), cpu_seconds()
+        while True:
+            batches.release(batch)
+            batch = batches.next_batch()
+            assert batch is not None
+            num_images += len(batch.refs)
+            num_errors += sum(one.failure is not None for one in batch.loaded)
+            if time.perf_counter() - started >= seconds:
+                break
+        wall_s, cpu_s = time.perf_counter() - started, cpu_seconds() - cpu_started
+    return DecodeLimit(
+        decode,
+        workers,
+        is_first_pass=False,
+        num_images=num_images,
+        num_errors=num_errors,
+        images_per_s=num_images / wall_s,
+        cpu_ms_per_image=1000 * cpu_s / num_images,
+    )
+
+
+def _decoding(
+    bench: Bench, refs: Iterable[ImageRef], decode: DecodeMode, workers: int
+) -> Prefetcher:
+    loader = bench.job.loader.model_copy(update={"decode": decode})
+    job = bench.job.model_copy(update={"loader": loader})
+    return Prefetcher(
+        iter(refs),
+        make_loader(job, bench.source, bench.model),
+        batch_size=DECODE_BATCH,
+        image_shape=(*bench.model.preprocess.crop, 3),
+        num_slots=2 + -(-workers // DECODE_BATCH),
+        num_workers=workers,
+    )
+
+
+# ---- inference -----------------------------------------------------------------------------------
+
+
+def measure_inference(
+    opened: Opened, pixels_NHWC: Pixels, batch_size: int, seconds: float
+) -> tuple[float, float]:
+    """Images per second, and CPU milliseconds per image, of all streams at once.
+
+    Each stream is called once to warm up, then at least once, and until `seconds` are over.
+
+    Raises:
+        Exception: what a classifier raised.
+    """
+    batch_NHWC = opened.allocate((batch_size, *pixels_NHWC.shape[1:]))
+    np.take(pixels_NHWC, range(batch_size), axis=0, mode="wrap", out=batch_NHWC)
+
+    def work(classify: Callable[[Pixels], object]) -> tuple[int, float]:
+        started, count = time.perf_counter(), 0
+        while True:
+            classify(batch_NHWC)
+            count += batch_size
+            if (elapsed := time.perf_counter() - started) >= seconds:
+                return count, count / elapsed
+
+    with ThreadPoolExecutor(len(opened.classifiers)) as pool:
+        list(pool.map(lambda classify: classify(batch_NHWC), opened.classifiers))
+        cpu_started = cpu_seconds()
+        found = list(pool.map(work, opened.classifiers))
+    num_images = sum(count for count, _ in found)
+    return sum(rate for _, rate in found), 1000 * (cpu_seconds() - cpu_started) / num_images
+
+
+# ---- the whole -----------------------------------------------------------------------------------
+
+
+class _EnoughError(Exception):
+    """The steady state was seen long enough."""
+
+
+class _Window(RecordWriter):
+    """A writer that sees the steady state: from the first batch of the last stream, in rounds.
+
+    Beginning and end are left out: streams then have nothing to do, or decoding has.
+    """
+
+    def __init__(
+        self, path: Path, stats: StatsCollector, num_streams: int, seconds: float, max_s: float
+    ) -> None:
+        super().__init__(path, 0, stats.add_write)
+        self._num_streams = num_streams
+        self._seconds = seconds
+        self._end = time.perf_counter() + max_s
+        self._num_batches = 0
+        self._first: tuple[float, float] | None = None
+        self.num_images = 0
+        self.wall_s = 0.0
+        self.cpu_s = 0.0
+
+    def write(self, records: Sequence[Record]) -> None:
+        super().write(records)
+        self._num_batches += 1
+        now, cpu_now = time.perf_counter(), cpu_seconds()
+        if self._first is not None:
+            self.num_images += len(records)
+        if self._num_batches % self._num_streams:
+            return  # streams answer in bursts, one batch each
+        if self._first is None:
+            self._first = now, cpu_now
+            return
+        self.wall_s, self.cpu_s = now - self._first[0], cpu_now - self._first[1]
+        has_rounds = self._num_batches >= (1 + ROUNDS) * self._num_streams
+        if (has_rounds and self.wall_s >= self._seconds) or now > self._end:
+            raise _EnoughError
+
+
+class _Silent:
+    """A reporter of nothing."""
+
+    def log(self, text: str) -> None: ...
+
+    def begin(self, num_images: int, num_done: int) -> None: ...
+
+    def update(self, num_images: int, num_errors: int) -> None: ...
+
+
+def run_trial(
+    bench: Bench, opened: Opened, predicted: Prediction, seconds: float, max_s: float
+) -> Trial:
+    """Run the pipeline itself over the sample, again and again, for `seconds` of steady state.
+
+    After `max_s` seconds it ends with the next round of batches.
+
+    Raises:
+        Interrupted: after a signal.
+        Exception: what the pipeline raised.
+    """
+    settings = predicted.settings
+    stats = StatsCollector(cpu_seconds, peak_rss_mb, list_s=0.0)
+    files = RunFiles(bench.folder)
+    plan = Plan(
+        job=job_with(bench.job, settings),
+        source=bench.source,
+        files=files,
+        first=0,
+        last=sys.maxsize,
+        num_listed=sys.maxsize,
+        model=bench.model,
+        batch_size=settings.session.batch_size,
+        num_workers=settings.workers,
+    )
+    num_streams = len(opened.classifiers)
+    stats.start(0.0, num_streams)
+    window = _Window(files.predictions, stats, num_streams, seconds, max_s)
+    refs = itertools.cycle(bench.refs)
+    with window, suppress(_EnoughError):
+        classify_shard(plan, opened, refs, window, stats, reporter=_Silent(), stop=bench.stop)
+    bench.stop.raise_if_requested()
+    found = stats.snapshot()
+    rate = window.num_images / window.wall_s
+    return Trial(
+        predicted,
+        too_large=False,
+        num_images=window.num_images,
+        wall_s=window.wall_s,
+        images_per_s=rate,
+        efficiency=rate / predicted.limit_images_per_s,
+        cpu_ms_per_image=1000 * window.cpu_s / window.num_images,
+        batch_ms={key: found.batch_ms[key] for key in ("p50", "p95")},
+        bottleneck=found.bottleneck,
+    )
+
+
+def estimated_s(predicted: Prediction, seconds: float) -> float:
+    """Seconds that a trial will take, at least: its rounds may take longer than `seconds`."""
+    session = predicted.settings.session
+    num_images = (1.5 + ROUNDS) * session.streams * session.batch_size
+    return seconds + num_images / predicted.limit_images_per_s

@@ -1,0 +1,110 @@
+"""Sessions for one combination after the other, opened and proven as a run opens them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from batchclf.devices import Opened, open_target, open_devices, targets
+from batchclf.images.prefetch import Allocate
+from batchclf.job import ProviderSpec, RuntimeSpec
+from batchclf.models.resolve import Log
+from batchclf.results.records import Pixels, Precision
+from batchclf.runtime.providers import PROVIDERS
+from batchclf.runtime.sessions import Target
+from batchclf.sample import sample_input
+from batchclf.tuning.measure import Bench, job_with
+from batchclf.tuning.records import Session, Settings
+
+
+class Sessions:
+    """Holds the sessions of one combination at a time, so that memory need not hold two."""
+
+    def __init__(self, bench: Bench, fallback: str | None, log: Log) -> None:
+        self._bench = bench
+        self._fallback = fallback
+        self._log = log
+        self._spec = bench.job.provider if fallback is None else ProviderSpec(name="cpu")
+        self._proven: dict[Precision, Opened] = {}
+        """The first of each precision, without its classifiers."""
+        self._session: Session | None = None
+        self._opened: Opened | None = None
+        self._batches: _Reused | None = None
+
+    def target(self, runtime: RuntimeSpec) -> Target:
+        """Where sessions open, and how many streams and threads these settings come to."""
+        job = self._bench.job.model_copy(update={"runtime": runtime})
+        return targets(self._spec, job)[0]
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether inference runs on the cores that decode."""
+        target = self.target(RuntimeSpec())
+        return target.provider.name != "cuda" and target.device_type == "CPU"
+
+    @property
+    def first(self) -> Opened:
+        """What was opened first, without its classifiers."""
+        return next(iter(self._proven.values()))
+
+    def open(self, session: Session) -> Opened:
+        """Sessions whose answers were checked, as in a run; those opened before are closed.
+
+        Raises:
+            BatchclfError: as in a run.
+        """
+        if self._batches is not None:
+            self._batches.take_back()
+        if self._opened is None or session != self._session:
+            self.close()
+            self._opened = self._open(session)
+            self._session = session
+        return self._opened
+
+    def close(self) -> None:
+        """Free the memory."""
+        self._session = self._opened = None
+
+    def _open(self, session: Session) -> Opened:
+        job = job_with(self._bench.job, Settings(session, self._bench.job.loader.decode, 1))
+        proven = self._proven.get(session.precision)
+        if proven is not None:  # the precision is compared with fp32 once, the answers each time
+            classifiers = [
+                classify
+                for target in targets(self._spec, job)
+                for classify in open_target(proven.bundle, target, session.batch_size)
+            ]
+            return replace(proven, classifiers=classifiers)
+        sample = partial(sample_input, self._bench.job, self._bench.model)
+        opened = open_devices(
+            job, self._bench.model, session.batch_size, sample, self._fallback, self._log
+        )
+        if opened.provider.active != PROVIDERS[self._spec.name].execution_provider:
+            self._spec = ProviderSpec(name="cpu")
+        if opened.provider.active == PROVIDERS["cuda"].execution_provider:
+            self._batches = self._batches or _Reused(opened.allocate)
+            opened = replace(opened, allocate=self._batches)
+        self._proven[session.precision] = replace(opened, classifiers=())
+        return opened
+
+
+class _Reused:
+    """An `Allocate` that hands the same batches out again, a measurement at a time.
+
+    Page-locked memory is freed with the process only, so measurements must not each take their own.
+    """
+
+    def __init__(self, allocate: Allocate) -> None:
+        self._allocate = allocate
+        self._batches: dict[tuple[int, ...], list[Pixels]] = {}
+        self._num_lent = 0
+
+    def __call__(self, shape: Sequence[int]) -> Pixels:
+        batches = self._batches.setdefault(tuple(shape), [])
+        if self._num_lent == len(batches):
+            batches.append(self._allocate(shape))
+        self._num_lent += 1
+        return batches[self._num_lent - 1]
+
+    def take_back(self) -> None:
+        """Nobody uses the batches any more."""
+        self._num_lent = 0

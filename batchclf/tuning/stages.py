@@ -1,0 +1,445 @@
+"""The stages of a tuning: each limit alone, then the whole, then the best of it again.
+
+Every measurement is estimated before it begins, and begins only where the budget has room for it.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from batchclf.errors import BatchclfError, PrecisionRefused, UsageError
+from batchclf.job import RuntimeSpec, auto
+from batchclf.machine import usable_cores
+from batchclf.models.resolve import Log
+from batchclf.plan import fitting_batch_size
+from batchclf.results.records import DecodeMode, Pixels, Precision
+from batchclf.runtime.sessions import ORT_ERRORS
+from batchclf.tuning.advice import disk_note, judge
+from batchclf.tuning.measure import (
+    Bench,
+    estimated_s,
+    first_pass,
+    measure_decoding,
+    measure_inference,
+    run_trial,
+)
+from batchclf.tuning.memory import is_out_of_memory
+from batchclf.tuning.records import (
+    DecodeLimit,
+    InferLimit,
+    Prediction,
+    Session,
+    Settings,
+    Trial,
+    Tuned,
+)
+from batchclf.tuning.search import (
+    Limits,
+    can_win,
+    choose,
+    finalists,
+    in_measuring_order,
+    ranked,
+    stream_counts,
+    summarise,
+    worker_counts,
+)
+from batchclf.tuning.sessions import Sessions
+
+FIRST_PASS_SHARE, LIMITS_SHARE, EXPLORING_SHARE = 0.25, 0.4, 0.6
+"""Shares of the budget by whose end a stage is over; repeating the best has the rest."""
+NUM_FINALISTS, NUM_ROUNDS = 4, 5
+"""How many of the best are measured how often in the end, where there is time."""
+_MAY_LACK_MEMORY: tuple[type[Exception], ...] = (MemoryError, BatchclfError, *ORT_ERRORS)
+
+
+@dataclass(frozen=True, slots=True)
+class TuneOptions:
+    """What the command line asks of a tuning."""
+
+    budget_s: float = 120.0
+    batch_sizes: Sequence[int] = (1, 8, 32, 128)
+    """Besides the job's own, as the next two."""
+    precisions: Sequence[Precision] = ()
+    decodes: Sequence[DecodeMode] = ()
+
+    @property
+    def trial_s(self) -> float:
+        """Seconds of steady state of one trial."""
+        return min(2.0, max(0.25, self.budget_s / 60))
+
+    @property
+    def limit_s(self) -> float:
+        """Seconds of one measurement of decoding or inference alone."""
+        return self.trial_s / 2
+
+
+class Clock:
+    """How much of the budget is left."""
+
+    def __init__(self, budget_s: float) -> None:
+        self._started = time.perf_counter()
+        self._prepared_s = 0.0
+        self.budget_s = budget_s
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self._started
+
+    def prepared(self) -> None:
+        """The stages share what is left from here on: a first export may take much."""
+        self._prepared_s = self.elapsed_s
+
+    def left_s(self, share: float = 1.0) -> float:
+        """Seconds until that share of the stages' time is spent; below zero afterwards."""
+        end_s = self._prepared_s + share * (self.budget_s - self._prepared_s)
+        return end_s - self.elapsed_s
+
+
+class Tuning:
+    """One tuning: what it has measured so far, and what it concludes."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        num_listed: int,
+        sessions: Sessions,
+        options: TuneOptions,
+        clock: Clock,
+        record: Callable[[DecodeLimit | InferLimit | Trial], None],
+        log: Log,
+    ) -> None:
+        self._bench = bench
+        self._num_listed = num_listed
+        self._sessions = sessions
+        self._options = options
+        self._clock = clock
+        self._record = record
+        self._log = log
+        self._num_cores = usable_cores()
+        self._pixels_NHWC: Pixels | None = None
+        self._decode: dict[tuple[DecodeMode, int], DecodeLimit] = {}
+        self._infer: dict[Session, InferLimit] = {}
+        self._trials: list[Trial] = []
+        self._untried: set[Settings] = set()
+        self._too_large: dict[Precision, int] = {}
+        self._notes: list[str] = []
+        self._current = self._current_settings()
+
+    def run(self) -> Tuned:
+        """Measure all that there is time for, and choose.
+
+        Raises:
+            UsageError: there was no time for a single trial.
+        """
+        self._measure_decoding()
+        self._measure_inference()
+        limits = Limits(self._num_cores, self._sessions.on_cpu, self._decode, self._infer)
+        self._explore(limits)
+        self._repeat()
+        results = summarise(self._trials)
+        best = choose(results, self._current)
+        first = self._sessions.first
+        return Tuned(
+            model=self._bench.model.bundle.meta.name,
+            provider=first.provider.requested,
+            device=first.provider.device,
+            num_cores=self._num_cores,
+            on_cpu=limits.on_cpu,
+            num_listed=self._num_listed,
+            num_sampled=len(self._bench.refs),
+            current=self._current,
+            results=results,
+            too_large=self._too_large,
+            best=best,
+            verdict=judge(best, limits),
+            keys=self._keys(best.settings),
+            notes=self._notes,
+            wall_s=round(self._clock.elapsed_s, 1),
+        )
+
+    # ---- what there is to try --------------------------------------------------------------------
+
+    def _current_settings(self) -> Settings:
+        job = self._bench.job
+        target = self._sessions.target(job.runtime)
+        batch_size = fitting_batch_size(job, self._bench.model, self._num_listed)
+        session = Session(job.precision, batch_size, target.streams, target.threads)
+        return Settings(session, job.loader.decode, auto(job.loader.workers, self._num_cores))
+
+    def _decode_modes(self) -> list[DecodeMode]:
+        return list(dict.fromkeys((self._current.decode, *self._options.decodes)))
+
+    def _precisions(self) -> list[Precision]:
+        return list(dict.fromkeys((self._current.session.precision, *self._options.precisions)))
+
+    def _batch_sizes(self) -> list[int]:
+        """Those that the model and the number of images allow, in the order to measure them in."""
+        current = self._current.session.batch_size
+        fixed = self._bench.model.bundle.meta.fixed_batch
+        if fixed is not None:
+            self._note(f"batch size: the model takes only batches of {fixed}")
+            return [fixed]
+        sizes = [size for size in self._options.batch_sizes if size <= self._num_listed]
+        if left_out := sorted(set(self._options.batch_sizes) - set(sizes)):
+            self._note(
+                f"batch size {_listed(left_out)}: left out, since the job has only "
+                f"{self._num_listed:,} images"
+            )
+        return in_measuring_order(sizes, current)
+
+    def _layouts(self) -> list[tuple[int, int]]:
+        """Streams and threads of each, the job's own first."""
+        own = self._current.session
+        automatic = self._sessions.target(RuntimeSpec()).streams
+        counts = stream_counts(
+            automatic, own.streams, self._num_cores, on_cpu=self._sessions.on_cpu
+        )
+        others = (self._sessions.target(RuntimeSpec(streams=count)) for count in counts)
+        return list(
+            dict.fromkeys(
+                [(own.streams, own.threads), *((one.streams, one.threads) for one in others)]
+            )
+        )
+
+    # ---- each alone ------------------------------------------------------------------------------
+
+    def _measure_decoding(self) -> None:
+        workers, clock = self._current.workers, self._clock
+        first, pixels_NHWC = first_pass(
+            self._bench, workers, max(self._options.limit_s, clock.left_s(FIRST_PASS_SHARE))
+        )
+        self._pixels_NHWC = pixels_NHWC
+        self._record(first)
+        self._bench = replace(self._bench, refs=self._bench.refs[: first.num_images])
+        for decode in self._decode_modes():
+            for count in worker_counts(workers, self._num_cores):
+                found = measure_decoding(self._bench, decode, count, self._options.limit_s)
+                self._record(found)
+                self._decode[decode, count] = found
+        self._log_decoding()
+        if note := disk_note(first, self._decode[self._current.decode, workers], self._num_cores):
+            self._note(note)
+
+    def _log_decoding(self) -> None:
+        for found in self._decode.values():
+            self._log(
+                f"decoding alone, {found.decode}, workers {found.workers}: "
+                f"{found.images_per_s:,.1f} images/s, {found.cpu_ms_per_image:.2f} ms of CPU an "
+                "image"
+            )
+
+    def _measure_inference(self) -> None:
+        """Inference alone, first at the job's own streams and threads."""
+        sizes = self._batch_sizes()
+        refused: set[Precision] = set()
+        skipped: list[str] = []
+        for streams, threads in self._layouts():
+            for precision in self._precisions():
+                rate = 0.0
+                for size in sizes:
+                    session = Session(precision, size, streams, threads)
+                    if precision in refused or size >= self._too_large.get(precision, size + 1):
+                        continue
+                    if not self._has_room(session, rate, sizes[0]):
+                        skipped.append(_session_name(session))
+                        continue
+                    try:
+                        rate = self._infer_alone(session) or rate
+                    except PrecisionRefused as error:
+                        if precision == self._current.session.precision:
+                            raise
+                        self._note(f"left out: {error}")
+                        refused.add(precision)
+        if skipped:
+            self._note(f"not measured, for lack of time: {'; '.join(skipped)}")
+
+    def _has_room(self, session: Session, images_per_s: float, smallest: int) -> bool:
+        """Whether there is time to open and measure a session, at the rate of a smaller one."""
+        own = session == self._current.session
+        if own and session.batch_size == smallest:
+            return True
+        open_s = max((one.open_s or 0.0 for one in self._infer.values()), default=0.0)
+        calls_s = 3 * session.streams * session.batch_size / images_per_s if images_per_s else 0.0
+        needed_s = open_s + max(self._options.limit_s, calls_s)
+        return needed_s <= self._clock.left_s(1.0 if own else LIMITS_SHARE)
+
+    def _infer_alone(self, session: Session) -> float | None:
+        """Measure one session; returns images per second, or None where it does not fit."""
+        assert self._pixels_NHWC is not None
+        started = time.perf_counter()
+        found = InferLimit(session, too_large=True)
+        try:
+            opened = self._sessions.open(session)
+            open_s = time.perf_counter() - started
+            rate, cpu_ms = measure_inference(
+                opened, self._pixels_NHWC, session.batch_size, self._options.limit_s
+            )
+            found = InferLimit(
+                session, too_large=False, images_per_s=rate, cpu_ms_per_image=cpu_ms, open_s=open_s
+            )
+        except _MAY_LACK_MEMORY as error:
+            self._require_lack_of_memory(error, session)
+        self._infer[session] = found
+        self._record(found)
+        if found.images_per_s is not None:
+            self._log(
+                f"inference alone, {_session_name(session)}: {found.images_per_s:,.1f} images/s"
+            )
+        return found.images_per_s
+
+    def _require_lack_of_memory(self, error: Exception, session: Session) -> None:
+        """Note that a batch size is too large; any other error ends the tuning.
+
+        Raises:
+            Exception: the error, where it speaks of something else.
+        """
+        if not is_out_of_memory(error):
+            raise error
+        self._sessions.close()  # a session that lacked memory may not recover
+        gc.collect()  # what the error's traceback refers to
+        self._too_large[session.precision] = session.batch_size
+        self._note(
+            f"batch size {session.batch_size} and above at {session.precision}: too large for "
+            "the memory"
+        )
+
+    # ---- the whole -------------------------------------------------------------------------------
+
+    def _explore(self, limits: Limits) -> None:
+        """The job's own settings, then others, one thing after the other at its best.
+
+        Raises:
+            UsageError: there was no time for a single trial.
+        """
+        own = limits.predict(self._current)
+        if own is not None:
+            self._try(own, self._clock.left_s())
+        counts = worker_counts(self._current.workers, self._num_cores)
+        modes = self._decode_modes()
+        feeds = [limits.best_workers(mode, counts) for mode in modes]
+        self._try_all(
+            (Settings(session, *feed) for session in self._infer for feed in feeds), limits
+        )
+        if not summarise(self._trials):
+            raise UsageError(self._too_little(own))
+        best = self._best_so_far()
+        self._try_all((Settings(best.session, best.decode, count) for count in counts), limits)
+        best = self._best_so_far()
+        self._try_all((replace(best, session=session) for session in self._infer), limits)
+        if untried := self._untried - {one.settings for one in self._trials}:
+            self._note(f"not tried, for lack of time: {len(untried)} combinations")
+
+    def _best_so_far(self) -> Settings:
+        return summarise(self._trials)[0].settings
+
+    def _try_all(self, candidates: Iterable[Settings], limits: Limits) -> None:
+        """Try what could still win, the highest bound first, as long as there is time."""
+        tried = {one.settings for one in self._trials}
+        for predicted in ranked(set(candidates) - tried, limits, self._current):
+            if not can_win(predicted, summarise(self._trials)):
+                continue
+            if not self._try(predicted, self._clock.left_s(EXPLORING_SHARE)):
+                self._untried.add(predicted.settings)
+
+    def _try(self, predicted: Prediction, left_s: float) -> bool:
+        """One trial, if there is time for it."""
+        session = predicted.settings.session
+        if session.batch_size >= self._too_large.get(session.precision, session.batch_size + 1):
+            return True
+        open_s = self._infer[session].open_s or 0.0
+        expected_s = estimated_s(predicted, self._options.trial_s)
+        if open_s + expected_s > left_s:
+            return False
+        try:
+            opened = self._sessions.open(session)
+            trial = run_trial(self._bench, opened, predicted, self._options.trial_s, 2 * expected_s)
+        except _MAY_LACK_MEMORY as error:
+            self._require_lack_of_memory(error, session)
+            trial = Trial(predicted, too_large=True)
+        self._trials.append(trial)
+        self._record(trial)
+        if not trial.too_large:
+            self._log(
+                f"{_name(trial.settings)}: {trial.images_per_s:,.1f} images/s "
+                f"({trial.efficiency:.0%} of its limit)"
+            )
+        return True
+
+    def _repeat(self) -> None:
+        """The better half again, then its better half, and so on; then the best few in turns.
+
+        So what else the machine does for a while cannot decide.
+        """
+        num_left = len(summarise(self._trials))
+        while num_left > NUM_FINALISTS:
+            num_left = max(NUM_FINALISTS, num_left // 2)
+            self._try_again(num_left)
+        for _ in range(NUM_ROUNDS):
+            self._try_again(num_left)
+
+    def _try_again(self, num_left: int) -> None:
+        for one in finalists(summarise(self._trials), self._current, num_left):
+            self._try(one.predicted, self._clock.left_s())
+
+    def _too_little(self, own: Prediction | None) -> str:
+        """Why there was not a single trial, and what to do."""
+        budget_s = self._clock.budget_s
+        if self._too_large:
+            return "tune: no batch size fits into the memory; give smaller ones: --batch-sizes 1,2"
+        if own is None:
+            return (
+                f"tune: --budget {budget_s:g} was spent before inference at the job's own settings "
+                f"was measured; give --budget {4 * max(budget_s, self._clock.elapsed_s):.0f}"
+            )
+        needed_s = self._clock.elapsed_s + 2 * estimated_s(own, self._options.trial_s)
+        return (
+            f"tune: --budget {budget_s:g} leaves no time to run the pipeline at the job's own "
+            f"settings ({_name(own.settings)}); give at least --budget {2 * needed_s:.0f}"
+        )
+
+    def _keys(self, best: Settings) -> dict[str, int | str]:
+        """Settings as keys of the job file: as they stand there, or `auto`, where that will do."""
+        job, session = self._bench.job, best.session
+        automatic = self._sessions.target(RuntimeSpec())
+        threads = self._sessions.target(RuntimeSpec(streams=session.streams)).threads
+        is_own_size = session.batch_size == self._current.session.batch_size
+        keys: dict[str, int | str] = {
+            "batch_size": job.batch_size if is_own_size else session.batch_size,
+            "loader.workers": _shortest(job.loader.workers, self._num_cores, best.workers),
+            "runtime.streams": _shortest(job.runtime.streams, automatic.streams, session.streams),
+            "runtime.threads": _shortest(job.runtime.threads, threads, session.threads),
+        }
+        if len(self._precisions()) > 1:
+            keys["precision"] = session.precision
+        if len(self._decode_modes()) > 1:
+            keys["loader.decode"] = best.decode
+        return keys
+
+    def _note(self, text: str) -> None:
+        """Say something that belongs to the result as well."""
+        self._notes.append(text)
+        self._log(text)
+
+
+def _shortest(own: int | str, automatic: int, chosen: int) -> int | str:
+    """The job's own value or `auto` where it comes to the chosen number, else the number."""
+    return next((value for value in (own, "auto") if auto(value, automatic) == chosen), chosen)
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes))
+
+
+def _session_name(session: Session) -> str:
+    return (
+        f"{session.precision}, batch {session.batch_size}, streams {session.streams} x "
+        f"threads {session.threads}"
+    )
+
+
+def _name(settings: Settings) -> str:
+    return (
+        f"{_session_name(settings.session)}, decode {settings.decode}, workers {settings.workers}"
+    )
