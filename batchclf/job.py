@@ -17,7 +17,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from batchclf.results.records import DecodeMode, Interpolation, Precision
+from batchclf.results.records import DecodeBackend, DecodeMode, Interpolation, Precision
 
 MAX_INTEGER = 2**53
 """Largest whole number that every reader of JSON keeps, so the largest that run.json holds."""
@@ -335,7 +335,11 @@ class ProviderSpec(_Spec):
 class LoaderSpec(_Spec):
     """How images are read and decoded."""
 
-    workers: AutoOrCount = Field("auto", description="Decoding threads; auto: the usable cores.")
+    workers: AutoOrCount = Field("auto", description="Images decoded at once; auto: usable cores.")
+    backend: DecodeBackend | Literal["auto"] = Field(
+        "auto",
+        description="What the workers are; auto: threads, or processes from 5 workers on.",
+    )
     prefetch: AutoOrCount = Field(
         "auto", description="Batches decoded ahead of the streams; bounds the memory."
     )

@@ -19,6 +19,7 @@ from batchclf import STARTED
 from batchclf.devices import Opened, open_devices, settle_provider
 from batchclf.errors import BatchclfError, ErrorLimitPassed, NoImagesError, UsageError
 from batchclf.images.prefetch import Prefetcher
+from batchclf.images.processes import open_decoding
 from batchclf.images.source import Source, open_source, require_images
 from batchclf.interrupt import StopRequest
 from batchclf.job import JobSpec, auto
@@ -206,22 +207,25 @@ def classify_shard(
         is_probability=plan.model.bundle.meta.scores == "probabilities",
     )
     num_streams = len(opened.classifiers)
+    num_slots = num_streams + auto(plan.job.loader.prefetch, max(2, num_streams)) + 1
+    batch_shape = (plan.batch_size, *plan.model.preprocess.crop, 3)
     reporter.begin(plan.num_images, stats.num_images)
     next_interval = time.monotonic() + INTERVAL_S
     with (
         stop.drained_by_caller(),
-        Prefetcher(
-            refs,
+        open_decoding(
             make_loader(plan.job, plan.source, plan.model),
-            batch_size=plan.batch_size,
-            image_shape=(*plan.model.preprocess.crop, 3),
-            num_slots=num_streams + auto(plan.job.loader.prefetch, max(2, num_streams)) + 1,
-            num_workers=plan.num_workers,
+            plan.backend,
+            plan.num_workers,
+            num_slots=num_slots,
+            batch_shape=batch_shape,
             allocate=opened.allocate,
-        ) as batches,
+        ) as decoding,
+        Prefetcher(refs, decoding, num_slots=num_slots, batch_shape=batch_shape) as batches,
         Streams(batches.next_batch, opened.classifiers, ranking, stats.add_batch) as streams,
         _stopping(batches),
     ):
+        stats.count_cpu(decoding.cpu_seconds)
         for result in streams.results(TICK_S):
             if result is not None:
                 batch, records = result

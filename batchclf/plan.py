@@ -5,18 +5,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from batchclf.images.decode import Decoder
-from batchclf.images.prefetch import Load
-from batchclf.images.source import Source, read_image_file
+from batchclf.images.load import Loader
+from batchclf.images.source import Source
 from batchclf.job import JobSpec, auto
 from batchclf.machine import usable_cores
 from batchclf.models.resolve import Log, ResolvedModel
-from batchclf.results.records import Failure, ImageRef, Loaded, Pixels
+from batchclf.results.records import DecodeBackend
 from batchclf.results.writer import (
     RunFiles,
     count_listing,
     discard_abandoned_listing,
     freeze_listing,
 )
+
+MAX_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class Plan:
     model: ResolvedModel
     batch_size: int
     num_workers: int
+    backend: DecodeBackend
 
     @property
     def num_images(self) -> int:
@@ -48,6 +51,7 @@ def make_plan(
     fixed = model.bundle.meta.fixed_batch
     if fixed is not None and fixed != job.batch_size:
         log(f"batch_size: the model takes only batches of {fixed}, not {job.batch_size}")
+    num_workers = auto(job.loader.workers, usable_cores())
     return Plan(
         job=job,
         source=source,
@@ -57,7 +61,8 @@ def make_plan(
         num_listed=num_listed,
         model=model,
         batch_size=fitting_batch_size(job, model, last - first),
-        num_workers=auto(job.loader.workers, usable_cores()),
+        num_workers=num_workers,
+        backend=backend_of(job, num_workers),
     )
 
 
@@ -86,7 +91,7 @@ def limited(paths: Iterator[bytes], limit: int | None) -> Iterator[bytes]:
         yield path
 
 
-def make_loader(job: JobSpec, source: Source, model: ResolvedModel) -> Load:
+def make_loader(job: JobSpec, source: Source, model: ResolvedModel) -> Loader:
     """What reads and decodes one listed image into its slot."""
     decoder = Decoder(
         model.preprocess,
@@ -94,13 +99,15 @@ def make_loader(job: JobSpec, source: Source, model: ResolvedModel) -> Load:
         exif_transpose=bool(job.model.preprocess and job.model.preprocess.exif_transpose),
         max_pixels=job.loader.max_pixels,
     )
-    root, confined = source.root, source.confined
+    return Loader(source.root, source.confined, decoder)
 
-    def load(ref: ImageRef, slot_HWC: Pixels) -> Loaded:
-        data = read_image_file(root, ref.path, confined=confined)
-        if isinstance(data, Failure):
-            slot_HWC[:] = 0
-            return Loaded(failure=data)
-        return decoder(data, ref.path, slot_HWC)
 
-    return load
+def backend_of(job: JobSpec, num_workers: int) -> DecodeBackend:
+    """What the job's decode workers are; auto: processes for more of them than threads can feed.
+
+    Threads share one interpreter, which handles about 3,000 images a second however many there
+    are (tests/benchmarks/overhead.py); up to MAX_THREADS of them do not get there with photos.
+    """
+    if job.loader.backend != "auto":
+        return job.loader.backend
+    return "threads" if num_workers <= MAX_THREADS else "processes"

@@ -194,6 +194,7 @@ def run_facts(plan: Plan, opened: Opened, fingerprint: Mapping[str, object]) -> 
         else facts(opened.bundle),
         "num_streams": len(opened.classifiers),
         "num_workers": plan.num_workers,
+        "backend": plan.backend,
         **summary_facts(plan, opened),
     }
 

@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 
 from batchclf.errors import NoImagesError, PrecisionRefused
-from batchclf.images.prefetch import Load, Prefetcher
+from batchclf.images.prefetch import Load, Prefetcher, threads
 from batchclf.images.source import Source, open_source, require_images
 from batchclf.job import JobSpec, auto
 from batchclf.machine import usable_cores
@@ -73,11 +73,9 @@ def load_sample(
     listed = list(refs)
     with Prefetcher(
         iter(listed),
-        load,
-        batch_size=max(1, len(listed)),
-        image_shape=(*crop, 3),
+        threads(load, num_workers),
+        batch_shape=(max(1, len(listed)), *crop, 3),
         num_slots=1,
-        num_workers=num_workers,
     ) as batches:
         batch = batches.next_batch()
     good = [] if batch is None else [row for row, one in enumerate(batch.loaded) if not one.failure]

@@ -19,7 +19,7 @@ from batchclf.images.source import open_source, require_images
 from batchclf.interrupt import StopRequest
 from batchclf.job import JobSpec
 from batchclf.models.resolve import Log, resolve_model
-from batchclf.results.writer import RunFiles, replace_file, only_writer
+from batchclf.results.writer import RunFiles, only_writer, replace_file
 from batchclf.runtime.classifier import open_reference
 from batchclf.tuning.measure import Bench, spread
 from batchclf.tuning.records import Tuned, as_facts, as_line

@@ -5,7 +5,9 @@ import itertools
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from batchclf.images.prefetch import Load
 from batchclf.interrupt import StopRequest
 from batchclf.jobfile import load_job
 from batchclf.pipeline import RunOptions, RunResult, run_job
+from batchclf.results.records import ImageRef, Loaded, Pixels
 from batchclf.runtime.providers import PROVIDERS
 from batchclf.runtime.sessions import Target
 from tests.conftest import ROOT
@@ -86,6 +90,18 @@ def write_tiny_job(
     path = folder / name
     path.write_text(json.dumps(job))
     return path
+
+
+@dataclass(frozen=True, slots=True)
+class SlowLoader:
+    """Loads an image, and sleeps as if it were a large one."""
+
+    load: Load
+    outside_s: float
+
+    def __call__(self, ref: ImageRef, slot_HWC: Pixels) -> Loaded:
+        time.sleep(self.outside_s)
+        return self.load(ref, slot_HWC)
 
 
 class Log:

@@ -41,7 +41,8 @@ batch_size: 16                  # a CPU gains nothing from more, a GPU wants 64 
 top_k: 5                        # classes per record, best first
 
 loader:
-  workers: auto                 # decoding threads
+  workers: auto                 # images decoded at once
+  # backend: auto               # of them: threads, or processes; auto: these from 5 on
   prefetch: auto                # batches decoded ahead; bounds the memory
   decode: exact                 # exact: torchvision's pixels; fast: close to them
   # max_pixels: 89478485        # a larger image is recorded as too_large

@@ -106,6 +106,10 @@ class Decoder:
         crop_h, crop_w = self.preprocess.crop
         Image.MAX_IMAGE_PIXELS = max(self.max_pixels, crop_h * crop_w)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Another process makes it anew, which sets Pillow's limit there.
+        return Decoder, (self.preprocess, self.mode, self.exif_transpose, self.max_pixels)
+
     def __call__(self, data: bytes, name: bytes, slot_HWC: Pixels) -> Loaded:
         """Decode `data` into `slot_HWC` (uint8, shape crop + (3,)); a failure leaves it zero."""
         try:

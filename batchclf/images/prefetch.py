@@ -7,9 +7,11 @@ by the number of slots, whatever the number of images.
 Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB).
 """
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
@@ -20,6 +22,8 @@ Allocate = Callable[[Sequence[int]], Pixels]
 """Makes the zeroed memory of one batch, uint8 of the given shape NHWC."""
 Load = Callable[[ImageRef, Pixels], Loaded]
 """Reads one image into one slot (uint8, shape HWC); a bad image is a returned failure."""
+LoadRows = Callable[[Sequence[ImageRef], Pixels], Sequence[Loaded]]
+"""Reads some images into as many rows of a batch (uint8, shape NHWC)."""
 
 
 def zeroed_pixels(shape: Sequence[int]) -> Pixels:
@@ -27,8 +31,31 @@ def zeroed_pixels(shape: Sequence[int]) -> Pixels:
     return np.zeros(shape, np.uint8)
 
 
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """What decodes, and where to."""
+
+    workers: Sequence[LoadRows]
+    """One function per worker thread."""
+    allocate: Allocate = zeroed_pixels
+    """Makes memory that the workers can reach."""
+    num_rows: int = 1
+    """Images that a worker is given at once, at most."""
+    cpu_seconds: Callable[[], float] = lambda: 0.0
+    """CPU seconds that other processes have used for it."""
+
+
+def threads(load: Load, num_workers: int, allocate: Allocate = zeroed_pixels) -> Decoding:
+    """Decoding in this process, in one thread per worker."""
+
+    def load_rows(refs: Sequence[ImageRef], rows_NHWC: Pixels) -> Sequence[Loaded]:
+        return [load(ref, slot_HWC) for ref, slot_HWC in zip(refs, rows_NHWC, strict=True)]
+
+    return Decoding([load_rows] * num_workers, allocate)
+
+
 class _Pending:
-    """A batch being filled: rows are handed to the workers one by one."""
+    """A batch being filled: its rows are handed to the workers, some at a time."""
 
     def __init__(self, sequence: int, refs: list[ImageRef], pixels_NHWC: Pixels) -> None:
         self.sequence = sequence
@@ -48,19 +75,17 @@ class Prefetcher:
     def __init__(
         self,
         refs: Iterator[ImageRef],
-        load: Load,
+        decoding: Decoding,
         *,
-        batch_size: int,
-        image_shape: tuple[int, int, int],
+        batch_shape: tuple[int, int, int, int],
         num_slots: int,
-        num_workers: int,
-        allocate: Allocate = zeroed_pixels,
     ) -> None:
         self._refs = refs
-        self._load = load
-        self._batch_size = batch_size
+        self._batch_size = batch_shape[0]
+        # Few enough that every worker has a share of one batch.
+        self._num_rows = min(decoding.num_rows, math.ceil(self._batch_size / len(decoding.workers)))
         # Zeros, so that the padding of a first, short batch is the same on every run.
-        self._free = [allocate((batch_size, *image_shape)) for _ in range(num_slots)]
+        self._free = [decoding.allocate(batch_shape) for _ in range(num_slots)]
         self._pending: deque[_Pending] = deque()
         self._num_batches = 0
         self._closed = False
@@ -68,8 +93,8 @@ class Prefetcher:
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._workers = [
-            threading.Thread(target=self._work, name=f"decode-{number}", daemon=True)
-            for number in range(num_workers)
+            threading.Thread(target=self._work, args=(load,), name=f"decode-{number}", daemon=True)
+            for number, load in enumerate(decoding.workers)
         ]
 
     def __enter__(self) -> "Prefetcher":
@@ -121,24 +146,25 @@ class Prefetcher:
 
     # ---- the workers -----------------------------------------------------------------------------
 
-    def _work(self) -> None:
+    def _work(self, load: LoadRows) -> None:
         try:
-            while (row := self._take_row()) is not None:
-                pending, index = row
-                loaded = self._load(pending.refs[index], pending.pixels_NHWC[index])
-                self._finish_row(pending, index, loaded)
+            while (taken := self._take_rows()) is not None:
+                pending, rows = taken
+                loaded = load(pending.refs[rows], pending.pixels_NHWC[rows])
+                self._finish_rows(pending, rows, loaded)
         except BaseException as error:  # noqa: BLE001 - the consumer raises it
             with self._changed:
                 self._error = self._error or error
                 self._changed.notify_all()
 
-    def _take_row(self) -> tuple[_Pending, int] | None:
+    def _take_rows(self) -> tuple[_Pending, slice] | None:
         with self._changed:
             while not self._closed and self._error is None:
                 if self._pending and self._pending[-1].num_taken < len(self._pending[-1].refs):
                     pending = self._pending[-1]
-                    pending.num_taken += 1
-                    return pending, pending.num_taken - 1
+                    first = pending.num_taken
+                    pending.num_taken = min(first + self._num_rows, len(pending.refs))
+                    return pending, slice(first, pending.num_taken)
                 if self._exhausted:
                     return None
                 if self._free:
@@ -162,10 +188,10 @@ class Prefetcher:
             self._pending.append(_Pending(self._num_batches, refs, pixels_NHWC))
             self._num_batches += 1
 
-    def _finish_row(self, pending: _Pending, index: int, loaded: Loaded) -> None:
+    def _finish_rows(self, pending: _Pending, rows: slice, loaded: Sequence[Loaded]) -> None:
         with self._changed:
-            pending.loaded[index] = loaded
-            pending.num_left -= 1
+            pending.loaded[rows] = loaded
+            pending.num_left -= len(loaded)
             if pending.num_left == 0:
                 self._changed.notify_all()
 

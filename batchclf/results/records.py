@@ -15,6 +15,7 @@ Pixels = NDArray[np.uint8]
 Scores = NDArray[np.float32]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 DecodeMode = Literal["exact", "fast"]
+DecodeBackend = Literal["threads", "processes"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 

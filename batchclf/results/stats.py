@@ -51,6 +51,7 @@ class StatsCollector:
         list_s: float,
     ) -> None:
         self._cpu_seconds = cpu_seconds
+        self._cpu_elsewhere: Callable[[], float] = lambda: 0.0
         self._peak_rss_mb = peak_rss_mb
         self._startup_s = 0.0
         self._list_s = list_s
@@ -80,6 +81,14 @@ class StatsCollector:
         self._num_streams = num_streams
         self._started = time.perf_counter()
         self._startup_s = startup_s
+
+    def count_cpu(self, cpu_seconds: Callable[[], float]) -> None:
+        """Count the CPU seconds of other processes that work for this run, too."""
+        self._cpu_elsewhere = cpu_seconds
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds used so far, by this process and those that work for it."""
+        return self._cpu_seconds() + self._cpu_elsewhere()
 
     def resume(self, num_ok: int, errors_by_code: Mapping[str, int]) -> None:
         """Count what an earlier run of the job has written."""
@@ -132,7 +141,7 @@ class StatsCollector:
             batch_ms=batch_ms,
             bottleneck=bottleneck,
             bottleneck_why=bottleneck_why,
-            cpu_s=round(self._cpu_seconds(), 2),
+            cpu_s=round(self.cpu_seconds(), 2),
             peak_rss_mb=round(self._peak_rss_mb(), 1),
         )
 

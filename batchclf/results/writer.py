@@ -360,6 +360,11 @@ def _nul_paths(listing: Path, start: int) -> Iterator[bytes]:
 
 
 def replace_file(path: Path, data: bytes) -> None:
+    """Replace a file whole, durably, or leave it as it is.
+
+    Raises:
+        EnvironmentFailed: disk full, I/O error.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:

@@ -4,11 +4,12 @@ Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB).
 """
 
 import itertools
+import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +18,14 @@ import numpy as np
 from batchclf.devices import Opened
 from batchclf.errors import NoImagesError
 from batchclf.images.prefetch import Prefetcher
+from batchclf.images.processes import open_decoding
 from batchclf.images.source import Source
 from batchclf.interrupt import StopRequest
 from batchclf.job import ErrorsSpec, JobSpec
 from batchclf.machine import cpu_seconds, peak_rss_mb
 from batchclf.models.resolve import ResolvedModel
 from batchclf.pipeline import classify_shard
-from batchclf.plan import Plan, make_loader
+from batchclf.plan import Plan, backend_of, make_loader
 from batchclf.results.records import DecodeMode, ImageRef, Pixels, Record
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import RecordWriter, RunFiles
@@ -103,8 +105,8 @@ def first_pass(bench: Bench, workers: int, max_s: float) -> tuple[DecodeLimit, P
     make_loader(bench.job, bench.source, bench.model)(bench.refs[0], slot_HWC)  # imports decoders
     kept: list[Pixels] = []
     num_images = num_errors = 0
-    started, cpu_started = time.perf_counter(), cpu_seconds()
-    with _decoding(bench, bench.refs, bench.job.loader.decode, workers) as batches:
+    with _decoding(bench, bench.refs, bench.job.loader.decode, workers) as (batches, cpu_used):
+        started, cpu_started = time.perf_counter(), cpu_used()
         while (batch := batches.next_batch()) is not None:
             good = [row for row, one in enumerate(batch.loaded) if one.failure is None]
             num_errors += len(batch.loaded) - len(good)
@@ -114,7 +116,7 @@ def first_pass(bench: Bench, workers: int, max_s: float) -> tuple[DecodeLimit, P
             batches.release(batch)
             if time.perf_counter() - started >= max_s:
                 break
-        wall_s, cpu_s = time.perf_counter() - started, cpu_seconds() - cpu_started
+        wall_s, cpu_s = time.perf_counter() - started, cpu_used() - cpu_started
     if num_errors == num_images:
         raise NoImagesError(
             f"input: not one of the {num_images} images sampled can be decoded; "
@@ -135,10 +137,10 @@ def first_pass(bench: Bench, workers: int, max_s: float) -> tuple[DecodeLimit, P
 def measure_decoding(bench: Bench, decode: DecodeMode, workers: int, seconds: float) -> DecodeLimit:
     """Decode the sample over and over for `seconds`, after a first batch."""
     num_images = num_errors = 0
-    with _decoding(bench, itertools.cycle(bench.refs), decode, workers) as batches:
+    with _decoding(bench, itertools.cycle(bench.refs), decode, workers) as (batches, cpu_used):
         batch = batches.next_batch()
         assert batch is not None
-        started, cpu_started = time.perf_counter(), cpu_seconds()
+        started, cpu_started = time.perf_counter(), cpu_used()
         while True:
             batches.release(batch)
             batch = batches.next_batch()
@@ -147,7 +149,7 @@ def measure_decoding(bench: Bench, decode: DecodeMode, workers: int, seconds: fl
             num_errors += sum(one.failure is not None for one in batch.loaded)
             if time.perf_counter() - started >= seconds:
                 break
-        wall_s, cpu_s = time.perf_counter() - started, cpu_seconds() - cpu_started
+        wall_s, cpu_s = time.perf_counter() - started, cpu_used() - cpu_started
     return DecodeLimit(
         decode,
         workers,
@@ -159,19 +161,26 @@ def measure_decoding(bench: Bench, decode: DecodeMode, workers: int, seconds: fl
     )
 
 
+@contextmanager
 def _decoding(
     bench: Bench, refs: Iterable[ImageRef], decode: DecodeMode, workers: int
-) -> Prefetcher:
+) -> Iterator[tuple[Prefetcher, Callable[[], float]]]:
+    """Batches of the images, and the CPU seconds that decoding uses."""
     loader = bench.job.loader.model_copy(update={"decode": decode})
     job = bench.job.model_copy(update={"loader": loader})
-    return Prefetcher(
-        iter(refs),
-        make_loader(job, bench.source, bench.model),
-        batch_size=DECODE_BATCH,
-        image_shape=(*bench.model.preprocess.crop, 3),
-        num_slots=2 + -(-workers // DECODE_BATCH),
-        num_workers=workers,
-    )
+    batch_shape = (DECODE_BATCH, *bench.model.preprocess.crop, 3)
+    num_slots = 2 + math.ceil(workers / DECODE_BATCH)
+    with (
+        open_decoding(
+            make_loader(job, bench.source, bench.model),
+            backend_of(job, workers),
+            workers,
+            num_slots=num_slots,
+            batch_shape=batch_shape,
+        ) as decoding,
+        Prefetcher(iter(refs), decoding, batch_shape=batch_shape, num_slots=num_slots) as batches,
+    ):
+        yield batches, lambda: cpu_seconds() + decoding.cpu_seconds()
 
 
 # ---- inference -----------------------------------------------------------------------------------
@@ -223,6 +232,7 @@ class _Window(RecordWriter):
         self, path: Path, stats: StatsCollector, num_streams: int, seconds: float, max_s: float
     ) -> None:
         super().__init__(path, 0, stats.add_write)
+        self._stats = stats
         self._num_streams = num_streams
         self._seconds = seconds
         self._end = time.perf_counter() + max_s
@@ -235,7 +245,7 @@ class _Window(RecordWriter):
     def write(self, records: Sequence[Record]) -> None:
         super().write(records)
         self._num_batches += 1
-        now, cpu_now = time.perf_counter(), cpu_seconds()
+        now, cpu_now = time.perf_counter(), self._stats.cpu_seconds()
         if self._first is not None:
             self.num_images += len(records)
         if self._num_batches % self._num_streams:
@@ -283,6 +293,7 @@ def run_trial(
         model=bench.model,
         batch_size=settings.session.batch_size,
         num_workers=settings.workers,
+        backend=backend_of(bench.job, settings.workers),
     )
     num_streams = len(opened.classifiers)
     stats.start(0.0, num_streams)

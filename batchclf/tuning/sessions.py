@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from batchclf.devices import Opened, open_target, open_devices, targets
+from batchclf.devices import Opened, open_devices, open_target, targets
 from batchclf.images.prefetch import Allocate
 from batchclf.job import ProviderSpec, RuntimeSpec
 from batchclf.models.resolve import Log

@@ -1,5 +1,6 @@
 """The benchmarks run, and print what they promise; what they measure is nobody's assertion."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -39,10 +40,11 @@ def test_the_script_for_cuda_machines_goes_through_all_its_steps_on_the_cpu(
     ]
     assert found["doctor"]["providers"]["cpu"]["opens"]
     assert found["verify"]["digits fp32"]["agree"]
-    kinds = {(row["batch_size"], row["bound"], row["in_flight"]) for row in found["inference"]}
-    assert kinds == {(size, bound, n) for size in (4,) for bound in (False, True) for n in (1, 2)}
+    rows = {(row["batch_size"], row["bound"], row["in_flight"]) for row in found["inference"]}
+    assert rows == {(size, bound, n) for size in (4,) for bound in (False, True) for n in (1, 2)}
     assert all(row["images_per_s"] > 0 for row in found["inference"])
-    assert set(found["decode"]) == {"exact", "fast"}
+    kinds = itertools.product(("exact", "fast"), ("threads", "processes"))
+    assert set(found["decode"]) == {" ".join(kind) for kind in kinds}
     assert [row["decode"] for row in found["end_to_end"]] == ["exact", "fast"]
     assert all(row["last_run"]["num_ok"] == 12 for row in found["end_to_end"])
     assert all(row["efficiency"] > 0 for row in found["end_to_end"])
@@ -65,7 +67,10 @@ def test_the_overhead_of_each_step_and_of_the_whole_is_measured() -> None:
     rows = json.loads(printed.splitlines()[-1])["rows"]
     assert [row["part"] for row in rows if row["decode"] == "exact"] == [
         *("read", "decode", "rank", "encode"),
-        *("whole, 1 decode workers", "whole, 3 decode workers"),
+        *("whole, 1 threads", "whole, 3 threads"),
+        *("whole, 16 threads of 2.5 ms", "whole, 16 threads of 1.0 ms"),
+        *("whole, 1 processes", "whole, 3 processes"),
+        *("whole, 16 processes of 2.5 ms", "whole, 16 processes of 1.0 ms"),
     ]
     assert all(row["cpu_us"] > 0 for row in rows)
 

@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchclf.images.prefetch import Load, Prefetcher
+from batchclf.images.prefetch import Load, Prefetcher, threads
 from batchclf.results.records import Batch, Failure, ImageRef, Loaded, Pixels
 
 SHAPE = (2, 3, 3)
@@ -37,15 +38,14 @@ def prefetcher(
     batch_size: int = 4,
     num_slots: int = 3,
     num_workers: int = 3,
+    num_rows: int = 1,
     listing: Iterator[ImageRef] | None = None,
 ) -> Prefetcher:
     return Prefetcher(
         listing or refs(num_images),
-        load,
-        batch_size=batch_size,
-        image_shape=SHAPE,
+        replace(threads(load, num_workers), num_rows=num_rows),
+        batch_shape=(batch_size, *SHAPE),
         num_slots=num_slots,
-        num_workers=num_workers,
     )
 
 
@@ -89,6 +89,7 @@ def in_thread(function: Callable[[], object]) -> threading.Thread:
     batch_size=st.integers(1, 9),
     num_slots=st.integers(1, 5),
     num_workers=st.integers(1, 6),
+    num_rows=st.integers(1, 5),
     num_consumers=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
@@ -97,6 +98,7 @@ def test_every_image_is_handed_out_once_in_order_by_any_number_of_threads(
     batch_size: int,
     num_slots: int,
     num_workers: int,
+    num_rows: int,
     num_consumers: int,
     seed: int,
 ) -> None:
@@ -115,6 +117,7 @@ def test_every_image_is_handed_out_once_in_order_by_any_number_of_threads(
         batch_size=batch_size,
         num_slots=num_slots,
         num_workers=num_workers,
+        num_rows=num_rows,
     ) as batches:
 
         def consume(own: list[int]) -> None:

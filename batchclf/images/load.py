@@ -1,0 +1,26 @@
+"""One listed image, read and decoded into its slot."""
+
+from dataclasses import dataclass
+
+from batchclf.images.decode import Decoder
+from batchclf.images.source import read_image_file
+from batchclf.results.records import Failure, ImageRef, Loaded, Pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """Loads a job's images; plain data, so that it can be sent to other processes."""
+
+    root: bytes
+    """The folder that paths are relative to."""
+    confined: bool
+    """Whether links that lead out of it are refused."""
+    decoder: Decoder
+
+    def __call__(self, ref: ImageRef, slot_HWC: Pixels) -> Loaded:
+        """Read and decode one image; a failure leaves its slot zero."""
+        data = read_image_file(self.root, ref.path, confined=self.confined)
+        if isinstance(data, Failure):
+            slot_HWC[:] = 0
+            return Loaded(failure=data)
+        return self.decoder(data, ref.path, slot_HWC)
