@@ -7,7 +7,6 @@ by the number of slots, whatever the number of images.
 Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB).
 """
 
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -82,8 +81,7 @@ class Prefetcher:
     ) -> None:
         self._refs = refs
         self._batch_size = batch_shape[0]
-        # Few enough that every worker has a share of one batch.
-        self._num_rows = min(decoding.num_rows, math.ceil(self._batch_size / len(decoding.workers)))
+        self._num_rows = decoding.num_rows
         # Zeros, so that the padding of a first, short batch is the same on every run.
         self._free = [decoding.allocate(batch_shape) for _ in range(num_slots)]
         self._pending: deque[_Pending] = deque()

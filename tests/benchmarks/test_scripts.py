@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from batchclf.runtime.providers import installed_flavours
 from tests.conftest import DIGITS_MODEL, ROOT, Batchclf, write_job
 
 
@@ -89,3 +90,45 @@ def test_a_long_night_is_measured_in_small(tmp_path: Path) -> None:
     assert found["memory"]["num_samples"] > 1
     assert found["resume"]["num_records"] == 1400
     assert len(found["resume"]["first_record_s"]) == len(found["resume"]["complete_s"]) == 1
+
+
+def test_the_decoders_are_compared_on_photos_large_and_tiny_images() -> None:
+    printed = run(
+        *("decode", "--images", str(ROOT / "samples" / "photos"), "--num-images", "2"),
+        *("--num-large", "1", "--rounds", "1"),
+    )
+    found = json.loads(printed.splitlines()[-1])
+    own = ("exact", "exact, Pillow alone", "fast", "fast, Pillow alone")
+    for files in ("photos", "12 megapixels", "16 pixels"):
+        rows = {row["decoder"]: row for row in found["rows"] if row["files"] == files}
+        assert set(own) <= set(rows)
+        assert rows["exact"]["speed"] == 1
+        assert rows["exact, Pillow alone"]["pixel"] == 0
+        assert rows["fast"]["mean"] <= 2
+        assert all(row["cpu_ms"] > 0 for row in rows.values())
+
+
+def test_the_throughput_is_compared_with_that_of_peers(tmp_path: Path) -> None:
+    peer = (
+        "import json, pathlib, sys\n"
+        "names = sorted(path.name for path in pathlib.Path(sys.argv[1]).iterdir())\n"
+        "lines = [json.dumps({'path': name, 'top5': [[0, 1.0]]}) for name in names]\n"
+        "pathlib.Path(sys.argv[3]).write_text('\\n'.join(lines))\n"
+    )
+    (tmp_path / "seed_loop.py").write_text(peer)
+    provider = "openvino" if "onnxruntime-openvino" in installed_flavours() else "cpu"
+    out = tmp_path / "throughput.json"
+    printed = run(
+        *("throughput", "--images", str(ROOT / "samples" / "photos"), "--num-images", "6"),
+        *("--model", "shufflenet_v2_x0_5=none", "--python", f"{provider}={sys.executable}"),
+        *("--peers", str(tmp_path), "--repeats", "1", "--only", "fp32|tutorial"),
+        *("--out", str(out)),
+    )
+    found = json.loads(out.read_bytes())
+    assert json.loads(printed.splitlines()[-1]) == found
+    ours, theirs = found["rows"]
+    assert (ours["contestant"], ours["top1_agreement"]) == (f"batchclf {provider} fp32", 1.0)
+    assert ours["efficiency"] > 0
+    assert ours["limit_parts"].keys() >= {"decode_cpu_ms", "infer_cpu_ms"}
+    assert (theirs["contestant"], theirs["speed"]) == ("tutorial loop", 1.0)
+    assert theirs["top1_agreement"] < 1
