@@ -6,6 +6,12 @@ The environments are made anew in .nox (6 GB each with torch; gpu has none) and 
 
 import nox
 
+SAME_EVERYWHERE = (
+    *("tests/images", "tests/results", "tests/benchmarks", "tests/models/test_labels.py"),
+    *("tests/models/test_export.py", "tests/models/test_weights.py"),
+    *("tests/test_quality.py", "tests/test_house.py", "tests/test_job.py"),
+)
+"""What the flavour has no part in: tested in the cpu environment only."""
 WITHOUT_GPU = ("tests/test_refusals.py", "tests/runtime")
 """What onnxruntime-gpu has to do where there is no GPU: refuse, and say why."""
 
@@ -18,8 +24,9 @@ def cpu(session: nox.Session) -> None:
 
 @nox.session
 def openvino(session: nox.Session) -> None:
-    """Everything, on onnxruntime-openvino."""
-    _test(session, "openvino,export,test")
+    """What depends on the flavour, on onnxruntime-openvino."""
+    ignored = [f"--ignore={path}" for path in SAME_EVERYWHERE]
+    _test(session, "openvino,export,test", "tests", *ignored)
 
 
 @nox.session
