@@ -42,6 +42,8 @@ class Decoding:
     """Images that a worker is given at once, at most."""
     cpu_seconds: Callable[[], float] = lambda: 0.0
     """CPU seconds that other processes have used for it."""
+    abandon: Callable[[], None] = lambda: None
+    """Let workers return at once, whatever they are at: nobody wants it any more."""
 
 
 def threads(load: Load, num_workers: int, allocate: Allocate = zeroed_pixels) -> Decoding:
@@ -82,6 +84,7 @@ class Prefetcher:
         self._refs = refs
         self._batch_size = batch_shape[0]
         self._num_rows = decoding.num_rows
+        self._abandon = decoding.abandon
         # Zeros, so that the padding of a first, short batch is the same on every run.
         self._free = [decoding.allocate(batch_shape) for _ in range(num_slots)]
         self._pending: deque[_Pending] = deque()
@@ -107,6 +110,7 @@ class Prefetcher:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
+        self._abandon()
         for worker in self._workers:
             worker.join()
 

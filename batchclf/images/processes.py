@@ -28,8 +28,6 @@ from batchclf.results.records import DecodeBackend, ImageRef, Loaded, Pixels
 
 ROWS_PER_MESSAGE = 8
 """Images per message: a message costs the parent as much as one image would cost it in a thread."""
-END_S = 5.0
-"""Seconds that a process has to end after its last image."""
 
 
 @contextmanager
@@ -100,7 +98,13 @@ class DecodeProcesses:
     @property
     def decoding(self) -> Decoding:
         """The processes and their memory, for a prefetcher."""
-        return Decoding(self._workers, self._allocate, ROWS_PER_MESSAGE, self._cpu_seconds)
+        return Decoding(
+            self._workers,
+            self._allocate,
+            num_rows=ROWS_PER_MESSAGE,
+            cpu_seconds=self._cpu_seconds,
+            abandon=self._kill,
+        )
 
     def _allocate(self, shape: Sequence[int]) -> Pixels:
         batch_NHWC: Pixels = self._free.pop()
@@ -111,6 +115,10 @@ class DecodeProcesses:
         """As of their last messages."""
         return sum(worker.cpu_s for worker in self._workers)
 
+    def _kill(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+
     def __enter__(self) -> "DecodeProcesses":
         return self
 
@@ -120,8 +128,7 @@ class DecodeProcesses:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for worker in self._workers:
-            worker.close()
+        self._kill()
         for worker in self._workers:
             worker.wait()
 
@@ -164,17 +171,14 @@ class _Worker:
             raise RuntimeError(f"in a decoding process:\n{failed}")
         return loaded
 
-    def close(self) -> None:
-        """Let the process end: it has nothing more to do."""
-        self._connection.close()
+    def kill(self) -> None:
+        """End the process, whatever it is at: it keeps nothing that anybody needs."""
+        self._process.kill()
 
     def wait(self) -> None:
-        """Wait for the process to end."""
-        try:
-            self._process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        """Wait for the end of a killed process."""
+        self._process.wait()
+        self._connection.close()
 
 
 def _pixels(descriptor: int, image_shape: Sequence[int]) -> Pixels:

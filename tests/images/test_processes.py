@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +18,11 @@ from PIL import Image
 from batchclf.errors import BatchclfError
 from batchclf.images.decode import Decoder
 from batchclf.images.load import Loader
-from batchclf.images.prefetch import Prefetcher, threads
+from batchclf.images.prefetch import Load, Prefetcher, threads
 from batchclf.images.processes import DecodeProcesses
 from batchclf.results.records import ImageRef, Loaded, Pixels, Preprocess
 from tests.conftest import command, read_records
-from tests.tiny import assert_same_records, link_digits, run_here, write_tiny_job
+from tests.tiny import SlowLoader, assert_same_records, link_digits, run_here, write_tiny_job
 
 EDGE = 24
 PREPROCESS = Preprocess(EDGE, (EDGE, EDGE), "bilinear", None, None)
@@ -62,7 +63,7 @@ def collect(batches: Prefetcher) -> tuple[list[Loaded], Pixels]:
     return loaded, np.concatenate(pixels)
 
 
-def processes_of(loader: Loader, count: int = 3) -> DecodeProcesses:
+def processes_of(loader: Load, count: int = 3) -> DecodeProcesses:
     return DecodeProcesses(loader, count, num_slots=SLOTS, batch_shape=BATCH_SHAPE)
 
 
@@ -112,6 +113,19 @@ def test_the_processes_end_with_the_block_and_with_their_parent(images: Path) ->
     parent.wait()
     _, alive = psutil.wait_procs(orphans, timeout=5)
     assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_images_that_take_for_ever_are_abandoned_at_the_end_of_the_block(images: Path) -> None:
+    ended = threading.Event()
+
+    def leave_early() -> None:
+        with processes_of(SlowLoader(loader_of(images), 60)) as processes:
+            with prefetcher(processes, refs_of()):
+                pass
+            ended.set()
+
+    threading.Thread(target=leave_early, daemon=True).start()
+    assert ended.wait(30), "waits for images that nobody wants"
 
 
 def test_a_process_that_dies_ends_the_job_with_the_images_it_had(images: Path) -> None:
