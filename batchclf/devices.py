@@ -9,7 +9,7 @@ from pathlib import Path
 
 from batchclf.errors import ProviderError
 from batchclf.images.prefetch import Allocate, zeroed_pixels
-from batchclf.job import JobSpec, ProviderSpec, auto
+from batchclf.job import JobSpec, ProviderSpec, auto, runs_on_cpu
 from batchclf.machine import cpu_name_and_flags, usable_cores
 from batchclf.models.bundle import Bundle, cache_folder, digest_of
 from batchclf.models.golden import check_golden
@@ -93,8 +93,8 @@ def targets(provider: ProviderSpec, job: JobSpec) -> list[Target]:
     if found.name == "openvino":
         for name in device_names(device_type):
             require_cpu_precision(name, job.precision, cpu_name_and_flags()[1])
-    on_cpu = found.name == "cpu" or (found.name == "openvino" and device_type == "CPU")
-    streams = auto(job.runtime.streams, min(cores, MAX_CPU_STREAMS) if on_cpu else DEVICE_STREAMS)
+    usual = min(cores, MAX_CPU_STREAMS) if runs_on_cpu(provider) else DEVICE_STREAMS
+    streams = auto(job.runtime.streams, usual)
     target = Target(
         found,
         precision=job.precision,

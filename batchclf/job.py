@@ -338,7 +338,7 @@ class LoaderSpec(_Spec):
     workers: AutoOrCount = Field("auto", description="Images decoded at once; auto: usable cores.")
     backend: DecodeBackend | Literal["auto"] = Field(
         "auto",
-        description="What the workers are; auto: threads, or processes from 5 workers on.",
+        description="What the workers are; auto: threads, or processes where more than 4 feed a GPU.",
     )
     prefetch: AutoOrCount = Field(
         "auto", description="Batches decoded ahead of the streams; bounds the memory."
@@ -406,6 +406,13 @@ class JobSpec(_Spec):
         EngineSpec,
         BeforeValidator(_name_to_mapping, json_schema_input_type=Literal["local"] | EngineSpec),
     ] = EngineSpec(name="local")
+
+
+def runs_on_cpu(provider: ProviderSpec) -> bool:
+    """Whether inference shares the cores with decoding; OpenVINO's default device is the CPU."""
+    return provider.name == "cpu" or (
+        provider.name == "openvino" and provider.device_type in (None, "CPU")
+    )
 
 
 def auto(value: int | str, default: int) -> int:

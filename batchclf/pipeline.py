@@ -135,7 +135,6 @@ def run_job(
         run = run_facts(plan, opened, wanted)
         if previous is not None:  # listed then, not now
             run["num_left_out"] = previous.get("num_left_out")
-        stats.start(time.perf_counter() - STARTED, len(opened.classifiers))
         with kept_status(files, run):
             if retried:
                 _retry_failed(plan, opened, stats, reporter=reporter, stop=stop)
@@ -225,6 +224,7 @@ def classify_shard(
         Streams(batches.next_batch, opened.classifiers, ranking, stats.add_batch) as streams,
         _stopping(batches),
     ):
+        stats.start(time.perf_counter() - STARTED, num_streams)
         stats.count_cpu(decoding.cpu_seconds)
         for result in streams.results(TICK_S):
             if result is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from batchclf.images.decode import Decoder
 from batchclf.images.load import Loader
 from batchclf.images.source import Source
-from batchclf.job import JobSpec, auto
+from batchclf.job import JobSpec, auto, runs_on_cpu
 from batchclf.machine import usable_cores
 from batchclf.models.resolve import Log, ResolvedModel
 from batchclf.results.records import DecodeBackend
@@ -103,11 +103,13 @@ def make_loader(job: JobSpec, source: Source, model: ResolvedModel) -> Loader:
 
 
 def backend_of(job: JobSpec, num_workers: int) -> DecodeBackend:
-    """What the job's decode workers are; auto: processes for more of them than threads can feed.
+    """What the job's decode workers are.
 
-    Threads share one interpreter, which handles about 3,000 images a second however many there
-    are (tests/benchmarks/overhead.py); up to MAX_THREADS of them do not get there with photos.
+    auto: processes where more than MAX_THREADS workers feed an accelerator. Threads share one
+    interpreter, which handles about 3,000 images a second however many there are, and up to 4 of
+    them do as well as processes (tests/benchmarks/overhead.py). On a CPU, inference takes most of
+    the cores' time, and threads are enough.
     """
     if job.loader.backend != "auto":
         return job.loader.backend
-    return "threads" if num_workers <= MAX_THREADS else "processes"
+    return "processes" if num_workers > MAX_THREADS and not runs_on_cpu(job.provider) else "threads"

@@ -42,7 +42,7 @@ top_k: 5                        # classes per record, best first
 
 loader:
   workers: auto                 # images decoded at once
-  # backend: auto               # of them: threads, or processes; auto: these from 5 on
+  # backend: auto               # threads, or processes: where more than 4 feed a GPU
   prefetch: auto                # batches decoded ahead; bounds the memory
   decode: exact                 # exact: torchvision's pixels; fast: close to them
   # max_pixels: 89478485        # a larger image is recorded as too_large

@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from types import TracebackType
 
@@ -26,8 +26,9 @@ from batchclf.errors import BatchclfError, EnvironmentFailed
 from batchclf.images.prefetch import Allocate, Decoding, Load, threads, zeroed_pixels
 from batchclf.results.records import DecodeBackend, ImageRef, Loaded, Pixels
 
-ROWS_PER_MESSAGE = 8
+MAX_ROWS = 8
 """Images per message: a message costs the parent as much as one image would cost it in a thread."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
@@ -89,11 +90,17 @@ class DecodeProcesses:
             os.ftruncate(descriptor, num_bytes)
             self._pixels_NHWC = _pixels(descriptor, batch_shape[1:])
             self._free = list(self._pixels_NHWC.reshape(num_slots, *batch_shape))
-            self._workers = [
-                _Worker(self._pixels_NHWC, load, descriptor) for _ in range(num_processes)
-            ]
+            with _signals_held():
+                self._workers = [
+                    _Worker(self._pixels_NHWC, load, descriptor) for _ in range(num_processes)
+                ]
         finally:
             os.close(descriptor)
+        for worker in self._workers:
+            worker.wait_until_ready()
+        # So many that twice as many messages as processes can be under way.
+        num_rows = num_slots * batch_shape[0] // (2 * num_processes)
+        self._num_rows = max(1, min(MAX_ROWS, num_rows))
 
     @property
     def decoding(self) -> Decoding:
@@ -101,7 +108,7 @@ class DecodeProcesses:
         return Decoding(
             self._workers,
             self._allocate,
-            num_rows=ROWS_PER_MESSAGE,
+            num_rows=self._num_rows,
             cpu_seconds=self._cpu_seconds,
             abandon=self._kill,
         )
@@ -140,15 +147,40 @@ class _Worker:
         self._pixels_NHWC = pixels_NHWC
         ours, theirs = socket.socketpair()
         with theirs:
+            program = (
+                f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; "
+                f"serve({theirs.fileno()}, {descriptor})"
+            )
             self._process = subprocess.Popen(  # noqa: S603 - this very module
-                [sys.executable, "-m", __name__, str(theirs.fileno()), str(descriptor)],
+                [sys.executable, "-P", "-c", program],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), descriptor),
+                # Nothing here computes with BLAS, which starts a thread per core with NumPy.
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
             )
         self._connection = Connection(ours.detach())
-        self._connection.send((load, pixels_NHWC.shape[1:]))
-        self.cpu_s = 0.0
+        self._setup = (load, pixels_NHWC.shape[1:])
+        self._idle_cpu_s = self._last_cpu_s = 0.0
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds used since the process was ready, as of its last message."""
+        return self._last_cpu_s - self._idle_cpu_s
+
+    def wait_until_ready(self) -> None:
+        """Wait for the process to have imported what it needs.
+
+        Raises:
+            BatchclfError: it died.
+        """
+        try:
+            self._connection.send(self._setup)
+            self._idle_cpu_s = self._last_cpu_s = self._connection.recv()
+        except (EOFError, OSError):
+            raise BatchclfError(
+                f"a decoding process ended with exit code {self._process.wait()} before it began"
+            ) from None
 
     def __call__(self, refs: Sequence[ImageRef], rows_NHWC: Pixels) -> Sequence[Loaded]:
         """Have the process decode `refs` into `rows_NHWC`, a part of the shared memory.
@@ -160,7 +192,7 @@ class _Worker:
         try:
             self._connection.send((first, refs))
             loaded: Sequence[Loaded]
-            loaded, self.cpu_s, failed = self._connection.recv()
+            loaded, self._last_cpu_s, failed = self._connection.recv()
         except (EOFError, OSError):
             names = ", ".join(os.fsdecode(ref.path) for ref in refs)
             raise BatchclfError(
@@ -191,28 +223,35 @@ def _address(pixels: Pixels) -> int:
     return int(pixels.__array_interface__["data"][0])
 
 
-def serve(connection: Connection, descriptor: int) -> None:
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Processes started here never see these signals: the parent drains, and ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def serve(socket_descriptor: int, memory_descriptor: int) -> None:
     """Decode what the parent asks for, until it hangs up or dies."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # the parent drains, and hangs up then
-    load, image_shape = connection.recv()
-    pixels_NHWC = _pixels(descriptor, image_shape)
-    os.close(descriptor)
-    while True:
-        try:
+    with Connection(socket_descriptor) as connection, suppress(EOFError, ConnectionError):
+        load, image_shape = connection.recv()
+        pixels_NHWC = _pixels(memory_descriptor, image_shape)
+        connection.send(time.process_time())
+        while True:
             first, refs = connection.recv()
-        except EOFError:
-            return
-        loaded, failed = [], ""
-        try:
-            loaded = [load(ref, pixels_NHWC[first + row]) for row, ref in enumerate(refs)]
-        except Exception:  # noqa: BLE001 - the parent raises it
-            failed = traceback.format_exc()
-        try:
-            connection.send((loaded, time.process_time(), failed))
-        except BrokenPipeError:  # the parent is gone
-            return
+            connection.send(_answer(load, refs, pixels_NHWC[first : first + len(refs)]))
 
 
-if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])), int(sys.argv[2]))
+def _answer(
+    load: Load, refs: Sequence[ImageRef], rows_NHWC: Pixels
+) -> tuple[Sequence[Loaded], float, str]:
+    """What became of the images, CPU seconds used so far, and the traceback of a bug."""
+    loaded: Sequence[Loaded] = ()
+    failed = ""
+    try:
+        loaded = [load(ref, slot_HWC) for ref, slot_HWC in zip(refs, rows_NHWC, strict=True)]
+    except Exception:  # noqa: BLE001 - the parent raises it
+        failed = traceback.format_exc()
+    return loaded, time.process_time(), failed

@@ -198,6 +198,8 @@ def measure_memory(images: Path, num_images: int, work: Path, sample_s: float) -
     rss_mb = [one.rss_mb for _, one in kept]
     slope = float(np.polyfit([share for share, _ in kept], rss_mb, 1)[0])
     tenth = max(1, len(kept) // 10)
+    done = [share for share, _ in kept]
+    between = statistics.median(done[-tenth:]) - statistics.median(done[:tenth])
     growth = statistics.median(rss_mb[-tenth:]) - statistics.median(rss_mb[:tenth])
     return {
         "num_images": num_images,
@@ -205,7 +207,7 @@ def measure_memory(images: Path, num_images: int, work: Path, sample_s: float) -
         "num_samples": len(kept),
         "rss_mb": [round(min(rss_mb), 2), round(max(rss_mb), 2)],
         "slope_mb_per_100000": round(slope / num_images * 1e5, 3),
-        "growth_mb_per_100000": round(growth / (0.89 * num_images) * 1e5, 3),
+        "growth_mb_per_100000": round(growth / (between * num_images) * 1e5, 3),
         "num_descriptors": sorted({one.num_descriptors for _, one in kept}),
         "num_threads": sorted({one.num_threads for _, one in kept}),
     }

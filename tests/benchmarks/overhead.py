@@ -133,7 +133,6 @@ def whole(
     watch = _Stopwatch()
     refs = (ImageRef(index, path) for index, path in enumerate(source.paths()))
     with RecordWriter(files.predictions, 0) as writer, _slower_decoding(outside_ms / 1000):
-        stats.start(0.0)
         classify_shard(plan, opened, refs, writer, stats, reporter=watch, stop=StopRequest())
     return {
         "part": f"whole, {workers} {backend}" + (f" of {outside_ms} ms" * bool(outside_ms)),

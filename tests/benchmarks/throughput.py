@@ -207,7 +207,7 @@ def peers(arguments: argparse.Namespace, model: str, weights: str, work: Path) -
         return []
     onnx_file = work / f"{model}.onnx"
     export_plain(model, weights, onnx_file)
-    found = []
+    found: list[Contestant] = []
     for title, script, extra, read in (
         ("tutorial loop", "seed_loop", [], _top1_of_lines),
         ("DataLoader + ONNX Runtime", "dataloader_ort", [], _top1_of_lines),
@@ -218,13 +218,12 @@ def peers(arguments: argparse.Namespace, model: str, weights: str, work: Path) -
         ("Hugging Face pipeline", "hf_pipeline", [], None),
     ):
         path = arguments.peers / f"{script}.py"
-        out = work / f"peer-{script}"
+        out = work / f"{model}-peer-{len(found)}"
         if not path.exists() or (script == "hf_pipeline" and model != "resnet50"):
             continue
         given = [str(work / "images"), *([] if read is None else [str(onnx_file)]), str(out)]
-        found.append(
-            Contestant(title, [arguments.peer_python, str(path), *given, *extra], read, out)
-        )
+        command = [arguments.peer_python, str(path), *given, *extra]
+        found.append(Contestant(title, command, read, out, is_fp32="bf16" not in extra))
     return found
 
 
