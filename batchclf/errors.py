@@ -76,8 +76,6 @@ class PrecisionRefused(EnvironmentFailed):
 class Interrupted(BatchclfError):
     """A signal asked the job to stop; what is committed stays and can be resumed."""
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(signal_number).name}; run the same command to resume"
-        )
+    def __init__(self, signal_number: int, advice: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}; {advice}")
         self.exit_code = 128 + signal_number

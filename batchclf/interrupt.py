@@ -20,9 +20,13 @@ class _StopNow(BaseException):
 
 
 class StopRequest:
-    """Whether a signal came; while nothing is in flight, it ends the job right away."""
+    """Whether a signal came; while nothing is in flight, it ends the job right away.
 
-    def __init__(self) -> None:
+    `advice` is what its message says to do then.
+    """
+
+    def __init__(self, advice: str = "run the same command to resume") -> None:
+        self._advice = advice
         self.signal_number: int | None = None
         self._in_flight = False
 
@@ -39,7 +43,7 @@ class StopRequest:
     def raise_if_requested(self) -> None:
         """Raises Interrupted if a signal came."""
         if self.signal_number is not None:
-            raise Interrupted(self.signal_number)
+            raise Interrupted(self.signal_number, self._advice)
 
     def _handle(self, signal_number: int, frame: FrameType | None) -> None:
         if self.signal_number is not None:

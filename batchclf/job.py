@@ -338,7 +338,7 @@ class LoaderSpec(_Spec):
     workers: AutoOrCount = Field("auto", description="Images decoded at once; auto: usable cores.")
     backend: DecodeBackend | Literal["auto"] = Field(
         "auto",
-        description="What the workers are; auto: threads, or processes where more than 4 feed a GPU.",
+        description="Threads, or processes; auto: these where more than 4 workers feed a GPU.",
     )
     prefetch: AutoOrCount = Field(
         "auto", description="Batches decoded ahead of the streams; bounds the memory."

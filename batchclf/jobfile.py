@@ -6,10 +6,8 @@ and, where there is one, the nearest valid name.
 """
 
 import difflib
-import json
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +63,15 @@ def load_job(path: Path, overrides: Sequence[Override] = ()) -> JobSpec:
     except ValidationError as error:
         lines = [_describe(detail, document) for detail in error.errors(include_url=False)]
         raise JobFileError("\n".join(dict.fromkeys(lines))) from None
+
+
+def read_data(path: Path) -> dict[str, Any]:
+    """The data of a job file as it stands there: neither validated nor with paths resolved.
+
+    Raises:
+        JobFileError: the file cannot be read, or is not the YAML of a mapping.
+    """
+    return _parse(path).data
 
 
 def parse_set(text: str) -> Override:
@@ -172,12 +179,6 @@ class _JobLoader(yaml.SafeLoader):
 
 def _parse(path: Path) -> _Document:
     name = str(path)
-    node, data = _compose(name, _read(path))
-    return _Document(name, {str(key): value for key, value in data.items()}, _origins(name, node))
-
-
-def _read(path: Path) -> str:
-    name = str(path)
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_JOB_FILE_BYTES + 1)
@@ -188,16 +189,12 @@ def _read(path: Path) -> str:
     if len(raw) > MAX_JOB_FILE_BYTES:
         raise JobFileError(f"{name}: larger than 1 MB; a job file is a page of YAML")
     try:
-        return raw.decode("utf-8-sig")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise JobFileError(
             f"{name}: not UTF-8 text: byte {raw[error.start]:#04x} at offset {error.start}; "
             "save the job file as UTF-8"
         ) from None
-
-
-def _compose(name: str, text: str) -> tuple[yaml.MappingNode, dict[Any, Any]]:
-    """The nodes of a job file, which know where they stand in it, and its data."""
     try:
         loader = _JobLoader(text)
         node = loader.get_single_node()
@@ -214,12 +211,12 @@ def _compose(name: str, text: str) -> tuple[yaml.MappingNode, dict[Any, Any]]:
         raise JobFileError(f"{name}{line}: not a valid job file: {problem}") from None
     except _NOT_YAML as error:
         raise JobFileError(f"{name}: not a valid job file: {error}") from None
-    if not isinstance(node, yaml.MappingNode) or not isinstance(data, dict):
+    if node is None or not isinstance(data, dict):
         found = "an empty file" if data is None else f"a {type(data).__name__}"
         raise JobFileError(
             f"{name}: found {found}; a job file is a mapping with input, output, model"
         )
-    return node, data
+    return _Document(name, {str(key): value for key, value in data.items()}, _origins(name, node))
 
 
 def _origins(name: str, node: yaml.Node, prefix: str = "") -> dict[str, str]:
@@ -231,94 +228,6 @@ def _origins(name: str, node: yaml.Node, prefix: str = "") -> dict[str, str]:
             found[key] = f"{name}:{key_node.start_mark.line + 1}"
             found |= _origins(name, value_node, f"{key}.")
     return found
-
-
-# ---- writing settings back -----------------------------------------------------------------------
-
-
-def write_settings(path: Path, settings: Mapping[str, int | str]) -> None:
-    """Set keys of a job file, dotted and at most two deep; every other byte of it stays.
-
-    So do comments and quoting. An absent key is added where its default is something else.
-
-    Raises:
-        JobFileError: the file does not parse, or cannot be written.
-    """
-    name, text = str(path), _read(path)
-    _, expected = _compose(name, text)
-    for key, value in settings.items():
-        parent, _, leaf = key.rpartition(".")
-        holder = expected.get(parent, {}) if parent else expected
-        if leaf in holder or value != _default(key):
-            text = _with_setting(text, _compose(name, text)[0], key, value)
-            (expected.setdefault(parent, {}) if parent else expected)[leaf] = value
-    assert _compose(name, text)[1] == expected, f"{name}: edited wrongly"
-    target = path.resolve()  # a link to the file stays one
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        mark = b"\xef\xbb\xbf" if target.read_bytes().startswith(b"\xef\xbb\xbf") else b""
-        temporary.write_bytes(mark + text.encode())
-        shutil.copymode(target, temporary)
-        os.replace(temporary, target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise JobFileError(f"{name}: cannot be written: {error.strerror}") from error
-
-
-def _default(key: str) -> object:
-    parent, _, leaf = key.rpartition(".")
-    spec: type[BaseModel] = type(JobSpec.model_fields[parent].default) if parent else JobSpec
-    return spec.model_fields[leaf].default
-
-
-def _with_setting(text: str, root: yaml.MappingNode, key: str, value: int | str) -> str:
-    # A file that is all in braces may be JSON, and stays it.
-    show = json.dumps if root.flow_style else str
-    parent, _, leaf = key.rpartition(".")
-    holder = _value_of(root, parent) if parent else root
-    if holder is None:
-        return _with_entry(text, root, f"{show(parent)}: {{{show(leaf)}: {show(value)}}}")
-    assert isinstance(holder, yaml.MappingNode)
-    old = _value_of(holder, leaf)
-    if old is None:
-        return _with_entry(text, holder, f"{show(leaf)}: {show(value)}")
-    start, end = old.start_mark.index, old.end_mark.index
-    written = text[start:end]
-    new = json.dumps(value) if written[:1] == '"' else show(value)
-    # A comment behind stays in its column.
-    if comment := re.match(r" +(?= #)", text[end:]):
-        end += len(comment[0])
-        new = new.ljust(end - start)
-    return text[:start] + new + text[end:]
-
-
-def _value_of(mapping: yaml.MappingNode, key: str) -> yaml.Node | None:
-    found: yaml.Node | None = next(
-        (value for name, value in mapping.value if name.value == key), None
-    )
-    return found
-
-
-def _with_entry(text: str, mapping: yaml.MappingNode, entry: str) -> str:
-    """Add an entry behind the last one."""
-    if mapping.flow_style:
-        comma = ", " if mapping.value else ""
-        at = mapping.value[-1][1].end_mark.index if mapping.value else mapping.end_mark.index - 1
-        return f"{text[:at]}{comma}{entry}{text[at:]}"
-    newline = "\r\n" if "\r\n" in text else "\n"
-    entry = " " * mapping.value[0][0].start_mark.column + entry + newline
-    at = text.find("\n", _last_leaf(mapping).end_mark.index - 1) + 1
-    if at == 0:  # the file's last line does not end
-        return text + newline + entry
-    return text[:at] + entry + text[at:]
-
-
-def _last_leaf(node: yaml.Node) -> yaml.Node:
-    """The node that stands last; a collection in block style ends only where the next begins."""
-    while isinstance(node, yaml.CollectionNode) and node.value and not node.flow_style:
-        last = node.value[-1]
-        node = last[1] if isinstance(last, tuple) else last
-    return node
 
 
 # ---- explaining ----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import orjson
 from batchclf import __version__
 from batchclf.devices import Opened
 from batchclf.errors import BatchclfError, Interrupted, ResumeRefused
+from batchclf.images.jpeg import decoder_name
 from batchclf.models.bundle import digest_of
 from batchclf.models.resolve import Log
 from batchclf.models.variants import facts, needed_variant, nested_variant
@@ -207,6 +208,7 @@ def summary_facts(plan: Plan, opened: Opened) -> dict[str, object]:
         "precision": plan.job.precision,
         "precision_check": opened.precision_check and asdict(opened.precision_check),
         "decode": plan.job.loader.decode,
+        "jpeg_decoder": decoder_name(),
         "versions": {
             "batchclf": __version__,
             "python": platform.python_version(),

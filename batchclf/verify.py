@@ -158,7 +158,7 @@ def _measure(
         device,
         precision,
         latencies,
-        measure_throughput(runs, batch_NHWC),
+        round(measure_throughput(runs, batch_NHWC).images_per_s, 1),
         np.concatenate(rows)[: len(pixels_NHWC)].astype(np.float32),
     )
 

@@ -27,8 +27,10 @@ OUTSIDE = {
     "onnxruntime": ("runtime/", "models/quantize.py", "models/half.py"),
     "openvino": ("runtime/native_openvino.py",),
     "PIL": ("images/",),
+    "simplejpeg": ("images/jpeg.py",),
     "matplotlib": ("tuning/plot.py",),
     "yaml": ("jobfile.py",),
+    "ruamel": ("jobedit.py",),
     "click": ("cli/",),
     "ray": (),
 }

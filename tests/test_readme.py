@@ -17,7 +17,7 @@ CONSOLE = [
     for line in block.splitlines()
 ]
 INLINE = re.findall(r"`(batchclf [^`]+)`", README)
-TAKES_A_JOB = ("run", "validate", "export", "verify")
+TAKES_A_JOB = ("run", "validate", "export", "verify", "tune")
 
 
 def test_the_quick_start_is_two_lines_that_ci_runs() -> None:
@@ -44,6 +44,8 @@ def test_the_commands_of_the_readme_run_as_they_stand(
         if arguments[0] in TAKES_A_JOB:
             # Random weights in place of a download.
             arguments += ["--set", "model.weights=none", "--set", "model.name=resnet18"]
+        if arguments[0] == "tune":
+            arguments += ["--budget", "10", "--batch-sizes", "1"]  # the later budget counts
         done = batchclf(*arguments, cwd=tmp_path)
         assert done.exit_code == 0, f"{command}: {done.stderr}"
 
@@ -55,7 +57,7 @@ def test_every_link_of_the_readme_leads_somewhere() -> None:
 
 def test_every_command_has_help_and_an_example_or_needs_none(batchclf: Batchclf) -> None:
     overview = batchclf("--help").stdout
-    for name in ("run", "init", "validate", "export", "verify", "doctor", "schema"):
+    for name in ("run", "init", "validate", "export", "verify", "tune", "doctor", "schema"):
         assert name in overview
         done = batchclf(name, "--help")
         assert done.exit_code == 0

@@ -1,6 +1,7 @@
 """`batchclf tune`: what it writes, what it picks, what ends it, and what `--apply` changes."""
 
 import difflib
+import itertools
 import json
 import re
 import signal
@@ -18,9 +19,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batchclf import jobedit
 from batchclf.cli.init import TEMPLATE
-from batchclf.errors import ProviderError
-from batchclf.jobfile import load_job, write_settings
+from batchclf.errors import JobFileError, ProviderError
+from batchclf.jobedit import require_editable, write_settings
+from batchclf.jobfile import load_job
 from batchclf.results.records import ImageRef, Precision
 from batchclf.runtime.providers import installed_flavours
 from batchclf.tuning.advice import disk_note, judge
@@ -211,19 +214,37 @@ def test_images_that_cannot_be_decoded_end_with_2(batchclf: Batchclf, tmp_path: 
     assert "not one of the 1 images sampled can be decoded" in done.json["error"]
 
 
-def test_without_matplotlib_it_says_so_before_it_measures(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("package", "arguments"), [("matplotlib", ()), ("ruamel", ("--apply",))], ids=str
+)
+def test_without_a_package_it_needs_it_says_so_before_it_measures(
+    package: str, arguments: Sequence[str], tmp_path: Path
+) -> None:
     code = (
-        "import sys; sys.modules['matplotlib'] = None\n"
+        f"import sys; sys.modules['{package}'] = None\n"
         "from batchclf.cli import main; main(sys.argv[1:])"
     )
+    job = write_tiny_job(tmp_path, provider=HERE)
     done = subprocess.run(
-        [sys.executable, "-c", code, "tune", str(write_tiny_job(tmp_path, provider=HERE))],
+        [sys.executable, "-c", code, "tune", str(job), *arguments],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 2
+    assert package in done.stderr
     assert "pip install 'batchclf[tune]'" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_job_file_that_cannot_be_edited_is_told_before_it_measures(
+    batchclf: Batchclf, tmp_path: Path
+) -> None:
+    job = write_tiny_job(tmp_path, provider=HERE)
+    job.write_text(job.read_text().replace("{", "{ # mine\n", 1))
+    done = batchclf("tune", job, "--apply", "--json")
+    assert done.exit_code == 2
+    assert "losing `# mine`" in done.json["error"]
     assert not (tmp_path / "out").exists()
 
 
@@ -251,6 +272,7 @@ def tune_until(
                     process.send_signal(number)
     assert not left, log
     assert process.returncode == 128 + number, log
+    assert "nothing was chosen; run the same command to start over" in log
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -502,19 +524,25 @@ ODD_FILES = {
     '    labels: ~\n\n# about errors\nerrors:\n    max: "2%"   # rate\n\n# the end\n',
     "comment between": "loader:\n  prefetch: 3   # some\n\n# engine part\nengine: local\n"
     "model: { name : x , weights: none }\ninput: a\noutput: b\n",
-    "list at the end": "input: a\noutput: b\nmodel: {name: x}\nprovider:\n  name: cuda\n"
-    "  devices:\n    - 0\n    - 1\n",
+    "comment above": "input: a\noutput: b\nmodel: {name: x}\nruntime:  # r\n\n  # of a batch\n"
+    "  threads: 1\nloader:\n  # ahead\n\n  # more of it\n  prefetch: 3\n  # last\n",
+    "lists": "input: a\noutput: b\nmodel:\n    name: x\n    preprocess:\n        mean:\n"
+    "          - 0.50\n          - +0.5 # half\n          - .5\nprovider:\n    name: cuda\n"
+    "    devices:\n      - 0\n      - 1\n",
     "json": '{"input": "a", "output": "b", "model": {"name": "x"}, "loader": {}}',
     "quoted": 'input: a\noutput: b\nmodel: {name: x}\nloader: {"workers": "auto"} # w\n',
     "no newline": "input: a\noutput: b\nmodel: {name: x}\nruntime: {threads: auto}",
     "windows": "input: a\r\noutput: b\r\nmodel: {name: x}\r\nbatch_size: 1 # one\r\n",
     "with a mark": "\ufeffinput: a\noutput: b\nmodel: {name: x}\n",
-    "ended": "---\ninput: a\noutput: b\nmodel: {name: x}\n...\n",
+    "ended": "# before\n---\ninput: a\noutput: b\nmodel: {name: x}\n...\n# after\n",
+    "numbers": "batch_size: 0x10\ntop_k: 0_5\nmin_agreement: 0.90\ninput: 'no'\noutput: \"012\"\n"
+    "model: {name: x, labels: Null, num_classes: ~}\nerrors: {max: NULL}\n",
+    "long": f"input: {'photos and ' * 30}\noutput: b\nmodel: {{name: x}} # {'long ' * 40}\n",
+    "not ascii": "input: fotos/été # où\noutput: b\nmodel: {name: x}\n",
 }
-JOB_FILES = {
+SHIPPED = {
     **{path.name: path.read_text() for path in sorted((ROOT / "jobs").glob("*.yaml"))},
-    "init": TEMPLATE.format(input="a", output="b", model="resnet50", provider="cpu"),
-    **ODD_FILES,
+    "init": TEMPLATE.format(input='"a"', output='"b"', model='"resnet50"', provider="cpu"),
 }
 SETTINGS: dict[str, int | str] = {
     "batch_size": 48,
@@ -532,53 +560,139 @@ def expected_data(text: str, changes: dict[str, int | str]) -> dict[str, Any]:
     return data
 
 
-@pytest.mark.parametrize("text", JOB_FILES.values(), ids=JOB_FILES)
+def written(path: Path, text: str, changes: dict[str, int | str]) -> str:
+    """A job file's text after `write_settings`."""
+    path.write_bytes(text.encode())
+    write_settings(path, changes)
+    return path.read_bytes().decode()
+
+
+def outline(text: str) -> list[tuple[str, str]]:
+    """The key and the comment of each line that has one of them."""
+    lines = [re.fullmatch(r"\s*(?:- )?([^\s:#]*)[^#]*(#.*)?", line) for line in text.splitlines()]
+    return [line.groups("") for line in lines if line is not None and any(line.groups())]  # type: ignore[misc]
+
+
+def require_comments_beside_their_keys(before: str, after: str) -> None:
+    """Without the keys added, all lines have the keys and comments that they had.
+
+    A key added to a mapping stands right below that mapping's own key, above any comment.
+    """
+    old, new = outline(before), outline(after)
+    added = {"workers", "streams", "loader", "runtime", "batch_size", "precision"}
+    added -= {key for key, _ in old}
+    assert [line for line in new if line[0] not in added] == old
+    for above, below in itertools.pairwise(new):
+        if below[0] in added & {"workers", "streams"}:
+            assert above[0] in ("loader", "runtime")
+
+
+@pytest.mark.parametrize("text", SHIPPED.values(), ids=SHIPPED)
+def test_the_job_files_shipped_change_in_no_other_line(text: str, tmp_path: Path) -> None:
+    found = written(tmp_path / "job.yaml", text, SETTINGS)
+    changed = list(difflib.ndiff(text.splitlines(), found.splitlines()))
+    removed = [line[2:].split()[0] for line in changed if line.startswith("- ")]
+    added = [line[2:].split()[0] for line in changed if line.startswith("+ ")]
+    names = ["batch_size:", "workers:", "streams:", "precision:", "loader:", "runtime:"]
+    assert set(added) == set(names) - ({"loader:", "runtime:"} if "loader:" in text else set())
+    assert set(removed) == {name for name in names[:4] if f"{name} " in text}
+    require_comments_beside_their_keys(text, found)
+
+
+@pytest.mark.parametrize(
+    "text", [*SHIPPED.values(), *ODD_FILES.values()], ids=[*SHIPPED, *ODD_FILES]
+)
 def test_only_the_keys_written_change_and_comments_stay(text: str, tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
-    path.write_bytes(text.encode())
-    write_settings(path, SETTINGS)
-    found = path.read_bytes().decode()
+    found = written(path, text, SETTINGS)
     assert yaml.safe_load(found.removeprefix("\ufeff")) == expected_data(text, SETTINGS)
     assert load_job(path).batch_size == 48
     assert found.startswith("\ufeff") == text.startswith("\ufeff")
-    for removed in (
-        line[2:]
-        for line in difflib.ndiff(text.splitlines(), found.splitlines())
-        if line.startswith("- ")
-    ):
-        assert any(key.rpartition(".")[2] in removed for key in SETTINGS) or "{" in removed
-    comments = [line[line.index("#") :] for line in text.splitlines() if "#" in line]
-    assert [line[line.index("#") :] for line in found.splitlines() if "#" in line] == comments
-    write_settings(path, SETTINGS)
-    assert path.read_bytes().decode() == found
+    assert found.count("\r\n") == (found.count("\n") if "\r" in text else 0)
+    if not text.startswith("{"):
+        require_comments_beside_their_keys(text, found)
+    assert written(path, found, SETTINGS) == found
+
+
+def test_what_is_not_set_stays_as_it_is_written(tmp_path: Path) -> None:
+    text = ODD_FILES["numbers"]
+    changed = text.replace("0x10", "8")
+    assert written(tmp_path / "job.yaml", text, {"batch_size": 8}) == changed
+    found = written(tmp_path / "job.yaml", ODD_FILES["lists"], {"batch_size": 8})
+    assert found == ODD_FILES["lists"] + "batch_size: 8\n"
+    found = written(tmp_path / "job.yaml", ODD_FILES["ended"], {"batch_size": 8})
+    assert found == ODD_FILES["ended"].replace("...", "batch_size: 8\n...")
+
+
+def test_a_quoted_value_stays_quoted_and_an_inline_mapping_inline(tmp_path: Path) -> None:
+    text = "precision: \"fp32\"\nloader: {workers: 'auto', prefetch: 2}\nruntime: {threads: 2}\n"
+    found = written(
+        tmp_path / "job.yaml",
+        text,
+        {"precision": "int8", "loader.workers": 3, "runtime.streams": 2},
+    )
+    assert found == (
+        'precision: "int8"\nloader: {workers: 3, prefetch: 2}\nruntime: {streams: 2, threads: 2}\n'
+    )
 
 
 def test_a_json_file_stays_json(tmp_path: Path) -> None:
-    path = tmp_path / "job.yaml"
-    path.write_text(ODD_FILES["json"])
-    write_settings(path, SETTINGS)
-    assert json.loads(path.read_text())["runtime"] == {"streams": 2}
+    found = json.loads(written(tmp_path / "job.yaml", ODD_FILES["json"], SETTINGS))
+    assert found == expected_data(ODD_FILES["json"], SETTINGS)
 
 
 def test_a_comment_behind_a_value_keeps_its_column(tmp_path: Path) -> None:
-    path = tmp_path / "job.yaml"
-    path.write_text("input: a\noutput: b\nmodel: {name: x}\nbatch_size: 16   # images\n")
-    write_settings(path, {"batch_size": 8})
-    assert path.read_text().splitlines()[-1] == "batch_size: 8    # images"
+    text = "input: a\noutput: b\nmodel: {name: x}\nbatch_size: 16   # images\n"
+    found = written(tmp_path / "job.yaml", text, {"batch_size": 8})
+    assert found.splitlines()[-1] == "batch_size: 8    # images"
 
 
 def test_an_absent_key_is_not_added_for_its_default(tmp_path: Path) -> None:
-    path = tmp_path / "job.yaml"
     text = "input: a\noutput: b\nmodel: {name: x}\n"
+    assert (
+        written(tmp_path / "job.yaml", text, {"batch_size": 16, "loader.workers": "auto"}) == text
+    )
+    explicit = f"{text}batch_size: 8\n"
+    assert written(tmp_path / "job.yaml", explicit, {"batch_size": 16}) == f"{text}batch_size: 16\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("input: a\nloader: {workers: 1, # one\n  prefetch: 2}\n", "without losing `# one`"),
+        ("input: a\ninput: b\n", "duplicate key `input`"),
+        ("input: &x a\noutput: *x\n", "aliases"),
+        ("- a\n", "found a list"),
+    ],
+)
+def test_a_file_that_would_lose_something_is_refused_and_stays(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "job.yaml"
     path.write_text(text)
-    defaults: dict[str, int | str] = {"batch_size": 16, "loader.workers": "auto"}
-    write_settings(path, defaults)
+    with pytest.raises(JobFileError, match=re.escape(message)):
+        write_settings(path, SETTINGS)
+    with pytest.raises(JobFileError, match=re.escape(message)):
+        require_editable(path)
     assert path.read_text() == text
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_edit_that_changed_something_else_would_be_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(SHIPPED["init"])
+    monkeypatch.setattr(jobedit, "_put", lambda root, key, value: root.update(top_k=1))
+    with pytest.raises(JobFileError, match="without changing more of it"):
+        write_settings(path, SETTINGS)
+    assert path.read_text() == SHIPPED["init"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_link_and_the_files_mode_stay(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
-    path.write_text(JOB_FILES["init"])
+    path.write_text(SHIPPED["init"])
     path.chmod(0o640)
     link = tmp_path / "link.yaml"
     link.symlink_to(path)
@@ -586,6 +700,7 @@ def test_a_link_and_the_files_mode_stay(tmp_path: Path) -> None:
     assert link.is_symlink()
     assert path.stat().st_mode & 0o777 == 0o640
     assert "batch_size: 48" in path.read_text()
+    assert sorted(tmp_path.iterdir()) == [path, link]
 
 
 _COMMENTS = st.sampled_from(["", "  # said", " #", "     # {not: a key}", "  "])
@@ -626,20 +741,18 @@ def test_any_job_file_keeps_all_but_what_is_written(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(text)
+    before = load_job(path)
     changes: dict[str, int | str] = {
         "batch_size": size,
         "loader.workers": workers,
         "runtime.streams": 7,
     }
-    before = load_job(path)
-    write_settings(path, changes)
+    found = written(path, text, changes)
     after = load_job(path)
     assert (after.batch_size, after.loader.workers, after.runtime.streams) == (size, workers, 7)
     untouched = {"batch_size": ..., "loader": {"workers"}, "runtime": {"streams"}}
     assert after.model_dump(exclude=untouched) == before.model_dump(exclude=untouched)  # type: ignore[arg-type]
-    comments = [line[line.index("#") :] for line in text.splitlines() if "#" in line]
-    found = path.read_text()
-    assert [line[line.index("#") :] for line in found.splitlines() if "#" in line] == comments
+    require_comments_beside_their_keys(text, found)
 
 
 def test_apply_writes_the_best_settings_also_over_an_override(

@@ -58,25 +58,41 @@ def command(
     sizes = _sizes(batch_sizes)
     more_precisions = _names("--precisions", precisions, get_args(Precision))
     more_decodes = _names("--decodes", decodes, get_args(DecodeMode))
-    with StopRequest().installed() as stop, Progress() as progress:
+    request = StopRequest("nothing was chosen; run the same command to start over")
+    with request.installed() as stop, Progress() as progress:
         spec = load(job, sets, direct)
+        if is_applied:
+            _require_editable(job)
         from batchclf.tune import tune_job
         from batchclf.tuning.stages import TuneOptions
 
         options = TuneOptions(budget, sizes, more_precisions, more_decodes)
         tuned = tune_job(spec, options, log=progress.log, stop=stop)
+    if not as_json:
+        for line in (*_table(tuned), *_conclusion(tuned)):
+            click.echo(line)
     if is_applied:
-        from batchclf.jobfile import write_settings
+        from batchclf.jobedit import write_settings
 
         write_settings(job, tuned.keys)
     if as_json:
         click.echo(json.dumps(_answer(tuned, spec.output, is_applied)))
         return
-    for line in (*_table(tuned), *_conclusion(tuned)):
-        click.echo(line)
     if is_applied:
         click.echo(f"batchclf: written into {job}", err=True)
     click.echo(f"batchclf: {spec.output / 'tune.jsonl'}, {spec.output / 'tune.png'}", err=True)
+
+
+def _require_editable(job: Path) -> None:
+    """Say what would hinder --apply before anything is measured."""
+    try:
+        from batchclf.jobedit import require_editable
+    except ModuleNotFoundError:
+        raise UsageError(
+            "--apply: ruamel.yaml, which keeps the job file's comments, is not installed: "
+            "pip install 'batchclf[tune]'"
+        ) from None
+    require_editable(job)
 
 
 def _sizes(text: str) -> tuple[int, ...]:

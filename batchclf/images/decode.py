@@ -1,8 +1,8 @@
-"""One file's bytes into one uint8 slot: the only place that imports Pillow.
+"""One file's bytes into one uint8 slot: simplejpeg or Pillow decodes, Pillow resizes.
 
 `exact` gives the very pixels of torchvision's `ImageClassification` transforms on a PIL image
 (`Image.open(...).convert("RGB")`, resize, centre crop). `fast` lets libjpeg decode at a reduced
-scale and resizes only what the crop keeps.
+scale and resizes only what the crop keeps. Neither depends on which of the two decodes.
 
 Array shapes: H rows and W columns of the crop, C = 3 (RGB).
 """
@@ -16,10 +16,10 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from batchclf.images.formats import (
     ADVICE,
@@ -28,7 +28,8 @@ from batchclf.images.formats import (
     describe_stranger,
     suffix_format,
 )
-from batchclf.images.resample import crop_window, resize_window, resized_size
+from batchclf.images.jpeg import is_reducible, read_jpeg
+from batchclf.images.resample import Window, crop_window, resize_window, resized_size
 from batchclf.results.records import DecodeMode, Failure, Loaded, Pixels, Preprocess
 
 
@@ -58,8 +59,14 @@ _silence_libtiff()
 
 MAX_RESIZED_PIXELS = 2**25
 """Enlarging to more pixels than this (a very long and thin image), only the crop is computed."""
-FAST_OVERSAMPLING = 2
-"""libjpeg's reduced size is at least this many times the resize target: a low mean error."""
+FAST_FACTORS = ((8, 11), (4, 8), (2, 4))
+"""By how much `fast` lets libjpeg reduce, and how many times the resize target an image must be.
+
+What is left is at least twice the target, which hardly changes a pixel; but from 11 times on 1.4
+times will do, since at 8 every block becomes one pixel, and most of the decoding is saved.
+"""
+
+OUT_OF_MEMORY = "out of memory while decoding"
 
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -69,8 +76,22 @@ _RESAMPLING = {
 }
 _DEEP_MODES = ("I", "F")
 _ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns a picture of each EXIF orientation (EXIF 2.32, tag 274) upright."""
 _SIDEWAYS = (5, 6, 7, 8)
-"""Values of EXIF's orientation that swap width and height."""
+"""Orientations that swap width and height."""
+_FROM_RIGHT, _FROM_BELOW = (2, 3, 6, 7), (3, 4, 7, 8)
+"""Orientations whose first pixels in the file are shown at the right, or below."""
+_APP1 = b"\xff\xe1"
+"""The JPEG marker before EXIF and XMP: without it there is no orientation to read."""
 _TIFF_PIXELS = {273: 279, 324: 325}
 """TIFF 6.0 tags that say where strips and tiles lie: offsets, and their byte counts."""
 _TIFF_TYPE_BYTES = {
@@ -89,6 +110,8 @@ _TIFF_TYPE_BYTES = {
     16: 8,
 }
 """Bytes of one value of each TIFF 6.0 and BigTIFF type."""
+_REDUCED = ("JPEG", "MPO")
+"""Formats that libjpeg decodes."""
 _SAME_FORMAT = {"DIB": "BMP", "MPO": "JPEG"}
 
 
@@ -115,64 +138,77 @@ class Decoder:
         try:
             return Loaded(warnings=self._decode(data, name, slot_HWC))
         except _BadImage as bad:
-            slot_HWC[:] = 0
-            return Loaded(failure=Failure(bad.code, bad.message))
+            failure = Failure(bad.code, bad.message)
+        except MemoryError:
+            failure = Failure("oom", OUT_OF_MEMORY)
+        slot_HWC[:] = 0
+        return Loaded(failure)
 
     def _decode(self, data: bytes, name: bytes, slot_HWC: Pixels) -> tuple[str, ...]:
         if not data:
             raise _BadImage("empty_file", "the file has 0 bytes")
+        jpeg = read_jpeg(data, self.max_pixels, self._reduction)
+        if jpeg.pixels_HWC is None:
+            notes = self._decode_with_pillow(data, name, slot_HWC)
+            return (*notes, "jpeg_corrupt") if jpeg.is_damaged else notes
+        picture = _Picture(_image(jpeg.pixels_HWC), jpeg.width, jpeg.height, jpeg.reduction)
+        if self.exif_transpose and _APP1 in data:
+            picture = picture.upright(_orientation(_open(data), data))
+        self._fit(picture, slot_HWC)
+        return _name_notes("JPEG", name)
+
+    def _decode_with_pillow(self, data: bytes, name: bytes, slot_HWC: Pixels) -> tuple[str, ...]:
         image = _open(data)
         width, height = image.size
         if width * height > self.max_pixels:
             raise _too_large(width * height, self.max_pixels)
+        reduction = self._reduction(width, height)
+        if reduction > 1 and not (image.format in _REDUCED and is_reducible(data)):
+            reduction = 1
         try:
-            if self.mode == "fast":
-                self._draft(image)
+            if reduction > 1:
+                image.draft(None, (width // reduction, height // reduction))
             image.load()
-            rgb = (ImageOps.exif_transpose(image) if self.exif_transpose else image).convert("RGB")
-            if self.exif_transpose and image.getexif().get(_ORIENTATION) in _SIDEWAYS:
-                width, height = height, width
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
         except _PILLOW_ERRORS as error:
             raise _explain(error, data) from error
-        try:
-            self._fit(rgb, resized_size(width, height, self.preprocess.resize), slot_HWC)
-        except MemoryError as error:
-            raise _explain(error, data) from error
+        picture = _Picture(rgb, width, height, reduction)
+        if self.exif_transpose:
+            picture = picture.upright(_orientation(image, data))
+        self._fit(picture, slot_HWC)
         # Last, since counting the frames moves on to others.
-        return _notes(image, data, name)
+        return (*_name_notes(str(image.format), name), *_content_notes(image, data))
 
-    def _draft(self, image: Image.Image) -> None:
-        """Let libjpeg decode at 1/2, 1/4 or 1/8 of the size; other formats ignore it."""
-        width, height = image.size
+    def _reduction(self, width: int, height: int) -> int:
+        """By how much libjpeg is to reduce; other eighths than these are slower and no better."""
+        if self.mode == "exact":
+            return 1
         target_w, target_h = resized_size(width, height, self.preprocess.resize)
-        image.draft(None, (target_w * FAST_OVERSAMPLING, target_h * FAST_OVERSAMPLING))
+        times = min(width / target_w, height / target_h)
+        for factor, least in FAST_FACTORS:
+            if least <= times:
+                return factor
+        return 1
 
-    def _fit(self, rgb: Image.Image, size: tuple[int, int], slot_HWC: Pixels) -> None:
-        """Resize to `size` (width, height) and centre-crop as torchvision does, into the slot."""
+    def _fit(self, picture: "_Picture", slot_HWC: Pixels) -> None:
+        """Resize and centre-crop as torchvision does, into the slot."""
+        rgb = picture.rgb
+        size = resized_size(picture.width, picture.height, self.preprocess.resize)
         crop_h, crop_w = self.preprocess.crop
-        filter_ = self.preprocess.interpolation
         window = crop_window(size, (crop_w, crop_h))
+        filter_ = self.preprocess.interpolation
         enlarging = size[0] > rgb.width and size[1] > rgb.height
         if enlarging and size[0] * size[1] > MAX_RESIZED_PIXELS:
             pixels_HWC = resize_window(np.asarray(rgb), size, window, filter_, _RESAMPLING[filter_])
         elif self.mode == "fast":
-            scale_w, scale_h = rgb.width / size[0], rgb.height / size[1]
-            left, top = window.left * scale_w, window.top * scale_h
-            right = min(left + window.width * scale_w, rgb.width)
-            bottom = min(top + window.height * scale_h, rgb.height)
             part = rgb.resize(
-                (window.width, window.height), _RESAMPLING[filter_], (left, top, right, bottom)
+                (window.width, window.height), _RESAMPLING[filter_], picture.part(window, size)
             )
-            pixels_HWC = np.asarray(part)
+            pixels_HWC = _pixels(part)
         else:
             resized = rgb.resize(size, _RESAMPLING[filter_])
-            edges = (
-                window.left,
-                window.top,
-                window.left + window.width,
-                window.top + window.height,
-            )
-            pixels_HWC = np.asarray(resized.crop(edges))
+            is_whole = (window.width, window.height) == size
+            pixels_HWC = _pixels(resized if is_whole else resized.crop(window.box))
         if pixels_HWC.shape == slot_HWC.shape:
             slot_HWC[:] = pixels_HWC
             return
@@ -180,6 +216,60 @@ class Decoder:
         slot_HWC[:] = 0
         top, left = window.pad_top, window.pad_left
         slot_HWC[top : top + window.height, left : left + window.width] = pixels_HWC
+
+
+class _Picture(NamedTuple):
+    """An image in RGB of `width` x `height` pixels before libjpeg reduced it.
+
+    Reduced, it is rounded up to whole pixels: the true edge lies within the last column and row,
+    or, turned upright, the first. A part taken from edge to edge instead would be shifted visibly.
+    """
+
+    rgb: Image.Image
+    width: int
+    height: int
+    reduction: int
+    from_right: bool = False
+    from_below: bool = False
+
+    def upright(self, orientation: int | None) -> "_Picture":
+        """As it should be seen, by its EXIF orientation."""
+        if orientation is None or orientation not in _UPRIGHT:
+            return self
+        rgb = self.rgb.transpose(_UPRIGHT[orientation])
+        width, height = self.width, self.height
+        if orientation in _SIDEWAYS:
+            width, height = height, width
+        from_right, from_below = orientation in _FROM_RIGHT, orientation in _FROM_BELOW
+        return _Picture(rgb, width, height, self.reduction, from_right, from_below)
+
+    def part(self, window: Window, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """The box (left, top, right, bottom) in `rgb` that becomes a window of the resized one."""
+        left, top, right, bottom = window.box
+        rgb_w, rgb_h = self.rgb.size
+        true_w, true_h = self.width / self.reduction, self.height / self.reduction
+        scale_w, scale_h = true_w / size[0], true_h / size[1]
+        first_w = rgb_w - true_w if self.from_right else 0.0
+        first_h = rgb_h - true_h if self.from_below else 0.0
+        return (
+            first_w + left * scale_w,
+            first_h + top * scale_h,
+            min(first_w + right * scale_w, rgb_w),
+            min(first_h + bottom * scale_h, rgb_h),
+        )
+
+
+def _pixels(rgb: Image.Image) -> Pixels:
+    """As np.asarray, which takes its time to find out mode and shape."""
+    return np.frombuffer(rgb.tobytes(), np.uint8).reshape(rgb.height, rgb.width, 3)
+
+
+def _image(pixels_HWC: Pixels) -> Image.Image:
+    """As Image.fromarray, which also blackens the image first."""
+    height, width, _ = pixels_HWC.shape
+    rgb = Image.new("RGB", (width, height), None)
+    rgb.frombytes(pixels_HWC, "raw", "RGB", 0, 1)
+    return rgb
 
 
 class _BadImage(Exception):
@@ -224,6 +314,14 @@ def _open(data: bytes) -> Image.Image:
         raise _explain(error, data) from error
 
 
+def _orientation(image: Image.Image, data: bytes) -> int | None:
+    try:
+        found: int | None = image.getexif().get(_ORIENTATION)
+    except _PILLOW_ERRORS as error:
+        raise _explain(error, data) from error
+    return found
+
+
 def _explain_unidentified(data: bytes) -> _BadImage:
     found = content_format(data)
     if found is None:
@@ -250,7 +348,7 @@ def _explain(error: Exception, data: bytes) -> _BadImage:
         found_pixels = re.search(r"\d+", text)
         return _too_large(int(found_pixels[0]) if found_pixels else 0, Image.MAX_IMAGE_PIXELS or 0)
     if isinstance(error, MemoryError):
-        return _BadImage("oom", "out of memory while decoding")
+        return _BadImage("oom", OUT_OF_MEMORY)
     if "too large for pngimageplugin" in lowered or "exceeds limit" in lowered:
         return _BadImage("too_large", text)
     if lowered.startswith("unsupported") or "not configured" in lowered:
@@ -351,14 +449,16 @@ def _tiff_end(data: bytes) -> int:
 # ---- warnings: what a prediction's reader should know --------------------------------------------
 
 
-def _notes(image: Image.Image, data: bytes, name: bytes) -> tuple[str, ...]:
-    found = str(image.format)
+def _name_notes(found: str, name: bytes) -> tuple[str, ...]:
     promised = suffix_format(name)
+    if promised is None or _SAME_FORMAT.get(promised, promised) == _SAME_FORMAT.get(found, found):
+        return ()
+    return ("extension_mismatch",)
+
+
+def _content_notes(image: Image.Image, data: bytes) -> tuple[str, ...]:
+    found = str(image.format)
     notes: list[str] = []
-    if promised is not None and _SAME_FORMAT.get(promised, promised) != _SAME_FORMAT.get(
-        found, found
-    ):
-        notes.append("extension_mismatch")
     if image.has_transparency_data:
         notes.append("has_alpha")
     if image.mode.startswith(_DEEP_MODES):

@@ -1,6 +1,5 @@
 """Image formats by content and by name: which are decoded, which are only recognised."""
 
-import os
 from typing import Final
 
 DECODED: Final = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")
@@ -94,7 +93,8 @@ ADVICE: Final[dict[str, str]] = {
 
 def suffix_format(path: bytes) -> str | None:
     """The format that the name's suffix promises, if it promises any."""
-    return SUFFIXES.get(os.path.splitext(b"x" + os.path.basename(path))[1].lower())
+    _, dot, suffix = path.rpartition(b"/")[2].rpartition(b".")
+    return SUFFIXES.get(dot + suffix.lower())
 
 
 def content_format(data: bytes) -> str | None:

@@ -6,6 +6,7 @@ Array shapes: H rows, W columns, C channels; a `size` is (width, height), as in 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,10 @@ from batchclf.results.records import Interpolation, Pixels
 
 PRECISION_BITS = 22
 """Fixed-point bits of Pillow's 8-bit coefficients: 32 - 8 - 2 (src/libImaging/Resample.c)."""
+
+
+_NUM_CACHED = 4096
+"""Many images are of few sizes, and this arithmetic would hold the interpreter for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +33,13 @@ class Window:
     pad_left: int
     pad_top: int
 
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom edge in the resized image, as Pillow crops."""
+        return self.left, self.top, self.left + self.width, self.top + self.height
 
+
+@lru_cache(_NUM_CACHED)
 def resized_size(width: int, height: int, resize: int | tuple[int, int]) -> tuple[int, int]:
     """Size after resizing: shorter edge to `resize`, or exactly (height, width).
 
@@ -41,6 +52,7 @@ def resized_size(width: int, height: int, resize: int | tuple[int, int]) -> tupl
     return int(resize * width / height), resize
 
 
+@lru_cache(_NUM_CACHED)
 def crop_window(size: tuple[int, int], crop: tuple[int, int]) -> Window:
     """Centre crop of `crop` (width, height) from `size`; smaller images are centred and padded.
 

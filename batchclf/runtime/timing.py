@@ -31,6 +31,14 @@ class Latency:
     p95_ms: float
 
 
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """Of several functions at once; CPU time is that of all threads of this process."""
+
+    images_per_s: float
+    cpu_ms_per_image: float
+
+
 def filled_batches(pixels_NHWC: Pixels, size: int) -> Iterator[Pixels]:
     """Batches of exactly `size`, the last one filled up with the first images."""
     for start in range(0, len(pixels_NHWC), size):
@@ -51,25 +59,35 @@ def measure_latency(run: Run, batch_NHWC: np.ndarray[Any, Any]) -> Latency:
     return Latency(len(batch_NHWC), round(float(median), 2), round(float(p95), 2))
 
 
-def measure_throughput(runs: Sequence[Run], batch_NHWC: np.ndarray[Any, Any]) -> float:
-    """Images per second with one thread per function, all calling with the same batch.
+def measure_throughput(
+    runs: Sequence[Run],
+    batch_NHWC: np.ndarray[Any, Any],
+    *,
+    num_warm_up: int = NUM_WARM_UP,
+    min_calls: int = MIN_CALLS,
+    budget_s: float = BUDGET_S,
+) -> Throughput:
+    """One thread per function, all calling with the same batch; their rates are added up.
+
+    Each is called `num_warm_up` times, then at least `min_calls` times, until `budget_s` is over.
 
     Raises:
         Exception: what a function raised.
     """
 
     def work(run: Run) -> tuple[int, float]:
-        count = 0
-        while count < MIN_CALLS or time.perf_counter() < end:
+        started, count = time.perf_counter(), 0
+        while count < min_calls or time.perf_counter() - started < budget_s:
             run(batch_NHWC)
             count += 1
-        return count, time.perf_counter()
+        return count, count / (time.perf_counter() - started)
 
     with ThreadPoolExecutor(len(runs)) as pool:
-        for _ in range(NUM_WARM_UP):
+        for _ in range(num_warm_up):
             list(pool.map(lambda run: run(batch_NHWC), runs))
-        started = time.perf_counter()
-        end = started + BUDGET_S
+        cpu_started = time.process_time()
         found = list(pool.map(work, runs))
+        cpu_s = time.process_time() - cpu_started
     num_images = sum(count for count, _ in found) * len(batch_NHWC)
-    return round(num_images / (max(ended for _, ended in found) - started), 1)
+    calls_per_s = sum(rate for _, rate in found)
+    return Throughput(calls_per_s * len(batch_NHWC), 1000 * cpu_s / num_images)

@@ -8,7 +8,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from batchclf.plan import Plan, backend_of, make_loader
 from batchclf.results.records import DecodeMode, ImageRef, Pixels, Record
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import RecordWriter, RunFiles
+from batchclf.runtime.timing import Throughput, measure_throughput
 from batchclf.tuning.records import DecodeLimit, Prediction, Settings, Trial
 
 DECODE_BATCH = 16
@@ -188,31 +188,17 @@ def _decoding(
 
 def measure_inference(
     opened: Opened, pixels_NHWC: Pixels, batch_size: int, seconds: float
-) -> tuple[float, float]:
-    """Images per second, and CPU milliseconds per image, of all streams at once.
-
-    Each stream is called once to warm up, then at least once, and until `seconds` are over.
+) -> Throughput:
+    """All streams at once, each for `seconds` after a first call.
 
     Raises:
         Exception: what a classifier raised.
     """
     batch_NHWC = opened.allocate((batch_size, *pixels_NHWC.shape[1:]))
     np.take(pixels_NHWC, range(batch_size), axis=0, mode="wrap", out=batch_NHWC)
-
-    def work(classify: Callable[[Pixels], object]) -> tuple[int, float]:
-        started, count = time.perf_counter(), 0
-        while True:
-            classify(batch_NHWC)
-            count += batch_size
-            if (elapsed := time.perf_counter() - started) >= seconds:
-                return count, count / elapsed
-
-    with ThreadPoolExecutor(len(opened.classifiers)) as pool:
-        list(pool.map(lambda classify: classify(batch_NHWC), opened.classifiers))
-        cpu_started = cpu_seconds()
-        found = list(pool.map(work, opened.classifiers))
-    num_images = sum(count for count, _ in found)
-    return sum(rate for _, rate in found), 1000 * (cpu_seconds() - cpu_started) / num_images
+    return measure_throughput(
+        opened.classifiers, batch_NHWC, num_warm_up=1, min_calls=1, budget_s=seconds
+    )
 
 
 # ---- the whole -----------------------------------------------------------------------------------

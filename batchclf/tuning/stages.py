@@ -273,11 +273,15 @@ class Tuning:
         try:
             opened = self._sessions.open(session)
             open_s = time.perf_counter() - started
-            rate, cpu_ms = measure_inference(
+            alone = measure_inference(
                 opened, self._pixels_NHWC, session.batch_size, self._options.limit_s
             )
             found = InferLimit(
-                session, too_large=False, images_per_s=rate, cpu_ms_per_image=cpu_ms, open_s=open_s
+                session,
+                too_large=False,
+                images_per_s=alone.images_per_s,
+                cpu_ms_per_image=alone.cpu_ms_per_image,
+                open_s=open_s,
             )
         except _MAY_LACK_MEMORY as error:
             self._require_lack_of_memory(error, session)

@@ -196,7 +196,7 @@ class Bench:
             open_classifier(bundle.model_path, target, batch_size=size, bind=bind)
             for _ in range(streams)
         ]
-        return measure_throughput(runs, pixels_NHWC)
+        return round(measure_throughput(runs, pixels_NHWC).images_per_s, 1)
 
     def _bundle(self, job: JobSpec) -> Any:
         model = resolve_model(job.model, batch_size=64, open_reference=open_reference, log=log)

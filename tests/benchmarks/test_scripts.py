@@ -132,3 +132,14 @@ def test_the_throughput_is_compared_with_that_of_peers(tmp_path: Path) -> None:
     assert ours["limit_parts"].keys() >= {"decode_cpu_ms", "infer_cpu_ms"}
     assert (theirs["contestant"], theirs["speed"]) == ("tutorial loop", 1.0)
     assert theirs["top1_agreement"] < 1
+
+
+def test_what_tune_picks_is_compared_with_a_sweep(tmp_path: Path) -> None:
+    job = str(write_job(tmp_path, batch_size=4))
+    printed = run(
+        *("tune", job, "--budget", "10", "--batch-sizes", "4,8"),
+        *("--rounds", "1", "--seconds", "0.05"),
+    )
+    found = json.loads(printed.splitlines()[-1])
+    assert found["num_combinations"] >= 2
+    assert found["share_of_best"] > 0

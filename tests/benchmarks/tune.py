@@ -65,7 +65,7 @@ def sweep(
     model = resolve_model(
         job.model, batch_size=job.batch_size, open_reference=open_reference, log=print
     )
-    source = open_source(job.input)
+    source = open_source(job.input, allow_outside_links=job.loader.allow_outside_links)
     refs, num_listed, _ = spread(source.paths(), SAMPLE_SIZE, lambda: False)
     rates: dict[Settings, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:

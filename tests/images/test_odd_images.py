@@ -26,6 +26,7 @@ CODES = {
     "oom",
 }
 FLAGS = {
+    "jpeg_corrupt",
     "extension_mismatch",
     "has_alpha",
     "clipped_to_8bit",

@@ -1,0 +1,337 @@
+"""jpeg.py: through simplejpeg every JPEG has the pixels, failures and flags it has through Pillow.
+
+Besides, damage that Pillow passes over in silence is flagged.
+"""
+
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from batchclf.images import jpeg
+from batchclf.images.jpeg import decoder_name, read_jpeg
+from batchclf.results.records import DecodeMode, Loaded, Pixels, Preprocess
+from tests.conftest import ODD_IMAGES, PHOTOS, ROOT, data
+from tests.images.common import decode, encode, picture
+
+# The decoder silences Pillow; pytest switches every warning on again.
+pytestmark = pytest.mark.filterwarnings(r"ignore::UserWarning:PIL\.")
+
+SMALL = Preprocess(48, (40, 44), "bilinear", None, None)
+MANY_PIXELS = 89_478_485
+
+
+def full_size(width: int, height: int) -> int:
+    return 1
+
+
+def is_read(file: bytes) -> bool:
+    """Whether simplejpeg takes the file, so that Pillow is not needed."""
+    return read_jpeg(file, MANY_PIXELS, full_size).pixels_HWC is not None
+
+
+def through_pillow(
+    file: bytes, mode: DecodeMode = "exact", *, exif_transpose: bool = False
+) -> tuple[Pixels, Loaded]:
+    """What comes out where simplejpeg is not installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jpeg, "USABLE", False)
+        return decode(file, b"x.jpg", SMALL, mode=mode, exif_transpose=exif_transpose)
+
+
+def assert_as_through_pillow(
+    file: bytes, mode: DecodeMode = "exact", *, exif_transpose: bool = False
+) -> Loaded:
+    """Compare pixels, failure and flags; returns what was loaded, with any `jpeg_corrupt`."""
+    pixels_HWC, loaded = decode(file, b"x.jpg", SMALL, mode=mode, exif_transpose=exif_transpose)
+    expected_HWC, expected = through_pillow(file, mode, exif_transpose=exif_transpose)
+    assert loaded.failure == expected.failure
+    flags = tuple(flag for flag in loaded.warnings if flag != "jpeg_corrupt")
+    assert flags == expected.warnings
+    np.testing.assert_array_equal(pixels_HWC, expected_HWC)
+    return loaded
+
+
+def files_of(folder: Path) -> Iterator[tuple[str, bytes]]:
+    for path in sorted(data(folder).rglob("*")):
+        if path.is_file() and (content := path.read_bytes()).startswith(b"\xff\xd8\xff"):
+            yield path.name, content
+
+
+# ---- the same pixels -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_every_photo_is_read_without_pillow_to_the_same_pixels_and_none_is_flagged(
+    mode: DecodeMode,
+) -> None:
+    for name, file in files_of(PHOTOS):
+        assert is_read(file), name
+        assert assert_as_through_pillow(file, mode) == Loaded(), name
+
+
+FLAGGED = {"bad_huffman.jpg", "hopper_bad_exif.jpg"}
+"""The odd files whose picture is visibly damaged, and that Pillow decodes all the same."""
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_every_odd_jpeg_comes_out_as_through_pillow_and_the_damaged_ones_are_flagged(
+    mode: DecodeMode,
+) -> None:
+    flagged, num_read, num_files = set(), 0, 0
+    for name, file in files_of(ODD_IMAGES):
+        for exif_transpose in (False, True):
+            loaded = assert_as_through_pillow(file, mode, exif_transpose=exif_transpose)
+            if "jpeg_corrupt" in loaded.warnings:
+                flagged.add(name)
+        num_files += 1
+        num_read += is_read(file)
+    print(f"\n{num_read} of {num_files} odd files read without Pillow")
+    assert flagged == FLAGGED
+    assert num_read > 100
+
+
+@st.composite
+def jpegs(draw: st.DrawFn) -> bytes:
+    """Files as Pillow writes them: colours, chroma subsampling, scans, restarts, EXIF."""
+    mode = draw(st.sampled_from(["RGB", "RGB", "RGB", "L", "CMYK", "YCbCr"]))
+    size = draw(st.tuples(st.integers(1, 90), st.integers(1, 90)))
+    exif = Image.Exif()
+    if orientation := draw(st.integers(0, 9)):
+        exif[274] = orientation
+    keep_rgb = mode == "RGB" and draw(st.booleans())
+    return encode(
+        picture(*size, mode, seed=draw(st.integers(0, 3))),
+        "JPEG",
+        quality=draw(st.integers(1, 100)),
+        subsampling=0 if keep_rgb else draw(st.integers(0, 2)),
+        keep_rgb=keep_rgb,
+        progressive=draw(st.booleans()),
+        restart_marker_blocks=draw(st.integers(0, 3)),
+        exif=exif,
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(file=jpegs(), mode=st.sampled_from(["exact", "fast"]), exif_transpose=st.booleans())
+def test_any_jpeg_that_pillow_writes_has_the_same_pixels(
+    file: bytes, mode: DecodeMode, exif_transpose: bool
+) -> None:
+    assert assert_as_through_pillow(file, mode, exif_transpose=exif_transpose) == Loaded()
+
+
+def sampled(factors: str, width: int = 97, height: int = 75) -> bytes:
+    return bytes(
+        simplejpeg.encode_jpeg(np.asarray(picture(width, height)), colorsubsampling=factors)
+    )
+
+
+def sampled_441() -> bytes:
+    """4:1:1 with its luminance factors exchanged: as many blocks, one above another."""
+    file = bytearray(sampled("411", 64, 64))
+    luminance = file.index(b"\xff\xc0") + 11
+    assert file[luminance] == 0x41
+    file[luminance] = 0x14
+    return bytes(file)
+
+
+@pytest.mark.parametrize("factors", ["444", "422", "420", "440", "411"])
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_every_chroma_subsampling_has_the_same_pixels(factors: str, mode: DecodeMode) -> None:
+    file = sampled(factors)
+    assert is_read(file)
+    assert assert_as_through_pillow(file, mode) == Loaded()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [sampled_441, lambda: encode(picture(50, 40, "CMYK"), "JPEG"), lambda: b"\xff\xd8\xff\xe0"],
+    ids=["4:4:1", "CMYK", "a mere start"],
+)
+def test_what_simplejpeg_does_not_take_is_left_to_pillow(make: Callable[[], bytes]) -> None:
+    assert not is_read(make())
+    assert_as_through_pillow(make())
+
+
+def test_a_jpeg_above_the_pixel_limit_is_not_even_allocated() -> None:
+    file = encode(picture(30, 20), "JPEG")
+    assert read_jpeg(file, 600, full_size).pixels_HWC is not None
+    assert read_jpeg(file, 599, full_size).pixels_HWC is None
+
+
+@pytest.mark.parametrize(("factor", "shape"), [(2, (61, 51)), (4, (31, 26)), (8, (16, 13))])
+def test_a_reduced_jpeg_is_rounded_up_to_whole_pixels(factor: int, shape: tuple[int, int]) -> None:
+    file = encode(picture(101, 121), "JPEG")
+    found = read_jpeg(file, MANY_PIXELS, lambda width, height: factor)
+    assert found.pixels_HWC is not None
+    assert found.pixels_HWC.shape == (*shape, 3)
+    assert (found.width, found.height, found.reduction) == (101, 121, factor)
+
+
+def test_a_lossless_jpeg_is_decoded_whole_since_libjpeg_cannot_reduce_it() -> None:
+    file = data(ODD_IMAGES / "sharp" / "testimgl.jpg").read_bytes()
+    found = read_jpeg(file, MANY_PIXELS, lambda width, height: 2)
+    assert found.pixels_HWC is not None
+    assert found.pixels_HWC.shape == (149, 227, 3)
+    assert found.reduction == 1
+    for usable in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jpeg, "USABLE", usable)
+            tiny = Preprocess(32, (32, 32), "bilinear", None, None)
+            fast_HWC, loaded = decode(file, preprocess=tiny, mode="fast")
+            assert loaded == Loaded()
+            exact_HWC, _ = decode(file, preprocess=tiny)
+            assert np.abs(fast_HWC.astype(int) - exact_HWC).mean() < 0.1
+
+
+def test_threads_decode_at_once_without_disturbing_each_other() -> None:
+    files = [encode(picture(200, 150, seed=seed), "JPEG") for seed in range(8)]
+    alone = [decode(file, preprocess=SMALL)[0] for file in files]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            together = pool.map(lambda file: decode(file, preprocess=SMALL)[0], files)
+            for found_HWC, expected_HWC in zip(together, alone, strict=True):
+                np.testing.assert_array_equal(found_HWC, expected_HWC)
+
+
+# ---- damage --------------------------------------------------------------------------------------
+
+
+def _scan(file: bytes) -> int:
+    """Where the compressed pixels begin."""
+    return file.index(b"\xff\xda") + 14
+
+
+def _scrambled(file: bytes) -> bytes:
+    middle = (_scan(file) + len(file)) // 2
+    noise = bytes(random.Random(7).choices(range(1, 255), k=40))
+    return file[:middle] + noise + file[middle + 40 :]
+
+
+def _with_zeros(file: bytes) -> bytes:
+    middle = (_scan(file) + len(file)) // 2
+    return file[:middle] + bytes(500) + file[middle:]
+
+
+def _zeroed_half(file: bytes) -> bytes:
+    return file[: len(file) // 2] + bytes(len(file) - len(file) // 2 - 2) + b"\xff\xd9"
+
+
+def _half_with_end(file: bytes) -> bytes:
+    return file[: len(file) // 2] + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("damage", [_scrambled, _with_zeros, _zeroed_half, _half_with_end])
+def test_damage_that_pillow_passes_in_silence_is_flagged(
+    damage: Callable[[bytes], bytes], progressive: bool
+) -> None:
+    file = damage(encode(picture(200, 150), "JPEG", progressive=progressive))
+    assert through_pillow(file)[1] == Loaded(), "Pillow is silent"
+    assert assert_as_through_pillow(file) == Loaded(warnings=("jpeg_corrupt",))
+    assert assert_as_through_pillow(file, "fast") == Loaded(warnings=("jpeg_corrupt",))
+    named = decode(file, b"x.png", SMALL)[1]
+    assert named == Loaded(warnings=("extension_mismatch", "jpeg_corrupt"))
+
+
+def test_oddities_that_cost_no_pixel_are_not_flagged() -> None:
+    file = encode(picture(64, 48), "JPEG", icc_profile=b"x" * 200)
+    before_tables = file.index(b"\xff\xdb")
+    icc_number = file.index(b"ICC_PROFILE\0") + len(b"ICC_PROFILE\0")
+    last_coefficient = _scan(file) - 2  # some writers leave it 0 where it has no meaning
+    assert file[last_coefficient] == 63
+    for odd in (
+        file + b"trailing" * 50,
+        file[:before_tables] + b"\0\1\2\3\4" + file[before_tables:],
+        file[:icc_number] + b"\x09" + file[icc_number + 1 :],
+        file[:last_coefficient] + b"\0" + file[last_coefficient + 1 :],
+    ):
+        assert assert_as_through_pillow(odd) == Loaded()
+        np.testing.assert_array_equal(
+            decode(odd, preprocess=SMALL)[0], decode(file, preprocess=SMALL)[0]
+        )
+
+
+def test_a_failure_is_pillows_and_carries_no_flag() -> None:
+    file = encode(picture(200, 150), "JPEG")
+    for cut in (2, len(file) // 2):
+        loaded = assert_as_through_pillow(file[:-cut])
+        assert loaded.failure is not None
+        assert loaded.failure.code == "truncated"
+        assert loaded.warnings == ()
+
+
+def test_random_damage_fails_and_shows_as_through_pillow() -> None:
+    files = [
+        encode(picture(70, 50), "JPEG"),
+        encode(picture(70, 50), "JPEG", progressive=True),
+        encode(picture(70, 50, "L"), "JPEG", restart_marker_blocks=2),
+        encode(picture(60, 44, "CMYK"), "JPEG"),
+    ]
+    rng = random.Random(1)
+    num_flagged = 0
+    for number in range(800):
+        damaged = bytearray(files[number % len(files)])
+        for _ in range(rng.randint(1, 4)):
+            last = len(damaged) - 1
+            # Headers are short; half of the damage goes there.
+            at = rng.randint(2, min(last, 600) if rng.random() < 0.5 else last)
+            if rng.random() < 0.8:
+                damaged[at] = rng.choice((0, 0xFF, rng.randrange(256)))
+            else:
+                del damaged[at : at + rng.randint(1, 20)]
+        loaded = assert_as_through_pillow(bytes(damaged))
+        num_flagged += "jpeg_corrupt" in loaded.warnings
+    assert num_flagged > 40
+
+
+# ---- with and without ----------------------------------------------------------------------------
+
+
+def test_the_decoder_is_named_with_its_version() -> None:
+    assert decoder_name() == f"simplejpeg {version('simplejpeg')}"
+
+
+CHILD = """
+import sys
+import numpy as np
+from batchclf.images.decode import Decoder
+from batchclf.images.jpeg import decoder_name
+from batchclf.results.records import Preprocess
+slot_HWC = np.zeros((40, 44, 3), np.uint8)
+preprocess = Preprocess(48, (40, 44), "bilinear", None, None)
+print(Decoder(preprocess)(open(sys.argv[1], "rb").read(), b"x.jpg", slot_HWC).warnings)
+print(decoder_name())
+sys.stdout.flush()
+sys.stdout.buffer.write(slot_HWC.tobytes())
+"""
+NOT_INSTALLED = 'import sys; sys.modules["simplejpeg"] = None'
+ANOTHER_LIBJPEG = "from PIL import features; features.check_feature = lambda name: False"
+"""Under Pillow: simplejpeg's pixels would not be Pillow's, and so not torchvision's."""
+
+
+@pytest.mark.parametrize("prelude", [NOT_INSTALLED, ANOTHER_LIBJPEG])
+def test_where_simplejpeg_is_not_to_be_used_pillow_decodes_the_same_and_cannot_flag(
+    tmp_path: Path, prelude: str
+) -> None:
+    path = tmp_path / "x.jpg"
+    path.write_bytes(_scrambled(encode(picture(200, 150), "JPEG")))
+    done = subprocess.run(
+        [sys.executable, "-c", prelude + CHILD, path], cwd=ROOT, capture_output=True, check=True
+    )
+    warnings, name, pixels = done.stdout.split(b"\n", 2)
+    assert warnings == b"()"
+    assert name.decode().startswith(f"Pillow {version('pillow')} (libjpeg")
+    pixels_HWC, loaded = decode(path.read_bytes(), b"x.jpg", SMALL)
+    assert loaded.warnings == ("jpeg_corrupt",)
+    assert pixels == pixels_HWC.tobytes()
