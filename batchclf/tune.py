@@ -8,6 +8,8 @@ import importlib.util
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ from batchclf.images.source import open_source, require_images
 from batchclf.interrupt import StopRequest
 from batchclf.job import JobSpec
 from batchclf.models.resolve import Log, resolve_model
+from batchclf.results.records import ImageRef
 from batchclf.results.writer import RunFiles, only_writer, replace_file
 from batchclf.runtime.classifier import open_reference
+from batchclf.sample import sample_listing
 from batchclf.tuning.measure import Bench, spread
 from batchclf.tuning.records import Tuned, as_facts, as_line
 from batchclf.tuning.sessions import Sessions
@@ -61,7 +65,11 @@ def tune_job(job: JobSpec, options: TuneOptions, *, log: Log, stop: StopRequest)
             log(f"the sample is of the first {num_listed:,} images: no time to list more")
         with tempfile.TemporaryDirectory(dir=job.output, prefix=".tune-") as folder:
             bench = Bench(job, source, model, refs, Path(folder), stop)
-            sessions = Sessions(bench, fallback, log)
+            # Where the listing was whole, the sample is a run's: int8 then is converted once.
+            sampled = starmap(ImageRef, enumerate(source.paths())) if is_whole else refs
+            num_sampled = num_listed if is_whole else len(refs)
+            sample = partial(sample_listing, job, source, model, sampled, num_sampled)
+            sessions = Sessions(bench, cache(sample), fallback, log)
             tuned = Tuning(
                 bench,
                 num_listed,

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+USERS_ENVIRONMENT = dict(os.environ)
+"""The environment without what tests set for themselves: for processes whose speed is measured."""
 # One thread for torch: more of them would only fight with the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent

@@ -311,7 +311,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_too_large(
     tune_until(
         job,
         *("--batch-sizes", "2500,5000"),
-        seen=["batch size 2500 and above at fp32: too large", "of its limit", "of its limit"],
+        seen=["and larger batches: too large for the memory", "of its limit", "of its limit"],
         program=("-c", LITTLE_MEMORY),
     )
     lines = lines_of(tmp_path / "out")
@@ -437,6 +437,10 @@ def test_other_answers_are_chosen_only_for_more_speed() -> None:
     own, other = settings(64), settings(8, precision="int8")
     assert choose([result(other, 1010), result(own, 1000)], own).settings == own
     assert choose([result(other, 1500), result(own, 1000)], own).settings == other
+    for other in (settings(8, precision="int8"), replace(settings(8), decode="fast")):
+        same_answers = settings(32)
+        results = [result(other, 1010), result(same_answers, 1000)]
+        assert choose(results, own).settings == same_answers
 
 
 def test_trials_of_one_combination_become_one_result() -> None:

@@ -169,7 +169,7 @@ def _decoding(
     loader = bench.job.loader.model_copy(update={"decode": decode})
     job = bench.job.model_copy(update={"loader": loader})
     batch_shape = (DECODE_BATCH, *bench.model.preprocess.crop, 3)
-    num_slots = 2 + math.ceil(workers / DECODE_BATCH)
+    num_slots = 2 + math.ceil(4 * workers / DECODE_BATCH)  # processes take some rows at a time
     with (
         open_decoding(
             make_loader(job, bench.source, bench.model),
@@ -282,7 +282,6 @@ def run_trial(
         backend=backend_of(bench.job, settings.workers),
     )
     num_streams = len(opened.classifiers)
-    stats.start(0.0, num_streams)
     window = _Window(files.predictions, stats, num_streams, seconds, max_s)
     refs = itertools.cycle(bench.refs)
     with window, suppress(_EnoughError):

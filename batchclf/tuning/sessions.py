@@ -1,8 +1,7 @@
 """Sessions for one combination after the other, opened and proven as a run opens them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
 from batchclf.devices import Opened, open_devices, open_target, targets
 from batchclf.images.prefetch import Allocate
@@ -11,7 +10,6 @@ from batchclf.models.resolve import Log
 from batchclf.results.records import Pixels, Precision
 from batchclf.runtime.providers import PROVIDERS
 from batchclf.runtime.sessions import Target
-from batchclf.sample import sample_input
 from batchclf.tuning.measure import Bench, job_with
 from batchclf.tuning.records import Session, Settings
 
@@ -19,8 +17,12 @@ from batchclf.tuning.records import Session, Settings
 class Sessions:
     """Holds the sessions of one combination at a time, so that memory need not hold two."""
 
-    def __init__(self, bench: Bench, fallback: str | None, log: Log) -> None:
+    def __init__(
+        self, bench: Bench, sample: Callable[[], Pixels], fallback: str | None, log: Log
+    ) -> None:
+        """`sample`: images of the job, uint8 NHWC, to convert and to compare precisions on."""
         self._bench = bench
+        self._sample = sample
         self._fallback = fallback
         self._log = log
         self._spec = bench.job.provider if fallback is None else ProviderSpec(name="cpu")
@@ -46,6 +48,10 @@ class Sessions:
         """What was opened first, without its classifiers."""
         return next(iter(self._proven.values()))
 
+    def holds(self, session: Session) -> bool:
+        """Whether it is the one that is open, so that opening it takes no time."""
+        return self._opened is not None and session == self._session
+
     def open(self, session: Session) -> Opened:
         """Sessions whose answers were checked, as in a run; those opened before are closed.
 
@@ -54,7 +60,7 @@ class Sessions:
         """
         if self._batches is not None:
             self._batches.take_back()
-        if self._opened is None or session != self._session:
+        if self._opened is None or not self.holds(session):
             self.close()
             self._opened = self._open(session)
             self._session = session
@@ -74,9 +80,8 @@ class Sessions:
                 for classify in open_target(proven.bundle, target, session.batch_size)
             ]
             return replace(proven, classifiers=classifiers)
-        sample = partial(sample_input, self._bench.job, self._bench.model)
         opened = open_devices(
-            job, self._bench.model, session.batch_size, sample, self._fallback, self._log
+            job, self._bench.model, session.batch_size, self._sample, self._fallback, self._log
         )
         if opened.provider.active != PROVIDERS[self._spec.name].execution_provider:
             self._spec = ProviderSpec(name="cpu")

@@ -1,6 +1,6 @@
 """The stages of a tuning: each limit alone, then the whole, then the best of it again.
 
-Every measurement is estimated before it begins, and begins only where the budget has room for it.
+Every session and trial is estimated before it begins, and begins only where the budget has room.
 """
 
 import gc
@@ -123,7 +123,7 @@ class Tuning:
         self._infer: dict[Session, InferLimit] = {}
         self._trials: list[Trial] = []
         self._untried: set[Settings] = set()
-        self._too_large: dict[Precision, int] = {}
+        self._lacking: list[Session] = []
         self._notes: list[str] = []
         self._current = self._current_settings()
 
@@ -133,8 +133,11 @@ class Tuning:
         Raises:
             UsageError: there was no time for a single trial.
         """
+        sizes = self._batch_sizes()
+        precisions = self._proven_precisions(sizes[0])
+        self._clock.prepared()
         self._measure_decoding()
-        self._measure_inference()
+        self._measure_inference(sizes, precisions)
         limits = Limits(self._num_cores, self._sessions.on_cpu, self._decode, self._infer)
         self._explore(limits)
         self._repeat()
@@ -151,7 +154,13 @@ class Tuning:
             num_sampled=len(self._bench.refs),
             current=self._current,
             results=results,
-            too_large=self._too_large,
+            too_large={
+                precision: min(sizes)
+                for precision in self._precisions()
+                if (
+                    sizes := [one.batch_size for one in self._lacking if one.precision == precision]
+                )
+            },
             best=best,
             verdict=judge(best, limits),
             keys=self._keys(best.settings),
@@ -230,28 +239,36 @@ class Tuning:
                 "image"
             )
 
-    def _measure_inference(self) -> None:
+    def _proven_precisions(self, batch_size: int) -> list[Precision]:
+        """The precisions that agree with fp32; to convert and compare them may take minutes."""
+        proven = []
+        for precision in self._precisions():
+            try:
+                self._sessions.open(
+                    replace(self._current.session, precision=precision, batch_size=batch_size)
+                )
+            except PrecisionRefused as error:
+                if precision == self._current.session.precision:
+                    raise
+                self._note(f"left out: {error}")
+            else:
+                proven.append(precision)
+        return proven
+
+    def _measure_inference(self, sizes: Sequence[int], precisions: Sequence[Precision]) -> None:
         """Inference alone, first at the job's own streams and threads."""
-        sizes = self._batch_sizes()
-        refused: set[Precision] = set()
         skipped: list[str] = []
         for streams, threads in self._layouts():
-            for precision in self._precisions():
+            for precision in precisions:
                 rate = 0.0
                 for size in sizes:
                     session = Session(precision, size, streams, threads)
-                    if precision in refused or size >= self._too_large.get(precision, size + 1):
+                    if self._is_too_large(session):
                         continue
                     if not self._has_room(session, rate, sizes[0]):
                         skipped.append(_session_name(session))
                         continue
-                    try:
-                        rate = self._infer_alone(session) or rate
-                    except PrecisionRefused as error:
-                        if precision == self._current.session.precision:
-                            raise
-                        self._note(f"left out: {error}")
-                        refused.add(precision)
+                    rate = self._infer_alone(session) or rate
         if skipped:
             self._note(f"not measured, for lack of time: {'; '.join(skipped)}")
 
@@ -303,10 +320,16 @@ class Tuning:
             raise error
         self._sessions.close()  # a session that lacked memory may not recover
         gc.collect()  # what the error's traceback refers to
-        self._too_large[session.precision] = session.batch_size
-        self._note(
-            f"batch size {session.batch_size} and above at {session.precision}: too large for "
-            "the memory"
+        self._lacking.append(session)
+        self._note(f"{_session_name(session)}, and larger batches: too large for the memory")
+
+    def _is_too_large(self, session: Session) -> bool:
+        """Whether one that needs no more memory has lacked it; on a device each stream has its own."""
+        return any(
+            one.precision == session.precision
+            and (self._sessions.on_cpu or one.streams <= session.streams)
+            and one.batch_size <= session.batch_size
+            for one in self._lacking
         )
 
     # ---- the whole -------------------------------------------------------------------------------
@@ -350,9 +373,9 @@ class Tuning:
     def _try(self, predicted: Prediction, left_s: float) -> bool:
         """One trial, if there is time for it."""
         session = predicted.settings.session
-        if session.batch_size >= self._too_large.get(session.precision, session.batch_size + 1):
+        if self._is_too_large(session):
             return True
-        open_s = self._infer[session].open_s or 0.0
+        open_s = 0.0 if self._sessions.holds(session) else self._infer[session].open_s or 0.0
         expected_s = estimated_s(predicted, self._options.trial_s)
         if open_s + expected_s > left_s:
             return False
@@ -390,7 +413,7 @@ class Tuning:
     def _too_little(self, own: Prediction | None) -> str:
         """Why there was not a single trial, and what to do."""
         budget_s = self._clock.budget_s
-        if self._too_large:
+        if self._lacking:
             return "tune: no batch size fits into the memory; give smaller ones: --batch-sizes 1,2"
         if own is None:
             return (

@@ -30,20 +30,20 @@ import orjson
 
 from batchclf.devices import settle_provider, targets
 from batchclf.errors import BatchclfError
-from batchclf.images.prefetch import Load, Prefetcher, zeroed_pixels
-from batchclf.images.processes import open_decoding
+from batchclf.images.prefetch import zeroed_pixels
 from batchclf.images.source import open_source
+from batchclf.interrupt import StopRequest
 from batchclf.job import JobSpec, ProviderSpec
 from batchclf.jobfile import load_job
 from batchclf.machine import cpu_name_and_flags, usable_cores
 from batchclf.models.resolve import resolve_model
 from batchclf.models.variants import needed_variant, resolve_variant
-from batchclf.plan import make_loader
 from batchclf.results.records import DecodeBackend, DecodeMode, ImageRef
 from batchclf.runtime.classifier import open_classifier, open_reference
 from batchclf.runtime.providers import installed_flavours
 from batchclf.runtime.sessions import ORT_ERRORS
 from batchclf.runtime.timing import measure_throughput
+from batchclf.tuning import measure
 from tests.tiny import link_images
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -221,30 +221,12 @@ class Bench:
         refs = [ImageRef(number, path) for number, path in enumerate(source.paths())]
         found = {}
         for mode, backend in itertools.product(get_args(DecodeMode), get_args(DecodeBackend)):
-            loader = job.loader.model_copy(update={"decode": mode, "backend": backend})
-            load = make_loader(job.model_copy(update={"loader": loader}), source, model)
-            rate = self._decoded_per_s(refs, load, backend, model.preprocess.crop)
-            found[f"{mode} {backend}"] = rate
+            loader = job.loader.model_copy(update={"backend": backend})
+            job = job.model_copy(update={"loader": loader})
+            bench = measure.Bench(job, source, model, refs, self.work, StopRequest())
+            limit = measure.measure_decoding(bench, mode, usable_cores(), self.arguments.decode_s)
+            found[f"{mode} {backend}"] = round(limit.images_per_s, 1)
         return found
-
-    def _decoded_per_s(
-        self, refs: list[ImageRef], load: Load, backend: DecodeBackend, crop: tuple[int, int]
-    ) -> float:
-        shape = (64, *crop, 3)
-        with (
-            open_decoding(
-                load, backend, usable_cores(), num_slots=4, batch_shape=shape
-            ) as decoding,
-            Prefetcher(
-                itertools.chain(refs[:64], refs), decoding, batch_shape=shape, num_slots=4
-            ) as batches,
-        ):
-            started = None
-            while (batch := batches.next_batch()) is not None:
-                batches.release(batch)
-                started = started or time.perf_counter()  # the first batch warms up
-            assert started is not None
-            return round(len(refs) / (time.perf_counter() - started), 1)
 
     def decode_on_gpu(self) -> Any:
         """Images/s of nvImageCodec over batch sizes, into the GPU's memory, not resized.
@@ -269,7 +251,7 @@ class Bench:
             if not images:
                 return {"error": f"nvImageCodec decoded {len(files) - num_failed} images"}
             images[-1].cpu()  # decoding is asynchronous: waits for the last one
-            rate = len(files) / (time.perf_counter() - started)
+            rate = (len(files) - num_failed) / (time.perf_counter() - started)
             rows.append(
                 {"batch_size": size, "images_per_s": round(rate, 1), "num_failed": num_failed}
             )
@@ -345,6 +327,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, default=ROOT / "samples" / "photos")
     parser.add_argument("--num-images", type=int, default=5_000)
     parser.add_argument("--repeats", type=int, default=3, help="whole runs of each kind")
+    parser.add_argument("--decode-s", type=float, default=5.0, help="seconds of each decoding")
     parser.add_argument("--skip", nargs="*", default=[], help="steps to leave out")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

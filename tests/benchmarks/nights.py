@@ -43,7 +43,7 @@ from batchclf.results.writer import RecordWriter, RunFiles, read_listing, write_
 from batchclf.resume import fingerprint
 from batchclf.runtime.classifier import open_reference
 from tests.benchmarks.startup import POLL_S
-from tests.conftest import ROOT, command
+from tests.conftest import ROOT, USERS_ENVIRONMENT, command
 from tests.tiny import DIGITS, write_tiny_job
 
 PARTS = ("listing", "memory", "resume")
@@ -144,7 +144,9 @@ def leads_to_image(descriptor: Path) -> bool:
 
 def start(job: Path, *options: str) -> "subprocess.Popen[bytes]":
     """A `batchclf run`, its messages to this process's stderr."""
-    return subprocess.Popen(command("run", job, *options), stdout=subprocess.DEVNULL)
+    return subprocess.Popen(
+        command("run", job, *options), env=USERS_ENVIRONMENT, stdout=subprocess.DEVNULL
+    )
 
 
 def require_success(process: "subprocess.Popen[Any]") -> None:

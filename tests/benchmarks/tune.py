@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from batchclf.jobfile import load_job
 from batchclf.machine import usable_cores
 from batchclf.models.resolve import resolve_model
 from batchclf.runtime.classifier import open_reference
+from batchclf.sample import sample_input
 from batchclf.tune import SAMPLE_SIZE
 from batchclf.tuning.measure import Bench, run_trial, spread
 from batchclf.tuning.records import Prediction, Session, Settings
@@ -70,15 +72,18 @@ def sweep(
     rates: dict[Settings, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(job, source, model, refs, Path(folder), silent)
-        sessions = Sessions(bench, None, lambda text: None)
+        sample = partial(sample_input, job, model)
+        sessions = Sessions(bench, sample, None, lambda text: None)
         automatic = sessions.target(RuntimeSpec()).streams
         counts = stream_counts(
             automatic, own.session.streams, usable_cores(), on_cpu=sessions.on_cpu
         )
-        layouts = [sessions.target(RuntimeSpec(streams=count)) for count in counts]
+        targets = [sessions.target(RuntimeSpec(streams=count)) for count in counts]
+        layouts = {(one.streams, one.threads) for one in targets}
+        layouts |= {(own.session.streams, own.session.threads)}
         sizes = sorted({size for size in batch_sizes if size <= num_listed})
-        for _, size, layout in itertools.product(range(rounds), sizes, layouts):
-            session = Session(job.precision, size, layout.streams, layout.threads)
+        for _, size, layout in itertools.product(range(rounds), sizes, sorted(layouts)):
+            session = Session(job.precision, size, *layout)
             for workers in worker_counts(own.workers, usable_cores()):
                 settings = Settings(session, job.loader.decode, workers)
                 trial = run_trial(

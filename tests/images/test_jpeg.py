@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from batchclf.images import jpeg
-from batchclf.images.jpeg import decoder_name, read_jpeg
+from batchclf.images.jpeg import decoder_name, is_reducible, read_jpeg
 from batchclf.results.records import DecodeMode, Loaded, Pixels, Preprocess
 from tests.conftest import ODD_IMAGES, PHOTOS, ROOT, data
 from tests.images.common import decode, encode, picture
@@ -192,6 +192,23 @@ def test_a_lossless_jpeg_is_decoded_whole_since_libjpeg_cannot_reduce_it() -> No
             assert loaded == Loaded()
             exact_HWC, _ = decode(file, preprocess=tiny)
             assert np.abs(fast_HWC.astype(int) - exact_HWC).mean() < 0.1
+
+
+def test_only_the_header_decides_whether_a_jpeg_is_reduced() -> None:
+    """Phones append films to photos, and thumbnails may hold any bytes."""
+    file = encode(picture(100, 80), "JPEG")
+    sof3 = b"\xff\xc3"
+    comment = b"\xff\xfe" + (2 + len(sof3)).to_bytes(2, "big") + sof3
+    assert is_reducible(file)
+    assert is_reducible(file + sof3)
+    assert is_reducible(file[:2] + comment + file[2:])
+    frame = file.index(b"\xff\xc0")
+    assert not is_reducible(file[:frame] + sof3 + file[frame + 2 :])
+    # What libjpeg passes over, and this does not: fill bytes, stray bytes, markers alone.
+    for odd in (b"\xff", b"\0", b"\xff\x01", b"\xff\xd0"):
+        assert not is_reducible(file[:frame] + odd + file[frame:])
+    for end in range(frame + 1):
+        assert not is_reducible(file[:end])
 
 
 def test_threads_decode_at_once_without_disturbing_each_other() -> None:
