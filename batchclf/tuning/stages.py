@@ -324,7 +324,7 @@ class Tuning:
         self._note(f"{_session_name(session)}, and larger batches: too large for the memory")
 
     def _is_too_large(self, session: Session) -> bool:
-        """Whether one that needs no more memory has lacked it; on a device each stream has its own."""
+        """Whether one that needs no more memory lacked it; each stream of a device has its own."""
         return any(
             one.precision == session.precision
             and (self._sessions.on_cpu or one.streams <= session.streams)
