@@ -30,6 +30,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -151,6 +152,9 @@ def _reap_orphans() -> None:
     for process in alive:
         process.kill()
     psutil.wait_procs(alive)
+    with suppress(ChildProcessError):  # those that became our children while they were waited for
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 # ---- our own jobs --------------------------------------------------------------------------------
