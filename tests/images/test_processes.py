@@ -17,6 +17,7 @@ from PIL import Image
 
 from batchclf.errors import BatchclfError
 from batchclf.images.decode import Decoder
+from batchclf.images.jpeg import decoder_name
 from batchclf.images.load import Loader
 from batchclf.images.prefetch import Load, Prefetcher, threads
 from batchclf.images.processes import DecodeProcesses
@@ -160,6 +161,7 @@ def test_a_job_writes_the_same_records_with_processes_and_counts_their_time(
     assert_same_records(read_records(tmp_path / "processes"), read_records(tmp_path / "threads"))
     run = json.loads((tmp_path / "processes" / "run.json").read_bytes())
     assert (run["backend"], run["num_workers"]) == ("processes", 3)
+    assert run["jpeg_decoder"] == decoder_name()
 
 
 @pytest.mark.parametrize("whole_group", [False, True])
