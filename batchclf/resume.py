@@ -196,6 +196,7 @@ def run_facts(plan: Plan, opened: Opened, fingerprint: Mapping[str, object]) -> 
         "num_streams": len(opened.classifiers),
         "num_workers": plan.num_workers,
         "backend": plan.backend,
+        "jpeg_decoder": decoder_name(),
         **summary_facts(plan, opened),
     }
 
@@ -208,7 +209,6 @@ def summary_facts(plan: Plan, opened: Opened) -> dict[str, object]:
         "precision": plan.job.precision,
         "precision_check": opened.precision_check and asdict(opened.precision_check),
         "decode": plan.job.loader.decode,
-        "jpeg_decoder": decoder_name(),
         "versions": {
             "batchclf": __version__,
             "python": platform.python_version(),
