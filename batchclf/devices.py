@@ -271,8 +271,8 @@ def _check_precision(
             is_probability=bundle.meta.scores == "probabilities",
         )
 
-    name, flags = cpu_name_and_flags()
-    key = (_what_answers(reduced, target, batch_size), bundle.digest, name, sorted(flags))
+    cpu, flags = cpu_name_and_flags()
+    key = (_what_answers(reduced, target, batch_size), bundle.digest, cpu, sorted(flags))
     check = remembered(key, classify.active.device, sample_NHWC, compare)
     name = job.precision if job.precision != "fp32" else "TF32"
     log(

@@ -51,7 +51,7 @@ from batchclf.resume import (
 )
 from batchclf.runtime.classifier import open_reference
 from batchclf.runtime.ranking import rank
-from batchclf.runtime.streams import Streams
+from batchclf.runtime.streams import Rank, Streams
 from batchclf.sample import sample_listing
 from batchclf.validate import require_separate_output
 
@@ -199,12 +199,6 @@ def classify_shard(
         ErrorLimitPassed: after the batch that passed `errors.max`.
         Interrupted: after a signal, with everything in flight committed.
     """
-    ranking = partial(
-        rank,
-        labels=plan.model.labels,
-        top_k=plan.job.top_k,
-        is_probability=plan.model.bundle.meta.scores == "probabilities",
-    )
     num_streams = len(opened.classifiers)
     num_slots = num_streams + auto(plan.job.loader.prefetch, max(2, num_streams)) + 1
     batch_shape = (plan.batch_size, *plan.model.preprocess.crop, 3)
@@ -221,7 +215,7 @@ def classify_shard(
             allocate=opened.allocate,
         ) as decoding,
         Prefetcher(refs, decoding, num_slots=num_slots, batch_shape=batch_shape) as batches,
-        Streams(batches.next_batch, opened.classifiers, ranking, stats.add_batch) as streams,
+        Streams(batches.next_batch, opened.classifiers, _ranking(plan), stats.add_batch) as streams,
         _stopping(batches),
     ):
         stats.start(time.perf_counter() - STARTED, num_streams)
@@ -245,6 +239,16 @@ def classify_shard(
         raise BatchclfError(  # cannot happen; an incomplete output must never exit 0
             f"{stats.num_images:,} of {plan.num_images:,} records written; run again to resume"
         )
+
+
+def _ranking(plan: Plan) -> Rank:
+    """Scores to the predictions that the job asks for."""
+    return partial(
+        rank,
+        labels=plan.model.labels,
+        top_k=plan.job.top_k,
+        is_probability=plan.model.bundle.meta.scores == "probabilities",
+    )
 
 
 # ---- trying again, and stopping ------------------------------------------------------------------

@@ -16,9 +16,8 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from multiprocessing.connection import Connection
-from types import TracebackType
 
 import numpy as np
 
@@ -59,12 +58,12 @@ def open_decoding(
             f"{math.prod(batch_shape):,} bytes cannot be started: {error}; choose a smaller "
             "batch_size or loader.workers, or loader.backend: threads"
         ) from error
-    with processes:
+    with closing(processes):
         yield processes.decoding
 
 
 class DecodeProcesses:
-    """Processes that decode into batches they share with this one; use as a context manager.
+    """Processes that decode into batches they share with this one, until `close`.
 
     Each serves one worker thread of a `Prefetcher`, which does nothing but wait for it.
     """
@@ -83,21 +82,25 @@ class DecodeProcesses:
 
         Raises:
             OSError: no memory, or no process, is to be had.
+            BatchclfError: a process died before it was ready.
         """
         num_bytes = num_slots * math.prod(batch_shape)
         descriptor = os.memfd_create("batchclf-pixels", os.MFD_CLOEXEC)
+        self._workers: list[_Worker] = []
         try:
             os.ftruncate(descriptor, num_bytes)
             self._pixels_NHWC = _pixels(descriptor, batch_shape[1:])
             self._free = list(self._pixels_NHWC.reshape(num_slots, *batch_shape))
             with _signals_held():
-                self._workers = [
-                    _Worker(self._pixels_NHWC, load, descriptor) for _ in range(num_processes)
-                ]
+                for _ in range(num_processes):
+                    self._workers.append(_Worker(self._pixels_NHWC, load, descriptor))
+            for worker in self._workers:
+                worker.wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
         finally:
             os.close(descriptor)
-        for worker in self._workers:
-            worker.wait_until_ready()
         # So many that twice as many messages as processes can be under way.
         num_rows = num_slots * batch_shape[0] // (2 * num_processes)
         self._num_rows = max(1, min(MAX_ROWS, num_rows))
@@ -126,15 +129,8 @@ class DecodeProcesses:
         for worker in self._workers:
             worker.kill()
 
-    def __enter__(self) -> "DecodeProcesses":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the processes, whatever they are at."""
         self._kill()
         for worker in self._workers:
             worker.wait()

@@ -1,7 +1,7 @@
 """What tuning measures and finds; each record is one line of tune.jsonl.
 
 Rates are images per second, wall time; `cpu_ms_per_image` is CPU time, user and system, of all
-threads of this process.
+threads, and of decoding processes.
 """
 
 from collections.abc import Mapping, Sequence

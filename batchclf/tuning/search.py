@@ -72,7 +72,7 @@ def stream_counts(automatic: int, current: int, num_cores: int, *, on_cpu: bool)
 
 
 def worker_counts(current: int, num_cores: int) -> list[int]:
-    """Numbers of decoding threads worth trying, the job's own first.
+    """Numbers of decode workers worth trying, the job's own first.
 
     More than cores help where the disk is waited for, fewer where inference wants the cores.
     """

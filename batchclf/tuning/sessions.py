@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from batchclf.devices import Opened, open_devices, open_target, targets
 from batchclf.images.prefetch import Allocate
-from batchclf.job import ProviderSpec, RuntimeSpec
+from batchclf.job import ProviderSpec, RuntimeSpec, runs_on_cpu
 from batchclf.models.resolve import Log
 from batchclf.results.records import Pixels, Precision
 from batchclf.runtime.providers import PROVIDERS
@@ -40,8 +40,7 @@ class Sessions:
     @property
     def on_cpu(self) -> bool:
         """Whether inference runs on the cores that decode."""
-        target = self.target(RuntimeSpec())
-        return target.provider.name != "cuda" and target.device_type == "CPU"
+        return runs_on_cpu(self._spec)
 
     @property
     def first(self) -> Opened:

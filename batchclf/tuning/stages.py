@@ -154,13 +154,7 @@ class Tuning:
             num_sampled=len(self._bench.refs),
             current=self._current,
             results=results,
-            too_large={
-                precision: min(sizes)
-                for precision in self._precisions()
-                if (
-                    sizes := [one.batch_size for one in self._lacking if one.precision == precision]
-                )
-            },
+            too_large=self._too_large(),
             best=best,
             verdict=judge(best, limits),
             keys=self._keys(best.settings),
@@ -322,6 +316,14 @@ class Tuning:
         gc.collect()  # what the error's traceback refers to
         self._lacking.append(session)
         self._note(f"{_session_name(session)}, and larger batches: too large for the memory")
+
+    def _too_large(self) -> dict[Precision, int]:
+        """The smallest batch size of each precision that lacked memory."""
+        found: dict[Precision, int] = {}
+        for one in self._lacking:
+            size = found.get(one.precision, one.batch_size)
+            found[one.precision] = min(size, one.batch_size)
+        return found
 
     def _is_too_large(self, session: Session) -> bool:
         """Whether one that needs no more memory lacked it; each stream of a device has its own."""

@@ -61,7 +61,7 @@ COLUMNS = (
     *("top1_agreement", "limit_images_per_s", "efficiency"),
 )
 BATCH_SIZES = {("cpu", "fp32"): 2, ("openvino", "fp32"): 2}
-"""What `batchclf tune` picks for these models on 2 cores, where it is not 8."""
+"""Of our jobs, where not 8: so MobileNetV2's inference alone was fastest on 2 cores."""
 WIDTHS = {"model": 14, "contestant": 28, "images_per_s": 12, "speed": 7, "peak_mb": 8}
 
 

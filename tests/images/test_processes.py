@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +65,8 @@ def collect(batches: Prefetcher) -> tuple[list[Loaded], Pixels]:
     return loaded, np.concatenate(pixels)
 
 
-def processes_of(loader: Load, count: int = 3) -> DecodeProcesses:
-    return DecodeProcesses(loader, count, num_slots=SLOTS, batch_shape=BATCH_SHAPE)
+def processes_of(loader: Load, count: int = 3) -> "closing[DecodeProcesses]":
+    return closing(DecodeProcesses(loader, count, num_slots=SLOTS, batch_shape=BATCH_SHAPE))
 
 
 def prefetcher(processes: DecodeProcesses, refs: Sequence[ImageRef]) -> Prefetcher:
@@ -140,9 +141,17 @@ def test_a_process_that_dies_ends_the_job_with_the_images_it_had(images: Path) -
             collect(batches)
 
 
+def test_processes_that_do_not_get_ready_leave_none_behind(images: Path) -> None:
+    before = psutil.Process().children()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", ["/no/such/folder"])
+        with pytest.raises(BatchclfError, match="exit code 1 before it began"):
+            processes_of(loader_of(images))
+    assert psutil.Process().children() == before
+
+
 def test_a_bug_in_a_process_is_told_with_its_traceback(images: Path) -> None:
-    broken = Loader(os.fsencode(images), True, Decoder(PREPROCESS, mode="no such mode"))  # type: ignore[arg-type]
-    object.__setattr__(broken, "root", 7)
+    broken = SlowLoader(loader_of(images), -1)  # time.sleep refuses that
     with (
         processes_of(broken) as processes,
         prefetcher(processes, refs_of()) as batches,
