@@ -9,14 +9,18 @@ BatchclfError                 1  unexpected; also the root of the tree
 ├── ErrorLimitPassed          3  more bad images than `errors.max` allows
 ├── ProviderError             4  the provider asked for is not the one that would run
 ├── EnvironmentFailed         5  the machine failed: disk, permissions, network
+│   ├── OutOfMemory              memory does not suffice for a batch
 │   ├── WeightsUnavailable       pretrained weights could not be downloaded
 │   └── PrecisionRefused         a reduced precision agrees too seldom with fp32
+├── WorkerFailed              1  the job's process died or hung, again and again
+├── DeviceLost                1  the device does not answer any more
 └── Interrupted        130, 143  SIGINT or SIGTERM: drained, committed, resumable
 
 A bad image is none of these: it is a `Failure` record (results/records.py).
 """
 
 import signal
+from functools import partial
 
 
 class BatchclfError(Exception):
@@ -65,6 +69,23 @@ class EnvironmentFailed(BatchclfError):
     exit_code = 5
 
 
+class OutOfMemory(EnvironmentFailed):
+    """Memory, of the device or of the machine, does not suffice for a batch of `batch_size`."""
+
+    def __init__(self, batch_size: int, cause: str, *, can_be_smaller: bool) -> None:
+        super().__init__(
+            f"batch_size: memory does not suffice for {batch_size} at once: {cause}; "
+            "choose a smaller one, or fewer runtime.streams, and run again to resume"
+        )
+        self.batch_size = batch_size
+        self.cause = cause
+        self.can_be_smaller = can_be_smaller
+
+    def __reduce__(self) -> tuple[object, ...]:
+        rebuild = partial(OutOfMemory, can_be_smaller=self.can_be_smaller)
+        return rebuild, (self.batch_size, self.cause), self.__dict__
+
+
 class WeightsUnavailable(EnvironmentFailed):
     """Pretrained weights could not be downloaded."""
 
@@ -73,9 +94,22 @@ class PrecisionRefused(EnvironmentFailed):
     """On a sample of the job's images, a reduced precision agrees too seldom with fp32."""
 
 
+class WorkerFailed(BatchclfError):
+    """The process that does the job's work died or hung, and starting it again did not help."""
+
+
+class DeviceLost(BatchclfError):
+    """This process cannot use its device any more; another one may."""
+
+
 class Interrupted(BatchclfError):
     """A signal asked the job to stop; what is committed stays and can be resumed."""
 
     def __init__(self, signal_number: int, advice: str) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}; {advice}")
         self.exit_code = 128 + signal_number
+        self.signal_number = signal_number
+        self.advice = advice
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Interrupted, (self.signal_number, self.advice), self.__dict__

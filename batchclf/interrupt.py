@@ -1,14 +1,22 @@
-"""SIGINT and SIGTERM: ask the job to drain, commit and end; a second signal ends it at once."""
+"""SIGINT, SIGTERM, SIGUSR1: ask the job to drain, commit and end; a second one ends it at once.
+
+SIGUSR1 is what Slurm sends before the time is up (sbatch --signal); it counts as SIGTERM.
+"""
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
 from batchclf.errors import Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS: Mapping[int, int] = {
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGUSR1: signal.SIGTERM,
+}
+"""What ends a job, and which of the two signals it counts as."""
 
 
 class _StopNow(BaseException):
@@ -22,11 +30,17 @@ class _StopNow(BaseException):
 class StopRequest:
     """Whether a signal came; while nothing is in flight, it ends the job right away.
 
-    `advice` is what its message says to do then.
+    `advice` is what its message says to do then; `signals`, which signals there are, and which of
+    SIGINT and SIGTERM each counts as.
     """
 
-    def __init__(self, advice: str = "run the same command to resume") -> None:
+    def __init__(
+        self,
+        advice: str = "run the same command to resume",
+        signals: Mapping[int, int] = SIGNALS,
+    ) -> None:
         self._advice = advice
+        self._signals = signals
         self.signal_number: int | None = None
         self._in_flight = False
 
@@ -45,10 +59,10 @@ class StopRequest:
         if self.signal_number is not None:
             raise Interrupted(self.signal_number, self._advice)
 
-    def _handle(self, signal_number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is not None:
-            os._exit(128 + signal_number)  # the second one: whatever is written can be resumed
-        self.signal_number = signal_number
+            os._exit(128 + self._signals[number])  # the second: what is written can be resumed
+        self.signal_number = self._signals[number]
         if not self._in_flight:
             raise _StopNow
 
@@ -59,7 +73,7 @@ class StopRequest:
         Raises:
             Interrupted: a signal ended what was going on.
         """
-        previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        previous = {number: signal.signal(number, self._handle) for number in self._signals}
         try:
             yield self
         except _StopNow:

@@ -350,6 +350,19 @@ class LoaderSpec(_Spec):
         89_478_485,
         description="A larger image is recorded as too_large; the default is Pillow's own limit.",
     )
+    max_bytes: Count = Field(
+        2**31, description="A larger file is recorded as too_large_bytes, unread."
+    )
+    max_seconds: Annotated[float, BeforeValidator(_as_float), Field(gt=0, le=86_400)] = Field(
+        60.0,
+        description="An image that takes longer to read and decode, also when tried once more by "
+        "itself, is recorded as timeout.",
+    )
+    strict: bool = Field(
+        False,
+        description="Record damaged images that can still be decoded as corrupt, instead of a "
+        "prediction with a warning.",
+    )
     allow_outside_links: bool = Field(
         False, description="Follow symbolic links that lead out of the input folder."
     )
@@ -401,6 +414,10 @@ class JobSpec(_Spec):
     top_k: Count = Field(5, description="Classes per record, best first.")
     loader: LoaderSpec = LoaderSpec()
     runtime: RuntimeSpec = RuntimeSpec()
+    stall_timeout: Annotated[float, BeforeValidator(_as_float), Field(gt=0, le=86_400)] = Field(
+        120.0,
+        description="Seconds without progress after which the job's process is started again.",
+    )
     errors: ErrorsSpec = ErrorsSpec()
     engine: Annotated[
         EngineSpec,

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -69,18 +70,18 @@ def _edited(path: Path, settings: Settings) -> Iterator[Path]:
         if value != _default(key) or (isinstance(held, dict) and leaf in held):
             _holder(expected, parent)[leaf] = changes[key] = value
     target = path.resolve()
-    copy = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         before = target.read_bytes().decode()
         after = _with_settings(path, before, changes)
-        copy.write_bytes(after.encode())
-        shutil.copymode(target, copy)
-        _require_the_same(path, read_data(copy) == expected, before, after)
-        yield copy
+        # In a folder of its own, whose name nobody can foresee: others may write to this one.
+        with tempfile.TemporaryDirectory(prefix=".batchclf-", dir=target.parent) as folder:
+            copy = Path(folder, target.name)
+            copy.write_bytes(after.encode())
+            shutil.copymode(target, copy)
+            _require_the_same(path, read_data(copy) == expected, before, after)
+            yield copy
     except OSError as error:
         raise JobFileError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        copy.unlink(missing_ok=True)
 
 
 def _require_the_same(path: Path, is_expected: bool, before: str, after: str) -> None:

@@ -23,6 +23,13 @@ from batchclf.job import JobSpec, is_weights_path
 
 MAX_JOB_FILE_BYTES = 1_000_000
 MAX_DEPTH = 20
+MAX_NODES = 10_000
+"""Keys, values and lists: reading them costs 30 us each, and a job has a few dozen."""
+MAX_SCALAR_CHARS = 8192
+"""A path has 4,096 bytes at most; long numbers in base 60 take quadratic time to read."""
+MAX_SHOWN_CHARS = 300
+MAX_PROBLEMS = 20
+"""As many are told at once: a file of junk has one a line."""
 PATH_KEYS = ("input", "output", "model.weights", "model.labels", "model.onnx", "model.bundle")
 NAMED_KEYS = ("provider", "engine")
 """Keys that take either a plain name or a mapping with `name` in it."""
@@ -61,7 +68,10 @@ def load_job(path: Path, overrides: Sequence[Override] = ()) -> JobSpec:
     try:
         return JobSpec.model_validate(document.data)
     except ValidationError as error:
-        lines = [_describe(detail, document) for detail in error.errors(include_url=False)]
+        details = error.errors(include_url=False)
+        lines = [_describe(detail, document) for detail in details[:MAX_PROBLEMS]]
+        if len(details) > MAX_PROBLEMS:
+            lines.append(f"{document.name}: and {len(details) - MAX_PROBLEMS:,} more problems")
         raise JobFileError("\n".join(dict.fromkeys(lines))) from None
 
 
@@ -81,12 +91,15 @@ def parse_set(text: str) -> Override:
         JobFileError: without `=`, or with a value that is not YAML.
     """
     key, equals, value = text.partition("=")
+    option = f"--set {shortened(text)}"
     if not equals or not key.strip():
-        raise JobFileError(f"--set {text}: found no `=`; write --set key=value, such as top_k=3")
+        raise JobFileError(f"{option}: found no `=`; write --set key=value, such as top_k=3")
+    if key.count(".") >= MAX_DEPTH:
+        raise JobFileError(f"{option}: nested deeper than {MAX_DEPTH} levels")
     try:
-        return Override(key.strip(), yaml.load(value, _JobLoader), f"--set {text}")  # noqa: S506
+        return Override(key.strip(), yaml.load(value, _JobLoader), option)  # noqa: S506
     except _NOT_YAML as error:
-        raise JobFileError(f"--set {text}: the value is not YAML: {error}") from None
+        raise JobFileError(f"{option}: the value is not YAML: {shortened(str(error))}") from None
 
 
 def _resolve_paths(document: _Document, base: Path) -> None:
@@ -109,7 +122,8 @@ def _resolve(key: str, value: str, base: Path, origin: str) -> str:
         return os.path.normpath(base / Path(value).expanduser())
     except RuntimeError:  # ~ of a user who is not there
         raise JobFileError(
-            f"{origin}: {key}: found {value}; allowed: a path; there is no such user's home folder"
+            f"{origin}: {key}: found {shortened(value)}; allowed: a path; "
+            "there is no such user's home folder"
         ) from None
 
 
@@ -126,7 +140,9 @@ def _apply(document: _Document, override: Override) -> None:
             child = {}
             document.origins[".".join(parents[:depth])] = override.option
         if not isinstance(child, dict):
-            raise JobFileError(f"{override.option}: `{parent}` holds a value, not further keys")
+            raise JobFileError(
+                f"{override.option}: `{shortened(parent)}` holds a value, not further keys"
+            )
         node[parent] = node = child
     value = override.value
     if override.key in PATH_KEYS and isinstance(value, str) and value:
@@ -137,14 +153,16 @@ def _apply(document: _Document, override: Override) -> None:
     document.origins[override.key] = override.option
 
 
-_NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError)
+_NOT_YAML = (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError)
 """What PyYAML raises; not YAMLError for a scalar its tag cannot build: 2024-99-99, !!int ''."""
 
 
 class _JobLoader(yaml.SafeLoader):
-    """Plain data: no aliases (they can be nested into a bomb), no duplicates, bounded depth."""
+    """Plain data: no aliases (they can be nested into a bomb), no duplicates, bounded in depth,
+    in the number of nodes and in the length of each."""
 
     depth = 0
+    num_nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -154,11 +172,18 @@ class _JobLoader(yaml.SafeLoader):
                 problem_mark=event.start_mark,
             )
         self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(
-                problem=f"nested deeper than {MAX_DEPTH} levels",
-                problem_mark=self.peek_event().start_mark,  # type: ignore[no-untyped-call]
-            )
+        self.num_nodes += 1
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        for is_over, problem in (
+            (self.depth > MAX_DEPTH, f"nested deeper than {MAX_DEPTH} levels"),
+            (self.num_nodes > MAX_NODES, f"more than {MAX_NODES:,} keys and values"),
+            (
+                isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_SCALAR_CHARS,
+                f"found a text longer than {MAX_SCALAR_CHARS:,} characters",
+            ),
+        ):
+            if is_over:
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -207,10 +232,10 @@ def _parse(path: Path) -> _Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        problem = " ".join(filter(None, (error.context, error.problem)))
+        problem = shortened(" ".join(filter(None, (error.context, error.problem))))
         raise JobFileError(f"{name}{line}: not a valid job file: {problem}") from None
     except _NOT_YAML as error:
-        raise JobFileError(f"{name}: not a valid job file: {error}") from None
+        raise JobFileError(f"{name}: not a valid job file: {shortened(str(error))}") from None
     if node is None or not isinstance(data, dict):
         found = "an empty file" if data is None else f"a {type(data).__name__}"
         raise JobFileError(
@@ -236,7 +261,7 @@ def _origins(name: str, node: yaml.Node, prefix: str = "") -> dict[str, str]:
 def _describe(detail: ErrorDetails, document: _Document) -> str:
     """One validation error as a line: where, key, what was found, what is allowed."""
     location = [str(part) for part in detail["loc"]]
-    key = ".".join(location)
+    key = shortened(".".join(location))
     origin, written = _written(location, document)
     if detail["type"] == "extra_forbidden":
         allowed = _keys_at(location[:-1])
@@ -262,7 +287,7 @@ def _written(location: list[str], document: _Document) -> tuple[str, str]:
     for length in range(len(location), 0, -1):
         key = ".".join(location[:length])
         if key in document.origins:
-            return document.origins[key], key
+            return document.origins[key], shortened(key)
     return document.name, ""
 
 
@@ -305,4 +330,9 @@ def _show(value: object) -> str:
         text = repr(value)
     except ValueError:  # a whole number of thousands of digits
         return f"a {type(value).__name__} too long to show"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return shortened(text, 80)
+
+
+def shortened(text: str, length: int = MAX_SHOWN_CHARS) -> str:
+    """The beginning of a text, for a message: whoever wrote it may have made it huge."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -110,3 +110,14 @@ def peak_rss_mb() -> float:
     found = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
     peak_kib = int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak_kib * 1024 / 1e6
+
+
+def boot_id() -> str:
+    """What tells this start of this machine from every other; empty where Linux does not say.
+
+    Source: /proc/sys/kernel/random/boot_id, random(4).
+    """
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

@@ -8,142 +8,187 @@ classify_shard:  listing → prefetched batches → streams of inference → rec
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, replace
 from functools import cache, partial
-from itertools import starmap
-from typing import Any, Protocol
+from itertools import islice, starmap
+from typing import Any
 
-from batchclf import STARTED
+import batchclf
 from batchclf.devices import Opened, open_devices, settle_provider
-from batchclf.errors import BatchclfError, ErrorLimitPassed, NoImagesError, UsageError
-from batchclf.images.prefetch import Prefetcher
-from batchclf.images.processes import open_decoding
+from batchclf.errors import (
+    BatchclfError,
+    DeviceLost,
+    ErrorLimitPassed,
+    Interrupted,
+    NoImagesError,
+    OutOfMemory,
+    ProviderError,
+    UsageError,
+)
+from batchclf.images.prefetch import Decoding, Load, Prefetcher, Quarantine, noted, threads
+from batchclf.images.processes import open_decoding, try_alone
 from batchclf.images.source import Source, open_source, require_images
 from batchclf.interrupt import StopRequest
 from batchclf.job import JobSpec, auto
 from batchclf.machine import cpu_seconds, peak_rss_mb
-from batchclf.models.resolve import ResolvedModel, resolve_model
-from batchclf.plan import Plan, fitting_batch_size, freeze, limited, make_loader, make_plan
-from batchclf.results.records import ImageRef, Shard
+from batchclf.models.resolve import Log, ResolvedModel, resolve_model
+from batchclf.plan import Plan, fitting_batch_size, freeze, limited, make_plan
+from batchclf.request import Recovery, RunOptions, RunResult
+from batchclf.results.files import RunFiles
+from batchclf.results.lines import Done, find_done
+from batchclf.results.listing import new_paths, read_listing
+from batchclf.results.records import Failure, ImageRef, Pixels
+from batchclf.results.state import RunState, kept_status, read_run
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import (
-    Done,
     RecordWriter,
-    RunFiles,
     append_stats,
     discard,
     failed_refs,
-    only_writer,
-    read_listing,
-    read_run,
+    mend_stats,
     replace_failed,
 )
 from batchclf.resume import (
+    durable_of,
     fingerprint,
     finished_summary,
-    kept_status,
     require_same_converted,
     resume,
     run_facts,
     summary_facts,
 )
 from batchclf.runtime.classifier import open_reference
+from batchclf.runtime.faults import is_device_lost, is_out_of_memory
 from batchclf.runtime.ranking import rank
+from batchclf.runtime.sessions import ORT_ERRORS
 from batchclf.runtime.streams import Rank, Streams
 from batchclf.sample import sample_listing
-from batchclf.validate import require_separate_output
 
 INTERVAL_S = 10.0
+SYNC_S = 5.0
+"""Seconds of work that a power loss can cost."""
 TICK_S = 1.0
+_FAILURES: tuple[type[Exception], ...] = (*ORT_ERRORS, MemoryError, ProviderError)
+"""What a lack of memory or a lost device may come as."""
 
 
-class Reporter(Protocol):
-    """Where progress and log lines go."""
+class Reporter:
+    """Where progress and log lines go, and what is told to whoever watches over this process.
 
-    def log(self, text: str) -> None: ...
+    This one says nothing.
+    """
 
-    def begin(self, num_images: int, num_done: int) -> None: ...
+    def log(self, text: str) -> None:
+        """One line for people."""
 
-    def update(self, num_images: int, num_errors: int) -> None: ...
+    def begin(self, num_images: int, num_done: int) -> None:
+        """Classifying begins: how many images there are, and how many have a record."""
 
+    def update(self, num_images: int, num_errors: int) -> None:
+        """How many images have a record by now, and how many of those are errors."""
 
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """What the command line asks of one run, beyond the job itself."""
+    def decoding(self, worker: int, index: int | None) -> None:
+        """A worker thread begins an image, by index in the listing; None: it has none."""
 
-    shard: Shard = field(default_factory=Shard)
-    overwrite: bool = False
-    retry_failed: bool = False
-    limit: int | None = None
+    def found_guilty(self, index: int, failure: Failure) -> None:
+        """An image crashes or hangs whoever decodes it."""
 
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """A finished job: its files and its summary line."""
-
-    files: RunFiles
-    summary: Mapping[str, Any]
-    was_complete: bool
-    """Whether an earlier run had already finished it."""
+    def before_write(self) -> None:
+        """Records are about to be written; returns when the output is surely this process's."""
 
 
 def run_job(
-    job: JobSpec, options: RunOptions, *, reporter: Reporter, stop: StopRequest
+    job: JobSpec,
+    options: RunOptions,
+    *,
+    reporter: Reporter,
+    stop: StopRequest,
+    recovery: Recovery | None = None,
 ) -> RunResult:
-    """Run a job to its end, or resume it.
+    """Run a job to its end, or resume it. The caller holds the output (results/lock.py).
 
     Raises:
         BatchclfError: with the exit code and what to do; the output stays resumable.
     """
-    require_separate_output(job)
-    files = RunFiles(job.output, options.shard)
-    is_complete = not options.overwrite and (read_run(files) or {}).get("status") == "complete"
+    recovery = recovery or Recovery()
     settle = cache(partial(settle_provider, job, reporter.log))
-    if not is_complete:  # else nothing will run, and the provider may be gone
+    begun = _begin(job, options, recovery, settle, reporter)
+    plan, done = begun.plan, begun.done
+    retried = _failed(plan, done, options.codes) if options.retry_failed else Counter[str]()
+    stats = StatsCollector(cpu_seconds, peak_rss_mb, list_s=begun.list_s)
+    stats.resume(done.num_ok, done.errors_by_code - retried)
+    if recovery.beginning is not None:
+        stats.started(*astuple(recovery.beginning))
+    _check_error_limit(plan, stats)
+    finished = finished_summary(plan.files) if done.num_images == plan.num_images else None
+    if finished is not None and not retried:
+        reporter.log(f"already complete: {plan.num_images:,} images in {plan.files.predictions}")
+        _tell_of_new_files(plan, options, reporter.log)
+        return RunResult(plan.files, finished, was_complete=True)
+    plan = _try_suspects(plan, recovery.suspects, reporter)
+    opened = begun.opened
+    if opened is None:
+        sample = partial(_sample, plan, reporter)
+        with _explained(plan):
+            opened = open_devices(job, plan.model, plan.batch_size, sample, settle(), reporter.log)
+        require_same_converted(begun.previous, done, opened)
+    facts = run_facts(plan, opened, begun.fingerprint, begun.previous, done)
+    with kept_status(plan.files, facts) as state:
+        mend_stats(plan.files)
+        classify = partial(classify_shard, plan, opened, stats=stats, reporter=reporter, stop=stop)
+        if retried:
+            _retry(plan, retried.keys(), classify, stats, resumes=recovery.is_restart)
+        else:
+            _go_on(plan, begun, classify, stats, state)
+        if begun.was_listed:
+            _tell_of_new_files(plan, options, reporter.log)
+        summary = append_stats(plan.files, "summary", stats.snapshot(), summary_facts(plan, opened))
+    return RunResult(plan.files, summary, was_complete=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A job whose output was found to be its own: what is to be done, and what is done."""
+
+    plan: Plan
+    previous: Mapping[str, Any] | None
+    """What run.json said."""
+    fingerprint: Mapping[str, object]
+    done: Done
+    was_listed: bool
+    list_s: float
+    opened: Opened | None
+
+
+def _begin(
+    job: JobSpec,
+    options: RunOptions,
+    recovery: Recovery,
+    settle: Callable[[], str | None],
+    reporter: Reporter,
+) -> _Begun:
+    files = RunFiles(job.output, options.shard)
+    previous = None if options.overwrite else read_run(files)
+    is_complete = previous is not None and previous.get("status") == "complete"
+    if not is_complete:  # else nothing may be left to run, and the provider may be gone
         settle()
-    with only_writer(files):
-        previous = None if options.overwrite else read_run(files)
-        source = _source(job, is_complete=is_complete)
-        model = resolve_model(
-            job.model, batch_size=job.batch_size, open_reference=open_reference, log=reporter.log
-        )
-        opened = None
-        if options.overwrite:
-            # Nothing is thrown away before what replaces it was seen to run.
-            opened = _open(job, options, source, model, settle(), reporter)
-            discard(files)
-        list_s = freeze(source, files, options.limit, reporter.log)
-        plan = make_plan(job, source, files, model, reporter.log)
-        wanted = fingerprint(plan, options.limit)
-        done = resume(plan, previous, wanted, reporter.log)
-        retried = _failed(plan, done) if options.retry_failed else Counter[str]()
-        stats = StatsCollector(cpu_seconds, peak_rss_mb, list_s=list_s)
-        stats.resume(done.num_ok, done.errors_by_code - retried)
-        _check_error_limit(plan, stats)
-        finished = finished_summary(files) if done.num_images == plan.num_images else None
-        if finished is not None and not retried:
-            reporter.log(f"already complete: {plan.num_images:,} images in {files.predictions}")
-            return RunResult(files, finished, was_complete=True)
-        if opened is None:
-            sample = partial(
-                sample_listing, job, source, model, read_listing(files), plan.num_listed
-            )
-            opened = open_devices(job, model, plan.batch_size, sample, settle(), reporter.log)
-            require_same_converted(previous, done, opened)
-        run = run_facts(plan, opened, wanted)
-        if previous is not None:  # listed then, not now
-            run["num_left_out"] = previous.get("num_left_out")
-        with kept_status(files, run):
-            if retried:
-                _retry_failed(plan, opened, stats, reporter=reporter, stop=stop)
-            else:
-                refs = read_listing(files, plan.first + done.num_images, plan.last)
-                with RecordWriter(files.predictions, done.num_bytes, stats.add_write) as writer:
-                    classify_shard(plan, opened, refs, writer, stats, reporter=reporter, stop=stop)
-            summary = append_stats(files, "summary", stats.snapshot(), summary_facts(plan, opened))
-        return RunResult(files, summary, was_complete=False)
+    source = _source(job, is_complete=is_complete)
+    model = resolve_model(
+        job.model, batch_size=job.batch_size, open_reference=open_reference, log=reporter.log
+    )
+    opened = None
+    if options.overwrite:
+        # Nothing is thrown away before what replaces it was seen to run.
+        opened = _open(job, options, source, model, settle(), reporter)
+        discard(files)
+    was_listed = files.listing.exists()
+    list_s = freeze(source, files, options.limit, reporter.log, extend=options.extend)
+    plan = make_plan(job, source, files, model, recovery, reporter.log)
+    wanted = fingerprint(plan, options.limit)
+    done = resume(plan, previous, wanted, reporter.log)
+    return _Begun(plan, previous, wanted, done, was_listed, list_s, opened)
 
 
 def _open(
@@ -188,50 +233,68 @@ def classify_shard(
     opened: Opened,
     refs: Iterator[ImageRef],
     writer: RecordWriter,
-    stats: StatsCollector,
     *,
+    stats: StatsCollector,
     reporter: Reporter,
     stop: StopRequest,
+    synced: Callable[[], None] = lambda: None,
 ) -> None:
     """Classify `refs`, what is left of a shard, writing records in the order of the listing.
+
+    `synced` is called whenever all that was written survives a power loss.
 
     Raises:
         ErrorLimitPassed: after the batch that passed `errors.max`.
         Interrupted: after a signal, with everything in flight committed.
+        OutOfMemory: for a batch of this size.
+        DeviceLost: the device does not answer any more; another process may find that it does.
     """
     num_streams = len(opened.classifiers)
     num_slots = num_streams + auto(plan.job.loader.prefetch, max(2, num_streams)) + 1
     batch_shape = (plan.batch_size, *plan.model.preprocess.crop, 3)
     reporter.begin(plan.num_images, stats.num_images)
     next_interval = time.monotonic() + INTERVAL_S
+    next_sync = time.monotonic() + SYNC_S
     with (
+        _explained(plan),
         stop.drained_by_caller(),
         open_decoding(
-            make_loader(plan.job, plan.source, plan.model),
+            plan.load,
             plan.backend,
             plan.num_workers,
             num_slots=num_slots,
             batch_shape=batch_shape,
             allocate=opened.allocate,
+            max_seconds=plan.job.loader.max_seconds,
         ) as decoding,
-        Prefetcher(refs, decoding, num_slots=num_slots, batch_shape=batch_shape) as batches,
+        Prefetcher(
+            refs,
+            # Processes mind themselves what their images do to them.
+            noted(decoding, reporter.decoding) if plan.backend == "threads" else decoding,
+            num_slots=num_slots,
+            batch_shape=batch_shape,
+        ) as batches,
         Streams(batches.next_batch, opened.classifiers, _ranking(plan), stats.add_batch) as streams,
         _stopping(batches),
     ):
-        stats.start(time.perf_counter() - STARTED, num_streams)
+        stats.start(time.perf_counter() - batchclf.STARTED, num_streams)
         stats.count_cpu(decoding.cpu_seconds)
         for result in streams.results(TICK_S):
             if result is not None:
                 batch, records = result
+                reporter.before_write()
                 writer.write(records)
                 stats.add_records(records)
                 batches.release(batch)
                 _check_error_limit(plan, stats)
             if stop.signal_number is not None:
                 batches.stop()
+            if time.monotonic() >= next_sync:
+                writer.sync()
+                synced()
+                next_sync = time.monotonic() + SYNC_S
             if time.monotonic() >= next_interval:
                 next_interval += INTERVAL_S
-                writer.sync()
                 append_stats(plan.files, "interval", stats.snapshot(), {})
             reporter.update(stats.num_images, stats.num_errors)
     if stats.num_images < plan.num_images:
@@ -251,10 +314,41 @@ def _ranking(plan: Plan) -> Rank:
     )
 
 
+Classify = Callable[..., None]
+"""classify_shard, bound to what stays the same in a run."""
+
+
+def _go_on(
+    plan: Plan, begun: _Begun, classify: Classify, stats: StatsCollector, state: RunState
+) -> None:
+    """Classify what has no record yet, noting what is durable."""
+    done = begun.done
+    durable = durable_of(begun.previous)
+    refs = read_listing(plan.files, plan.first + done.num_images, plan.last)
+    with RecordWriter(
+        plan.files.predictions, done.num_bytes, stats.add_write, durable.num_bytes
+    ) as writer:
+
+        def synced() -> None:
+            state.note_durable(writer.num_bytes, stats.num_images)
+
+        def commit() -> None:
+            writer.sync()
+            synced()
+
+        commit()
+        try:
+            classify(refs, writer, synced=synced)
+        except (Interrupted, ErrorLimitPassed):
+            commit()
+            raise
+        commit()
+
+
 # ---- trying again, and stopping ------------------------------------------------------------------
 
 
-def _failed(plan: Plan, done: Done) -> Counter[str]:
+def _failed(plan: Plan, done: Done, codes: frozenset[str] | None) -> Counter[str]:
     """How many records of which error `--retry-failed` would try again.
 
     Raises:
@@ -265,19 +359,99 @@ def _failed(plan: Plan, done: Done) -> Counter[str]:
             f"--retry-failed: {done.num_images:,} of {plan.num_images:,} images have a record; "
             "finish the job first, by running it without --retry-failed"
         )
-    return done.errors_by_code
+    found = done.errors_by_code
+    return found if codes is None else Counter({code: found[code] for code in codes & found.keys()})
 
 
-def _retry_failed(
-    plan: Plan, opened: Opened, stats: StatsCollector, *, reporter: Reporter, stop: StopRequest
+def _retry(
+    plan: Plan,
+    codes: Collection[str],
+    classify: Classify,
+    stats: StatsCollector,
+    *,
+    resumes: bool,
 ) -> None:
     """Classify the failed images again, then put the new records in the old ones' places."""
+    refs = partial(failed_refs, plan.files.predictions)
     listed = partial(read_listing, plan.files, plan.first, plan.last)
     retry = plan.files.retry
-    with RecordWriter(retry, 0, stats.add_write) as writer:
-        refs = failed_refs(plan.files.predictions, listed())
-        classify_shard(plan, opened, refs, writer, stats, reporter=reporter, stop=stop)
-    replace_failed(plan.files.predictions, retry)
+    tried = Done()
+    if resumes:  # the same command, after its process died
+        tried = find_done(retry, (ref.path for ref in refs(listed(), codes)))
+    stats.resume(tried.num_ok, tried.errors_by_code)
+    with RecordWriter(retry, tried.num_bytes, stats.add_write) as writer:
+        classify(islice(refs(listed(), codes), tried.num_images, None), writer)
+    replace_failed(plan.files.predictions, retry, codes)
+
+
+def _try_suspects(plan: Plan, suspects: Collection[int], reporter: Reporter) -> Plan:
+    """Try alone what was being decoded when a process died or hung; the guilty are quarantined."""
+    if not suspects:
+        return plan
+    first, last = min(suspects), max(suspects)
+    guilty: dict[int, Failure] = {}
+    for ref in read_listing(plan.files, first, last + 1):
+        if ref.index not in suspects:
+            continue
+        shape_HWC = (*plan.model.preprocess.crop, 3)
+        failure = try_alone(plan.load, ref, shape_HWC, plan.job.loader.max_seconds)
+        if failure is None:
+            reporter.log(f"{os.fsdecode(ref.path)}: tried alone, does no harm")
+            continue
+        reporter.log(f"{os.fsdecode(ref.path)}: recorded as {failure.code}: {failure.message}")
+        reporter.found_guilty(ref.index, failure)
+        guilty[ref.index] = failure
+    return replace(plan, quarantined={**plan.quarantined, **guilty})
+
+
+def _sample(plan: Plan, reporter: Reporter) -> Pixels:
+    """A sample of the frozen listing, its images watched as those of the job."""
+
+    def decode(load: Load, num_workers: int) -> Decoding:
+        return noted(threads(Quarantine(load, plan.quarantined), num_workers), reporter.decoding)
+
+    return sample_listing(
+        plan.job,
+        plan.source,
+        plan.model,
+        read_listing(plan.files),
+        plan.num_listed,
+        decode=decode,
+    )
+
+
+def _tell_of_new_files(plan: Plan, options: RunOptions, log: Log) -> None:
+    """Say how many files appeared since the listing was frozen; --limit left files out on purpose.
+
+    With shards, each would have to list the whole input.
+    """
+    if options.limit is not None or options.shard.count > 1:
+        return
+    num_new = sum(1 for _ in new_paths(plan.files, plan.source.paths()))
+    if num_new:
+        log(
+            f"input: {num_new:,} files appeared since it was listed; they are not part of this "
+            "job; --extend adds them"
+        )
+
+
+@contextmanager
+def _explained(plan: Plan) -> Iterator[None]:
+    """ONNX Runtime's errors for a lack of memory and for a lost device, as what they are.
+
+    Raises:
+        OutOfMemory: memory did not suffice for a batch.
+        DeviceLost: this process cannot use its device any more.
+    """
+    try:
+        yield
+    except _FAILURES as error:
+        if is_out_of_memory(error):
+            can_be_smaller = plan.batch_size > 1 and plan.model.bundle.meta.fixed_batch is None
+            raise OutOfMemory(plan.batch_size, str(error), can_be_smaller=can_be_smaller) from error
+        if is_device_lost(error):
+            raise DeviceLost(str(error)) from error
+        raise
 
 
 @contextmanager

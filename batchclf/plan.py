@@ -1,22 +1,25 @@
 """What a run is going to do: the model resolved, the listing frozen, the work divided up."""
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from batchclf.images.decode import Decoder
 from batchclf.images.load import Loader
+from batchclf.images.prefetch import Load, Quarantine
 from batchclf.images.source import Source
 from batchclf.job import JobSpec, auto, runs_on_cpu
 from batchclf.machine import usable_cores
 from batchclf.models.resolve import Log, ResolvedModel
-from batchclf.results.records import DecodeBackend
-from batchclf.results.writer import (
-    RunFiles,
+from batchclf.request import Recovery
+from batchclf.results.files import RunFiles
+from batchclf.results.listing import (
     count_listing,
     discard_abandoned_listing,
+    extend_listing,
     freeze_listing,
 )
+from batchclf.results.records import DecodeBackend, Failure
 
 MAX_THREADS = 4
 
@@ -36,16 +39,29 @@ class Plan:
     batch_size: int
     num_workers: int
     backend: DecodeBackend
+    quarantined: Mapping[int, Failure] = field(default_factory=dict)
+    """Images, by index in the listing, that crash or hang whoever decodes them."""
 
     @property
     def num_images(self) -> int:
         return self.last - self.first
 
+    @property
+    def load(self) -> Load:
+        """What loads the job's images."""
+        loader = make_loader(self.job, self.source, self.model)
+        return Quarantine(loader, self.quarantined) if self.quarantined else loader
+
 
 def make_plan(
-    job: JobSpec, source: Source, files: RunFiles, model: ResolvedModel, log: Log
+    job: JobSpec,
+    source: Source,
+    files: RunFiles,
+    model: ResolvedModel,
+    recovery: Recovery,
+    log: Log,
 ) -> Plan:
-    """Divide the frozen listing up."""
+    """Divide the frozen listing up, as far as what went wrong before allows."""
     num_listed = count_listing(files)
     first, last = files.shard.bounds(num_listed)
     fixed = model.bundle.meta.fixed_batch
@@ -60,9 +76,10 @@ def make_plan(
         last=last,
         num_listed=num_listed,
         model=model,
-        batch_size=fitting_batch_size(job, model, last - first),
+        batch_size=min(fitting_batch_size(job, model, last - first), recovery.max_batch_size),
         num_workers=num_workers,
-        backend=backend_of(job, num_workers),
+        backend="processes" if recovery.isolate else backend_of(job, num_workers),
+        quarantined=recovery.quarantined,
     )
 
 
@@ -71,12 +88,17 @@ def fitting_batch_size(job: JobSpec, model: ResolvedModel, num_images: int) -> i
     return model.bundle.meta.fixed_batch or max(1, min(job.batch_size, num_images))
 
 
-def freeze(source: Source, files: RunFiles, limit: int | None, log: Log) -> float:
-    """List the input once per job; returns the seconds it took."""
+def freeze(
+    source: Source, files: RunFiles, limit: int | None, log: Log, *, extend: bool = False
+) -> float:
+    """List the input once per job, or `extend` its listing; returns the seconds it took."""
     started = time.perf_counter()
     discard_abandoned_listing(files)
     if files.listing.exists():
-        return 0.0
+        if extend:
+            num_new = extend_listing(files, source.paths())
+            log(f"--extend: {num_new:,} new images in the listing")
+        return time.perf_counter() - started if extend else 0.0
     freeze_listing(files, limited(source.paths(), limit))
     if source.num_left_out:
         log(f"input: left out {source.num_left_out:,} hidden or repeated entries")
@@ -98,8 +120,9 @@ def make_loader(job: JobSpec, source: Source, model: ResolvedModel) -> Loader:
         mode=job.loader.decode,
         exif_transpose=bool(job.model.preprocess and job.model.preprocess.exif_transpose),
         max_pixels=job.loader.max_pixels,
+        strict=job.loader.strict,
     )
-    return Loader(source.root, source.confined, decoder)
+    return Loader(source.root, source.confined, decoder, job.loader.max_bytes)
 
 
 def backend_of(job: JobSpec, num_workers: int) -> DecodeBackend:

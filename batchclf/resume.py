@@ -3,10 +3,8 @@
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
-from datetime import UTC, datetime
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -14,36 +12,31 @@ import orjson
 
 from batchclf import __version__
 from batchclf.devices import Opened
-from batchclf.errors import BatchclfError, Interrupted, ResumeRefused
+from batchclf.errors import ResumeRefused
 from batchclf.images.jpeg import decoder_name
+from batchclf.machine import boot_id
 from batchclf.models.bundle import digest_of
 from batchclf.models.resolve import Log
 from batchclf.models.variants import facts, needed_variant, nested_variant
 from batchclf.plan import Plan
-from batchclf.results.writer import (
-    Done,
-    RunFiles,
-    find_done,
-    read_json,
-    read_paths,
-    read_run,
-    write_run,
-)
+from batchclf.results.files import RunFiles, read_json
+from batchclf.results.lines import Done, find_done
+from batchclf.results.listing import read_paths
+from batchclf.results.state import Durable, now, read_run
 from batchclf.runtime.providers import installed_flavours
 
 
 def fingerprint(plan: Plan, limit: int | None) -> dict[str, object]:
-    """What the records depend on; provider, batch size and workers are free to change."""
+    """What the records depend on; provider, batch size and workers are free to change.
+
+    So are the limits of `loader`: a run with others, and --retry-failed, is how to use them.
+    """
     job = plan.job
     exif = bool(job.model.preprocess and job.model.preprocess.exif_transpose)
     return {
         "model": plan.model.bundle.digest,
         "preprocess": asdict(plan.model.preprocess)
-        | {
-            "exif_transpose": exif,
-            "decode": job.loader.decode,
-            "max_pixels": job.loader.max_pixels,
-        },
+        | {"exif_transpose": exif, "decode": job.loader.decode},
         "allow_outside_links": job.loader.allow_outside_links,
         "labels": digest_of(plan.model.labels),
         "top_k": job.top_k,
@@ -70,7 +63,10 @@ def resume(
     fingerprint: Mapping[str, object],
     log: Log,
 ) -> Done:
-    """What of this very job is already written.
+    """What of this very job is already written, and can be relied on.
+
+    After a crash of the machine that is what was noted as durable: what lies behind it may be
+    anything, even records of an earlier run. After a crash of a process it is every whole record.
 
     Raises:
         ResumeRefused: the folder holds another job's records.
@@ -89,7 +85,7 @@ def resume(
     changed = [
         f"  {key}: was {before.get(key)!r}, is {value!r}"
         for key, value in current.items()
-        if before.get(key) != value
+        if before.get(key) != value and not _is_extended(key, before.get(key), value)
     ]
     if changed:
         raise ResumeRefused(
@@ -98,10 +94,31 @@ def resume(
             + "\n  Give another output, or --overwrite to start anew."
         )
     paths = read_paths(plan.files, plan.first, plan.last)
-    done = find_done(plan.files.predictions, paths)
+    durable = durable_of(previous)
+    is_whole = previous.get("status") == "complete" or durable.is_of_this_boot
+    done = find_done(plan.files.predictions, paths, None if is_whole else durable.num_bytes)
+    if done.num_images < durable.num_images:
+        log(
+            f"{plan.files.predictions}: {durable.num_images:,} records had been safe on disk, but "
+            f"only {done.num_images:,} are there and whole; the others are made again"
+        )
     if 0 < done.num_images < plan.num_images:
         log(f"resuming after {done.num_images:,} of {plan.num_images:,} images")
     return done
+
+
+def _is_extended(key: str, before: object, now: object) -> bool:
+    """Whether a listing has only grown, by --extend: what it held before still stands first."""
+    return key == "num_images" and isinstance(before, int) and isinstance(now, int) and before < now
+
+
+def durable_of(previous: Mapping[str, Any] | None) -> Durable:
+    """Up to where an earlier run's records survive a power loss."""
+    noted = _mapping((previous or {}).get("durable"))
+    try:
+        return Durable(**noted)
+    except TypeError:
+        return Durable()
 
 
 def require_same_converted(previous: Mapping[str, Any] | None, done: Done, opened: Opened) -> None:
@@ -157,38 +174,25 @@ def finished_summary(files: RunFiles) -> dict[str, Any] | None:
         return None
 
 
-@contextmanager
-def kept_status(files: RunFiles, run: dict[str, object]) -> Iterator[None]:
-    """Keep run.json's status true: running, then complete, interrupted or failed."""
-    write_run(files, run | {"status": "running"})
-    try:
-        yield
-    except BaseException as error:
-        stopped = isinstance(error, Interrupted) or not isinstance(error, Exception)  # a signal
-        ending = {
-            "status": "interrupted" if stopped else "failed",
-            "error": str(error) or type(error).__name__,
-            "ended_at": _now(),
-        }
-        try:
-            write_run(files, run | ending)
-        except BatchclfError as unwritable:  # the disk that failed the job fails this as well
-            error.add_note(str(unwritable))
-        raise
-    write_run(files, run | {"status": "complete", "ended_at": _now()})
-
-
 # ---- facts ---------------------------------------------------------------------------------------
 
 
-def run_facts(plan: Plan, opened: Opened, fingerprint: Mapping[str, object]) -> dict[str, object]:
+def run_facts(
+    plan: Plan,
+    opened: Opened,
+    fingerprint: Mapping[str, object],
+    previous: Mapping[str, Any] | None,
+    done: Done,
+) -> dict[str, object]:
     """What run.json says of a run, its status apart."""
+    how = summary_facts(plan, opened)
     return {
         "job": plan.job.model_dump(mode="json"),
         "fingerprint": dict(fingerprint),
-        "started_at": _now(),
+        "started_at": now(),
         "num_images": plan.num_images,
-        "num_left_out": plan.source.num_left_out,
+        # listed then, not now
+        "num_left_out": (previous or {}).get("num_left_out", plan.source.num_left_out),
         "model": {"name": plan.model.bundle.meta.name, **plan.model.bundle.meta.source},
         "converted_model": None
         if opened.bundle.digest == plan.model.bundle.digest
@@ -197,8 +201,53 @@ def run_facts(plan: Plan, opened: Opened, fingerprint: Mapping[str, object]) -> 
         "num_workers": plan.num_workers,
         "backend": plan.backend,
         "jpeg_decoder": decoder_name(),
-        **summary_facts(plan, opened),
+        **how,
+        "durable": asdict(_still_durable(previous, done)),
+        "segments": [*_written_segments(previous, done), _segment(plan, opened, done)],
     }
+
+
+def _still_durable(previous: Mapping[str, Any] | None, done: Done) -> Durable:
+    """What was durable, as far as it is kept."""
+    if (previous or {}).get("status") == "complete":
+        return Durable(done.num_bytes, done.num_images, boot_id())
+    before = durable_of(previous)
+    return replace(
+        before,
+        num_bytes=min(before.num_bytes, done.num_bytes),
+        num_images=min(before.num_images, done.num_images),
+    )
+
+
+def _segment(plan: Plan, opened: Opened, done: Done) -> dict[str, object]:
+    """How this run's part of the records, from number `first` of the shard on, is made."""
+    loader = plan.job.loader
+    return {
+        "first": done.num_images,
+        "started_at": now(),
+        "provider": opened.provider.active,
+        "device": opened.provider.device,
+        "batch_size": plan.batch_size,
+        "num_streams": len(opened.classifiers),
+        "num_workers": plan.num_workers,
+        "backend": plan.backend,
+        "limits": loader.model_dump(
+            include={"max_pixels", "max_bytes", "max_seconds", "strict"}, mode="json"
+        ),
+    }
+
+
+def _written_segments(previous: Mapping[str, Any] | None, done: Done) -> list[object]:
+    """The earlier runs that wrote records which are kept."""
+    segments = (previous or {}).get("segments")
+    if not isinstance(segments, list):
+        return []
+    starts = [*(one["first"] for one in segments[1:]), done.num_images]
+    return [
+        one
+        for one, following in zip(segments, starts, strict=True)
+        if one["first"] < min(following, done.num_images)
+    ]
 
 
 def summary_facts(plan: Plan, opened: Opened) -> dict[str, object]:
@@ -216,7 +265,3 @@ def summary_facts(plan: Plan, opened: Opened) -> dict[str, object]:
             **installed_flavours(),
         },
     }
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 
 from batchclf.errors import NoImagesError, PrecisionRefused
-from batchclf.images.prefetch import Load, Prefetcher, threads
+from batchclf.images.prefetch import Decoding, Load, Prefetcher, threads
 from batchclf.images.source import Source, open_source, require_images
 from batchclf.job import JobSpec, auto
 from batchclf.machine import usable_cores
@@ -23,6 +23,7 @@ from batchclf.plan import make_loader
 from batchclf.results.records import ImageRef, Pixels, PrecisionCheck, Scores
 from batchclf.runtime.ranking import softmax
 
+Decode = Callable[[Load, int], Decoding]
 SAMPLE_SIZE = 200
 """Images of a sample: an agreement of 0.97 is then known to within about 0.012."""
 
@@ -35,8 +36,11 @@ def sample_listing(
     num_listed: int,
     *,
     size: int = SAMPLE_SIZE,
+    decode: Decode = threads,
 ) -> Pixels:
     """At most `size` of a listing's images, evenly spread, decoded as the job decodes them, NHWC.
+
+    `decode` makes the workers that load them.
 
     Raises:
         NoImagesError: not one of them decodes.
@@ -47,6 +51,7 @@ def sample_listing(
         make_loader(job, source, model),
         crop=model.preprocess.crop,
         num_workers=auto(job.loader.workers, usable_cores()),
+        decode=decode,
     )
 
 
@@ -63,7 +68,12 @@ def sample_input(job: JobSpec, model: ResolvedModel, *, size: int = SAMPLE_SIZE)
 
 
 def load_sample(
-    refs: Iterable[ImageRef], load: Load, *, crop: tuple[int, int], num_workers: int
+    refs: Iterable[ImageRef],
+    load: Load,
+    *,
+    crop: tuple[int, int],
+    num_workers: int,
+    decode: Decode = threads,
 ) -> Pixels:
     """The images of `refs` that decode, as one uint8 array NHWC.
 
@@ -73,7 +83,7 @@ def load_sample(
     listed = list(refs)
     with Prefetcher(
         iter(listed),
-        threads(load, num_workers),
+        decode(load, num_workers),
         batch_shape=(max(1, len(listed)), *crop, 3),
         num_slots=1,
     ) as batches:

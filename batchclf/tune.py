@@ -21,15 +21,15 @@ from batchclf.images.source import open_source, require_images
 from batchclf.interrupt import StopRequest
 from batchclf.job import JobSpec
 from batchclf.models.resolve import Log, resolve_model
+from batchclf.output import hold_output
+from batchclf.results.files import replace_file
 from batchclf.results.records import ImageRef
-from batchclf.results.writer import RunFiles, only_writer, replace_file
 from batchclf.runtime.classifier import open_reference
 from batchclf.sample import sample_listing
 from batchclf.tuning.measure import Bench, spread
 from batchclf.tuning.records import Tuned, as_facts, as_line
 from batchclf.tuning.sessions import Sessions
 from batchclf.tuning.stages import Clock, TuneOptions, Tuning
-from batchclf.validate import require_separate_output
 
 SAMPLE_SIZE = 256
 """Images of the sample, where the job has them; up to twice as many are taken."""
@@ -47,13 +47,12 @@ def tune_job(job: JobSpec, options: TuneOptions, *, log: Log, stop: StopRequest)
     """
     clock = Clock(options.budget_s)
     _require_matplotlib()
-    require_separate_output(job)
     fallback = None
     for precision in dict.fromkeys((job.precision, *options.precisions)):
         fallback = settle_provider(job.model_copy(update={"precision": precision}), log)
     source = open_source(job.input, allow_outside_links=job.loader.allow_outside_links)
     require_images(source)
-    with only_writer(RunFiles(job.output)), _journal(job.output / "tune.jsonl") as lines:
+    with hold_output(job), _journal(job.output / "tune.jsonl") as lines:
         model = resolve_model(
             job.model, batch_size=job.batch_size, open_reference=open_reference, log=log
         )

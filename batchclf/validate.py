@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from batchclf.devices import settle_provider
-from batchclf.errors import UsageError
-from batchclf.images.source import open_source, require_images, would_list
+from batchclf.images.source import open_source, require_images
 from batchclf.job import JobSpec
 from batchclf.models.resolve import Log, check_model
+from batchclf.output import require_separate_output
 from batchclf.runtime.providers import PROVIDERS, installed_flavours
 
 
@@ -37,17 +37,3 @@ def check_job(job: JobSpec, log: Log) -> Checked:
     return Checked(
         num_images, source.num_left_out, f"{provider.execution_provider} of {flavours}", model
     )
-
-
-def require_separate_output(job: JobSpec) -> None:
-    """Refuse an output inside the input: the next run would list, and classify, it.
-
-    Raises:
-        UsageError: also when the output is a file.
-    """
-    if would_list(job.input.resolve(), job.output.resolve() / "predictions.jsonl"):
-        raise UsageError(
-            f"output: {job.output} lies inside the input {job.input}; give a folder outside it"
-        )
-    if job.output.exists() and not job.output.is_dir():
-        raise UsageError(f"output: {job.output} is a file; give a folder")

@@ -2,6 +2,8 @@
 
 import ast
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,8 +17,12 @@ from tests.tiny import run_here, write_tiny_job
 PACKAGE = ROOT / "batchclf"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = ("images", "models", "runtime", "results")
-SHARED = ("batchclf", "batchclf.errors", "batchclf.job", "batchclf.results.records")
-"""What every room may import: the version, the words that pass between rooms, the spec."""
+SHARED = (
+    *("batchclf", "batchclf.errors", "batchclf.job", "batchclf.results.records"),
+    *("batchclf.machine", "batchclf.children"),
+)
+"""What every room may import: the version, the words that pass between rooms, the spec, and what
+this machine and the processes on it are."""
 OUTSIDE = {
     "torch": ("models/export.py",),
     "torchvision": ("models/export.py",),
@@ -114,27 +120,36 @@ def test_every_module_and_every_public_name_has_a_docstring(module: Path) -> Non
 
 def imported_by(*arguments: str) -> set[str]:
     """The top-level packages in a process that ran `batchclf` with these arguments."""
+    program = (
+        "import json, sys\n"
+        "from batchclf.cli import main\n"
+        "try:\n"
+        "    main(sys.argv[1:], prog_name='batchclf')\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code, end.code\n"
+        "print()\n"
+        "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    )
+    return set(json.loads(_ran("-c", program, *arguments).stdout.splitlines()[-1]))
+
+
+def imported_by_all(*arguments: str) -> set[str]:
+    """The same, of that process and of those that it started."""
+    said = _ran("-m", "batchclf", *arguments, PYTHONPROFILEIMPORTTIME="1").stderr
+    return {name.split(".")[0] for name in re.findall(r"^import time:.*\| +(\S+)$", said, re.M)}
+
+
+def _ran(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import json, sys\n"
-            "from batchclf.cli import main\n"
-            "try:\n"
-            "    main(sys.argv[1:], prog_name='batchclf')\n"
-            "except SystemExit as end:\n"
-            "    assert not end.code, end.code\n"
-            "print()\n"
-            "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))",
-            *arguments,
-        ],
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
+        env={**os.environ, **env},
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return set(json.loads(done.stdout.splitlines()[-1]))
+    return done
 
 
 @pytest.mark.parametrize(
@@ -148,6 +163,12 @@ def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
 def test_a_run_from_a_cached_bundle_imports_no_torch_and_no_onnx(tmp_path: Path) -> None:
     job = write_tiny_job(tmp_path)
     run_here(job)
-    found = imported_by("run", str(job), "--overwrite", "--limit", "3")
+    found = imported_by_all("run", str(job), "--overwrite", "--limit", "3")
     assert {"numpy", "PIL", "onnxruntime"} <= found
     assert found & {"torch", "torchvision", "onnx", "onnxscript", "safetensors", "ray"} == set()
+
+
+def test_the_process_that_watches_a_run_stays_small(tmp_path: Path) -> None:
+    job = write_tiny_job(tmp_path)
+    found = imported_by("run", str(job), "--limit", "3")
+    assert found & {"PIL", "onnxruntime", "simplejpeg", "torch", "onnx"} == set()

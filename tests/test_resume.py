@@ -18,7 +18,8 @@ import pytest
 from batchclf.errors import Interrupted, ResumeRefused
 from batchclf.interrupt import StopRequest
 from batchclf.jobfile import load_job
-from batchclf.pipeline import RunOptions, run_job
+from batchclf.pipeline import run_job
+from batchclf.request import RunOptions
 from batchclf.runtime.providers import PROVIDERS, compiled_in
 from tests.conftest import ROOT, Batchclf, command, read_records, write_job
 from tests.tiny import (

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from batchclf.errors import ErrorLimitPassed, NoImagesError, UsageError
-from batchclf.pipeline import RunOptions
+from batchclf.request import RunOptions
 from batchclf.results.records import Shard
 from batchclf.runtime.providers import installed_flavours
 from tests.conftest import ROOT, Batchclf, command, read_records, write_job

@@ -28,7 +28,7 @@ from batchclf.results.records import ImageRef, Precision
 from batchclf.runtime.providers import installed_flavours
 from batchclf.tuning.advice import disk_note, judge
 from batchclf.tuning.measure import spread
-from batchclf.tuning.memory import is_out_of_memory
+from batchclf.runtime.faults import is_out_of_memory
 from batchclf.tuning.records import (
     DecodeLimit,
     InferLimit,

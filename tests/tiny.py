@@ -18,7 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 from batchclf.images.prefetch import Load
 from batchclf.interrupt import StopRequest
 from batchclf.jobfile import load_job
-from batchclf.pipeline import RunOptions, RunResult, run_job
+from batchclf.output import hold_output
+from batchclf.pipeline import Reporter, run_job
+from batchclf.request import RunOptions, RunResult
 from batchclf.results.records import ImageRef, Loaded, Pixels
 from batchclf.runtime.providers import PROVIDERS
 from batchclf.runtime.sessions import Target
@@ -104,7 +106,7 @@ class SlowLoader:
         return self.load(ref, slot_HWC)
 
 
-class Log:
+class Log(Reporter):
     """A reporter that keeps what it is told."""
 
     def __init__(self) -> None:
@@ -117,15 +119,12 @@ class Log:
     def begin(self, num_images: int, num_done: int) -> None:
         self.num_done = num_done
 
-    def update(self, num_images: int, num_errors: int) -> None:
-        pass
-
 
 def run_here(job: Path, options: RunOptions | None = None, log: Log | None = None) -> RunResult:
     """Run a job file in this process."""
-    return run_job(
-        load_job(job), options or RunOptions(), reporter=log or Log(), stop=StopRequest()
-    )
+    spec, options = load_job(job), options or RunOptions()
+    with hold_output(spec, options.shard):
+        return run_job(spec, options, reporter=log or Log(), stop=StopRequest())
 
 
 def link_images(source: Path, folder: Path, num_images: int) -> Path:

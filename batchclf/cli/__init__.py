@@ -6,6 +6,7 @@ stdout carries results only; progress and log lines go to stderr.
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -51,6 +52,7 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a user's error becomes a message and its exit code, no traceback."""
+        _open_standard_streams()
         _hear_sigterm_as_pid_1()
         try:
             return super().invoke(ctx)
@@ -67,6 +69,17 @@ class LazyGroup(click.Group):
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             sys.exit(130)
+
+
+def _open_standard_streams() -> None:
+    """Where one was closed, open it on nothing: the next file opened would be taken for it."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - until the end
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _hear_sigterm_as_pid_1() -> None:
@@ -87,8 +100,15 @@ def main() -> None:
 
 
 def printable(text: str) -> str:
-    """Text with control characters escaped, so that a file's name cannot drive the terminal."""
-    return "".join(
-        char if char.isprintable() or char in "\n" else char.encode("unicode_escape").decode()
+    """Text that cannot drive the terminal, nor pass for another line of the log.
+
+    Escaped is all that is not printable: control characters, also those beyond ASCII, marks that
+    turn the direction of text (U+202A to U+202E, U+2066 to U+2069), line and paragraph separators,
+    halves of surrogate pairs. A line break stays, and what follows it is indented: a file's name
+    with one in it does not begin a line.
+    """
+    escaped = "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
         for char in text
     )
+    return re.sub(r"\n(?=[^ \n])", "\n  ", escaped)

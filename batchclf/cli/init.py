@@ -46,11 +46,15 @@ loader:
   prefetch: auto                # batches decoded ahead; bounds the memory
   decode: exact                 # exact: torchvision's pixels; fast: close to them
   # max_pixels: 89478485        # a larger image is recorded as too_large
+  # max_bytes: 2147483648       # a larger file is recorded as too_large_bytes, unread
+  # max_seconds: 60             # a slower image is tried once more alone, then recorded as timeout
+  # strict: false               # true: damaged images that still decode are recorded as corrupt
   # allow_outside_links: false  # true: follow links that lead out of the input folder
 
 runtime:
   streams: auto                 # batches inferred at the same time
   threads: auto                 # threads within one batch
+# stall_timeout: 120            # seconds without progress before the job's process starts again
 
 errors:
   max: null                     # null: record every bad image and go on;

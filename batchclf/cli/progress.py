@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -38,13 +39,19 @@ class Progress:
     def log(self, text: str) -> None:
         """One line of log, above the bar where there is one."""
         line = f"batchclf: {printable(text)}"
-        if self._bar is not None:
-            tqdm.write(line, file=sys.stderr)
-        else:
-            click.echo(line, err=True)
+        with suppress(BrokenPipeError):  # nobody reads it any more; the job goes on
+            if self._bar is not None:
+                tqdm.write(line, file=sys.stderr)
+            else:
+                click.echo(line, err=True)
 
     def begin(self, num_images: int, num_done: int) -> None:
-        """Start counting towards `num_images`, of which `num_done` were done before."""
+        """Start counting towards `num_images`, of which `num_done` were done before.
+
+        Called again when the work goes on in another process, it changes nothing.
+        """
+        if self._num_images:
+            return
         self._num_images = num_images
         self._num_before = num_done
         self._started = time.monotonic()

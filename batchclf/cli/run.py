@@ -18,7 +18,11 @@ from batchclf.errors import UsageError
     "--shard", metavar="I/N", help="Only part I (from 0) of N contiguous parts of the listing."
 )
 @click.option("--overwrite", is_flag=True, help="Start anew instead of resuming.")
+@click.option("--extend", is_flag=True, help="Add the files that appeared since the job began.")
 @click.option("--retry-failed", is_flag=True, help="Try the error records of a finished job again.")
+@click.option(
+    "--codes", metavar="CODE,...", help="With --retry-failed: only errors with these codes."
+)
 @json_option("Print the summary as one JSON object.")
 def command(
     job: Path,
@@ -26,7 +30,9 @@ def command(
     limit: int | None,
     shard: str | None,
     overwrite: bool,
+    extend: bool,
     retry_failed: bool,
+    codes: str | None,
     as_json: bool,
     **direct: Any,
 ) -> None:
@@ -42,17 +48,25 @@ def command(
 
     from batchclf.cli.progress import Progress
     from batchclf.interrupt import StopRequest
+    from batchclf.request import RunOptions
     from batchclf.results.records import Shard
+    from batchclf.supervision.supervisor import Supervisor
 
-    if overwrite and retry_failed:
-        raise UsageError("--overwrite starts anew, --retry-failed keeps: give one of them")
-    part = Shard() if shard is None else _parse_shard(shard)
-    with StopRequest().installed() as stop, Progress() as progress:
-        spec = load(job, sets, direct)
-        from batchclf.pipeline import RunOptions, run_job
-
-        options = RunOptions(part, overwrite=overwrite, retry_failed=retry_failed, limit=limit)
-        result = run_job(spec, options, reporter=progress, stop=stop)
+    _require_compatible(overwrite, extend, retry_failed, codes, limit, shard)
+    options = RunOptions(
+        Shard() if shard is None else _parse_shard(shard),
+        overwrite=overwrite,
+        extend=extend,
+        retry_failed=retry_failed,
+        codes=None if codes is None else _parse_codes(codes),
+        limit=limit,
+    )
+    with (
+        StopRequest().installed() as stop,
+        Progress() as progress,
+        Supervisor(progress, stop) as supervisor,
+    ):
+        result = supervisor.run(load(job, sets, direct), options)
     if as_json:
         answer = {
             "status": "complete",
@@ -64,6 +78,37 @@ def command(
         click.echo(json.dumps(answer))
     if not result.was_complete:
         _print_summary(result.summary, result.files.predictions)
+
+
+def _require_compatible(
+    overwrite: bool,
+    extend: bool,
+    retry_failed: bool,
+    codes: str | None,
+    limit: int | None,
+    shard: str | None,
+) -> None:
+    if overwrite and retry_failed:
+        raise UsageError("--overwrite starts anew, --retry-failed keeps: give one of them")
+    if codes is not None and not retry_failed:
+        raise UsageError("--codes says which errors --retry-failed tries again: give both")
+    if extend and (overwrite or retry_failed):
+        raise UsageError(
+            "--extend adds files to a job that goes on: give it without --overwrite and "
+            "--retry-failed"
+        )
+    if extend and (limit is not None or shard is not None):
+        raise UsageError(
+            "--extend moves the bounds of --shard, and --limit leaves files out: give it alone"
+        )
+
+
+def _parse_codes(text: str) -> frozenset[str]:
+    codes = [code.strip() for code in text.split(",")]
+    bad = [code for code in codes if not re.fullmatch(r"[a-z0-9_]+", code)]
+    if bad:
+        raise UsageError(f"--codes: found {bad[0]!r}; write codes such as truncated,io_error")
+    return frozenset(codes)
 
 
 def _parse_shard(text: str) -> Any:

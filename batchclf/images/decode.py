@@ -14,21 +14,23 @@ import re
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from batchclf.images.formats import (
     ADVICE,
     DECODED,
     content_format,
+    describe_odd_tiff,
     describe_stranger,
+    promised_bytes,
     suffix_format,
 )
-from batchclf.images.jpeg import is_reducible, read_jpeg
+from batchclf.images.jpeg import bits_per_sample, is_reducible, read_jpeg
 from batchclf.images.resample import Window, crop_window, resize_window, resized_size
 from batchclf.results.records import DecodeMode, Failure, Loaded, Pixels, Preprocess
 
@@ -74,7 +76,8 @@ _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-_DEEP_MODES = ("I", "F")
+_RANGELESS = {"I": "signed or 32-bit integers", "F": "floating-point numbers"}
+"""Pillow's modes that it would clip at 255, since nothing tells which value is white."""
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -92,27 +95,16 @@ _FROM_RIGHT, _FROM_BELOW = (2, 3, 6, 7), (3, 4, 7, 8)
 """Orientations whose first pixels in the file are shown at the right, or below."""
 _APP1 = b"\xff\xe1"
 """The JPEG marker before EXIF and XMP: without it there is no orientation to read."""
-_TIFF_PIXELS = {273: 279, 324: 325}
-"""TIFF 6.0 tags that say where strips and tiles lie: offsets, and their byte counts."""
-_TIFF_TYPE_BYTES = {
-    1: 1,
-    2: 1,
-    3: 2,
-    4: 4,
-    5: 8,
-    6: 1,
-    7: 1,
-    8: 2,
-    9: 4,
-    10: 8,
-    11: 4,
-    12: 8,
-    16: 8,
-}
-"""Bytes of one value of each TIFF 6.0 and BigTIFF type."""
 _REDUCED = ("JPEG", "MPO")
 """Formats that libjpeg decodes."""
 _SAME_FORMAT = {"DIB": "BMP", "MPO": "JPEG"}
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_WHITE_IS_ZERO = 258, 262, 0
+"""TIFF 6.0: BitsPerSample, PhotometricInterpretation."""
+_DAMAGES = {
+    "jpeg_corrupt": "its compressed pixels are damaged",
+    "missing_end": "ends without the chunk that should end it",
+}
+"""Warnings that `loader.strict` makes failures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +115,8 @@ class Decoder:
     mode: DecodeMode = "exact"
     exif_transpose: bool = False
     max_pixels: int = 89_478_485
+    strict: bool = False
+    """Whether a damaged image that can still be decoded is a failure."""
 
     def __post_init__(self) -> None:
         # Pillow's limit is one for the process, and a process runs one job. It holds for crops too.
@@ -131,12 +125,15 @@ class Decoder:
 
     def __reduce__(self) -> tuple[object, ...]:
         # Another process makes it anew, which sets Pillow's limit there.
-        return Decoder, (self.preprocess, self.mode, self.exif_transpose, self.max_pixels)
+        return Decoder, tuple(getattr(self, field.name) for field in fields(self))
 
     def __call__(self, data: bytes, name: bytes, slot_HWC: Pixels) -> Loaded:
         """Decode `data` into `slot_HWC` (uint8, shape crop + (3,)); a failure leaves it zero."""
         try:
-            return Loaded(warnings=self._decode(data, name, slot_HWC))
+            notes = self._decode(data, name, slot_HWC)
+            if self.strict:
+                _refuse_damage(notes)
+            return Loaded(warnings=notes)
         except _BadImage as bad:
             failure = Failure(bad.code, bad.message)
         except MemoryError:
@@ -147,7 +144,7 @@ class Decoder:
     def _decode(self, data: bytes, name: bytes, slot_HWC: Pixels) -> tuple[str, ...]:
         if not data:
             raise _BadImage("empty_file", "the file has 0 bytes")
-        jpeg = read_jpeg(data, self.max_pixels, self._reduction)
+        jpeg = read_jpeg(data, self.max_pixels, self._reduction, second_look=self.strict)
         if jpeg.pixels_HWC is None:
             notes = self._decode_with_pillow(data, name, slot_HWC)
             return (*notes, "jpeg_corrupt") if jpeg.is_damaged else notes
@@ -162,6 +159,8 @@ class Decoder:
         width, height = image.size
         if width * height > self.max_pixels:
             raise _too_large(width * height, self.max_pixels)
+        if kind := _RANGELESS.get(image.mode):
+            raise _unsupported_mode(f"{image.format} of {kind}")
         reduction = self._reduction(width, height)
         if reduction > 1 and not (image.format in _REDUCED and is_reducible(data)):
             reduction = 1
@@ -169,7 +168,7 @@ class Decoder:
             if reduction > 1:
                 image.draft(None, (width // reduction, height // reduction))
             image.load()
-            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            rgb, notes = _to_rgb(image)
         except _PILLOW_ERRORS as error:
             raise _explain(error, data) from error
         picture = _Picture(rgb, width, height, reduction)
@@ -177,7 +176,7 @@ class Decoder:
             picture = picture.upright(_orientation(image, data))
         self._fit(picture, slot_HWC)
         # Last, since counting the frames moves on to others.
-        return (*_name_notes(str(image.format), name), *_content_notes(image, data))
+        return (*_name_notes(str(image.format), name), *notes, *_content_notes(image, data))
 
     def _reduction(self, width: int, height: int) -> int:
         """By how much libjpeg is to reduce; other eighths than these are slower and no better."""
@@ -265,11 +264,37 @@ def _pixels(rgb: Image.Image) -> Pixels:
 
 
 def _image(pixels_HWC: Pixels) -> Image.Image:
-    """As Image.fromarray, which also blackens the image first."""
-    height, width, _ = pixels_HWC.shape
+    """In RGB; as Image.fromarray, which also blackens the image first."""
+    height, width, num_channels = pixels_HWC.shape
+    if num_channels == 4:
+        inks = Image.new("CMYK", (width, height), None)
+        inks.frombytes(pixels_HWC, "raw", "CMYK;I", 0, 1)  # inverted, as Adobe writes them
+        return inks.convert("RGB")
     rgb = Image.new("RGB", (width, height), None)
     rgb.frombytes(pixels_HWC, "raw", "RGB", 0, 1)
     return rgb
+
+
+def _to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+    """The loaded image in 8-bit RGB, and a flag where its pixels had to be scaled for it.
+
+    Pillow would clip deeper pixels at 255: a 16-bit image comes out white, one of 0.0 to 1.0 black.
+    """
+    if image.mode == "RGB":
+        return image, ()
+    if image.mode.startswith("I;16"):
+        return _scaled_to_8bit(image).convert("RGB"), ("16bit_scaled",)
+    return image.convert("RGB"), ()
+
+
+def _scaled_to_8bit(image: Image.Image) -> Image.Image:
+    """The upper 8 of 16 bits, or of the 12 that a TIFF may hold."""
+    tags = getattr(image, "tag_v2", {})
+    values_HW = np.asarray(image) >> (tags.get(_TIFF_BITS, (16,))[0] - 8)
+    pixels_HW = values_HW.astype(np.uint8)
+    if tags.get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO:
+        pixels_HW = ~pixels_HW  # Pillow does so up to 8 bits
+    return Image.fromarray(pixels_HW)
 
 
 class _BadImage(Exception):
@@ -286,6 +311,7 @@ class _BadImage(Exception):
 _PILLOW_ERRORS = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
+    ImageCms.PyCMSError,
     AssertionError,
     AttributeError,
     OSError,
@@ -332,8 +358,12 @@ def _explain_unidentified(data: bytes) -> _BadImage:
             "unsupported_format",
             f"{found}; decoded are JPEG, PNG, WebP, BMP, GIF, TIFF and AVIF: {advice}",
         )
-    if found in ("WEBP", "AVIF", "TIFF") and (total := _promised_bytes(data, found)) > len(data):
+    if found in ("WEBP", "AVIF", "TIFF") and (total := promised_bytes(data, found)) > len(data):
         return _truncated(data, total)
+    if found == "TIFF" and (pixels := describe_odd_tiff(data)):
+        return _unsupported_mode(f"TIFF in {pixels}")
+    if found == "JPEG" and (bits := bits_per_sample(data)) not in (None, 8):
+        return _unsupported_mode(f"JPEG of {bits} bits")
     return _BadImage(
         "not_an_image", f"the first bytes of a {found} file, but no image: {data[:8].hex(' ')}"
     )
@@ -354,11 +384,24 @@ def _explain(error: Exception, data: bytes) -> _BadImage:
     if lowered.startswith("unsupported") or "not configured" in lowered:
         return _BadImage("unsupported_format", f"{found} that Pillow cannot decode: {text}")
     if "truncated" in lowered or isinstance(error, EOFError):
-        return _truncated(data, _promised_bytes(data, found))
+        return _truncated(data, promised_bytes(data, found))
     # A damaged PNG may promise anything; Pillow says itself when one is cut.
-    if found != "PNG" and _promised_bytes(data, found) > len(data):
-        return _truncated(data, _promised_bytes(data, found))
+    if found != "PNG" and promised_bytes(data, found) > len(data):
+        return _truncated(data, promised_bytes(data, found))
     return _BadImage("corrupt", f"{type(error).__name__}: {text}")
+
+
+def _unsupported_mode(found: str) -> _BadImage:
+    return _BadImage("unsupported_mode", f"{found}; convert it to 8-bit RGB or 16-bit grey")
+
+
+def _refuse_damage(notes: tuple[str, ...]) -> None:
+    for note in notes:
+        if note in _DAMAGES:
+            raise _BadImage(
+                "corrupt",
+                f"{_DAMAGES[note]} ({note}); loader.strict: false predicts what can be decoded",
+            )
 
 
 def _too_large(num_pixels: int, allowed: int) -> _BadImage:
@@ -369,81 +412,6 @@ def _truncated(data: bytes, total: int) -> _BadImage:
     if total > len(data):
         return _BadImage("truncated", f"ends after {len(data):,} of {total:,} bytes")
     return _BadImage("truncated", f"ends after {len(data):,} bytes, before the image does")
-
-
-def _promised_bytes(data: bytes, format_: str | None) -> int:
-    """How long the container says the file is; 0 where it does not say."""
-    if format_ == "WEBP" and len(data) >= 8:
-        return int.from_bytes(data[4:8], "little") + 8
-    if format_ == "BMP" and len(data) >= 6:
-        return int.from_bytes(data[2:6], "little")
-    if format_ == "AVIF":
-        return _boxes_end(data)
-    if format_ == "PNG":
-        return _chunks_end(data)
-    if format_ == "TIFF":
-        return _tiff_end(data)
-    return 0
-
-
-def _boxes_end(data: bytes) -> int:
-    """Where the last top-level ISO base media box says it ends (ISO/IEC 14496-12, 4.2)."""
-    end = 0
-    while end + 8 <= len(data):
-        size = int.from_bytes(data[end : end + 4], "big")
-        if size == 1:
-            size = int.from_bytes(data[end + 8 : end + 16], "big")
-        if size < 8:  # 0: to the end of the file; else damaged
-            return len(data)
-        end += size
-    return end
-
-
-def _chunks_end(data: bytes) -> int:
-    """Where the last PNG chunk says it ends (ISO/IEC 15948, 5.3): length, type, data, CRC."""
-    end = 8
-    while end + 8 <= len(data):
-        end += 12 + int.from_bytes(data[end : end + 4], "big")
-    return end
-
-
-def _tiff_end(data: bytes) -> int:
-    """Where a TIFF's first directory, its values and its pixels end (TIFF 6.0, section 2).
-
-    Many writers put the directory behind the pixels, where a cut takes it away.
-    """
-    order: Literal["little", "big"] = "little" if data.startswith(b"II") else "big"
-    is_big = 43 in data[2:4]  # BigTIFF
-    at, wide, count_bytes, entry_bytes = (8, 8, 8, 20) if is_big else (4, 4, 2, 12)
-    start = int.from_bytes(data[at : at + wide], order)
-    first = start + count_bytes
-    num_entries = int.from_bytes(data[start:first], order)
-    last = first + num_entries * entry_bytes
-    if last + wide > len(data):
-        return last + wide
-    end = last
-    strips: dict[int, tuple[int, ...]] = {}
-    for entry in range(first, last, entry_bytes):
-        tag, type_ = (int.from_bytes(data[entry + i : entry + i + 2], order) for i in (0, 2))
-        num_values = int.from_bytes(data[entry + 4 : entry + 4 + wide], order)
-        size = _TIFF_TYPE_BYTES.get(type_, 0)
-        value = entry + 4 + wide
-        if size * num_values > wide:
-            value = int.from_bytes(data[value : value + wide], order)
-            end = max(end, value + size * num_values)
-        if (
-            size
-            and tag in (*_TIFF_PIXELS, *_TIFF_PIXELS.values())
-            and value + size * num_values <= len(data)
-        ):
-            strips[tag] = tuple(
-                int.from_bytes(data[value + i : value + i + size], order)
-                for i in range(0, size * num_values, size)
-            )
-    for offsets, counts in _TIFF_PIXELS.items():
-        pairs = zip(strips.get(offsets, ()), strips.get(counts, ()), strict=False)
-        end = max([end, *(offset + count for offset, count in pairs)])
-    return end
 
 
 # ---- warnings: what a prediction's reader should know --------------------------------------------
@@ -461,9 +429,6 @@ def _content_notes(image: Image.Image, data: bytes) -> tuple[str, ...]:
     notes: list[str] = []
     if image.has_transparency_data:
         notes.append("has_alpha")
-    if image.mode.startswith(_DEEP_MODES):
-        # Pillow clips what lies above 255: such an image comes out white, or a float one black.
-        notes.append("clipped_to_8bit")
     if found == "PNG" and b"IEND" not in data[-64:] and b"IEND" not in data:
         notes.append("missing_end")
     if found != "MPO" and (num_frames := _num_frames(image)) > 1:

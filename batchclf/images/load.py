@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from batchclf.images.decode import Decoder
-from batchclf.images.source import read_image_file
+from batchclf.images.source import MAX_FILE_BYTES, read_image_file
 from batchclf.results.records import Failure, ImageRef, Loaded, Pixels
 
 
@@ -16,10 +16,13 @@ class Loader:
     confined: bool
     """Whether links that lead out of it are refused."""
     decoder: Decoder
+    max_bytes: int = MAX_FILE_BYTES
 
     def __call__(self, ref: ImageRef, slot_HWC: Pixels) -> Loaded:
         """Read and decode one image; a failure leaves its slot zero."""
-        data = read_image_file(self.root, ref.path, confined=self.confined)
+        data = read_image_file(
+            self.root, ref.path, confined=self.confined, max_bytes=self.max_bytes
+        )
         if isinstance(data, Failure):
             slot_HWC[:] = 0
             return Loaded(failure=data)

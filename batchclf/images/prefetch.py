@@ -9,13 +9,14 @@ Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB).
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import starmap
 from types import TracebackType
 
 import numpy as np
 
-from batchclf.results.records import Batch, ImageRef, Loaded, Pixels
+from batchclf.results.records import Batch, Failure, ImageRef, Loaded, Pixels
 
 Allocate = Callable[[Sequence[int]], Pixels]
 """Makes the zeroed memory of one batch, uint8 of the given shape NHWC."""
@@ -53,6 +54,45 @@ def threads(load: Load, num_workers: int, allocate: Allocate = zeroed_pixels) ->
         return [load(ref, slot_HWC) for ref, slot_HWC in zip(refs, rows_NHWC, strict=True)]
 
     return Decoding([load_rows] * num_workers, allocate)
+
+
+Note = Callable[[int, int | None], None]
+"""Told, by a worker's number, the image (index in the listing) that it is at; None: at none."""
+
+
+def noted(decoding: Decoding, note: Note) -> Decoding:
+    """The same, its workers noting what they are at: whoever finds them dead knows the suspects.
+
+    For workers that are given one image at a time.
+    """
+
+    def noting(number: int, load_rows: LoadRows) -> LoadRows:
+        def load_and_note(refs: Sequence[ImageRef], rows_NHWC: Pixels) -> Sequence[Loaded]:
+            note(number, refs[0].index)
+            loaded = load_rows(refs, rows_NHWC)
+            note(number, None)
+            return loaded
+
+        return load_and_note
+
+    return replace(decoding, workers=list(starmap(noting, enumerate(decoding.workers))))
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """Loads images, but for those known to crash or hang whoever loads them."""
+
+    load: Load
+    failures: Mapping[int, Failure]
+    """By index in the listing."""
+
+    def __call__(self, ref: ImageRef, slot_HWC: Pixels) -> Loaded:
+        """Load one image, or leave its slot zero and tell why."""
+        failure = self.failures.get(ref.index)
+        if failure is None:
+            return self.load(ref, slot_HWC)
+        slot_HWC[:] = 0
+        return Loaded(failure)
 
 
 class _Pending:

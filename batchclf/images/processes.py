@@ -3,31 +3,53 @@
 Pixels lie in memory that all processes share: a memfd, which the size of /dev/shm does not bound.
 Through a socket go only the paths of a few images and what became of them.
 
+A process may die of an image, or never come back from it: another takes its place, and the image is
+tried once more, alone. If that process ends too, the image is guilty, and becomes a failure.
+
 Array shapes: N rows of all batches together, H rows, W columns, C = 3 (RGB).
 """
 
 import math
 import mmap
 import os
+import select
 import signal
 import socket
 import subprocess
-import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from multiprocessing.connection import Connection
+from typing import BinaryIO
 
 import numpy as np
 
+from batchclf.children import (
+    available_memory,
+    end_with_parent,
+    expendable,
+    how_it_ended,
+    limit_memory,
+    signals_held,
+    start_python,
+)
 from batchclf.errors import BatchclfError, EnvironmentFailed
+from batchclf.images.decode import OUT_OF_MEMORY
 from batchclf.images.prefetch import Allocate, Decoding, Load, threads, zeroed_pixels
-from batchclf.results.records import DecodeBackend, ImageRef, Loaded, Pixels
+from batchclf.results.records import DecodeBackend, Failure, ImageRef, Loaded, Pixels
 
 MAX_ROWS = 8
 """Images per message: a message costs the parent as much as one image would cost it in a thread."""
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+MEMORY_SHARE = 0.8
+"""Of the memory that is available at the start, what one process may use."""
+END_S = 5.0
+"""Seconds a killed process may take to end; one that is stuck in the kernel is left behind."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""The parent drains, and ends the processes."""
 
 
 @contextmanager
@@ -38,11 +60,14 @@ def open_decoding(
     *,
     num_slots: int,
     batch_shape: tuple[int, int, int, int],
+    max_seconds: float = 60.0,
     allocate: Allocate = zeroed_pixels,
 ) -> Iterator[Decoding]:
     """Workers of either kind, for `num_slots` batches of `batch_shape` (NHWC).
 
-    `allocate` makes the batches of threads; processes have memory of their own to share.
+    `allocate` makes the batches of threads; processes have memory of their own to share. An image
+    that keeps a process for longer than `max_seconds`, or ends it, twice, is a failure; threads
+    cannot be ended.
 
     Raises:
         EnvironmentFailed: the processes, or their memory, are not to be had.
@@ -51,7 +76,13 @@ def open_decoding(
         yield threads(load, num_workers, allocate)
         return
     try:
-        processes = DecodeProcesses(load, num_workers, num_slots=num_slots, batch_shape=batch_shape)
+        processes = DecodeProcesses(
+            load,
+            num_workers,
+            num_slots=num_slots,
+            batch_shape=batch_shape,
+            max_seconds=max_seconds,
+        )
     except OSError as error:
         raise EnvironmentFailed(
             f"{num_workers} decoding processes with {num_slots} batches of "
@@ -75,32 +106,28 @@ class DecodeProcesses:
         *,
         num_slots: int,
         batch_shape: tuple[int, int, int, int],
+        max_seconds: float,
     ) -> None:
         """Share `num_slots` batches of `batch_shape` (NHWC); the processes start at once.
 
-        `load` is sent to them, so it must pickle.
+        `load` is sent to them, so it must pickle. An image may take `max_seconds`.
 
         Raises:
             OSError: no memory, or no process, is to be had.
             BatchclfError: a process died before it was ready.
         """
-        num_bytes = num_slots * math.prod(batch_shape)
-        descriptor = os.memfd_create("batchclf-pixels", os.MFD_CLOEXEC)
-        self._workers: list[_Worker] = []
+        self._shared = _Shared(num_slots * batch_shape[0], batch_shape[1:])
+        self._free = list(self._shared.pixels_NHWC.reshape(num_slots, *batch_shape))
+        self._processes = _Processes(load, self._shared)
         try:
-            os.ftruncate(descriptor, num_bytes)
-            self._pixels_NHWC = _pixels(descriptor, batch_shape[1:])
-            self._free = list(self._pixels_NHWC.reshape(num_slots, *batch_shape))
-            with _signals_held():
-                for _ in range(num_processes):
-                    self._workers.append(_Worker(self._pixels_NHWC, load, descriptor))
+            self._workers = [
+                _Worker(self._processes, self._shared, max_seconds) for _ in range(num_processes)
+            ]
             for worker in self._workers:
                 worker.wait_until_ready()
         except BaseException:
             self.close()
             raise
-        finally:
-            os.close(descriptor)
         # So many that twice as many messages as processes can be under way.
         num_rows = num_slots * batch_shape[0] // (2 * num_processes)
         self._num_rows = max(1, min(MAX_ROWS, num_rows))
@@ -113,7 +140,7 @@ class DecodeProcesses:
             self._allocate,
             num_rows=self._num_rows,
             cpu_seconds=self._cpu_seconds,
-            abandon=self._kill,
+            abandon=self._processes.kill,
         )
 
     def _allocate(self, shape: Sequence[int]) -> Pixels:
@@ -125,44 +152,206 @@ class DecodeProcesses:
         """As of their last messages."""
         return sum(worker.cpu_s for worker in self._workers)
 
-    def _kill(self) -> None:
-        for worker in self._workers:
-            worker.kill()
-
     def close(self) -> None:
         """End the processes, whatever they are at."""
-        self._kill()
-        for worker in self._workers:
-            worker.wait()
+        self._processes.close()
+        self._shared.close()
+
+
+class _Shared:
+    """Memory for images (uint8, NHWC) that other processes can map."""
+
+    def __init__(self, num_images: int, image_shape: tuple[int, ...]) -> None:
+        self.image_shape = image_shape
+        self._file = _memory("pixels", num_images * math.prod(image_shape))
+        self.descriptor = self._file.fileno()
+        try:
+            self.pixels_NHWC = _pixels(self.descriptor, image_shape)
+        except OSError:
+            self._file.close()
+            raise
+
+    def row_of(self, rows_NHWC: Pixels) -> int:
+        """Which row of all a part of them begins with."""
+        num_bytes = _address(rows_NHWC) - _address(self.pixels_NHWC)
+        return num_bytes // math.prod(self.image_shape)
+
+    def close(self) -> None:
+        """Let no further process map it; the array lives on."""
+        self._file.close()
 
 
 class _Worker:
-    """One process, asked by one thread."""
+    """What one thread decodes with: a process, and when that ends, the next one."""
 
-    def __init__(self, pixels_NHWC: Pixels, load: Load, descriptor: int) -> None:
-        self._pixels_NHWC = pixels_NHWC
-        ours, theirs = socket.socketpair()
-        with theirs:
-            program = (
-                f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; "
-                f"serve({theirs.fileno()}, {descriptor})"
-            )
-            self._process = subprocess.Popen(  # noqa: S603 - this very module
-                [sys.executable, "-P", "-c", program],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), descriptor),
-                # Nothing here computes with BLAS, which starts a thread per core with NumPy.
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-            )
-        self._connection = Connection(ours.detach())
-        self._setup = (load, pixels_NHWC.shape[1:])
-        self._idle_cpu_s = self._last_cpu_s = 0.0
+    def __init__(self, processes: "_Processes", shared: _Shared, max_seconds: float) -> None:
+        self._processes = processes
+        self._shared = shared
+        self._max_seconds = max_seconds
+        self._process: _Process | None = processes.start()
+        self.cpu_s = 0.0
+        """CPU seconds that decoding took, as of the last message."""
+
+    def __call__(self, refs: Sequence[ImageRef], rows_NHWC: Pixels) -> Sequence[Loaded]:
+        """Have `refs` decoded into `rows_NHWC`, a part of the shared memory.
+
+        Raises:
+            BatchclfError: no process can be started any more, or it died before it was ready.
+            RuntimeError: the traceback of a bug.
+        """
+        if not refs:
+            return ()
+        try:
+            return self._ask(refs, rows_NHWC)
+        except _Ended as ended:
+            at = ended.at
+        return [
+            *self(refs[:at], rows_NHWC[:at]),
+            self._once_more(refs[at : at + 1], rows_NHWC[at : at + 1]),
+            *self(refs[at + 1 :], rows_NHWC[at + 1 :]),
+        ]
+
+    def _once_more(self, suspects: Sequence[ImageRef], rows_NHWC: Pixels) -> Loaded:
+        """Try one image alone: perhaps it was others, or somebody, who ended its process."""
+        try:
+            (loaded,) = self._ask(suspects, rows_NHWC)
+        except _Ended as ended:
+            rows_NHWC[:] = 0
+            return Loaded(ended.failure)
+        return loaded
+
+    def _ask(self, refs: Sequence[ImageRef], rows_NHWC: Pixels) -> Sequence[Loaded]:
+        process = self.wait_until_ready()
+        try:
+            loaded, cpu_s = process.ask(self._shared.row_of(rows_NHWC), refs, self._max_seconds)
+        except _Ended:
+            self._process = None
+            self._processes.end(process)
+            raise
+        self.cpu_s += cpu_s
+        return loaded
+
+    def wait_until_ready(self) -> "_Process":
+        """Its process, when that has imported what it needs.
+
+        Raises:
+            BatchclfError: it died, or none can be started any more.
+        """
+        if self._process is None:
+            try:
+                self._process = self._processes.start()
+            except OSError as error:
+                raise EnvironmentFailed(
+                    f"no further decoding process can be started: {error}; run again to resume"
+                ) from error
+        self._process.wait_until_ready()
+        return self._process
+
+
+class _Processes:
+    """The processes that are alive; when they are killed, no other is started."""
+
+    def __init__(self, load: Load, shared: _Shared) -> None:
+        # The same for those that are started later, while others may be at a large image.
+        self._make = partial(_Process, load, shared, _memory_limit())
+        # The kernel ends processes with the thread that started them: this one outlives them.
+        self._starter = ThreadPoolExecutor(1, "decode-starter")
+        self._alive: set[_Process] = set()
+        self._killed = False
+        self._changing = threading.Lock()
+
+    def start(self) -> "_Process":
+        """One more, which is not ready yet.
+
+        Raises:
+            OSError: it is not to be had.
+            BatchclfError: they have been killed.
+        """
+        with self._changing:
+            if self._killed:
+                raise BatchclfError("the decoding processes have been ended")
+            process = self._starter.submit(self._make).result()
+            self._alive.add(process)
+        return process
+
+    def end(self, process: "_Process") -> None:
+        """End one of them."""
+        with self._changing:
+            self._alive.remove(process)
+        process.end()
+
+    def kill(self) -> None:
+        """Kill them all, whatever they are at: they keep nothing that anybody needs."""
+        with self._changing:
+            self._killed = True
+            for process in self._alive:
+                process.kill()
+
+    def close(self) -> None:
+        """Kill them all and wait for their end; nobody may be waiting for them any more."""
+        self.kill()
+        for process in self._alive:
+            process.end()
+        self._starter.shutdown()
+
+
+class _Ended(Exception):
+    """A process ended over its images, or had to be; leaves this module only as a `Failure`.
+
+    `at` is the number of the image, among those that it had been given, that it was at.
+    """
+
+    def __init__(self, failure: Failure, at: int) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+        self.at = at
+
+
+class _Bookmark:
+    """Which image a process is at, and since when, in memory that it shares with its parent."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._numbers = memoryview(mmap.mmap(descriptor, mmap.PAGESIZE)).cast("q")
+
+    def begin(self, number: int) -> None:
+        """Note that an image begins, by its number among those that were asked for."""
+        self._numbers[0] = number
+        self._numbers[1] = time.monotonic_ns()
 
     @property
-    def cpu_s(self) -> float:
-        """CPU seconds used since the process was ready, as of its last message."""
-        return self._last_cpu_s - self._idle_cpu_s
+    def number(self) -> int:
+        return self._numbers[0]
+
+    @property
+    def seconds(self) -> float:
+        """How long ago it began."""
+        return (time.monotonic_ns() - self._numbers[1]) / 1e9
+
+
+class _Process:
+    """One process that decodes, asked by one thread at a time."""
+
+    def __init__(self, load: Load, shared: _Shared, max_bytes: int) -> None:
+        """Start it; this thread must live as long as it.
+
+        Raises:
+            OSError: it is not to be had.
+        """
+        ours, theirs = socket.socketpair()
+        self._connection = Connection(ours.detach())
+        self._answer = select.poll()  # Connection.poll makes one for each message
+        self._answer.register(self._connection.fileno(), select.POLLIN)
+        self._setup = (load, shared.image_shape, max_bytes)
+        self._is_ready = False
+        with theirs, _memory("bookmark", mmap.PAGESIZE) as bookmark, signals_held(_SIGNALS):
+            descriptors = (theirs.fileno(), shared.descriptor, bookmark.fileno())
+            self._bookmark = _Bookmark(bookmark.fileno())
+            self._process = start_python(
+                f"from {__name__} import serve; serve{(*descriptors, os.getpid())}",
+                pass_fds=descriptors,
+                # Nothing here computes with BLAS, which starts a thread per core with NumPy.
+                env={"OPENBLAS_NUM_THREADS": "1"},
+            )
 
     def wait_until_ready(self) -> None:
         """Wait for the process to have imported what it needs.
@@ -170,47 +359,109 @@ class _Worker:
         Raises:
             BatchclfError: it died.
         """
+        if self._is_ready:
+            return
         try:
             self._connection.send(self._setup)
-            self._idle_cpu_s = self._last_cpu_s = self._connection.recv()
+            self._is_ready = self._connection.recv()
         except (EOFError, OSError):
-            raise BatchclfError(
-                f"a decoding process ended with exit code {self._process.wait()} before it began"
-            ) from None
+            how = how_it_ended(self._process.wait())
+            raise BatchclfError(f"a decoding process ended before it began: {how}") from None
 
-    def __call__(self, refs: Sequence[ImageRef], rows_NHWC: Pixels) -> Sequence[Loaded]:
-        """Have the process decode `refs` into `rows_NHWC`, a part of the shared memory.
+    def ask(
+        self, first: int, refs: Sequence[ImageRef], max_seconds: float
+    ) -> tuple[Sequence[Loaded], float]:
+        """What became of `refs`, in the shared rows from `first` on; and the CPU seconds used.
 
         Raises:
-            BatchclfError: the process died.
+            _Ended: the process died, or took longer than `max_seconds` for an image.
+            RuntimeError: the traceback of a bug.
         """
-        first = (_address(rows_NHWC) - _address(self._pixels_NHWC)) // rows_NHWC[0].nbytes
+        self._bookmark.begin(0)
         try:
             self._connection.send((first, refs))
+            while not self._answer.poll(1000 * max(0.0, max_seconds - self._bookmark.seconds)):
+                if self._bookmark.seconds >= max_seconds:
+                    raise _Ended(_timeout(max_seconds), self._bookmark.number)
             loaded: Sequence[Loaded]
-            loaded, self._last_cpu_s, failed = self._connection.recv()
+            loaded, cpu_s, failed = self._connection.recv()
         except (EOFError, OSError):
-            names = ", ".join(os.fsdecode(ref.path) for ref in refs)
-            raise BatchclfError(
-                f"a decoding process ended with exit code {self._process.wait()}; it had been "
-                f"given {names}. Run again to resume; loader.workers sets how many there are"
-            ) from None
+            raise _Ended(_crash(self._process.wait()), self._bookmark.number) from None
         if failed:
             raise RuntimeError(f"in a decoding process:\n{failed}")
-        return loaded
+        return loaded, cpu_s
 
     def kill(self) -> None:
-        """End the process, whatever it is at: it keeps nothing that anybody needs."""
+        """End the process, whatever it is at."""
         self._process.kill()
 
-    def wait(self) -> None:
-        """Wait for the end of a killed process."""
-        self._process.wait()
+    def end(self) -> None:
+        """Kill the process and wait for its end."""
+        self.kill()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_S)
         self._connection.close()
 
 
+def _timeout(max_seconds: float) -> Failure:
+    return Failure(
+        "timeout", f"not decoded after {max_seconds:g} s, which is what loader.max_seconds allows"
+    )
+
+
+def _crash(returncode: int) -> Failure:
+    how = how_it_ended(returncode)
+    if returncode == -signal.SIGKILL:  # not by us
+        return Failure("oom", f"the process decoding it was {how}, most likely for want of memory")
+    return Failure("decoder_crash", f"the process decoding it ended: {how}")
+
+
+def try_alone(
+    load: Load, ref: ImageRef, shape_HWC: tuple[int, int, int], max_seconds: float
+) -> Failure | None:
+    """Load one image in a process of its own, to see whether it would end ours.
+
+    Returns:
+        decoder_crash, timeout or oom: it ended that process, kept it longer than `max_seconds`, or
+        asked for more memory than there is; None: it does none of that, whatever else is wrong
+        with it.
+
+    Raises:
+        OSError: no memory, or no process, is to be had.
+        BatchclfError: the process died before it was ready.
+    """
+    with closing(_Shared(1, shape_HWC)) as shared:
+        process = _Process(load, shared, _memory_limit())
+        try:
+            process.wait_until_ready()
+            ((loaded,), _) = process.ask(0, [ref], max_seconds)
+        except _Ended as ended:
+            return ended.failure
+        except RuntimeError:  # a bug, which shows itself on the ordinary path too
+            return None
+        finally:
+            process.end()
+    failure = loaded.failure
+    return failure if failure is not None and failure.code == "oom" else None
+
+
+def _memory_limit() -> int:
+    return int(MEMORY_SHARE * available_memory())
+
+
+def _memory(name: str, num_bytes: int) -> BinaryIO:
+    """Memory to share with other processes, as a file: whoever maps it keeps it when it closes."""
+    file = os.fdopen(os.memfd_create(f"batchclf-{name}", os.MFD_CLOEXEC), "r+b", buffering=0)
+    try:
+        file.truncate(num_bytes)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
 def _pixels(descriptor: int, image_shape: Sequence[int]) -> Pixels:
-    """The shared memory as images; it stays mapped as long as the array lives."""
+    """Shared memory as images."""
     memory = mmap.mmap(descriptor, 0)
     return np.frombuffer(memory, np.uint8).reshape(-1, *image_shape)
 
@@ -219,35 +470,46 @@ def _address(pixels: Pixels) -> int:
     return int(pixels.__array_interface__["data"][0])
 
 
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Processes started here never see these signals: the parent drains, and ends them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+# ---- in the process ------------------------------------------------------------------------------
 
 
-def serve(socket_descriptor: int, memory_descriptor: int) -> None:
+def serve(
+    socket_descriptor: int, memory_descriptor: int, bookmark_descriptor: int, parent_pid: int
+) -> None:
     """Decode what the parent asks for, until it hangs up or dies."""
+    end_with_parent(parent_pid)
+    expendable(1000)
     with Connection(socket_descriptor) as connection, suppress(EOFError, ConnectionError):
-        load, image_shape = connection.recv()
+        load, image_shape, max_bytes = connection.recv()
+        limit_memory(max_bytes)
         pixels_NHWC = _pixels(memory_descriptor, image_shape)
-        connection.send(time.process_time())
+        bookmark = _Bookmark(bookmark_descriptor)
+        connection.send(True)
+        cpu_s = time.process_time()
         while True:
             first, refs = connection.recv()
-            connection.send(_answer(load, refs, pixels_NHWC[first : first + len(refs)]))
+            loaded, failed = _load(load, refs, pixels_NHWC[first : first + len(refs)], bookmark)
+            before_s, cpu_s = cpu_s, time.process_time()
+            connection.send((loaded, cpu_s - before_s, failed))
 
 
-def _answer(
-    load: Load, refs: Sequence[ImageRef], rows_NHWC: Pixels
-) -> tuple[Sequence[Loaded], float, str]:
-    """What became of the images, CPU seconds used so far, and the traceback of a bug."""
-    loaded: Sequence[Loaded] = ()
-    failed = ""
+def _load(
+    load: Load, refs: Sequence[ImageRef], rows_NHWC: Pixels, bookmark: _Bookmark
+) -> tuple[Sequence[Loaded], str]:
+    """What became of the images, and the traceback of a bug."""
+    loaded: list[Loaded] = []
     try:
-        loaded = [load(ref, slot_HWC) for ref, slot_HWC in zip(refs, rows_NHWC, strict=True)]
+        for ref, slot_HWC in zip(refs, rows_NHWC, strict=True):
+            bookmark.begin(len(loaded))
+            loaded.append(_load_one(load, ref, slot_HWC))
     except Exception:  # noqa: BLE001 - the parent raises it
-        failed = traceback.format_exc()
-    return loaded, time.process_time(), failed
+        return (), traceback.format_exc()
+    return loaded, ""
+
+
+def _load_one(load: Load, ref: ImageRef, slot_HWC: Pixels) -> Loaded:
+    try:
+        return load(ref, slot_HWC)
+    except MemoryError:
+        slot_HWC[:] = 0
+        return Loaded(Failure("oom", OUT_OF_MEMORY))

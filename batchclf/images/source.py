@@ -11,11 +11,14 @@ import fnmatch
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
+from typing import TypeVar
 
 import orjson
 
@@ -26,8 +29,18 @@ from batchclf.results.records import Failure
 MAX_PATH_BYTES = 4095
 """Longest path that Linux opens (PATH_MAX less its NUL)."""
 MAX_FILE_BYTES = 2**31
-"""A larger file is no photo: reading it would only cost the memory."""
+"""A larger file is no photo: reading it would only cost the memory. The default."""
+RETRY_AFTER_S = (0.05, 0.2)
+"""What a disk or a file server refuses is asked for again after these pauses."""
+NUM_TRIES = 1 + len(RETRY_AFTER_S)
+OUT_OF_MEMORY = "out of memory while reading"
 LIST_SUFFIXES = (".txt", ".jsonl")
+_LASTING = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.ENXIO, errno.ENODEV),
+)
+"""Errors that say what is wrong with a path: trying again would not help."""
+_Found = TypeVar("_Found")
 
 
 @dataclass(slots=True)
@@ -132,67 +145,88 @@ def _walk(source: Source) -> Iterator[bytes]:
 
     A folder that cannot be entered (no permission, a link that leads to a folder around it or out
     of the root) is yielded as an entry of its own, so that reading it records why.
+
+    Raises:
+        EnvironmentFailed: a folder cannot be listed for a cause that may pass, such as EIO. The
+            listing is frozen: to go on without the folder would lose its images for good.
     """
-    real_root = os.path.realpath(source.root)
-    try:
-        root_stat = os.stat(source.root)
-        top = _entries(source, b"", frozenset({(root_stat.st_dev, root_stat.st_ino)}))
-    except OSError as error:
-        raise _unreadable(os.fsdecode(source.root), error) from error
-    stack = [top]
+    top = _insisting(source, b"", partial(_enter, source, b"", frozenset()))
+    stack = [top] if top else []
     while stack:
         entry = next(stack[-1], None)
         if entry is None:
             stack.pop()
             continue
         path, is_link, around = entry
-        if is_link is None:
+        if is_link is None or (is_link and _is_refused(source, path)):
             yield path
-            continue
-        full = os.path.join(source.root, path)
-        try:
-            if is_link and source.confined and not _is_inside(os.path.realpath(full), real_root):
-                yield path
-                continue
-            found = os.stat(full)
-            identity = (found.st_dev, found.st_ino)
-            if identity in around or not os.access(full, os.R_OK | os.X_OK):
-                yield path
-                continue
-            entries = _entries(source, path + b"/", around | {identity})
-        except OSError:
+        elif below := _insisting(source, path, partial(_enter, source, path, around)):
+            stack.append(below)
+        else:
             yield path
-            continue
-        stack.append(entries)
 
 
 _Identities = frozenset[tuple[int, int]]
+_Entries = Iterator[tuple[bytes, bool | None, _Identities]]
+"""Of each entry: its path, whether it is a link where it is a folder (else None), folders around.
+"""
 
 
-def _entries(
-    source: Source, prefix: bytes, around: _Identities
-) -> Iterator[tuple[bytes, bool | None, _Identities]]:
-    """One folder's entries, sorted by bytes: (path, None or a folder's is a link, folders around).
+def _insisting(
+    source: Source, path: bytes, enter: Callable[[], _Entries | None]
+) -> _Entries | None:
+    try:
+        return _insist(enter)
+    except OSError as error:
+        if path and error.errno in _LASTING:
+            return None
+        raise _unreadable(os.fsdecode(os.path.join(source.root, path)), error) from error
+
+
+def _is_refused(source: Source, path: bytes) -> bool:
+    if not source.confined:
+        return False
+    target = os.path.realpath(os.path.join(source.root, path))
+    return not _is_inside(target, os.path.realpath(source.root))
+
+
+def _enter(source: Source, path: bytes, around: _Identities) -> _Entries | None:
+    """One folder's entries, sorted by bytes; None for a folder that is not to be entered.
 
     A million files are held as their bare names: 80 bytes each.
     """
+    full = os.path.join(source.root, path)
+    found = os.stat(full)
+    identity = (found.st_dev, found.st_ino)
+    if identity in around or (path and not os.access(full, os.R_OK | os.X_OK)):
+        return None
     names: list[bytes] = []
     folders: dict[bytes, bool] = {}
-    with os.scandir(os.path.join(source.root, prefix)) as entries:
+    num_left_out = 0
+    with os.scandir(full) as entries:
         for entry in entries:
             name = entry.name
-            try:
-                is_folder = entry.is_dir()
-            except OSError:  # a link that cannot be followed
-                is_folder = False
+            is_folder = _is_folder(entry)
             if name.startswith(b".") and (is_folder or not suffix_format(name)):
-                source.num_left_out += 1
+                num_left_out += 1
                 continue
             if is_folder:
                 folders[name] = entry.is_symlink()
             names.append(name)
+    source.num_left_out += num_left_out
     names.sort()
-    return ((prefix + name, folders.get(name), around) for name in names)
+    prefix = path + b"/" if path else b""
+    inside = around | {identity}
+    return ((prefix + name, folders.get(name), inside) for name in names)
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno in _LASTING:  # a link that cannot be followed
+            return False
+        raise
 
 
 def _unreadable(name: str, error: OSError) -> EnvironmentFailed:
@@ -288,30 +322,50 @@ def _jsonl_path(line: bytes, spec: Path, number: int) -> bytes:
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def read_image_file(root: bytes, path: bytes, *, confined: bool) -> bytes | Failure:
+def read_image_file(
+    root: bytes, path: bytes, *, confined: bool, max_bytes: int = MAX_FILE_BYTES
+) -> bytes | Failure:
     """The whole content of one listed file, or why it cannot be read.
 
     Nothing but a regular file is read, and opening never blocks (a FIFO named x.jpg would).
+
+    Raises:
+        EnvironmentFailed: this process, or the machine, has no descriptor left to open it with.
     """
     full = os.path.join(root, path)
+    try:
+        return _insist(lambda: _read_file(root, full, confined, max_bytes))
+    except MemoryError:
+        return Failure("oom", OUT_OF_MEMORY)
+    except OSError as error:
+        return _failure(error, full)
+
+
+def _insist(action: Callable[[], _Found]) -> _Found:
+    """What `action` returns, tried again after errors that may pass (EIO, ESTALE, timeouts)."""
+    for pause_s in RETRY_AFTER_S:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno in _LASTING:
+                raise
+        time.sleep(pause_s)
+    return action()
+
+
+def _read_file(root: bytes, full: bytes, confined: bool, max_bytes: int) -> bytes | Failure:
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
     try:
-        try:
-            descriptor = os.open(full, flags | os.O_NOFOLLOW)
-        except OSError as error:
-            if error.errno != errno.ELOOP or not os.path.islink(full):
-                raise
-            if refused := _refuse_link(root, full, confined):
-                return refused
-            descriptor = os.open(full, flags)
+        descriptor = os.open(full, flags | os.O_NOFOLLOW)
     except OSError as error:
-        return _open_failure(error, full)
+        if error.errno != errno.ELOOP or not os.path.islink(full):
+            raise
+        if refused := _refuse_link(root, full, confined):
+            return refused
+        descriptor = os.open(full, flags)
     with ExitStack() as stack:
         stack.callback(os.close, descriptor)
-        try:
-            found = _read_regular(descriptor)
-        except OSError as error:
-            return Failure("io_error", f"reading failed: {_reason(error)}")
+        found = _read_regular(descriptor, max_bytes)
     if isinstance(found, Failure) and os.path.isdir(full):
         # Listed only because it could not be walked.
         if len(full) >= MAX_PATH_BYTES:
@@ -322,10 +376,7 @@ def read_image_file(root: bytes, path: bytes, *, confined: bool) -> bytes | Fail
 
 
 def _refuse_link(root: bytes, full: bytes, confined: bool) -> Failure | None:
-    try:
-        target = os.path.realpath(full, strict=True)
-    except OSError as error:
-        return _open_failure(error, full)
+    target = os.path.realpath(full, strict=True)
     real_root = os.path.realpath(root)
     if os.path.isdir(target) and _is_inside(os.path.realpath(os.path.dirname(full)), target):
         return Failure("symlink_loop", "a link to a folder around it")
@@ -338,7 +389,7 @@ def _refuse_link(root: bytes, full: bytes, confined: bool) -> Failure | None:
     return None
 
 
-def _open_failure(error: OSError, full: bytes) -> Failure:
+def _failure(error: OSError, full: bytes) -> Failure:
     match error.errno:
         case errno.ENOENT | errno.ENOTDIR:
             if os.path.islink(full):
@@ -352,16 +403,23 @@ def _open_failure(error: OSError, full: bytes) -> Failure:
             return Failure("path_too_long", f"the path has {len(full):,} bytes, too many to open")
         case errno.ENXIO | errno.ENODEV | errno.EISDIR:
             return Failure("not_regular_file", "not a regular file")
-    return Failure("io_error", f"opening failed: {_reason(error)}")
+        case errno.ENOMEM:
+            return Failure("oom", OUT_OF_MEMORY)
+        case errno.EMFILE | errno.ENFILE:
+            raise EnvironmentFailed(
+                f"input: {os.fsdecode(full)}: cannot be opened: {_reason(error)}; raise the limit "
+                "(`ulimit -n`) or choose fewer loader.workers, and run again to resume"
+            ) from error
+    return Failure("io_error", f"tried {NUM_TRIES} times: {_reason(error)}")
 
 
-def _read_regular(descriptor: int) -> bytes | Failure:
+def _read_regular(descriptor: int, max_bytes: int) -> bytes | Failure:
     before = os.fstat(descriptor)
     if not stat.S_ISREG(before.st_mode):
         return Failure("not_regular_file", f"found a {_kind(before.st_mode)}, not a regular file")
-    if before.st_size > MAX_FILE_BYTES:
+    if before.st_size > max_bytes:
         return Failure(
-            "too_large_bytes", f"{before.st_size:,} bytes; at most {MAX_FILE_BYTES:,} are read"
+            "too_large_bytes", f"{before.st_size:,} bytes; loader.max_bytes allows {max_bytes:,}"
         )
     chunks: list[bytes] = []
     # One byte more than the size: a file that grows is seen without another call.

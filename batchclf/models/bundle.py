@@ -11,17 +11,19 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import platformdirs
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from batchclf.errors import EnvironmentFailed, ModelError
+from batchclf.models.onnx_guard import check_onnx
 from batchclf.results.records import Preprocess
 
 MODEL_FILE = "model.onnx"
@@ -29,7 +31,13 @@ META_FILE = "model.json"
 GOLDEN_FILE = "golden.npz"
 MAX_PROTOBUF_BYTES = 1_900_000_000
 """Protocol buffers end at 2 GiB; larger models keep their weights in a second file."""
+MAX_META_BYTES = 64_000_000
+"""A million labels, twice over."""
 CACHE_VARIABLE = "BATCHCLF_CACHE_DIR"
+_AGAIN = "write it again with `batchclf export`"
+
+MemberName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}$")]
+"""A file in the bundle's own folder, and nowhere else."""
 
 
 class BundleMeta(BaseModel):
@@ -50,11 +58,18 @@ class BundleMeta(BaseModel):
     """Batch sizes at which the model gave its source's answers."""
     arithmetic: Literal["fp32", "fp16", "int8"] = "fp32"
     """The least precise that the graph itself computes in."""
-    files: Mapping[str, str]
+    files: Mapping[MemberName, str]
     """SHA-256 of each file of the model."""
     golden_sha256: str
     """Of golden.npz, which is not among `files`: another CPU gives other last digits, and the
     model is the same."""
+
+    @field_validator("files")
+    @classmethod
+    def _has_model(cls, files: Mapping[str, str]) -> Mapping[str, str]:
+        if MODEL_FILE not in files:
+            raise ValueError(f"{MODEL_FILE} is missing")
+        return files
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,36 +93,64 @@ def open_bundle(folder: Path) -> Bundle:
     """Open a bundle and compare its files with the digests it was written with.
 
     Raises:
-        ModelError: no bundle, one of another version, or damaged.
+        ModelError: no bundle, one of another version, damaged, with a link for a file, or with a
+            model that `check_onnx` refuses.
     """
-    meta_path = folder / META_FILE
-    again = "write it again with `batchclf export`"
+    meta = _read_meta(folder)
+    for name, expected in {**meta.files, GOLDEN_FILE: meta.golden_sha256}.items():
+        _require_regular(folder / name)
+        try:
+            found = sha256_of(folder / name)
+        except OSError as error:
+            raise ModelError(f"{folder / name}: {error.strerror}; {_AGAIN}") from None
+        if found != expected:
+            raise ModelError(
+                f"{folder / name}: damaged: its SHA-256 starts {found[:12]}, "
+                f"{META_FILE} says {expected[:12]}; {_AGAIN}"
+            )
+    for path in check_onnx(folder / MODEL_FILE):
+        if str(path.relative_to(folder)) not in meta.files:
+            raise ModelError(
+                f"{folder / MODEL_FILE}: its weights are said to be in {path.name}, of which "
+                f"{META_FILE} has no SHA-256; {_AGAIN}"
+            )
+    return Bundle(folder, meta)
+
+
+def _read_meta(folder: Path) -> BundleMeta:
+    path = folder / META_FILE
     try:
-        meta = BundleMeta.model_validate_json(meta_path.read_bytes())
+        _require_regular(path)
+        with path.open("rb") as file:
+            text = file.read(MAX_META_BYTES + 1)
     except FileNotFoundError:
         raise ModelError(
             f"{folder}: no model bundle there ({META_FILE} is missing); "
             "`batchclf export JOB.yaml FOLDER` writes one"
         ) from None
     except OSError as error:
-        raise ModelError(f"{meta_path}: cannot be read: {error.strerror}") from None
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(text) > MAX_META_BYTES:
+        raise ModelError(f"{path}: larger than {MAX_META_BYTES:,} bytes; {_AGAIN}")
+    try:
+        return BundleMeta.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part)[:80] for part in first["loc"])
         raise ModelError(
-            f"{meta_path}: not a bundle of this version: {where} {first['msg']}; {again}"
+            f"{path}: not a bundle of this version: {where} {first['msg']}; {_AGAIN}"
         ) from None
-    for name, expected in {**meta.files, GOLDEN_FILE: meta.golden_sha256}.items():
-        try:
-            found = sha256_of(folder / name)
-        except OSError as error:
-            raise ModelError(f"{folder / name}: {error.strerror}; {again}") from None
-        if found != expected:
-            raise ModelError(
-                f"{folder / name}: damaged: its SHA-256 starts {found[:12]}, "
-                f"{META_FILE} says {expected[:12]}; {again}"
-            )
-    return Bundle(folder, meta)
+
+
+def _require_regular(path: Path) -> None:
+    """Refuse a link: it may lead to any file of this machine, which a copy would then hold."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return  # opening it tells why
+    if not stat.S_ISREG(mode):
+        what = "a symbolic link" if stat.S_ISLNK(mode) else "no regular file"
+        raise ModelError(f"{path}: is {what}; a bundle holds its files themselves: {_AGAIN}")
 
 
 def write_bundle(target: Path, build: Callable[[Path], BundleMeta]) -> Bundle:
@@ -148,10 +191,10 @@ def cached_bundle(
         folder = cached_folder(request)
         if folder.exists():
             try:
-                return open_bundle(folder)
+                return open_cached(folder)
             except ModelError as error:
                 log(f"{error}; building it anew")
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(folder.parent)
         lock = FileLock(f"{folder}.lock")
         try:
             lock.acquire(timeout=0)
@@ -166,7 +209,7 @@ def cached_bundle(
     try:
         if folder.exists():  # the process that held the lock before has built it
             try:
-                return open_bundle(folder)
+                return open_cached(folder)
             except ModelError:
                 shutil.rmtree(folder)
         for abandoned in folder.parent.glob(f".{folder.name}-*"):
@@ -174,6 +217,49 @@ def cached_bundle(
         return write_bundle(folder, build)
     finally:
         lock.release()
+
+
+def open_cached(folder: Path) -> Bundle:
+    """Open a bundle in the cache.
+
+    Raises:
+        ModelError: as `open_bundle`.
+        EnvironmentFailed: another user could have put it there.
+    """
+    for one in (folder.parent, folder):
+        _require_private(one)
+    return open_bundle(folder)
+
+
+def private_folder(folder: Path) -> Path:
+    """A folder of the cache, made for this user alone where there is none.
+
+    Raises:
+        EnvironmentFailed: it is there, and others may write to it.
+        OSError: it cannot be made.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _require_private(folder)
+    return folder
+
+
+def _require_private(folder: Path) -> None:
+    """A model is as good as a program: one that anybody could have put there is not run.
+
+    What root or a group is given to write, as on a volume of Kubernetes, is trusted.
+    """
+    found = folder.stat()
+    if found.st_uid not in (0, os.geteuid()):
+        why = f"belongs to the user with id {found.st_uid}"
+    elif found.st_mode & stat.S_IWOTH:
+        why = "may be written by everybody"
+    else:
+        return
+    raise EnvironmentFailed(
+        f"{folder}: this folder of the model cache {why}, so a model in it may be anybody's; "
+        f"set {CACHE_VARIABLE} to a folder of your own, or make this one yours, without what is in "
+        "it"
+    )
 
 
 def remember_batch_size(bundle: Bundle, batch_size: int) -> None:
@@ -244,13 +330,19 @@ def copy_bundle(
         raise ModelError(f"{target}: exists and is no model bundle; give another folder")
 
     def build(folder: Path) -> BundleMeta:
-        for name in (*bundle.meta.files, GOLDEN_FILE):
-            shutil.copyfile(bundle.folder / name, folder / name)
+        _copy_members(bundle, folder)
         if variant is not None:
-            shutil.copytree(variant[1].folder, folder / variant[0])
+            (folder / variant[0]).mkdir()
+            _copy_members(variant[1], folder / variant[0])
+            shutil.copyfile(variant[1].folder / META_FILE, folder / variant[0] / META_FILE)
         return bundle.meta.model_copy(update={"labels": labels, "preprocess": preprocess})
 
     return write_bundle(target, build)
+
+
+def _copy_members(bundle: Bundle, folder: Path) -> None:
+    for name in (*bundle.meta.files, GOLDEN_FILE):
+        shutil.copyfile(bundle.folder / name, folder / name)
 
 
 def digest_of(value: object) -> str:

@@ -11,13 +11,14 @@ import contextlib
 import difflib
 import http.client
 import math
+import os
 import pickle
 import re
 import sys
 import urllib.error
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,18 @@ from torchvision import models as zoo
 
 from batchclf.errors import ModelError, WeightsUnavailable
 from batchclf.job import PreprocessSpec
-from batchclf.models.bundle import MAX_PROTOBUF_BYTES, MODEL_FILE
+from batchclf.models.bundle import MAX_PROTOBUF_BYTES, MODEL_FILE, sha256_of
 from batchclf.models.checks import OpenReference, Run, assert_same_scores, sample_pixels, tiled
 from batchclf.results.records import Interpolation, Preprocess
 
 OPSET = 18
 """Read by every ONNX Runtime since 1.14, so also by the OpenVINO flavour, which lags behind."""
 MAX_BATCH = 65536
+SAFE_TORCH = (2, 10)
+"""Files could run code in spite of weights_only=True before (CVE-2025-32434, CVE-2026-24747)."""
+_FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.pth$")
+"""As torchvision names its files: the beginning of their SHA-256."""
 
 _FEEDS_OWN_NORMALISATION = ("googlenet", "inception_v3")
 """Models whose pretrained weights expect `transform_input=True` (torchvision's builders set it)."""
@@ -186,8 +192,12 @@ def _bare(name: str, num_classes: int, **options: object) -> nn.Module:
 
 
 def _build_pretrained(name: str, member: zoo.WeightsEnum) -> nn.Module:
+    _require_safe_torch(f"weights {member}")
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(member.url).name)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # torch.hub prints what it downloads
+        # torch.hub prints what it downloads.
+        with contextlib.redirect_stdout(sys.stderr), _tensors_only():
+            _require_hash(path)
             module: nn.Module = zoo.get_model(name, weights=member)
         return module
     except (
@@ -197,7 +207,6 @@ def _build_pretrained(name: str, member: zoo.WeightsEnum) -> nn.Module:
         EOFError,
         http.client.HTTPException,
     ) as error:
-        path = f"{torch.hub.get_dir()}/checkpoints/{Path(member.url).name}"
         if isinstance(error, urllib.error.HTTPError | urllib.error.URLError | TimeoutError):
             what = f"cannot be downloaded: {error.reason if hasattr(error, 'reason') else error}"
         elif "invalid hash value" in str(error):
@@ -213,6 +222,35 @@ def _build_pretrained(name: str, member: zoo.WeightsEnum) -> nn.Module:
             "  Check the network and the proxy, or put the file there by hand (delete a damaged "
             "one first), or name a file of your own in model.weights."
         ) from error
+
+
+@contextlib.contextmanager
+def _tensors_only() -> Iterator[None]:
+    """torchvision's builders leave torch.hub its default, which is to run the code in a file."""
+    before = os.environ.get(_FORCE_WEIGHTS_ONLY)
+    os.environ[_FORCE_WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_FORCE_WEIGHTS_ONLY]
+        if before is not None:
+            os.environ[_FORCE_WEIGHTS_ONLY] = before
+
+
+def _require_hash(path: Path) -> None:
+    """torch.hub compares the hash of what it downloads, but not of a file that is there already."""
+    expected = _HASH_IN_NAME.search(path.name)
+    if expected and path.exists() and not sha256_of(path).startswith(expected[1]):
+        raise RuntimeError(f"invalid hash value of {path}")
+
+
+def _require_safe_torch(what: str) -> None:
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < SAFE_TORCH:
+        raise ModelError(
+            f"{what}: torch {torch.__version__} may run code that is hidden in a file of tensors; "
+            f"give a .safetensors file, or pip install 'torch>={SAFE_TORCH[0]}.{SAFE_TORCH[1]}'"
+        )
 
 
 def _weights_member(name: str, enum: Any, weights: str) -> zoo.WeightsEnum:
@@ -251,6 +289,7 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
         if path.suffix == ".safetensors":
             loaded: Any = load_file(path)
         else:
+            _require_safe_torch(what)
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(

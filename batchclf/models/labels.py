@@ -5,6 +5,9 @@ from pathlib import Path
 
 from batchclf.errors import ModelError
 
+MAX_LABELS_BYTES = 64_000_000
+"""A million long names, twice over."""
+
 
 def imagenet_labels() -> tuple[str, ...]:
     """The 1,000 ImageNet-1k names in index order, as torchvision's weights carry them."""
@@ -16,10 +19,17 @@ def read_labels(path: Path) -> tuple[str, ...]:
     """One name per line, in index order; a last empty line is none.
 
     Raises:
-        ModelError: the file cannot be read, is not UTF-8, or has an empty line in it.
+        ModelError: the file cannot be read, is too large or not UTF-8, or has an empty line in it.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            raw = file.read(MAX_LABELS_BYTES + 1)
+        if len(raw) > MAX_LABELS_BYTES:
+            raise ModelError(
+                f"model.labels: {path}: larger than {MAX_LABELS_BYTES:,} bytes; "
+                "the file holds one class name per line"
+            )
+        text = raw.decode("utf-8-sig")
     except OSError as error:
         raise ModelError(f"model.labels: {path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -46,7 +56,7 @@ def require_label_count(labels: tuple[str, ...], num_classes: int, origin: str) 
         return
     hint = ""
     if len(labels) == num_classes + 1:
-        hint = f"; is the first line ({labels[0]!r}) a background class that this model lacks?"
+        hint = f"; is the first line ({labels[0][:80]!r}) a background class that this model lacks?"
     raise ModelError(
         f"model.labels: {origin}: found {len(labels):,} names for a model of "
         f"{num_classes:,} classes; give one name per class, in index order{hint}"

@@ -69,6 +69,8 @@ def wrap_onnx(
 ) -> WrappedModel:
     """Write `path` to `folder`/model.onnx with uint8 NHWC input and NK scores, and check it.
 
+    `check_onnx` has passed it: onnx and ONNX Runtime open whatever files it names.
+
     Raises:
         ModelError: no ONNX classifier of RGB images, or something about it has to be told.
     """
@@ -116,43 +118,13 @@ def _arithmetic(model: onnx.ModelProto, image: _Input) -> Literal["fp32", "fp16"
     return "fp16" if TensorProto.FLOAT16 in types else "fp32"
 
 
-def external_files(path: Path) -> list[Path]:
-    """The files beside `path` that hold its weights, as its tensors name them.
-
-    Raises:
-        ModelError: not an ONNX model.
-    """
-    model = _parse(path, load_external_data=False)
-    tensors = [
-        *model.graph.initializer,
-        *(attribute.t for node in model.graph.node for attribute in node.attribute),
-    ]
-    names = {
-        entry.value
-        for tensor in tensors
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    for name in names:
-        found = (path.parent / name).resolve()
-        if not found.is_relative_to(path.parent.resolve()) or (
-            found.exists() and not found.is_file()
-        ):
-            raise ModelError(
-                f"model.onnx: {path}: its weights are said to be in {name}, which is no file "
-                "in the model's own folder"
-            )
-    return [path.parent / name for name in sorted(names)]
-
-
 # ---- reading what the file tells -----------------------------------------------------------------
 
 
-def _parse(path: Path, *, load_external_data: bool) -> onnx.ModelProto:
+def _load(path: Path) -> onnx.ModelProto:
     try:
-        return onnx.load(path, load_external_data=load_external_data)
-    except FileNotFoundError as error:
-        raise ModelError(f"model.onnx: {error.filename}: no such file") from None
+        # Named, since `check_onnx` saw protocol buffers and a suffix may mean text to onnx.
+        model = onnx.load(path, format="protobuf")
     except OSError as error:
         raise ModelError(f"model.onnx: {path}: cannot be read: {error.strerror}") from None
     except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
@@ -162,10 +134,6 @@ def _parse(path: Path, *, load_external_data: bool) -> onnx.ModelProto:
             f"model.onnx: {path}: not an ONNX model: it starts with {start!r}; "
             "download or export it again"
         ) from error
-
-
-def _load(path: Path) -> onnx.ModelProto:
-    model = _parse(path, load_external_data=True)
     if not model.graph.node:
         raise ModelError(f"model.onnx: {path}: not an ONNX model: its graph is empty")
     opset = next(

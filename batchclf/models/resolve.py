@@ -22,6 +22,7 @@ from batchclf.models.bundle import (
     cached_folder,
     model_files,
     open_bundle,
+    open_cached,
     remember_batch_size,
     sha256_of,
     versions_of,
@@ -29,6 +30,7 @@ from batchclf.models.bundle import (
 from batchclf.models.checks import OpenReference, Run, assert_same_scores, sample_pixels, tiled
 from batchclf.models.golden import write_golden
 from batchclf.models.labels import imagenet_labels, read_labels, require_label_count
+from batchclf.models.onnx_guard import check_onnx
 from batchclf.results.records import Pixels, Preprocess, Scores
 
 TORCH_PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "safetensors")
@@ -88,12 +90,13 @@ def check_model(spec: ModelSpec) -> str:
 
     Raises:
         ModelError: unknown name, missing file, or labels that cannot be read.
+        EnvironmentFailed: the cached model may be anybody's.
         UsageError: it has to be built, and what builds it is not installed.
     """
     labels, origin = _own_labels(spec)
     folder = spec.bundle or cached_folder(_request(spec, labels))
     if spec.bundle is not None or folder.exists():
-        bundle = open_bundle(folder)
+        bundle = open_bundle(folder) if spec.bundle is not None else open_cached(folder)
         require_label_count(labels or bundle.meta.labels, len(bundle.meta.labels), origin)
         _own_preprocess(spec, bundle)
         return f"{bundle.meta.name}, {len(bundle.meta.labels):,} classes, exported in {folder}"
@@ -162,9 +165,10 @@ def _request(spec: ModelSpec, labels: tuple[str, ...]) -> dict[str, object]:
         "num_labels": len(labels) or None,  # counted before a bundle is accepted
     }
     if spec.onnx is not None:
+        external = check_onnx(spec.onnx, "model.onnx: ")
         return request | {
             "onnx": _digest("model.onnx", spec.onnx),
-            "external": _external_digests(spec.onnx),
+            "external": [_digest("model.onnx", path) for path in external],
             "layout": spec.layout,
             "output_name": spec.output_name,
             "versions": versions_of("onnx"),
@@ -183,16 +187,6 @@ def _digest(key: str, path: Path) -> str:
         return sha256_of(path)
     except OSError as error:
         raise ModelError(f"{key}: {path}: cannot be read: {error.strerror}") from None
-
-
-def _external_digests(path: Path) -> list[str]:
-    """Digests of the files beside an ONNX file that hold its weights; for most there are none."""
-    if b"location" not in path.read_bytes():
-        return []
-    _require_packages(str(path), *ONNX_PACKAGES)
-    from batchclf.models import onnx_file
-
-    return [_digest("model.onnx", found) for found in onnx_file.external_files(path)]
 
 
 def _require_packages(what: str, *modules: str) -> None:

@@ -79,8 +79,19 @@ class StatsCollector:
     def start(self, startup_s: float, num_streams: int = 1) -> None:
         """Begin to count this run's time, after `startup_s` seconds of start-up."""
         self._num_streams = num_streams
-        self._started = time.perf_counter()
+        if math.isnan(self._started):
+            self._started = time.perf_counter()
+            self._startup_s = startup_s
+
+    def started(self, began: float, startup_s: float, num_done: int) -> None:
+        """Count on from when this run began in another process, with `num_done` records there.
+
+        Counts, wall time and rates then are of the whole run; stages, batches, CPU time and memory
+        are of this process.
+        """
+        self._started = began
         self._startup_s = startup_s
+        self._num_new = self._num_images - num_done
 
     def count_cpu(self, cpu_seconds: Callable[[], float]) -> None:
         """Count the CPU seconds of other processes that work for this run, too."""

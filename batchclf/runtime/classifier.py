@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from batchclf.errors import ModelError, ProviderError
 from batchclf.results.records import ActiveProvider, Pixels, Scores
+from batchclf.runtime.faults import is_out_of_memory
 from batchclf.runtime.sessions import ERRORS_ONLY, ORT_ERRORS, Target, open_session
 
 Classifier = Callable[[Pixels], Scores]
@@ -25,11 +26,19 @@ class OnnxClassifier:
         self._session = session
         self._input = session.get_inputs()[0].name
         self._output = session.get_outputs()[0].name
+        self._takes_any_batch = isinstance(session.get_inputs()[0].shape[0], str)
         self.active = active
 
     def __call__(self, pixels_NHWC: Pixels) -> Scores:
-        (scores_NK,) = self._session.run([self._output], {self._input: pixels_NHWC})
-        return np.asarray(scores_NK, np.float32)
+        try:
+            (scores_NK,) = self._session.run([self._output], {self._input: pixels_NHWC})
+            return np.asarray(scores_NK, np.float32)
+        except ORT_ERRORS as error:
+            if not (self._takes_any_batch and len(pixels_NHWC) > 1 and is_out_of_memory(error)):
+                raise
+        # Memory did not suffice for all at once; the session itself is none the worse for it.
+        half = len(pixels_NHWC) // 2
+        return np.concatenate([self(pixels_NHWC[:half]), self(pixels_NHWC[half:])])
 
 
 class BoundClassifier(OnnxClassifier):

@@ -23,11 +23,12 @@ from batchclf.interrupt import StopRequest
 from batchclf.job import ErrorsSpec, JobSpec
 from batchclf.machine import cpu_seconds, peak_rss_mb
 from batchclf.models.resolve import ResolvedModel
-from batchclf.pipeline import classify_shard
+from batchclf.pipeline import Reporter, classify_shard
 from batchclf.plan import Plan, backend_of, make_loader
+from batchclf.results.files import RunFiles
 from batchclf.results.records import DecodeMode, ImageRef, Pixels, Record
 from batchclf.results.stats import StatsCollector
-from batchclf.results.writer import RecordWriter, RunFiles
+from batchclf.results.writer import RecordWriter
 from batchclf.runtime.timing import Throughput, measure_throughput
 from batchclf.tuning.records import DecodeLimit, Prediction, Settings, Trial
 
@@ -245,16 +246,6 @@ class _Window(RecordWriter):
             raise _EnoughError
 
 
-class _Silent:
-    """A reporter of nothing."""
-
-    def log(self, text: str) -> None: ...
-
-    def begin(self, num_images: int, num_done: int) -> None: ...
-
-    def update(self, num_images: int, num_errors: int) -> None: ...
-
-
 def run_trial(
     bench: Bench, opened: Opened, predicted: Prediction, seconds: float, max_s: float
 ) -> Trial:
@@ -285,7 +276,9 @@ def run_trial(
     window = _Window(files.predictions, stats, num_streams, seconds, max_s)
     refs = itertools.cycle(bench.refs)
     with window, suppress(_EnoughError):
-        classify_shard(plan, opened, refs, window, stats, reporter=_Silent(), stop=bench.stop)
+        classify_shard(
+            plan, opened, refs, window, stats=stats, reporter=Reporter(), stop=bench.stop
+        )
     bench.stop.raise_if_requested()
     found = stats.snapshot()
     rate = window.num_images / window.wall_s

@@ -14,6 +14,7 @@ from batchclf.machine import usable_cores
 from batchclf.models.resolve import Log
 from batchclf.plan import fitting_batch_size
 from batchclf.results.records import DecodeMode, Pixels, Precision
+from batchclf.runtime.faults import is_out_of_memory
 from batchclf.runtime.sessions import ORT_ERRORS
 from batchclf.tuning.advice import disk_note, judge
 from batchclf.tuning.measure import (
@@ -24,7 +25,6 @@ from batchclf.tuning.measure import (
     measure_inference,
     run_trial,
 )
-from batchclf.tuning.memory import is_out_of_memory
 from batchclf.tuning.records import (
     DecodeLimit,
     InferLimit,

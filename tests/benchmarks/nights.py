@@ -38,8 +38,12 @@ from batchclf.jobfile import load_job
 from batchclf.machine import cpu_name_and_flags, usable_cores
 from batchclf.models.resolve import resolve_model
 from batchclf.plan import freeze, make_plan
+from batchclf.request import Recovery
+from batchclf.results.files import RunFiles
+from batchclf.results.listing import read_listing
 from batchclf.results.records import Prediction, Record
-from batchclf.results.writer import RecordWriter, RunFiles, read_listing, write_run
+from batchclf.results.state import write_run
+from batchclf.results.writer import RecordWriter
 from batchclf.resume import fingerprint
 from batchclf.runtime.classifier import open_reference
 from tests.benchmarks.startup import POLL_S
@@ -58,7 +62,7 @@ from pathlib import Path
 from batchclf import pipeline  # all that a job has in memory when it lists
 from batchclf.images.source import open_source
 from batchclf.plan import freeze
-from batchclf.results.writer import RunFiles
+from batchclf.results.files import RunFiles
 started = time.perf_counter()
 freeze(open_source(Path(sys.argv[1])), RunFiles(Path(sys.argv[2])), None, print)
 print(time.perf_counter() - started)
@@ -263,7 +267,7 @@ def write_records(job_file: Path, files: RunFiles, num_done: int) -> None:
     )
     source = open_source(job.input)
     freeze(source, files, None, log)
-    plan = make_plan(job, source, files, model, log)
+    plan = make_plan(job, source, files, model, Recovery(), log)
     outcome = tuple(
         Prediction(label, 100 * index, 0.654321 / (1 + index))
         for index, label in enumerate(SOME_LABELS)

@@ -37,6 +37,10 @@ from batchclf.machine import cpu_seconds, peak_rss_mb, usable_cores
 from batchclf.models.resolve import ResolvedModel, resolve_model
 from batchclf.pipeline import classify_shard
 from batchclf.plan import make_loader, make_plan
+from batchclf.request import Recovery
+from batchclf.results.files import RunFiles
+from batchclf.results.lines import encode_record
+from batchclf.results.listing import freeze_listing
 from batchclf.results.records import (
     ActiveProvider,
     DecodeBackend,
@@ -46,7 +50,7 @@ from batchclf.results.records import (
     Scores,
 )
 from batchclf.results.stats import StatsCollector
-from batchclf.results.writer import RecordWriter, RunFiles, encode_record, freeze_listing
+from batchclf.results.writer import RecordWriter
 from batchclf.runtime.classifier import OnnxClassifier, open_reference
 from batchclf.runtime.ranking import rank
 from batchclf.runtime.streams import to_records
@@ -126,14 +130,14 @@ def whole(
     source = open_source(job.input)
     files = RunFiles(Path(tempfile.mkdtemp(dir=folder)))
     freeze_listing(files, source.paths())
-    plan = make_plan(job, source, files, model, Log().log)
+    plan = make_plan(job, source, files, model, Recovery(), Log().log)
     null = cast(OnnxClassifier, NullModel())
     opened = Opened([null], ActiveProvider("cpu", "cpu", "CPU"), model.bundle, zeroed_pixels, None)
     stats = StatsCollector(cpu_seconds, peak_rss_mb, list_s=0.0)
     watch = _Stopwatch()
     refs = (ImageRef(index, path) for index, path in enumerate(source.paths()))
     with RecordWriter(files.predictions, 0) as writer, _slower_decoding(outside_ms / 1000):
-        classify_shard(plan, opened, refs, writer, stats, reporter=watch, stop=StopRequest())
+        classify_shard(plan, opened, refs, writer, stats=stats, reporter=watch, stop=StopRequest())
     return {
         "part": f"whole, {workers} {backend}" + (f" of {outside_ms} ms" * bool(outside_ms)),
         "decode": decode,

@@ -1,8 +1,11 @@
 """What the tests of the image room share: generated images, and torchvision as the reference."""
 
 import io
+import subprocess
+import sys
 from collections import Counter
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ from PIL import Image
 
 from batchclf.images.decode import Decoder
 from batchclf.results.records import DecodeMode, Loaded, Pixels, Preprocess
+from tests.conftest import ROOT
 
 RESNET50 = Preprocess(232, (224, 224), "bilinear", None, None)
 """The preset of torchvision's newer weights; `RESNET50_V1` that of the older ones."""
@@ -30,8 +34,10 @@ def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.
         return Image.merge("LA", (image.convert("L"), image.getchannel("A")))
     if mode == "PA":
         return image.convert("RGB").convert("PA")
+    if mode == "I;16B":
+        return picture(width, height, "I;16", seed).convert("I").convert("I;16B")
     if mode == "I;16":
-        return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 5)
+        return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 251)
     if mode == "F":
         return Image.fromarray(np.asarray(image.convert("L")).astype(np.float32) * 1.7 - 60)
     return image.convert("RGB").convert(mode)
@@ -52,15 +58,24 @@ def decode(
     mode: DecodeMode = "exact",
     exif_transpose: bool = False,
     max_pixels: int = 89_478_485,
+    strict: bool = False,
 ) -> tuple[Pixels, Loaded]:
     """Decode into a slot that still holds another image's pixels."""
     slot_HWC = np.full((*preprocess.crop, 3), 123, np.uint8)
-    decoder = Decoder(preprocess, mode, exif_transpose, max_pixels)
+    decoder = Decoder(preprocess, mode, exif_transpose, max_pixels, strict)
     loaded = decoder(data, name, slot_HWC)
     if loaded.failure is not None:
         assert not slot_HWC.any(), "a failure leaves the slot zero"
         assert loaded.failure.message
     return slot_HWC, loaded
+
+
+def in_8_bits(image: Image.Image) -> Image.Image:
+    """The reference for 16-bit grey, which torchvision itself shows white: its upper 8 bits."""
+    if not image.mode.startswith("I;16"):
+        return image
+    is_12_bit = getattr(image, "tag_v2", {}).get(258) == (12,)
+    return Image.fromarray((np.asarray(image) // (16 if is_12_bit else 256)).astype(np.uint8))
 
 
 def torchvision_pixels(image: Image.Image, preprocess: Preprocess) -> Pixels:
@@ -97,3 +112,43 @@ def torchvision_presets() -> tuple[Preprocess, ...]:
         Preprocess(resize, (crop, crop), interpolation, None, None)
         for (resize, crop, interpolation), _ in found.most_common()
     )
+
+
+def assert_torchvisions_pixels(
+    data_: bytes, preprocess: Preprocess, image: Image.Image | None = None
+) -> None:
+    """Compare with `image`, or with the file as Pillow opens it."""
+    pixels_HWC, loaded = decode(data_, preprocess=preprocess)
+    assert loaded.failure is None
+    expected_HWC = torchvision_pixels(in_8_bits(image or Image.open(io.BytesIO(data_))), preprocess)
+    np.testing.assert_array_equal(pixels_HWC, expected_HWC)
+
+
+MEASURE = """
+import sys
+import numpy as np
+from batchclf.images.decode import Decoder
+from batchclf.machine import peak_rss_mb
+from batchclf.results.records import Preprocess
+data = open(sys.argv[1], "rb").read()
+crop = (224, 224)
+decoder = Decoder(Preprocess(232, crop, sys.argv[2], None, None), sys.argv[3])
+before = peak_rss_mb()
+loaded = decoder(data, b"x.png", np.zeros((*crop, 3), np.uint8))
+assert (loaded.failure.code if loaded.failure else "") == sys.argv[4], loaded
+print(round(peak_rss_mb() - before))
+"""
+
+
+def decoding_mb(file: Path, interpolation: str, mode: str, code: str = "") -> int:
+    """Peak memory that decoding needs, measured in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, file, interpolation, mode, code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)

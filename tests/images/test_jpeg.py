@@ -43,7 +43,7 @@ def is_read(file: bytes) -> bool:
 def through_pillow(
     file: bytes, mode: DecodeMode = "exact", *, exif_transpose: bool = False
 ) -> tuple[Pixels, Loaded]:
-    """What comes out where simplejpeg is not installed."""
+    """What comes out where simplejpeg's pixels are not Pillow's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jpeg, "USABLE", False)
         return decode(file, b"x.jpg", SMALL, mode=mode, exif_transpose=exif_transpose)
@@ -154,9 +154,7 @@ def test_every_chroma_subsampling_has_the_same_pixels(factors: str, mode: Decode
 
 
 @pytest.mark.parametrize(
-    "make",
-    [sampled_441, lambda: encode(picture(50, 40, "CMYK"), "JPEG"), lambda: b"\xff\xd8\xff\xe0"],
-    ids=["4:4:1", "CMYK", "a mere start"],
+    "make", [sampled_441, lambda: b"\xff\xd8\xff\xe0"], ids=["4:4:1", "a mere start"]
 )
 def test_what_simplejpeg_does_not_take_is_left_to_pillow(make: Callable[[], bytes]) -> None:
     assert not is_read(make())
@@ -261,17 +259,78 @@ def test_damage_that_pillow_passes_in_silence_is_flagged(
     assert named == Loaded(warnings=("extension_mismatch", "jpeg_corrupt"))
 
 
+def _with_odd_header(file: bytes) -> bytes:
+    """Stray bytes before the tables, as in files that some programs touched."""
+    at = file.index(b"\xff\xdb")
+    return file[:at] + b"\0\1\2\3\4" + file[at:]
+
+
+def _with_bad_profile(file: bytes) -> bytes:
+    """The ninth part of one."""
+    segment = b"ICC_PROFILE\0\x09\1" + bytes(200)
+    return file[:2] + b"\xff\xe2" + (2 + len(segment)).to_bytes(2, "big") + segment + file[2:]
+
+
+def _with_no_last_coefficient(file: bytes) -> bytes:
+    """Some writers leave it 0 where it has no meaning."""
+    last = _scan(file) - 2
+    assert file[last] == 63
+    return file[:last] + b"\0" + file[last + 1 :]
+
+
+def _inks(width: int, height: int, **options: bool) -> bytes:
+    return encode(picture(width, height, "CMYK"), "JPEG", **options)
+
+
+HARD_TO_READ: dict[str, Callable[[], bytes]] = {
+    "CMYK": lambda: _inks(200, 150),
+    "progressive CMYK": lambda: _inks(200, 150, progressive=True),
+    "stray bytes": lambda: _with_odd_header(encode(picture(200, 150), "JPEG")),
+    "bad profile": lambda: _with_bad_profile(encode(picture(200, 150, "L"), "JPEG")),
+    "last coefficient": lambda: _with_no_last_coefficient(encode(picture(200, 150), "JPEG")),
+    "CMYK and stray bytes": lambda: _with_odd_header(_inks(200, 150)),
+}
+"""What simplejpeg does not take as it is."""
+
+
+@pytest.mark.parametrize("case", HARD_TO_READ)
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_damage_is_seen_in_files_of_every_kind_and_only_there(case: str, mode: DecodeMode) -> None:
+    file = HARD_TO_READ[case]()
+    assert is_read(file)
+    assert assert_as_through_pillow(file, mode) == Loaded()
+    for damage in (_scrambled, _zeroed_half, _half_with_end):
+        damaged = assert_as_through_pillow(damage(file), mode)
+        assert damaged == Loaded(warnings=("jpeg_corrupt",)), damage
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("damage", [_scrambled, _with_zeros, _zeroed_half, _half_with_end])
+def test_strict_records_damage_that_can_be_decoded_as_corrupt(
+    damage: Callable[[bytes], bytes], progressive: bool
+) -> None:
+    whole = encode(picture(200, 150), "JPEG", progressive=progressive)
+    assert decode(whole, strict=True)[1] == Loaded()
+    failure = decode(damage(whole), strict=True)[1].failure
+    assert failure is not None
+    assert failure.code == "corrupt"
+    assert "jpeg_corrupt" in failure.message
+    assert "loader.strict" in failure.message
+
+
+def test_a_lossless_jpeg_is_seen_to_be_damaged() -> None:
+    file = data(ODD_IMAGES / "sharp" / "testimgl.jpg").read_bytes()
+    assert decode(file, strict=True)[1] == Loaded()
+    assert decode(_zeroed_half(file))[1] == Loaded(warnings=("jpeg_corrupt",))
+
+
 def test_oddities_that_cost_no_pixel_are_not_flagged() -> None:
-    file = encode(picture(64, 48), "JPEG", icc_profile=b"x" * 200)
-    before_tables = file.index(b"\xff\xdb")
-    icc_number = file.index(b"ICC_PROFILE\0") + len(b"ICC_PROFILE\0")
-    last_coefficient = _scan(file) - 2  # some writers leave it 0 where it has no meaning
-    assert file[last_coefficient] == 63
+    file = encode(picture(64, 48), "JPEG")
     for odd in (
         file + b"trailing" * 50,
-        file[:before_tables] + b"\0\1\2\3\4" + file[before_tables:],
-        file[:icc_number] + b"\x09" + file[icc_number + 1 :],
-        file[:last_coefficient] + b"\0" + file[last_coefficient + 1 :],
+        _with_odd_header(file),
+        _with_bad_profile(file),
+        _with_no_last_coefficient(file),
     ):
         assert assert_as_through_pillow(odd) == Loaded()
         np.testing.assert_array_equal(
@@ -312,43 +371,37 @@ def test_random_damage_fails_and_shows_as_through_pillow() -> None:
     assert num_flagged > 40
 
 
-# ---- with and without ----------------------------------------------------------------------------
+# ---- another libjpeg -----------------------------------------------------------------------------
 
 
 def test_the_decoder_is_named_with_its_version() -> None:
     assert decoder_name() == f"simplejpeg {version('simplejpeg')}"
 
 
-CHILD = """
-import sys
-import numpy as np
-from batchclf.images.decode import Decoder
-from batchclf.images.jpeg import decoder_name
-from batchclf.results.records import Preprocess
-slot_HWC = np.zeros((40, 44, 3), np.uint8)
-preprocess = Preprocess(48, (40, 44), "bilinear", None, None)
-print(Decoder(preprocess)(open(sys.argv[1], "rb").read(), b"x.jpg", slot_HWC).warnings)
-print(decoder_name())
-sys.stdout.flush()
-sys.stdout.buffer.write(slot_HWC.tobytes())
-"""
-NOT_INSTALLED = 'import sys; sys.modules["simplejpeg"] = None'
-ANOTHER_LIBJPEG = "from PIL import features; features.check_feature = lambda name: False"
-"""Under Pillow: simplejpeg's pixels would not be Pillow's, and so not torchvision's."""
-
-
-@pytest.mark.parametrize("prelude", [NOT_INSTALLED, ANOTHER_LIBJPEG])
-def test_where_simplejpeg_is_not_to_be_used_pillow_decodes_the_same_and_cannot_flag(
-    tmp_path: Path, prelude: str
+def test_where_pillow_has_another_libjpeg_it_decodes_and_damage_shows_at_a_second_look_only(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    path = tmp_path / "x.jpg"
-    path.write_bytes(_scrambled(encode(picture(200, 150), "JPEG")))
-    done = subprocess.run(
-        [sys.executable, "-c", prelude + CHILD, path], cwd=ROOT, capture_output=True, check=True
+    file = _scrambled(encode(picture(200, 150), "JPEG"))
+    with_simplejpeg_HWC, _ = decode(file, b"x.jpg", SMALL)
+    monkeypatch.setattr(jpeg, "USABLE", False)
+    assert decoder_name().startswith(f"Pillow {version('pillow')} (libjpeg")
+    pixels_HWC, loaded = decode(file, b"x.jpg", SMALL)
+    assert loaded == Loaded()
+    np.testing.assert_array_equal(pixels_HWC, with_simplejpeg_HWC)
+    failure = decode(file, b"x.jpg", SMALL, strict=True)[1].failure
+    assert failure is not None
+    assert failure.code == "corrupt"
+    intact = encode(picture(200, 150), "JPEG")
+    assert decode(intact, b"x.jpg", SMALL, strict=True)[1] == Loaded()
+
+
+def test_another_libjpeg_under_pillow_is_noticed() -> None:
+    """Its pixels would not be simplejpeg's, and torchvision's are Pillow's."""
+    program = (
+        "from PIL import features; features.check_feature = lambda name: False\n"
+        "from batchclf.images import jpeg; print(jpeg.USABLE)"
     )
-    warnings, name, pixels = done.stdout.split(b"\n", 2)
-    assert warnings == b"()"
-    assert name.decode().startswith(f"Pillow {version('pillow')} (libjpeg")
-    pixels_HWC, loaded = decode(path.read_bytes(), b"x.jpg", SMALL)
-    assert loaded.warnings == ("jpeg_corrupt",)
-    assert pixels == pixels_HWC.tobytes()
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"

@@ -12,7 +12,7 @@ from PIL import Image
 from batchclf.images.formats import DECODED
 from batchclf.results.records import Failure, Preprocess
 from tests.conftest import ODD_IMAGES, data
-from tests.images.common import decode, torchvision_pixels
+from tests.images.common import decode, in_8_bits, torchvision_pixels
 
 pytestmark = pytest.mark.filterwarnings(r"ignore::UserWarning:PIL\.")
 
@@ -20,6 +20,7 @@ CODES = {
     "empty_file",
     "not_an_image",
     "unsupported_format",
+    "unsupported_mode",
     "too_large",
     "truncated",
     "corrupt",
@@ -29,7 +30,7 @@ FLAGS = {
     "jpeg_corrupt",
     "extension_mismatch",
     "has_alpha",
-    "clipped_to_8bit",
+    "16bit_scaled",
     "missing_end",
     "animated",
     "pages",
@@ -45,7 +46,10 @@ def opened_without_complaint(content: bytes) -> Image.Image | None:
             image = Image.open(io.BytesIO(content), formats=DECODED)
             if image.width * image.height > 89_478_485:
                 return None
-            return image.convert("RGB")
+            if image.mode in ("I", "F"):
+                return None  # Pillow clips these without a word
+            image.load()
+            return in_8_bits(image).convert("RGB")
     except Exception:  # noqa: BLE001 - whatever Pillow raises is a complaint
         return None
 
@@ -93,6 +97,10 @@ KNOWN = {
     "sharp/relax.jp2": "unsupported_format",
     "Pillow/Tests/images/hopper.psd": "unsupported_format",
     "torchvision/test/assets/damaged_jpeg/corrupt.jpg": "corrupt",
+    "Pillow/Tests/images/hopper_unknown_pixel_mode.tif": "unsupported_mode",
+    "Pillow/Tests/images/16bit.s.tif": "unsupported_mode",
+    "sharp/cielab-dagams.tiff": "unsupported_mode",
+    "libjpeg-turbo/testimages/monkey12.jpg": "unsupported_mode",
 }
 
 

@@ -7,23 +7,28 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 from PIL import Image
 
+from batchclf.children import start_python
 from batchclf.errors import BatchclfError
+from batchclf.images import processes as processes_module
 from batchclf.images.decode import Decoder
 from batchclf.images.jpeg import decoder_name
 from batchclf.images.load import Loader
 from batchclf.images.prefetch import Load, Prefetcher, threads
-from batchclf.images.processes import DecodeProcesses
-from batchclf.results.records import ImageRef, Loaded, Pixels, Preprocess
-from tests.conftest import command, read_records
+from batchclf.images.processes import DecodeProcesses, try_alone
+from batchclf.results.records import Failure, ImageRef, Loaded, Pixels, Preprocess
+from tests.conftest import Batchclf, command, read_records
+from tests.faults.poison import CODES, poisoned_environment, write_poison
 from tests.tiny import SlowLoader, assert_same_records, link_digits, run_here, write_tiny_job
 
 EDGE = 24
@@ -65,23 +70,43 @@ def collect(batches: Prefetcher) -> tuple[list[Loaded], Pixels]:
     return loaded, np.concatenate(pixels)
 
 
-def processes_of(loader: Load, count: int = 3) -> "closing[DecodeProcesses]":
-    return closing(DecodeProcesses(loader, count, num_slots=SLOTS, batch_shape=BATCH_SHAPE))
+def processes_of(
+    loader: Load, count: int = 3, max_seconds: float = 60.0
+) -> "closing[DecodeProcesses]":
+    return closing(
+        DecodeProcesses(
+            loader, count, num_slots=SLOTS, batch_shape=BATCH_SHAPE, max_seconds=max_seconds
+        )
+    )
 
 
 def prefetcher(processes: DecodeProcesses, refs: Sequence[ImageRef]) -> Prefetcher:
     return Prefetcher(iter(refs), processes.decoding, batch_shape=BATCH_SHAPE, num_slots=SLOTS)
 
 
+def decode_processes() -> list[psutil.Process]:
+    children = psutil.Process().children()
+    alive = [one for one in children if one.status() != psutil.STATUS_ZOMBIE]
+    return [one for one in alive if "images.processes" in str(one.cmdline())]
+
+
+def expected_of(loader: Load, refs: Sequence[ImageRef]) -> tuple[list[Loaded], Pixels]:
+    """What threads make of the images."""
+    with Prefetcher(
+        iter(refs), threads(loader, 2), batch_shape=BATCH_SHAPE, num_slots=SLOTS
+    ) as batches:
+        return collect(batches)
+
+
+def assert_as_in_threads(found: tuple[list[Loaded], Pixels], folder: Path) -> None:
+    loaded, pixels_NHWC = expected_of(loader_of(folder), refs_of())
+    assert found[0] == loaded
+    np.testing.assert_array_equal(found[1], pixels_NHWC)
+
+
 def test_pixels_and_outcomes_are_those_of_threads(images: Path) -> None:
     loader = loader_of(images, max_pixels=(EDGE + 30) * 2 * EDGE)
-    with Prefetcher(
-        iter(refs_of()),
-        threads(loader, 2),
-        batch_shape=BATCH_SHAPE,
-        num_slots=SLOTS,
-    ) as batches:
-        expected, expected_NHWC = collect(batches)
+    expected, expected_NHWC = expected_of(loader, refs_of())
     with processes_of(loader) as processes, prefetcher(processes, refs_of()) as batches:
         found, found_NHWC = collect(batches)
         assert processes.decoding.cpu_seconds() > 0
@@ -130,22 +155,11 @@ def test_images_that_take_for_ever_are_abandoned_at_the_end_of_the_block(images:
     assert ended.wait(30), "waits for images that nobody wants"
 
 
-def test_a_process_that_dies_ends_the_job_with_the_images_it_had(images: Path) -> None:
-    with processes_of(loader_of(images), 1) as processes:
-        (child,) = (one for one in psutil.Process().children() if "processes" in str(one.cmdline()))
-        child.kill()
-        with (
-            prefetcher(processes, refs_of()) as batches,
-            pytest.raises(BatchclfError, match=r"exit code -9; it had been given 00\.jpg, 01\.jpg"),
-        ):
-            collect(batches)
-
-
 def test_processes_that_do_not_get_ready_leave_none_behind(images: Path) -> None:
     before = psutil.Process().children()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", ["/no/such/folder"])
-        with pytest.raises(BatchclfError, match="exit code 1 before it began"):
+        with pytest.raises(BatchclfError, match="ended before it began: exit code 1"):
             processes_of(loader_of(images))
     assert psutil.Process().children() == before
 
@@ -197,3 +211,256 @@ def test_a_stopped_job_drains_its_processes(tmp_path: Path, whole_group: bool) -
     assert 0 < len(read_records(tmp_path / "out")) < 20_000
     assert not [child for child in children if child.is_running()]
     assert json.loads((tmp_path / "out" / "run.json").read_bytes())["status"] == "interrupted"
+
+
+# ---- images that end or hold up their process ----------------------------------------------------
+
+
+WORDS = {
+    "segfault": "killed by SIGSEGV",
+    "abort": "killed by SIGABRT",
+    "exit": "exit code 3",
+    "loop": "not decoded after 2 s, which is what loader.max_seconds allows",
+    "hang": "not decoded after 2 s",
+    "native_loop": "not decoded after 2 s",
+    "bomb": "out of memory",
+    "kill": "killed by SIGKILL",
+}
+"""What the message of each kind of poison says."""
+SLOW = [kind for kind, code in CODES.items() if code == "timeout"]
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Poison works in the processes that the test starts, which may use 400 MB each."""
+    for name, value in poisoned_environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes_module, "available_memory", lambda: 500 * 10**6)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("max_seconds", [60, 2])
+def test_poison_is_recorded_and_costs_no_other_image(images: Path, max_seconds: float) -> None:
+    expected, expected_NHWC = expected_of(loader_of(images), refs_of())
+    all_kinds = dict(zip(range(1, 33, 4), CODES, strict=True))
+    kinds = {
+        number: kind for number, kind in all_kinds.items() if (max_seconds == 2) == (kind in SLOW)
+    }
+    for number, kind in kinds.items():
+        write_poison(images / f"{number:02d}.jpg", kind)
+    with (
+        processes_of(loader_of(images), max_seconds=max_seconds) as processes,
+        prefetcher(processes, refs_of()) as batches,
+    ):
+        found, found_NHWC = collect(batches)
+    for number, kind in kinds.items():
+        assert_guilty(found[number].failure, kind)
+        assert not found_NHWC[number].any()
+        found[number], found_NHWC[number] = expected[number], expected_NHWC[number]
+    assert found == expected
+    np.testing.assert_array_equal(found_NHWC, expected_NHWC)
+
+
+def assert_guilty(failure: Failure | None, kind: str) -> None:
+    assert failure is not None
+    assert failure.code == CODES[kind]
+    assert WORDS[kind] in failure.message
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The programs of the processes that were started."""
+    programs: list[str] = []
+
+    def start(program: str, **keys: Any) -> "subprocess.Popen[bytes]":
+        programs.append(program)
+        return start_python(program, **keys)
+
+    monkeypatch.setattr(processes_module, "start_python", start)
+    return programs
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_a_guilty_image_costs_two_processes(images: Path, started: list[str]) -> None:
+    write_poison(images / "03.jpg", "segfault")
+    with (
+        processes_of(loader_of(images), 1) as processes,
+        prefetcher(processes, refs_of(7)) as batches,
+    ):
+        assert processes.decoding.num_rows == 7
+        found, _ = collect(batches)
+    assert [one.failure is not None for one in found] == [number in (3, 5) for number in range(7)]
+    assert len(started) == 1 + 2
+
+
+def test_the_time_limit_is_for_each_image_and_not_for_a_message(
+    images: Path, started: list[str]
+) -> None:
+    slow = SlowLoader(loader_of(images), 0.4)
+    with (
+        processes_of(slow, 1, max_seconds=2) as processes,
+        prefetcher(processes, refs_of(7)) as batches,
+    ):
+        assert processes.decoding.num_rows == 7
+        collect(batches)
+    assert len(started) == 1
+
+
+def test_processes_that_somebody_kills_cost_no_image(images: Path) -> None:
+    with processes_of(SlowLoader(loader_of(images), 0.05)) as processes:
+        idle, *others = decode_processes()
+        idle.kill()
+        with prefetcher(processes, refs_of()) as batches:
+            for child in others:
+                time.sleep(0.1)
+                child.kill()
+            found = collect(batches)
+        assert not {idle, *others} & {*decode_processes()}
+    assert_as_in_threads(found, images)
+
+
+def test_a_process_that_somebody_stops_costs_no_image(images: Path) -> None:
+    with processes_of(loader_of(images), max_seconds=1) as processes:
+        stopped = decode_processes()[0]
+        stopped.suspend()
+        with prefetcher(processes, refs_of()) as batches:
+            found = collect(batches)
+        assert stopped not in decode_processes()
+    assert_as_in_threads(found, images)
+
+
+def test_a_later_process_outlives_the_thread_that_needed_it(images: Path) -> None:
+    with processes_of(loader_of(images), 1) as processes:
+        (worker,) = processes.decoding.workers
+        rows_NHWC = processes.decoding.allocate(BATCH_SHAPE)[:1]
+
+        def decode() -> int:
+            with ThreadPoolExecutor(1) as thread:
+                assert thread.submit(worker, refs_of(1), rows_NHWC).result() == [Loaded()]
+            (child,) = decode_processes()
+            return child.pid
+
+        decode_processes()[0].kill()
+        later = decode()
+        time.sleep(0.1)
+        assert decode() == later
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_processes_may_be_abandoned_while_others_take_their_places(images: Path) -> None:
+    for number in range(33):
+        write_poison(images / f"{number:02d}.jpg", "kill")
+    for delay_s in (0.0, 0.05, 0.2, 0.4):
+        with processes_of(loader_of(images)) as processes, prefetcher(processes, refs_of()):
+            time.sleep(delay_s)
+        assert not decode_processes()
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_a_process_in_a_native_loop_ends_with_its_parent(images: Path) -> None:
+    write_poison(images / "00.jpg", "native_loop")
+    script = (
+        "import sys; from pathlib import Path; from tests.images.test_processes import *\n"
+        "processes = processes_of(loader_of(Path(sys.argv[1])), 1).thing\n"
+        "with prefetcher(processes, refs_of(1)) as batches:\n"
+        "    print(decode_processes()[0].pid, flush=True)\n"
+        "    collect(batches)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(images)], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        orphan = psutil.Process(int(parent.stdout.readline()))
+        time.sleep(0.5)
+        parent.kill()
+    _, alive = psutil.wait_procs([orphan], timeout=5)
+    assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_processes_are_the_first_to_go_and_may_not_take_all_memory(images: Path) -> None:
+    with processes_of(loader_of(images), 1):
+        (child,) = decode_processes()
+        limit, _ = child.rlimit(psutil.RLIMIT_DATA)
+        assert 0 < limit < psutil.virtual_memory().total
+        assert Path(f"/proc/{child.pid}/oom_score_adj").read_text() == "1000\n"
+
+
+@pytest.fixture
+def memory_cgroup() -> Iterator[Path]:
+    """A memory cgroup (v1) of 400 MB, in which the kernel kills rather than swaps."""
+    folder = Path(f"/sys/fs/cgroup/memory/batchclf-test-{os.getpid()}")
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"needs a memory cgroup (v1) of its own: {error}")
+    (folder / "memory.limit_in_bytes").write_text(str(400 * 10**6))
+    yield folder
+    folder.rmdir()
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_the_kernel_out_of_memory_takes_a_process_and_not_the_job(
+    images: Path, memory_cgroup: Path
+) -> None:
+    write_poison(images / "01.jpg", "bomb")
+    script = (
+        "import sys; from pathlib import Path; from tests.images.test_processes import *\n"
+        "Path(sys.argv[2]).write_text(str(os.getpid()))\n"
+        "processes_module.available_memory = lambda: 2**40\n"
+        "loader = loader_of(Path(sys.argv[1]))\n"
+        "with processes_of(loader, 1) as processes:\n"
+        "    with prefetcher(processes, refs_of(5)) as batches:\n"
+        "        print([one.failure and one.failure.code for one in collect(batches)[0]])"
+    )
+    arguments = [sys.executable, "-c", script, str(images), str(memory_cgroup / "cgroup.procs")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[None, 'oom', None, None, None]\n"
+    kills = (memory_cgroup / "memory.oom_control").read_text()
+    assert "oom_kill 2" in kills, "the bomb ends by itself otherwise"
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_a_job_with_poison_ends_well(tmp_path: Path, batchclf: Batchclf) -> None:
+    images = link_digits(tmp_path / "images", 40)
+    kinds = dict(zip((5, 17, 18, 39), ("segfault", "exit", "kill", "abort"), strict=True))
+    paths = sorted(images.iterdir())
+    for number, kind in kinds.items():
+        paths[number].unlink()
+        write_poison(paths[number], kind)
+    job = write_tiny_job(
+        tmp_path, input=str(images), loader={"backend": "processes", "workers": 2}, batch_size=16
+    )
+    done = batchclf("run", job)
+    assert done.exit_code == 0, done.stderr
+    codes = [record.get("error", {}).get("code") for record in read_records(tmp_path / "out")]
+    assert len(codes) == 40
+    expected = {number: CODES[kind] for number, kind in kinds.items()}
+    assert {number: code for number, code in enumerate(codes) if code} == expected
+
+
+# ---- a suspect alone -----------------------------------------------------------------------------
+
+
+def alone(load: Load, name: str, max_seconds: float = 60) -> Failure | None:
+    return try_alone(load, ImageRef(0, os.fsencode(name)), BATCH_SHAPE[1:], max_seconds)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("kind", CODES)
+def test_a_suspect_that_ends_or_holds_up_a_process_of_its_own_is_guilty(
+    tmp_path: Path, kind: str
+) -> None:
+    write_poison(tmp_path / "suspect.jpg", kind)
+    max_seconds = 2 if kind in SLOW else 60
+    assert_guilty(alone(loader_of(tmp_path), "suspect.jpg", max_seconds), kind)
+    assert not decode_processes()
+
+
+def test_a_suspect_that_is_merely_bad_or_meets_a_bug_is_not_guilty(images: Path) -> None:
+    load = loader_of(images)
+    assert alone(load, "00.jpg") is None
+    assert alone(load, "05.jpg") is None, "no image"
+    assert alone(load, "07.jpg") is None, "vanished"
+    assert alone(SlowLoader(load, -1), "00.jpg") is None, "a bug"
+    assert not decode_processes()

@@ -561,6 +561,113 @@ def test_reading_leaves_no_descriptor_open(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_a_file_of_more_bytes_than_the_job_allows_is_not_read(tmp_path: Path) -> None:
+    write(tmp_path, "x.jpg", content=b"12345")
+    root = os.fsencode(tmp_path)
+    assert read_image_file(root, b"x.jpg", confined=True, max_bytes=5) == b"12345"
+    found = read_image_file(root, b"x.jpg", confined=True, max_bytes=4)
+    assert found == Failure("too_large_bytes", "5 bytes; loader.max_bytes allows 4")
+
+
+def test_a_sparse_file_of_a_terabyte_is_refused_at_once(tmp_path: Path) -> None:
+    with (tmp_path / "x.jpg").open("wb") as file:
+        file.truncate(2**40)
+    assert code(open_source(tmp_path), b"x.jpg") == "too_large_bytes"
+
+
+# ---- disks and servers that fail -----------------------------------------------------------------
+
+READ = """
+import os, sys
+from batchclf.images.source import open_source, read_image_file
+from pathlib import Path
+folder = Path(sys.argv[1])
+source = open_source(folder)
+print(list(source.paths()), source.num_left_out)
+found = read_image_file(source.root, b"x.jpg", confined=True)
+print(len(found) if isinstance(found, bytes) else (found.code, found.message))
+"""
+
+
+def with_faults(folder: Path, path: Path, fault: str) -> subprocess.CompletedProcess[str]:
+    """List and read `folder` in a process whose system calls on `path` fail as `fault` says."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    (call, _, rest) = fault.partition(":")
+    trace = ["strace", "-f", "-o", os.devnull, "-P", str(path), "-e", f"trace={call}"]
+    if subprocess.run([*trace, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("strace may not trace here")
+    return subprocess.run(
+        [*trace, "-e", f"inject={call}:{rest}", sys.executable, "-c", READ, folder],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("call", ["openat", "read"])
+@pytest.mark.parametrize("errno_", ["EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "EAGAIN"])
+def test_a_file_that_cannot_be_read_twice_is_read_at_the_third_try(
+    tmp_path: Path, call: str, errno_: str
+) -> None:
+    write(tmp_path, "x.jpg")
+    done = with_faults(tmp_path, tmp_path / "x.jpg", f"{call}:error={errno_}:when=1..2")
+    assert done.stdout.splitlines()[1:] == [str(len(JPEG))], done.stderr
+
+
+@pytest.mark.parametrize("call", ["openat", "read"])
+@pytest.mark.parametrize("errno_", ["EIO", "ESTALE"])
+def test_a_file_that_cannot_be_read_three_times_is_recorded_with_the_cause(
+    tmp_path: Path, call: str, errno_: str
+) -> None:
+    write(tmp_path, "x.jpg")
+    done = with_faults(tmp_path, tmp_path / "x.jpg", f"{call}:error={errno_}:when=1..3")
+    (found,) = done.stdout.splitlines()[1:]
+    assert found.startswith("('io_error', 'tried 3 times: ")
+    assert f"({errno_})" in found
+
+
+@pytest.mark.parametrize("call", ["openat", "read"])
+def test_a_file_for_which_memory_does_not_suffice_is_recorded_as_oom(
+    tmp_path: Path, call: str
+) -> None:
+    write(tmp_path, "x.jpg")
+    done = with_faults(tmp_path, tmp_path / "x.jpg", f"{call}:error=ENOMEM")
+    assert done.stdout.splitlines()[1:] == ["('oom', 'out of memory while reading')"]
+
+
+@pytest.mark.parametrize("errno_", ["EMFILE", "ENFILE"])
+def test_a_lack_of_descriptors_is_the_machines_failure_and_not_the_images(
+    tmp_path: Path, errno_: str
+) -> None:
+    write(tmp_path, "x.jpg")
+    done = with_faults(tmp_path, tmp_path / "x.jpg", f"openat:error={errno_}")
+    assert done.returncode == 1
+    assert "batchclf.errors.EnvironmentFailed" in done.stderr
+    assert errno_ in done.stderr
+    assert "ulimit -n" in done.stderr
+
+
+@pytest.mark.parametrize("call", ["openat", "getdents64"])
+def test_a_folder_that_cannot_be_listed_twice_is_listed_at_the_third_try(
+    tmp_path: Path, call: str
+) -> None:
+    write(tmp_path, "in/1.jpg", "in/.hidden", "x.jpg")
+    done = with_faults(tmp_path, tmp_path / "in", f"{call}:error=EIO:when=1..2")
+    assert done.stdout.splitlines()[0] == "[b'in/1.jpg', b'x.jpg'] 1"
+
+
+def test_a_folder_that_fails_three_times_ends_the_listing_which_would_lack_it_for_good(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, "in/1.jpg", "x.jpg")
+    done = with_faults(tmp_path, tmp_path / "in", "getdents64:error=EIO")
+    assert done.returncode == 1
+    assert f"input: {tmp_path}/in: cannot be read: Input/output error (EIO)" in done.stderr
+
+
 # ---- lists ---------------------------------------------------------------------------------------
 
 

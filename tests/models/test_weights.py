@@ -11,6 +11,7 @@ import socket
 import socketserver
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -322,6 +323,23 @@ def test_code_in_a_weights_file_is_not_run(tmp_path: Path, how: str) -> None:
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("suffix", ["pth", "pt", "bin"])
+@pytest.mark.parametrize("version", ["2.5.1+cu121", "2.9.1"])
+def test_a_torch_that_may_run_code_for_all_it_says_reads_no_pickle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, suffix: str
+) -> None:
+    path = tmp_path / f"own.{suffix}"
+    torch.save(digits_state(), path)
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(
+        ModelError, match=r"give a \.safetensors file, or pip install 'torch>=2.10'"
+    ):
+        build(SMALL, path)
+    with pytest.raises(ModelError, match=r"weights ResNet18_Weights\.IMAGENET1K_V1: torch"):
+        named("resnet18", "DEFAULT")
+    assert build(SMALL, Path(DIGITS_MODEL["weights"])).labels
+
+
 def test_a_whole_pickled_module_is_refused_with_what_to_save_instead(tmp_path: Path) -> None:
     torch.save(zoo.squeezenet1_1(num_classes=2), tmp_path / "own.pth")
     with pytest.raises(ModelError, match=r"save `model\.state_dict\(\)`, or safetensors"):
@@ -610,6 +628,36 @@ def test_a_damaged_earlier_download_is_exit_5_and_the_file_is_named(
     with pytest.raises(WeightsUnavailable) as caught:
         resolve_named(monkeypatch, "resnet18", "http://127.0.0.1:1/resnet18-f37072fd.pth")
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Falling back to the old format:FutureWarning")
+@pytest.mark.parametrize("kind", ["file", "zip in torchvision's old way"])
+@pytest.mark.parametrize("is_known", [True, False], ids=["right hash", "wrong hash"])
+def test_code_in_an_earlier_download_is_not_run(
+    tmp_path: Path,
+    torch_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_known: bool,
+    kind: str,
+) -> None:
+    """torchvision's own builders would: torch.hub neither hashes it nor asks for tensors only."""
+    mark, made = tmp_path / "mark", tmp_path / "made.pth"
+    torch.save({"weight": Evil(mark)}, made)
+    if kind != "file":
+        with zipfile.ZipFile(tmp_path / "made.zip", "w") as archive:
+            archive.write(made, "resnet18.pth")
+        made = tmp_path / "made.zip"
+    digest = hashlib.sha256(made.read_bytes()).hexdigest()[:8] if is_known else "f37072fd"
+    path = torch_home / "hub" / "checkpoints" / f"resnet18-{digest}.pth"
+    path.parent.mkdir(parents=True)
+    made.rename(path)
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
+    with pytest.raises(WeightsUnavailable) as caught:
+        resolve_named(monkeypatch, "resnet18", f"http://127.0.0.1:1/{path.name}")
+    assert str(path) in str(caught.value)
+    assert ("wrong hash" in str(caught.value)) is not is_known
+    assert not mark.exists()
+    assert os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "0"
 
 
 def test_a_torch_home_that_cannot_be_written_is_exit_5(

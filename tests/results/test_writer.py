@@ -16,26 +16,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchclf.errors import EnvironmentFailed, ResumeRefused
-from batchclf.results import writer
-from batchclf.results.records import Failure, ImageRef, Prediction, Record, Shard
-from batchclf.results.writer import (
-    Done,
-    RecordWriter,
-    RunFiles,
+from batchclf.results import listing
+from batchclf.results.files import RunFiles
+from batchclf.results.lines import Done, encode_record, find_done
+from batchclf.results.listing import (
     count_listing,
-    discard,
     discard_abandoned_listing,
-    encode_record,
-    failed_refs,
-    find_done,
     freeze_listing,
-    only_writer,
     read_listing,
     read_paths,
-    read_run,
-    replace_failed,
-    write_run,
 )
+from batchclf.results.lock import only_writer
+from batchclf.results.records import Failure, ImageRef, Prediction, Record, Shard
+from batchclf.results.state import read_run, write_run
+from batchclf.results.writer import RecordWriter, discard, failed_refs, replace_failed
 from tests.conftest import ROOT
 from tests.tiny import name_in
 
@@ -266,15 +260,17 @@ def test_new_records_take_the_places_of_the_failed_ones(files: RunFiles) -> None
     names = [b"a.jpg", b"caf\xe9.jpg", b"c.jpg", b"d.jpg"]
     refs = [ImageRef(index, name) for index, name in enumerate(names)]
     bad = Failure("io_error", "reading failed")
-    old = [Record(ref, bad if ref.index in (1, 3) else ()) for ref in refs]
+    other = Failure("truncated", "ends after 9 bytes")
+    outcomes = ((), bad, other, bad)
+    old = [Record(ref, outcome) for ref, outcome in zip(refs, outcomes, strict=True)]
     with RecordWriter(files.predictions, 0) as records:
         records.write(old)
-    failed = list(failed_refs(files.predictions, refs))
+    failed = list(failed_refs(files.predictions, refs, {"io_error"}))
     assert failed == [refs[1], refs[3]]
     new = [Record(ref, (Prediction("cat", 0, 1.0),)) for ref in failed]
     with RecordWriter(files.retry, 0) as records:
         records.write(new)
-    replace_failed(files.predictions, files.retry)
+    replace_failed(files.predictions, files.retry, {"io_error"})
     expected = [old[0], new[0], old[2], new[1]]
     assert files.predictions.read_bytes() == b"".join(map(encode_record, expected))
     assert os.listdir(files.folder) == ["predictions.jsonl"]
@@ -349,7 +345,7 @@ def test_a_listing_gives_its_paths_back_from_anywhere_to_anywhere(
 ) -> None:
     files = RunFiles(folder_for_listings)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "READ_BYTES", read_bytes)
+        patch.setattr(listing, "READ_BYTES", read_bytes)
         freeze_listing(files, paths)
         assert count_listing(files) == len(paths)
         found = list(read_listing(files, start, stop))
@@ -381,7 +377,7 @@ def test_whoever_freezes_second_keeps_the_first_listing(files: RunFiles) -> None
     freeze_listing(files, [b"a", b"b"])
     freeze_listing(files, [b"c"])
     assert [ref.path for ref in read_listing(files)] == [b"a", b"b"]
-    assert os.listdir(files.folder) == ["listing.nul"]
+    assert not [name for name in os.listdir(files.folder) if name.endswith(".tmp")]
 
 
 def test_a_listing_without_a_run_is_abandoned_once_nobody_is_at_work(tmp_path: Path) -> None:
@@ -403,7 +399,7 @@ def test_a_listing_that_fails_half_way_is_not_there(files: RunFiles) -> None:
 
     with pytest.raises(EnvironmentFailed):
         freeze_listing(files, paths())
-    assert os.listdir(files.folder) == []
+    assert os.listdir(files.folder) == [".lock-listing"]
 
 
 # ---- the folder ----------------------------------------------------------------------------------
@@ -444,7 +440,8 @@ def test_the_kernel_frees_the_output_of_a_process_that_was_killed(files: RunFile
             sys.executable,
             "-c",
             "import sys, time; from pathlib import Path\n"
-            "from batchclf.results.writer import RunFiles, only_writer\n"
+            "from batchclf.results.files import RunFiles\n"
+            "from batchclf.results.lock import only_writer\n"
             "with only_writer(RunFiles(Path(sys.argv[1]))):\n"
             "    print('held', flush=True)\n"
             "    time.sleep(60)\n",

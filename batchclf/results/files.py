@@ -1,0 +1,151 @@
+"""The files of a job's output folder, and how one is replaced: whole, durably, or not at all."""
+
+import errno
+import json
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from batchclf.errors import EnvironmentFailed
+from batchclf.results.records import Shard
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """The files of one shard in an output folder."""
+
+    folder: Path
+    shard: Shard = field(default_factory=Shard)
+
+    @property
+    def predictions(self) -> Path:
+        return self.folder / f"predictions{self.shard.suffix}.jsonl"
+
+    @property
+    def stats(self) -> Path:
+        return self.folder / f"stats{self.shard.suffix}.jsonl"
+
+    @property
+    def run(self) -> Path:
+        return self.folder / f"run{self.shard.suffix}.json"
+
+    @property
+    def retry(self) -> Path:
+        """New records of failed images, until they take the old ones' places."""
+        return self.folder / f".retry{self.shard.suffix}.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        return self.folder / f".lock{self.shard.suffix}"
+
+    @property
+    def lease(self) -> Path:
+        """Who holds the lock, for people and for other machines."""
+        return self.folder / f".lease{self.shard.suffix}.json"
+
+    @property
+    def listing(self) -> Path:
+        """The frozen listing, shared by all shards: paths, each ended by a NUL byte."""
+        return self.folder / "listing.nul"
+
+    @property
+    def listing_lock(self) -> Path:
+        """Held while the listing is written."""
+        return self.folder / ".lock-listing"
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace a file whole, durably, or leave it as it is. A file has one writer at a time.
+
+    Raises:
+        EnvironmentFailed: disk full, I/O error.
+    """
+    try:
+        temporary = write_temporary(path, data)
+        move_into_place(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary_of(path).unlink(missing_ok=True)
+        raise output_failed(path, error) from error
+
+
+def temporary_of(path: Path) -> Path:
+    """Where a file's next content is written: always the same, so a kill leaves one at most."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def write_temporary(path: Path, data: bytes) -> Path:
+    """The durable next content of a file, not yet in its place."""
+    temporary = create_temporary(path)
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return temporary
+
+
+def create_temporary(path: Path) -> Path:
+    """An empty file of our own beside `path`; a link that somebody put there is not followed."""
+    temporary = temporary_of(path)
+    temporary.unlink(missing_ok=True)
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+    return temporary
+
+
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Rename, and make the new name survive a power loss."""
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if it is there.
+
+    Raises:
+        EnvironmentFailed: it cannot be removed.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise output_failed(path, error) from error
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A file's JSON object; None when there is no file, or nothing of the kind in it.
+
+    Raises:
+        EnvironmentFailed: the file cannot be read.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    except OSError as error:
+        raise EnvironmentFailed(f"{path}: cannot be read: {error.strerror}") from error
+    return value if isinstance(value, dict) else None
+
+
+def output_failed(path: Path, error: OSError) -> EnvironmentFailed:
+    """The error for an output that cannot be written: the path, the cause, the space left."""
+    left = ""
+    if error.errno in _FULL:
+        with suppress(OSError):
+            left = f" ({shutil.disk_usage(path.parent).free:,} bytes free)"
+    return EnvironmentFailed(
+        f"output: {path}: cannot be written: {error.strerror or error}{left}; "
+        "what is written stays: mend it and run the same command to resume"
+    )

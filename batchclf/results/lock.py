@@ -1,0 +1,240 @@
+"""One writer per output: a lock that the kernel frees with its process, and a lease beside it.
+
+On one machine the lock decides (flock). Other machines that share the folder may not see it: for
+them the holder renews its lease, a small file, every few seconds, and a lease that is not renewed
+any more is taken over. Its age is told by the clock of the file system alone, so clocks that differ
+do not matter. A holder that was itself stopped for long must look whether the lease is still its
+own before it writes on: `Lease.check`.
+"""
+
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from batchclf.errors import BatchclfError, ResumeRefused
+from batchclf.machine import boot_id
+from batchclf.results.files import (
+    RunFiles,
+    create_temporary,
+    output_failed,
+    read_json,
+    sync_folder,
+    temporary_of,
+)
+
+LOCK_S = 0.5
+LEASE_S = 30.0
+"""A lease that was not renewed for so long is given up."""
+RENEW_S = 5.0
+SETTLE_S = 0.5
+
+
+@contextmanager
+def only_writer(files: RunFiles, renewed: Callable[[], None] = lambda: None) -> Iterator["Lease"]:
+    """Hold the output for this process; the kernel lets go of it when the process ends.
+
+    `renewed` is called, from another thread, whenever the lease has been renewed.
+
+    Raises:
+        ResumeRefused: another process holds it; its host and pid are named.
+        EnvironmentFailed: the folder cannot be created or written.
+    """
+    is_new = not files.folder.exists()
+    try:
+        files.folder.mkdir(parents=True, exist_ok=True)
+        if is_new:
+            sync_folder(files.folder.parent)
+        # Not at once: another shard may be looking whether this one is at work.
+        lock = FileLock(files.lock, timeout=LOCK_S)
+        lock.acquire()
+    except Timeout:
+        raise _refused(files, read_json(files.lease)) from None
+    except NotImplementedError:  # a file system without flock: the lease alone decides
+        lock = None
+    except OSError as error:
+        raise output_failed(files.folder, error) from error
+    try:
+        with _leased(files, is_locked=lock is not None, renewed=renewed) as lease:
+            yield lease
+    finally:
+        if lock is not None:
+            lock.release()
+        if is_new:
+            _remove_if_unused(files)
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """Wait for a short-lived lock, and hold it.
+
+    Raises:
+        EnvironmentFailed: it cannot be written.
+    """
+    try:
+        with FileLock(lock):
+            yield
+    except NotImplementedError:
+        yield
+
+
+def others_at_work(files: RunFiles) -> bool:
+    """Whether another shard's process holds its lock: it may have frozen the listing just now."""
+    for path in files.folder.glob(".lock*-of-*"):
+        if path == files.lock:
+            continue
+        try:
+            with FileLock(path, timeout=0):
+                pass
+        except Timeout:
+            return True
+    return False
+
+
+class Lease:
+    """This process's claim on an output, renewed by a thread of its own."""
+
+    def __init__(self, files: RunFiles, renewed: Callable[[], None]) -> None:
+        self._path = files.lease
+        self._renewed = renewed
+        self._token = secrets.token_hex(8)
+        self._renewed_at = time.monotonic()
+        self._failure: BatchclfError | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+
+    def check(self) -> None:
+        """Make sure that the output is still this process's.
+
+        Raises:
+            ResumeRefused: another machine took it over.
+            EnvironmentFailed: the lease cannot be renewed any more.
+        """
+        if self._failure is not None:
+            raise self._failure
+
+    def take(self, *, is_locked: bool) -> None:
+        """Write the lease, unless it is another machine's.
+
+        Raises:
+            ResumeRefused: naming the holder.
+            OSError: the folder cannot be written.
+        """
+        temporary = create_temporary(self._path)
+        facts = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": datetime.now(UTC).isoformat(timespec="seconds"),
+            "boot_id": boot_id(),
+            "token": self._token,
+        }
+        temporary.write_text(json.dumps(facts) + "\n")
+        holder = read_json(self._path)
+        if holder is not None and not _is_stale(self._path, holder, temporary, is_locked=is_locked):
+            temporary.unlink()
+            raise _refused_by_lease(self._path.parent, holder)
+        os.replace(temporary, self._path)
+        if holder is not None and not (is_locked and holder.get("boot_id") == boot_id()):
+            time.sleep(SETTLE_S)  # another machine may be taking it over as well
+            if not self._is_ours():
+                raise _refused_by_lease(self._path.parent, read_json(self._path) or {})
+        self._thread.start()
+
+    def drop(self) -> None:
+        """Give the lease back."""
+        self._ended.set()
+        self._thread.join()
+        with suppress(OSError):  # if it stays, the lock tells that it is stale
+            if self._is_ours():
+                self._path.unlink()
+
+    def _keep(self) -> None:
+        while self._failure is None and not self._ended.wait(RENEW_S):
+            self._renew()
+
+    def _renew(self) -> None:
+        try:
+            if not self._is_ours():
+                self._failure = ResumeRefused(
+                    f"output: {self._path.parent}: another process took it over, since this one "
+                    "was stopped for long, or somebody removed its lease; it goes no further"
+                )
+                return
+            os.utime(self._path)
+        except OSError as error:
+            if time.monotonic() - self._renewed_at > LEASE_S:
+                self._failure = output_failed(self._path, error)
+            return
+        self._renewed_at = time.monotonic()
+        self._renewed()
+
+    def _is_ours(self) -> bool:
+        try:
+            found = json.loads(self._path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return False
+        return isinstance(found, dict) and found.get("token") == self._token
+
+
+@contextmanager
+def _leased(files: RunFiles, *, is_locked: bool, renewed: Callable[[], None]) -> Iterator[Lease]:
+    lease = Lease(files, renewed)
+    try:
+        lease.take(is_locked=is_locked)
+    except OSError as error:
+        with suppress(OSError):
+            temporary_of(files.lease).unlink(missing_ok=True)
+        raise output_failed(files.lease, error) from error
+    try:
+        yield lease
+    finally:
+        lease.drop()
+
+
+def _is_stale(path: Path, holder: dict[str, Any], fresh: Path, *, is_locked: bool) -> bool:
+    """Whether nobody can be behind a lease any more; `fresh` was written just now."""
+    is_here = holder.get("host") == socket.gethostname()
+    if holder.get("boot_id") == boot_id():
+        if is_locked:
+            return True  # the same kernel, and it gave us the lock
+    elif is_here:
+        return True  # this machine, before it was started again
+    return fresh.stat().st_mtime - path.stat().st_mtime > LEASE_S
+
+
+def _refused(files: RunFiles, holder: dict[str, Any] | None) -> ResumeRefused:
+    return ResumeRefused(
+        f"output: {files.folder}: another batchclf is writing there{_named(holder)}; "
+        "wait for it, or give another output"
+    )
+
+
+def _refused_by_lease(folder: Path, holder: dict[str, Any]) -> ResumeRefused:
+    return ResumeRefused(
+        f"output: {folder}: another batchclf is writing there{_named(holder)}; wait for it, or "
+        f"give another output. Where that process is gone, try again {LEASE_S:.0f} s after its end"
+    )
+
+
+def _named(holder: dict[str, Any] | None) -> str:
+    if holder is None:
+        return ""
+    host, pid, since = (holder.get(key) for key in ("host", "pid", "since"))
+    return f" (pid {pid} on host {host}, since {since})"
+
+
+def _remove_if_unused(files: RunFiles) -> None:
+    """Leave no folder of our own making behind a run that ended before it wrote anything."""
+    if {entry.name for entry in files.folder.iterdir()} <= {files.lock.name}:
+        with suppress(OSError):
+            files.lock.unlink(missing_ok=True)
+            files.folder.rmdir()
