@@ -324,7 +324,7 @@ def test_a_cached_model_of_another_user_is_refused(
     os.chown(cache if which == "the cache" else made, 12345, -1)
     for use in (resolve, check_model):
         with pytest.raises(EnvironmentFailed, match="belongs to the user with id 12345"):
-            use(spec)  # type: ignore[operator]
+            use(spec)
 
 
 def test_a_private_folder_stays_as_it_is(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`batchclf run`: classify the images of a job."""
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,13 @@ def command(
       batchclf run jobs/cpu.yaml
       batchclf run jobs/cpu.yaml -i photos -o runs/photos -b 16
     """
-    import json
+    _require_compatible(overwrite, extend, retry_failed, codes, limit, shard)
+    from batchclf.supervision.board import Board
+    from batchclf.supervision.process import WorkerProcess
+
+    # First of all: it imports what it needs while this process does.
+    descriptor = Board.new_descriptor()
+    worker = WorkerProcess(descriptor)
 
     from batchclf.cli.progress import Progress
     from batchclf.interrupt import StopRequest
@@ -52,7 +59,6 @@ def command(
     from batchclf.results.records import Shard
     from batchclf.supervision.supervisor import Supervisor
 
-    _require_compatible(overwrite, extend, retry_failed, codes, limit, shard)
     options = RunOptions(
         Shard() if shard is None else _parse_shard(shard),
         overwrite=overwrite,
@@ -64,7 +70,7 @@ def command(
     with (
         StopRequest().installed() as stop,
         Progress() as progress,
-        Supervisor(progress, stop) as supervisor,
+        Supervisor(progress, stop, descriptor, worker) as supervisor,
     ):
         result = supervisor.run(load(job, sets, direct), options)
     if as_json:

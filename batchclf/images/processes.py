@@ -19,7 +19,7 @@ import subprocess
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from functools import partial
@@ -48,6 +48,8 @@ MEMORY_SHARE = 0.8
 """Of the memory that is available at the start, what one process may use."""
 END_S = 5.0
 """Seconds a killed process may take to end; one that is stuck in the kernel is left behind."""
+Beat = Callable[[], None]
+"""Told that there is progress, though no image is finished: a process was ended over one."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """The parent drains, and ends the processes."""
 
@@ -62,12 +64,13 @@ def open_decoding(
     batch_shape: tuple[int, int, int, int],
     max_seconds: float = 60.0,
     allocate: Allocate = zeroed_pixels,
+    beat: Beat = lambda: None,
 ) -> Iterator[Decoding]:
     """Workers of either kind, for `num_slots` batches of `batch_shape` (NHWC).
 
     `allocate` makes the batches of threads; processes have memory of their own to share. An image
     that keeps a process for longer than `max_seconds`, or ends it, twice, is a failure; threads
-    cannot be ended.
+    cannot be ended. `beat` is called by worker threads, each time that a process has been ended.
 
     Raises:
         EnvironmentFailed: the processes, or their memory, are not to be had.
@@ -82,6 +85,7 @@ def open_decoding(
             num_slots=num_slots,
             batch_shape=batch_shape,
             max_seconds=max_seconds,
+            beat=beat,
         )
     except OSError as error:
         raise EnvironmentFailed(
@@ -107,10 +111,11 @@ class DecodeProcesses:
         num_slots: int,
         batch_shape: tuple[int, int, int, int],
         max_seconds: float,
+        beat: Beat = lambda: None,
     ) -> None:
         """Share `num_slots` batches of `batch_shape` (NHWC); the processes start at once.
 
-        `load` is sent to them, so it must pickle. An image may take `max_seconds`.
+        `load` is sent to them, so it must pickle. For the rest, see `open_decoding`.
 
         Raises:
             OSError: no memory, or no process, is to be had.
@@ -121,7 +126,8 @@ class DecodeProcesses:
         self._processes = _Processes(load, self._shared)
         try:
             self._workers = [
-                _Worker(self._processes, self._shared, max_seconds) for _ in range(num_processes)
+                _Worker(self._processes, self._shared, max_seconds, beat)
+                for _ in range(num_processes)
             ]
             for worker in self._workers:
                 worker.wait_until_ready()
@@ -184,10 +190,13 @@ class _Shared:
 class _Worker:
     """What one thread decodes with: a process, and when that ends, the next one."""
 
-    def __init__(self, processes: "_Processes", shared: _Shared, max_seconds: float) -> None:
+    def __init__(
+        self, processes: "_Processes", shared: _Shared, max_seconds: float, beat: Beat
+    ) -> None:
         self._processes = processes
         self._shared = shared
         self._max_seconds = max_seconds
+        self._beat = beat
         self._process: _Process | None = processes.start()
         self.cpu_s = 0.0
         """CPU seconds that decoding took, as of the last message."""
@@ -227,6 +236,7 @@ class _Worker:
         except _Ended:
             self._process = None
             self._processes.end(process)
+            self._beat()
             raise
         self.cpu_s += cpu_s
         return loaded

@@ -160,9 +160,11 @@ def _image_input(
     value = inputs[0]
     tensor = value.type.tensor_type
     if tensor.elem_type not in _INPUT_TYPES:
+        types = {number: name for name, number in TensorProto.DataType.items()}
+        found = types.get(tensor.elem_type, f"values of an unknown type ({tensor.elem_type})")
         raise ModelError(
-            f"model.onnx: {path}: input {value.name} takes "
-            f"{TensorProto.DataType.Name(tensor.elem_type)}; float32, float16 or uint8 can be fed"
+            f"model.onnx: {path}: input {value.name} takes {found}; "
+            "float32, float16 or uint8 can be fed"
         )
     dims = [dim.dim_value if dim.HasField("dim_value") else 0 for dim in tensor.shape.dim]
     if len(dims) != 4:

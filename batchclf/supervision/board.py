@@ -8,10 +8,10 @@ import os
 import time
 from collections.abc import Iterator
 
-from batchclf.job import MAX_COUNT
-
+MAX_THREADS = 1024
+"""As many as `loader.workers` may ask for."""
 _NUM_IMAGES, _NUM_ERRORS, _RENEWED_NS, _FIRST_SLOT = range(4)
-_NUM_NUMBERS = _FIRST_SLOT + MAX_COUNT
+_NUM_NUMBERS = _FIRST_SLOT + MAX_THREADS
 _IDLE = 0
 
 

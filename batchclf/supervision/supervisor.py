@@ -8,17 +8,14 @@ either, the worker's death has other reasons, and the job ends.
 
 import os
 import signal
-import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from typing import Protocol, cast
 
 import batchclf
-from batchclf.children import how_it_ended, start_python
+from batchclf.children import how_it_ended
 from batchclf.errors import (
     BatchclfError,
     DeviceLost,
@@ -26,7 +23,7 @@ from batchclf.errors import (
     OutOfMemory,
     WorkerFailed,
 )
-from batchclf.interrupt import SIGNALS, StopRequest
+from batchclf.interrupt import StopRequest
 from batchclf.job import JobSpec
 from batchclf.output import hold_output
 from batchclf.request import Beginning, Recovery, RunOptions, RunResult
@@ -35,16 +32,15 @@ from batchclf.results.lock import Lease
 from batchclf.results.records import Failure
 from batchclf.results.state import mark_ended
 from batchclf.supervision.board import Board
-from batchclf.supervision.messages import DUMP_SIGNAL, STOP_SIGNALS, Message, Setup
+from batchclf.supervision.messages import Message, Setup
+from batchclf.supervision.process import WorkerProcess
+from batchclf.supervision.signals import STOP_SIGNALS
 
 TICK_S = 0.1
 LOOK_S = 0.5
 """How often the worker's progress is looked at."""
 DRAIN_S = 7.0
 """Seconds that a worker has to end after a signal; 8 are promised."""
-DUMP_S = 1.0
-END_S = 5.0
-"""Seconds that a killed process may take to end; one that is stuck in the kernel is left behind."""
 MAX_FUTILE = 3
 """Deaths of a worker in a row, without a record or a culprit between them, that a job survives."""
 ISOLATE_AFTER = 2
@@ -52,7 +48,6 @@ ISOLATE_AFTER = 2
 MANY_GUILTY = 3
 """Images to blame after which it is moved as well: starting a worker again costs more."""
 _FORWARDED = {counts_as: number for number, counts_as in STOP_SIGNALS.items()}
-_HELD = (*SIGNALS, *STOP_SIGNALS)
 
 
 class Display(Protocol):
@@ -77,17 +72,17 @@ class Death:
 
 
 class Supervisor:
-    """Runs one job in a worker, and in others after it; use as a context manager.
+    """Runs one job in a worker, and in others after it; use as a context manager."""
 
-    The first worker starts at once, so that it imports what it needs while the job file is read.
-    """
-
-    def __init__(self, display: Display, stop: StopRequest) -> None:
+    def __init__(
+        self, display: Display, stop: StopRequest, descriptor: int, worker: WorkerProcess
+    ) -> None:
+        """Use a first `worker`, which was started on the board behind `descriptor`."""
         self._display = display
         self._stop = stop
-        self._descriptor = Board.new_descriptor()
-        self._board = Board(self._descriptor)
-        self._worker = _Worker(self._descriptor)
+        self._descriptor = descriptor
+        self._board = Board(descriptor)
+        self._worker = worker
         self._beginning: Beginning | None = None
         self._guilty: dict[int, Failure] = {}
 
@@ -135,7 +130,7 @@ class Supervisor:
             options = replace(options, overwrite=options.overwrite and self._beginning is None)
             started = time.perf_counter()
             self._board.clear()
-            self._worker = _Worker(self._descriptor)
+            self._worker = WorkerProcess(self._descriptor)
 
     def _learn(self, recovery: Recovery, death: Death, num_futile: int) -> Recovery:
         """How the next worker is to go on after a death."""
@@ -239,7 +234,7 @@ class Supervisor:
                 raise cast(BatchclfError, what)
         return None
 
-    def _after_hanging_up(self, worker: "_Worker") -> Death:
+    def _after_hanging_up(self, worker: "WorkerProcess") -> Death:
         returncode = worker.end()
         self._stop.raise_if_requested()
         if returncode is None:
@@ -281,7 +276,7 @@ class _Pulse:
     Time counts only while this process is awake: both may be stopped, as with their machine.
     """
 
-    def __init__(self, board: Board, worker: "_Worker", job: JobSpec) -> None:
+    def __init__(self, board: Board, worker: "WorkerProcess", job: JobSpec) -> None:
         self._board = board
         self._worker = worker
         self._max_seconds = job.loader.max_seconds
@@ -327,81 +322,3 @@ class _Pulse:
                 tuple(sorted({index for _, index in at})),
             )
         return None
-
-
-class _Worker:
-    """One worker process, as its parent sees it."""
-
-    def __init__(self, board_descriptor: int) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs, _signals_held():
-            self._process = start_python(
-                "from batchclf.supervision.worker import main; "
-                f"main({theirs.fileno()}, {board_descriptor}, {os.getpid()})",
-                pass_fds=(theirs.fileno(), board_descriptor),
-                stdout=2,  # results are the parent's to print
-            )
-        self._connection = Connection(ours.detach())
-        self.has_hung_up = False
-
-    def send(self, setup: Setup) -> None:
-        """Tell it what to do; one that is dead already is found out later."""
-        with suppress(BrokenPipeError, ConnectionResetError):
-            self._connection.send(setup)
-
-    def receive(self, seconds: float) -> Message | None:
-        """Its next message, waiting so long at most."""
-        try:
-            if self._connection.poll(seconds):
-                message: Message = self._connection.recv()
-                return message
-        except (EOFError, ConnectionResetError):
-            self.has_hung_up = True
-        return None
-
-    def signal(self, number: int) -> None:
-        """Send it a signal, if it is still there."""
-        self._process.send_signal(number)
-
-    def cpu_ticks(self) -> str:
-        """The CPU time it has used, as Linux counts it; empty once it is gone."""
-        try:
-            with open(f"/proc/{self._process.pid}/stat") as file:
-                return " ".join(file.read().rpartition(")")[2].split()[11:15])
-        except OSError:
-            return ""
-
-    def dump_stacks(self) -> None:
-        """Have it write the stacks of its threads to stderr; a stopped process cannot."""
-        self.signal(DUMP_SIGNAL)
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(DUMP_S)
-
-    def end(self) -> int | None:
-        """Wait for its end, and help where it does not come; None: it is stuck in the kernel."""
-        for _ in range(2):
-            with suppress(subprocess.TimeoutExpired):
-                return self._process.wait(END_S)
-            self._process.kill()
-        return None
-
-    def kill(self) -> None:
-        """End it, whatever it is at, and the processes that it started with it."""
-        self._process.kill()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(END_S)
-        self._connection.close()
-        if os.getpid() == 1:  # in a container, its children are now this process's
-            with suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG) != (0, 0):
-                    pass
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Processes started here begin with these signals blocked: they are the parent's to hear."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -17,7 +17,8 @@ from batchclf.pipeline import Reporter, run_job
 from batchclf.results.lock import LEASE_S
 from batchclf.results.records import Failure
 from batchclf.supervision.board import Board
-from batchclf.supervision.messages import DUMP_SIGNAL, STOP_SIGNALS, Message, Setup
+from batchclf.supervision.messages import Message, Setup
+from batchclf.supervision.signals import DUMP_SIGNAL, STOP_SIGNALS
 
 EXPENDABLE = 500
 """Where memory runs out, this process is to go before its parent, and after those that decode."""

@@ -278,6 +278,19 @@ def test_a_gif_whose_frame_lies_far_outside_its_screen_costs_no_memory(tmp_path:
     assert decoding_mb(file, "bilinear", "exact", code="too_large") < 100
 
 
+def test_a_container_of_countless_parts_is_explained_without_reading_them_all() -> None:
+    """Each entry of the TIFF names the same million values; all of them would take hours."""
+    values, num_entries = bytes(1_000_000), 60_000
+    entry = struct.pack("<HHII", 273, 1, len(values), 8 + 2 + 12 * num_entries + 4)
+    directory = struct.pack("<H", num_entries) + entry * num_entries + bytes(4)
+    tiff = b"II*\0" + struct.pack("<I", 8) + directory + values
+    avif = encode(picture(64, 48), "AVIF")[:32] + struct.pack(">I4s", 8, b"free") * 1_000_000
+    for file in (tiff, avif):
+        failure = decode(file)[1].failure
+        assert failure is not None
+        assert failure.code == "not_an_image"
+
+
 @pytest.mark.parametrize("bad", BAD_FILES, ids=lambda bad: bad.name)
 def test_a_bad_file_is_recorded_with_its_code(tmp_path: Path, bad: Bad) -> None:
     (tmp_path / bad.name).write_bytes(bad.make())

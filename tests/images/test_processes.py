@@ -25,7 +25,7 @@ from batchclf.images.decode import Decoder
 from batchclf.images.jpeg import decoder_name
 from batchclf.images.load import Loader
 from batchclf.images.prefetch import Load, Prefetcher, threads
-from batchclf.images.processes import DecodeProcesses, try_alone
+from batchclf.images.processes import Beat, DecodeProcesses, try_alone
 from batchclf.results.records import Failure, ImageRef, Loaded, Pixels, Preprocess
 from tests.conftest import Batchclf, command, read_records
 from tests.faults.poison import CODES, poisoned_environment, write_poison
@@ -71,11 +71,16 @@ def collect(batches: Prefetcher) -> tuple[list[Loaded], Pixels]:
 
 
 def processes_of(
-    loader: Load, count: int = 3, max_seconds: float = 60.0
+    loader: Load, count: int = 3, max_seconds: float = 60.0, beat: Beat = lambda: None
 ) -> "closing[DecodeProcesses]":
     return closing(
         DecodeProcesses(
-            loader, count, num_slots=SLOTS, batch_shape=BATCH_SHAPE, max_seconds=max_seconds
+            loader,
+            count,
+            num_slots=SLOTS,
+            batch_shape=BATCH_SHAPE,
+            max_seconds=max_seconds,
+            beat=beat,
         )
     )
 
@@ -283,12 +288,14 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.usefixtures("poisoned")
 def test_a_guilty_image_costs_two_processes(images: Path, started: list[str]) -> None:
     write_poison(images / "03.jpg", "segfault")
+    beats: list[None] = []
     with (
-        processes_of(loader_of(images), 1) as processes,
+        processes_of(loader_of(images), 1, beat=lambda: beats.append(None)) as processes,
         prefetcher(processes, refs_of(7)) as batches,
     ):
         assert processes.decoding.num_rows == 7
         found, _ = collect(batches)
+    assert len(beats) == 2
     assert [one.failure is not None for one in found] == [number in (3, 5) for number in range(7)]
     assert len(started) == 1 + 2
 

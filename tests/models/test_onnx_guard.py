@@ -23,7 +23,7 @@ from batchclf.models.onnx_guard import check_onnx
 from batchclf.models.resolve import check_model
 from tests.conftest import ROOT, Batchclf, write_job
 from tests.models.onnx_models import PREPROCESS, Classifier, build, save
-from tests.models.test_onnx_file import save_with_external_data
+from tests.models.test_bundle import resolve
 
 WEIGHTS = "weights.bin"
 
@@ -63,7 +63,7 @@ def sparse(values: TensorProto, indices: TensorProto) -> onnx.SparseTensorProto:
 PLAIN_TENSOR = numpy_helper.from_array(np.arange(4), "plain")
 
 
-def _function(model: onnx.ModelProto, *nodes: onnx.NodeProto) -> onnx.FunctionProto:
+def _function(model: onnx.ModelProto, *nodes: onnx.NodeProto) -> Any:
     model.functions.append(
         helper.make_function("own", "Inner", [], ["x"], nodes, [helper.make_opsetid("", 17)])
     )
@@ -487,6 +487,14 @@ def test_any_damage_to_a_small_model_is_refused_or_the_model_is_taken(tmp_path: 
     )
     assert done.returncode == 0, (done.stdout[-200:], done.stderr[-2000:])
     assert 10 < int(done.stdout.split()[-1]) < 60
+
+
+def test_an_input_of_a_type_that_onnx_does_not_know_is_refused(tmp_path: Path) -> None:
+    model = build(Classifier())
+    model.graph.input[0].type.tensor_type.elem_type = 99
+    onnx.save(model, tmp_path / "own.onnx")
+    with pytest.raises(ModelError, match=r"takes values of an unknown type \(99\)"):
+        resolve(tmp_path / "own.onnx")
 
 
 def test_a_usual_model_is_taken(tmp_path: Path) -> None:

@@ -1,0 +1,101 @@
+"""A worker process, started and ended. Imports little: it is started before all else."""
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+from batchclf.children import start_python
+from batchclf.interrupt import SIGNALS
+from batchclf.supervision.signals import DUMP_SIGNAL, STOP_SIGNALS
+
+if TYPE_CHECKING:
+    from batchclf.supervision.messages import Message, Setup
+
+DUMP_S = 1.0
+END_S = 5.0
+"""Seconds that a killed process may take to end; one that is stuck in the kernel is left behind."""
+_HELD = (*SIGNALS, *STOP_SIGNALS)
+
+
+class WorkerProcess:
+    """One worker process, as its parent sees it."""
+
+    def __init__(self, board_descriptor: int) -> None:
+        """Start it, on a board that `Board.new_descriptor` made."""
+        ours, theirs = socket.socketpair()
+        with theirs, _signals_held():
+            self._process = start_python(
+                "from batchclf.supervision.worker import main; "
+                f"main({theirs.fileno()}, {board_descriptor}, {os.getpid()})",
+                pass_fds=(theirs.fileno(), board_descriptor),
+                stdout=2,  # results are the parent's to print
+            )
+        self._connection = Connection(ours.detach())
+        self.has_hung_up = False
+
+    def send(self, setup: "Setup") -> None:
+        """Tell it what to do; one that is dead already is found out later."""
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self._connection.send(setup)
+
+    def receive(self, seconds: float) -> "Message | None":
+        """Its next message, waiting so long at most."""
+        try:
+            if self._connection.poll(seconds):
+                message: Message = self._connection.recv()
+                return message
+        except (EOFError, ConnectionResetError):
+            self.has_hung_up = True
+        return None
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, if it is still there."""
+        self._process.send_signal(number)
+
+    def cpu_ticks(self) -> str:
+        """The CPU time it has used, as Linux counts it; empty once it is gone."""
+        try:
+            with open(f"/proc/{self._process.pid}/stat") as file:
+                return " ".join(file.read().rpartition(")")[2].split()[11:15])
+        except OSError:
+            return ""
+
+    def dump_stacks(self) -> None:
+        """Have it write the stacks of its threads to stderr; a stopped process cannot."""
+        self.signal(DUMP_SIGNAL)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(DUMP_S)
+
+    def end(self) -> int | None:
+        """Wait for its end, and help where it does not come; None: it is stuck in the kernel."""
+        for _ in range(2):
+            with suppress(subprocess.TimeoutExpired):
+                return self._process.wait(END_S)
+            self._process.kill()
+        return None
+
+    def kill(self) -> None:
+        """End it, whatever it is at, and the processes that it started with it."""
+        self._process.kill()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_S)
+        self._connection.close()
+        if os.getpid() == 1:  # in a container, its children are now this process's
+            with suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                    pass
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Processes started here begin with these signals blocked: they are the parent's to hear."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
