@@ -17,12 +17,7 @@ from tests.conftest import ROOT
 PINS = ROOT / ".docker"
 TARGETS = {"cpu": "onnxruntime", "gpu": "onnxruntime-gpu", "openvino": "onnxruntime-openvino"}
 """Each target, and the ONNX Runtime that its image holds."""
-EXTRAS = {
-    "cpu": ("cpu", "jpeg"),
-    "gpu": ("gpu", "jpeg"),
-    "openvino": ("openvino", "jpeg"),
-    "export": ("cpu", "export", "jpeg"),
-}
+EXTRAS = {"cpu": ("cpu",), "gpu": ("gpu",), "openvino": ("openvino",), "export": ("cpu", "export")}
 """Each file of pinned requirements, and the extras of setup.cfg that it pins."""
 PYTHONS = ("3.11", "3.12", "3.13")
 
