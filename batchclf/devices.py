@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
@@ -11,7 +12,7 @@ from batchclf.errors import ProviderError
 from batchclf.images.prefetch import Allocate, zeroed_pixels
 from batchclf.job import JobSpec, ProviderSpec, auto, runs_on_cpu
 from batchclf.machine import cpu_name_and_flags, usable_cores
-from batchclf.models.bundle import Bundle, cache_folder, digest_of
+from batchclf.models.bundle import Bundle, cache_folder, digest_of, private_folder
 from batchclf.models.golden import check_golden
 from batchclf.models.resolve import Log, ResolvedModel, confirm_batch_size
 from batchclf.models.variants import needed_variant, resolve_variant
@@ -231,7 +232,11 @@ def _rounding(target: Target) -> Precision:
 def _compile_cache(bundle: Bundle, target: Target, batch_size: int) -> Path:
     """Where a provider keeps what it compiled: the folder's name says all that it depends on."""
     key = _what_answers(bundle, target, batch_size)
-    return cache_folder().parent / "compiled" / digest_of(key)[:24]
+    folder = cache_folder().parent / "compiled"
+    if target.provider.name == "openvino":
+        with suppress(OSError):  # a cache that can only be read
+            private_folder(folder)  # what is compiled is loaded again as code is
+    return folder / digest_of(key)[:24]
 
 
 def _what_answers(bundle: Bundle, target: Target, batch_size: int) -> tuple[object, ...]:

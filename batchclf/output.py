@@ -1,7 +1,9 @@
 """Whether a job's output folder is a place for results, and nobody else's just now."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from batchclf.errors import UsageError
 from batchclf.images.source import would_list
@@ -20,11 +22,13 @@ def require_separate_output(job: JobSpec) -> None:
     Raises:
         UsageError: also when the output is a file.
     """
-    if would_list(job.input.resolve(), job.output.resolve() / "predictions.jsonl"):
+    # Path.resolve raises RuntimeError at a link that leads to itself.
+    source, output = Path(os.path.realpath(job.input)), Path(os.path.realpath(job.output))
+    if would_list(source, output / "predictions.jsonl"):
         raise UsageError(
             f"output: {job.output} lies inside the input {job.input}; give a folder outside it"
         )
-    if job.input.is_file() and job.input.resolve().is_relative_to(job.output.resolve()):
+    if job.input.is_file() and source.is_relative_to(output):
         raise UsageError(
             f"output: {job.output} holds the input {job.input}, which a run could overwrite; "
             "give another folder"

@@ -25,10 +25,10 @@ from batchclf.errors import JobFileError, ProviderError
 from batchclf.jobedit import require_editable, write_settings
 from batchclf.jobfile import load_job
 from batchclf.results.records import ImageRef, Precision
+from batchclf.runtime.faults import is_out_of_memory
 from batchclf.runtime.providers import installed_flavours
 from batchclf.tuning.advice import disk_note, judge
 from batchclf.tuning.measure import spread
-from batchclf.runtime.faults import is_out_of_memory
 from batchclf.tuning.records import (
     DecodeLimit,
     InferLimit,

@@ -65,7 +65,7 @@ class LazyGroup(click.Group):
             for note in getattr(error, "__notes__", ()):
                 click.echo(f"batchclf: {printable(note)}", err=True)
             if error.exit_code == BatchclfError.exit_code:
-                traceback.print_exc()
+                click.echo(printable(traceback.format_exc()), err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             sys.exit(130)

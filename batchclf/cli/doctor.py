@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from batchclf.cli import printable
 from batchclf.cli.options import json_option
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def command(as_json: bool) -> None:
         click.echo(orjson.dumps(asdict(found)).decode())
         return
     for line in _lines(found):
-        click.echo(line)
+        click.echo(printable(line))
 
 
 def _lines(found: "Diagnosis") -> list[str]:

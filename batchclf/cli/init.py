@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from batchclf.cli import printable
 from batchclf.errors import UsageError
 
 TEMPLATE = """\
@@ -101,4 +102,5 @@ def command(
         raise UsageError(f"{path}: is there already; --overwrite replaces it") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
-    click.echo(f"batchclf: wrote {path}; next: batchclf validate {path}", err=True)
+    done = f"batchclf: wrote {path}; next: batchclf validate {path}"
+    click.echo(printable(done), err=True)

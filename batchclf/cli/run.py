@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from batchclf.cli import printable
 from batchclf.cli.options import job_options, json_option, load
 from batchclf.errors import UsageError
 
@@ -149,4 +150,4 @@ def _print_summary(summary: Mapping[str, Any], predictions: Path) -> None:
             f"{check['max_score_difference']:.2f}",
         )
     for line in lines:
-        click.echo(f"batchclf: {line}", err=True)
+        click.echo(printable(f"batchclf: {line}"), err=True)

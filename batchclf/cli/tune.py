@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from batchclf.cli import printable
 from batchclf.cli.options import job_options, json_option, load
 from batchclf.errors import UsageError
 
@@ -70,7 +71,7 @@ def command(
         tuned = tune_job(spec, options, log=progress.log, stop=stop)
     if not as_json:
         for line in (*_table(tuned), *_conclusion(tuned)):
-            click.echo(line)
+            click.echo(printable(line))
     if is_applied:
         from batchclf.jobedit import write_settings
 
@@ -79,8 +80,9 @@ def command(
         click.echo(json.dumps(_answer(tuned, spec.output, is_applied)))
         return
     if is_applied:
-        click.echo(f"batchclf: written into {job}", err=True)
-    click.echo(f"batchclf: {spec.output / 'tune.jsonl'}, {spec.output / 'tune.png'}", err=True)
+        click.echo(printable(f"batchclf: written into {job}"), err=True)
+    files = f"batchclf: {spec.output / 'tune.jsonl'}, {spec.output / 'tune.png'}"
+    click.echo(printable(files), err=True)
 
 
 def _require_editable(job: Path) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from batchclf.cli import printable
 from batchclf.cli.options import job_options, json_option, load
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def command(
         click.echo(json.dumps(asdict(found)))
     else:
         for line in _table(found):
-            click.echo(line)
+            click.echo(printable(line))
     if not found.agree:
         sys.exit(1)
 

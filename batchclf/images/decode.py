@@ -31,6 +31,7 @@ from batchclf.images.formats import (
     suffix_format,
 )
 from batchclf.images.jpeg import bits_per_sample, is_reducible, read_jpeg
+from batchclf.images.profile import is_srgb, profile_in_jpeg
 from batchclf.images.resample import Window, crop_window, resize_window, resized_size
 from batchclf.results.records import DecodeMode, Failure, Loaded, Pixels, Preprocess
 
@@ -152,7 +153,7 @@ class Decoder:
         if self.exif_transpose and _APP1 in data:
             picture = picture.upright(_orientation(_open(data), data))
         self._fit(picture, slot_HWC)
-        return _name_notes("JPEG", name)
+        return (*_name_notes("JPEG", name), *_colour_notes(profile_in_jpeg(data)))
 
     def _decode_with_pillow(self, data: bytes, name: bytes, slot_HWC: Pixels) -> tuple[str, ...]:
         image = _open(data)
@@ -424,9 +425,14 @@ def _name_notes(found: str, name: bytes) -> tuple[str, ...]:
     return ("extension_mismatch",)
 
 
+def _colour_notes(profile: object) -> tuple[str, ...]:
+    """Pillow and torchvision take all pixels for sRGB, as the model was trained."""
+    return ("icc_ignored",) if isinstance(profile, bytes) and not is_srgb(profile) else ()
+
+
 def _content_notes(image: Image.Image, data: bytes) -> tuple[str, ...]:
     found = str(image.format)
-    notes: list[str] = []
+    notes = list(_colour_notes(image.info.get("icc_profile")))
     if image.has_transparency_data:
         notes.append("has_alpha")
     if found == "PNG" and b"IEND" not in data[-64:] and b"IEND" not in data:

@@ -35,6 +35,8 @@ RETRY_AFTER_S = (0.05, 0.2)
 NUM_TRIES = 1 + len(RETRY_AFTER_S)
 OUT_OF_MEMORY = "out of memory while reading"
 LIST_SUFFIXES = (".txt", ".jsonl")
+MAX_LINE_BYTES = 65536
+"""Of a list: a path of 4,096 bytes, each escaped as JSON has it, and other keys beside it."""
 _LASTING = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
     *(errno.EACCES, errno.EPERM, errno.ENXIO, errno.ENODEV),
@@ -275,14 +277,20 @@ def _list(spec: Path) -> Source:
         except OSError as error:
             raise _unreadable(str(spec), error) from error
         with file as lines:
-            for number, raw in enumerate(lines, start=1):
+            read = partial(lines.readline, MAX_LINE_BYTES + 1)
+            for number, raw in enumerate(iter(read, b""), start=1):
+                if len(raw) > MAX_LINE_BYTES:
+                    raise UsageError(
+                        f"input: {spec}:{number}: longer than {MAX_LINE_BYTES:,} bytes; "
+                        "a list has one path a line"
+                    )
                 line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
                 line = line.rstrip(b"\r\n")
                 if not line.strip():
                     continue
                 path = _jsonl_path(line, spec, number) if spec.suffix.lower() == ".jsonl" else line
                 if not path or b"\0" in path:
-                    raise UsageError(f"input: {spec}:{number}: found no usable path: {path!r}")
+                    raise UsageError(f"input: {spec}:{number}: found no usable path: {path[:80]!r}")
                 # 16 bytes, however long the path; two of a million are equal in one of 10^26 lists.
                 digest = blake2b(path, digest_size=16).digest()
                 if digest in seen:

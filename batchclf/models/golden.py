@@ -7,6 +7,7 @@ time of one batch.
 Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 """
 
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from batchclf.results.records import Pixels, Precision, Scores
 _LARGEST_ERROR: Mapping[Precision, float] = {"fp16": 0.045, "bf16": 0.2, "int8": 0.55}
 """Length of an image's error over all classes, relative to the length of its scores at fp32.
 Rounding makes far less than this; wrong weights, a wrong layout or zeros make 1 or more."""
+MAX_GOLDEN_BYTES = 1_000_000_000
+"""Four images of the largest crop, unpacked."""
 _FP32_DIFFERENCE = 2e-5
 """Two fp32 computations differ less than this, relative to the largest score; fp16 and bf16,
 which keep 11 and 8 bits, differ more."""
@@ -39,9 +42,28 @@ def write_golden(
 
 
 def read_golden(bundle: Bundle) -> tuple[Pixels, Scores]:
-    """A bundle's reference images, uint8 NHWC, and their scores, float32 NK."""
-    with np.load(bundle.folder / GOLDEN_FILE, allow_pickle=False) as arrays:
-        return arrays["pixels_NHWC"], arrays["scores_NK"]
+    """A bundle's reference images, uint8 NHWC, and their scores, float32 NK.
+
+    Raises:
+        ModelError: the file does not hold them; its digest is right, so it was written like that.
+    """
+    path = bundle.folder / GOLDEN_FILE
+    try:
+        with zipfile.ZipFile(path) as members:
+            num_bytes = sum(member.file_size for member in members.infolist())
+        if num_bytes > MAX_GOLDEN_BYTES:
+            raise ValueError(f"it unpacks to {num_bytes:,} bytes")
+        with np.load(path, allow_pickle=False) as arrays:
+            pixels_NHWC, scores_NK = arrays["pixels_NHWC"], arrays["scores_NK"]
+        expected = (len(scores_NK), *bundle.meta.preprocess.crop, 3)
+        if pixels_NHWC.shape != expected or pixels_NHWC.dtype != np.uint8 or scores_NK.ndim != 2:
+            raise ValueError(f"its images are {pixels_NHWC.dtype} of shape {pixels_NHWC.shape}")
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        raise ModelError(
+            f"{path}: holds no reference answers: {error}; write the bundle again with "
+            "`batchclf export`"
+        ) from error
+    return pixels_NHWC, scores_NK
 
 
 def check_golden(

@@ -7,7 +7,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from batchclf.errors import EnvironmentFailed
 from batchclf.results.records import Shard
@@ -66,8 +66,11 @@ def replace_file(path: Path, data: bytes) -> None:
         EnvironmentFailed: disk full, I/O error.
     """
     try:
-        temporary = write_temporary(path, data)
-        move_into_place(temporary, path)
+        with open_temporary(path) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        move_into_place(path)
     except OSError as error:
         with suppress(OSError):
             temporary_of(path).unlink(missing_ok=True)
@@ -79,27 +82,16 @@ def temporary_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def write_temporary(path: Path, data: bytes) -> Path:
-    """The durable next content of a file, not yet in its place."""
-    temporary = create_temporary(path)
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return temporary
-
-
-def create_temporary(path: Path) -> Path:
-    """An empty file of our own beside `path`; a link that somebody put there is not followed."""
+def open_temporary(path: Path) -> BinaryIO:
+    """A new file of our own beside `path`; a link that somebody put there is not followed."""
     temporary = temporary_of(path)
     temporary.unlink(missing_ok=True)
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
-    return temporary
+    return open(temporary, "xb")  # O_EXCL
 
 
-def move_into_place(temporary: Path, path: Path) -> None:
-    """Rename, and make the new name survive a power loss."""
-    os.replace(temporary, path)
+def move_into_place(path: Path) -> None:
+    """Make the temporary file the file, also after a power loss."""
+    os.replace(temporary_of(path), path)
     sync_folder(path.parent)
 
 

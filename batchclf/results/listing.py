@@ -12,8 +12,8 @@ import numpy as np
 
 from batchclf.results.files import (
     RunFiles,
-    create_temporary,
     move_into_place,
+    open_temporary,
     output_failed,
     remove,
     temporary_of,
@@ -69,8 +69,7 @@ def new_paths(files: RunFiles, paths: Iterable[bytes]) -> Iterator[bytes]:
 
 def _write(files: RunFiles, paths: Iterable[bytes], *, keep: bool) -> None:
     try:
-        temporary = create_temporary(files.listing)
-        with temporary.open("wb") as file:
+        with open_temporary(files.listing) as file:
             if keep:
                 with files.listing.open("rb") as before:
                     shutil.copyfileobj(before, file)
@@ -79,7 +78,7 @@ def _write(files: RunFiles, paths: Iterable[bytes], *, keep: bool) -> None:
                 file.write(b"\0".join(chunk) + b"\0")
             file.flush()
             os.fsync(file.fileno())
-        move_into_place(temporary, files.listing)
+        move_into_place(files.listing)
     except BaseException as error:
         with suppress(OSError):
             temporary_of(files.listing).unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from batchclf.errors import BatchclfError, ResumeRefused
 from batchclf.machine import boot_id
 from batchclf.results.files import (
     RunFiles,
-    create_temporary,
+    open_temporary,
     output_failed,
     read_json,
     sync_folder,
@@ -129,7 +129,7 @@ class Lease:
             ResumeRefused: naming the holder.
             OSError: the folder cannot be written.
         """
-        temporary = create_temporary(self._path)
+        temporary = temporary_of(self._path)
         facts = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -137,7 +137,8 @@ class Lease:
             "boot_id": boot_id(),
             "token": self._token,
         }
-        temporary.write_text(json.dumps(facts) + "\n")
+        with open_temporary(self._path) as file:
+            file.write(json.dumps(facts).encode() + b"\n")
         holder = read_json(self._path)
         if holder is not None and not _is_stale(self._path, holder, temporary, is_locked=is_locked):
             temporary.unlink()

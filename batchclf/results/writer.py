@@ -19,8 +19,8 @@ import orjson
 
 from batchclf.results.files import (
     RunFiles,
-    create_temporary,
     move_into_place,
+    open_temporary,
     output_failed,
     remove,
     sync_folder,
@@ -184,12 +184,15 @@ def replace_failed(predictions: Path, retry: Path, codes: Collection[str]) -> No
         EnvironmentFailed: disk full, I/O error; the old records then stay.
     """
     try:
-        temporary = create_temporary(predictions)
-        with predictions.open("rb") as old, retry.open("rb") as new, temporary.open("wb") as file:
+        with (
+            predictions.open("rb") as old,
+            retry.open("rb") as new,
+            open_temporary(predictions) as file,
+        ):
             file.writelines(next(new) if failure_code(line) in codes else line for line in old)
             file.flush()
             os.fsync(file.fileno())
-        move_into_place(temporary, predictions)
+        move_into_place(predictions)
         retry.unlink()
     except OSError as error:
         with suppress(OSError):

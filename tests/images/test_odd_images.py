@@ -28,6 +28,7 @@ CODES = {
 }
 FLAGS = {
     "jpeg_corrupt",
+    "icc_ignored",
     "extension_mismatch",
     "has_alpha",
     "16bit_scaled",

@@ -1,16 +1,25 @@
 """The golden check: a session that gives other answers than the bundle does not start a job."""
 
+import io
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from batchclf.errors import ProviderError
-from batchclf.models.bundle import Bundle, BundleMeta, model_files, sha256_of, write_bundle
+from batchclf.errors import ModelError, ProviderError
+from batchclf.models.bundle import (
+    GOLDEN_FILE,
+    Bundle,
+    BundleMeta,
+    model_files,
+    sha256_of,
+    write_bundle,
+)
 from batchclf.models.golden import check_golden, read_golden, write_golden
 from batchclf.results.records import Pixels, Precision, Preprocess, Scores
 from tests.conftest import Batchclf
@@ -205,3 +214,41 @@ def test_a_cached_model_that_was_swapped_is_found_before_the_first_record(
     assert done.exit_code == 4, done.stderr
     assert "gives other answers than its source" in done.stderr
     assert not (tmp_path / "again" / "predictions.jsonl").exists()
+
+
+def _npy_of(num_bytes: int) -> bytes:
+    """The beginning of an .npy file that says it holds so many bytes."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (num_bytes,)}
+    )
+    return header.getvalue()
+
+
+def _zipped(path: Path, *parts: bytes) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("pixels_NHWC.npy", "w", force_zip64=True) as member:
+            for part in parts:
+                member.write(part)
+        archive.writestr("scores_NK.npy", b"")
+
+
+HOSTILE: dict[str, Callable[[Path], object]] = {
+    "no archive": lambda path: path.write_bytes(b"golden"),
+    "other arrays": lambda path: np.savez(path, a=np.zeros(3)),
+    "objects": lambda path: np.savez(
+        path, pixels_NHWC=np.array([{}], object), scores_NK=np.zeros((1, 2))
+    ),
+    "another size": lambda path: np.savez(
+        path, pixels_NHWC=np.zeros((1, 9, 8, 3), np.uint8), scores_NK=np.zeros((1, 2))
+    ),
+    "a size that is not there": lambda path: _zipped(path, _npy_of(10**13)),
+    "a bomb": lambda path: _zipped(path, *[bytes(10**6)] * 1001),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_reference_answers_that_are_none_are_refused(bundle: Bundle, kind: str) -> None:
+    HOSTILE[kind](bundle.folder / GOLDEN_FILE)
+    with pytest.raises(ModelError, match=r"golden\.npz: holds no reference answers"):
+        read_golden(bundle)

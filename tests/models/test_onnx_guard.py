@@ -297,7 +297,7 @@ def test_operators_of_onnx_runtime_and_functions_that_the_file_defines_are_taken
 def test_an_operator_that_loads_a_compiled_file_is_refused(tmp_path: Path) -> None:
     model = build(Classifier())
     node = riddle("com.microsoft", "EPContext")
-    node.attribute.append(helper.make_attribute("ep_cache_context", "/tmp/engine.bin"))
+    node.attribute.append(helper.make_attribute("ep_cache_context", "/opt/engine.bin"))
     model.graph.node.append(node)
     onnx.save(model, tmp_path / "own.onnx")
     assert "com.microsoft:EPContext, which loads a model" in refusal(tmp_path / "own.onnx")

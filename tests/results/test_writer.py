@@ -261,7 +261,7 @@ def test_new_records_take_the_places_of_the_failed_ones(files: RunFiles) -> None
     refs = [ImageRef(index, name) for index, name in enumerate(names)]
     bad = Failure("io_error", "reading failed")
     other = Failure("truncated", "ends after 9 bytes")
-    outcomes = ((), bad, other, bad)
+    outcomes: list[tuple[Prediction, ...] | Failure] = [(), bad, other, bad]
     old = [Record(ref, outcome) for ref, outcome in zip(refs, outcomes, strict=True)]
     with RecordWriter(files.predictions, 0) as records:
         records.write(old)
