@@ -8,7 +8,7 @@ classify_shard:  listing → prefetched batches → streams of inference → rec
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import cache, partial
@@ -34,7 +34,7 @@ from batchclf.interrupt import StopRequest
 from batchclf.job import JobSpec, auto
 from batchclf.machine import cpu_seconds, peak_rss_mb
 from batchclf.models.resolve import Log, ResolvedModel, resolve_model
-from batchclf.plan import Plan, fitting_batch_size, freeze, limited, make_plan
+from batchclf.plan import Plan, fitting_batch_size, freeze, limited, make_loader, make_plan
 from batchclf.request import Recovery, RunOptions, RunResult
 from batchclf.results.files import RunFiles
 from batchclf.results.lines import Done, find_done
@@ -54,6 +54,7 @@ from batchclf.resume import (
     durable_of,
     fingerprint,
     finished_summary,
+    require_extendable,
     require_same_converted,
     resume,
     run_facts,
@@ -92,6 +93,9 @@ class Reporter:
     def decoding(self, worker: int, index: int | None) -> None:
         """A worker thread begins an image, by index in the listing; None: it has none."""
 
+    def beat(self) -> None:
+        """All is well, though no image is finished: one takes long, but not too long."""
+
     def found_guilty(self, index: int, failure: Failure) -> None:
         """An image crashes or hangs whoever decodes it."""
 
@@ -119,29 +123,43 @@ def run_job(
     retried = _failed(plan, done, options.codes) if options.retry_failed else Counter[str]()
     stats = StatsCollector(cpu_seconds, peak_rss_mb, list_s=begun.list_s)
     stats.resume(done.num_ok, done.errors_by_code - retried)
-    if recovery.beginning is not None:
-        stats.started(*astuple(recovery.beginning))
+    _go_on_counting(stats, recovery)
     _check_error_limit(plan, stats)
     finished = finished_summary(plan.files) if done.num_images == plan.num_images else None
     if finished is not None and not retried:
+        if options.retry_failed:
+            _tell_that_none_is_retried(done, options.codes, reporter.log)
         reporter.log(f"already complete: {plan.num_images:,} images in {plan.files.predictions}")
         _tell_of_new_files(plan, options, reporter.log)
         return RunResult(plan.files, finished, was_complete=True)
-    plan = _try_suspects(plan, recovery.suspects, reporter)
     opened = begun.opened
     if opened is None:
-        sample = partial(_sample, plan, reporter)
-        with _explained(plan):
-            opened = open_devices(job, plan.model, plan.batch_size, sample, settle(), reporter.log)
+        with _explained(plan.model, plan.batch_size):
+            opened = open_devices(
+                job,
+                plan.model,
+                plan.batch_size,
+                lambda: _sample(
+                    job,
+                    plan.source,
+                    plan.model,
+                    read_listing(plan.files),
+                    plan.num_listed,
+                    plan.quarantined,
+                    reporter,
+                ),
+                settle(),
+                reporter.log,
+            )
         require_same_converted(begun.previous, done, opened)
     facts = run_facts(plan, opened, begun.fingerprint, begun.previous, done)
     with kept_status(plan.files, facts) as state:
         mend_stats(plan.files)
         classify = partial(classify_shard, plan, opened, stats=stats, reporter=reporter, stop=stop)
         if retried:
-            _retry(plan, retried.keys(), classify, stats, resumes=recovery.is_restart)
+            _retry(plan, retried.keys(), classify, stats, recovery, reporter)
         else:
-            _go_on(plan, begun, classify, stats, state)
+            _go_on(plan, begun, classify, stats, state, reporter)
         if begun.was_listed:
             _tell_of_new_files(plan, options, reporter.log)
         summary = append_stats(plan.files, "summary", stats.snapshot(), summary_facts(plan, opened))
@@ -181,10 +199,16 @@ def _begin(
     opened = None
     if options.overwrite:
         # Nothing is thrown away before what replaces it was seen to run.
-        opened = _open(job, options, source, model, settle(), reporter)
+        listed = partial(_would_be_listed, source, options.limit)
+        recovery = _try_suspects(job, source, model, recovery, listed(), reporter)
+        opened = _open(job, options, source, model, recovery, listed, settle(), reporter)
         discard(files)
     was_listed = files.listing.exists()
+    if was_listed and options.extend:  # nothing is added to another job's listing
+        plan = make_plan(job, source, files, model, recovery, log=lambda text: None)
+        require_extendable(plan, previous, fingerprint(plan, options.limit))
     list_s = freeze(source, files, options.limit, reporter.log, extend=options.extend)
+    recovery = _try_suspects(job, source, model, recovery, read_listing(files), reporter)
     plan = make_plan(job, source, files, model, recovery, reporter.log)
     wanted = fingerprint(plan, options.limit)
     done = resume(plan, previous, wanted, reporter.log)
@@ -196,24 +220,58 @@ def _open(
     options: RunOptions,
     source: Source,
     model: ResolvedModel,
+    recovery: Recovery,
+    listed: Callable[[], Iterator[ImageRef]],
     fallback: str | None,
     reporter: Reporter,
 ) -> Opened:
     """Open a job's sessions before its listing is frozen; the input is only counted, or sampled."""
-
-    def refs() -> Iterator[ImageRef]:
-        return starmap(ImageRef, enumerate(limited(source.paths(), options.limit)))
-
-    num_listed = sum(1 for _ in refs())
+    num_listed = sum(1 for _ in listed())
     first, last = options.shard.bounds(num_listed)
-    return open_devices(
-        job,
-        model,
-        fitting_batch_size(job, model, last - first),
-        lambda: sample_listing(job, source, model, refs(), num_listed),
-        fallback,
-        reporter.log,
-    )
+    batch_size = min(fitting_batch_size(job, model, last - first), recovery.max_batch_size)
+    with _explained(model, batch_size):
+        return open_devices(
+            job,
+            model,
+            batch_size,
+            lambda: _sample(
+                job, source, model, listed(), num_listed, recovery.quarantined, reporter
+            ),
+            fallback,
+            reporter.log,
+        )
+
+
+def _would_be_listed(source: Source, limit: int | None) -> Iterator[ImageRef]:
+    """The entries of a listing that is still to be frozen."""
+    return starmap(ImageRef, enumerate(limited(source.paths(), limit)))
+
+
+def _try_suspects(
+    job: JobSpec,
+    source: Source,
+    model: ResolvedModel,
+    recovery: Recovery,
+    refs: Iterable[ImageRef],
+    reporter: Reporter,
+) -> Recovery:
+    """Try alone what was being decoded when a process died or hung; the guilty are quarantined."""
+    if not recovery.suspects:
+        return recovery
+    load = Quarantine(make_loader(job, source, model), recovery.quarantined)
+    shape_HWC = (*model.preprocess.crop, 3)
+    guilty: dict[int, Failure] = {}
+    for ref in islice(refs, max(recovery.suspects) + 1):
+        if ref.index not in recovery.suspects:
+            continue
+        failure = try_alone(load, ref, shape_HWC, job.loader.max_seconds)
+        if failure is None:
+            reporter.log(f"{os.fsdecode(ref.path)}: tried alone, does no harm")
+            continue
+        reporter.log(f"{os.fsdecode(ref.path)}: recorded as {failure.code}: {failure.message}")
+        reporter.found_guilty(ref.index, failure)
+        guilty[ref.index] = failure
+    return replace(recovery, suspects=(), quarantined={**recovery.quarantined, **guilty})
 
 
 def _source(job: JobSpec, *, is_complete: bool) -> Source:
@@ -256,7 +314,7 @@ def classify_shard(
     next_interval = time.monotonic() + INTERVAL_S
     next_sync = time.monotonic() + SYNC_S
     with (
-        _explained(plan),
+        _explained(plan.model, plan.batch_size),
         stop.drained_by_caller(),
         open_decoding(
             plan.load,
@@ -266,6 +324,7 @@ def classify_shard(
             batch_shape=batch_shape,
             allocate=opened.allocate,
             max_seconds=plan.job.loader.max_seconds,
+            beat=reporter.beat,
         ) as decoding,
         Prefetcher(
             refs,
@@ -280,9 +339,9 @@ def classify_shard(
         stats.start(time.perf_counter() - batchclf.STARTED, num_streams)
         stats.count_cpu(decoding.cpu_seconds)
         for result in streams.results(TICK_S):
+            reporter.before_write()
             if result is not None:
                 batch, records = result
-                reporter.before_write()
                 writer.write(records)
                 stats.add_records(records)
                 batches.release(batch)
@@ -319,7 +378,12 @@ Classify = Callable[..., None]
 
 
 def _go_on(
-    plan: Plan, begun: _Begun, classify: Classify, stats: StatsCollector, state: RunState
+    plan: Plan,
+    begun: _Begun,
+    classify: Classify,
+    stats: StatsCollector,
+    state: RunState,
+    reporter: Reporter,
 ) -> None:
     """Classify what has no record yet, noting what is durable."""
     done = begun.done
@@ -334,6 +398,7 @@ def _go_on(
 
         def commit() -> None:
             writer.sync()
+            reporter.before_write()
             synced()
 
         commit()
@@ -368,56 +433,51 @@ def _retry(
     codes: Collection[str],
     classify: Classify,
     stats: StatsCollector,
-    *,
-    resumes: bool,
+    recovery: Recovery,
+    reporter: Reporter,
 ) -> None:
     """Classify the failed images again, then put the new records in the old ones' places."""
     refs = partial(failed_refs, plan.files.predictions)
     listed = partial(read_listing, plan.files, plan.first, plan.last)
     retry = plan.files.retry
     tried = Done()
-    if resumes:  # the same command, after its process died
+    if recovery.is_restart:  # the same command, after its process died
         tried = find_done(retry, (ref.path for ref in refs(listed(), codes)))
     stats.resume(tried.num_ok, tried.errors_by_code)
+    _go_on_counting(stats, recovery)
     with RecordWriter(retry, tried.num_bytes, stats.add_write) as writer:
         classify(islice(refs(listed(), codes), tried.num_images, None), writer)
+    reporter.before_write()
     replace_failed(plan.files.predictions, retry, codes)
 
 
-def _try_suspects(plan: Plan, suspects: Collection[int], reporter: Reporter) -> Plan:
-    """Try alone what was being decoded when a process died or hung; the guilty are quarantined."""
-    if not suspects:
-        return plan
-    first, last = min(suspects), max(suspects)
-    guilty: dict[int, Failure] = {}
-    for ref in read_listing(plan.files, first, last + 1):
-        if ref.index not in suspects:
-            continue
-        shape_HWC = (*plan.model.preprocess.crop, 3)
-        failure = try_alone(plan.load, ref, shape_HWC, plan.job.loader.max_seconds)
-        if failure is None:
-            reporter.log(f"{os.fsdecode(ref.path)}: tried alone, does no harm")
-            continue
-        reporter.log(f"{os.fsdecode(ref.path)}: recorded as {failure.code}: {failure.message}")
-        reporter.found_guilty(ref.index, failure)
-        guilty[ref.index] = failure
-    return replace(plan, quarantined={**plan.quarantined, **guilty})
+def _go_on_counting(stats: StatsCollector, recovery: Recovery) -> None:
+    """Let figures be those of the whole run, where it began in another process."""
+    if recovery.beginning is not None:
+        stats.started(*astuple(recovery.beginning))
 
 
-def _sample(plan: Plan, reporter: Reporter) -> Pixels:
-    """A sample of the frozen listing, its images watched as those of the job."""
+def _tell_that_none_is_retried(done: Done, codes: Collection[str] | None, log: Log) -> None:
+    there = ", ".join(f"{count:,} {code}" for code, count in sorted(done.errors_by_code.items()))
+    which = "" if codes is None else f" with the code {' or '.join(sorted(codes))}"
+    log(f"--retry-failed: no error{which}, so nothing is tried again (found: {there or 'none'})")
+
+
+def _sample(
+    job: JobSpec,
+    source: Source,
+    model: ResolvedModel,
+    refs: Iterable[ImageRef],
+    num_listed: int,
+    quarantined: Mapping[int, Failure],
+    reporter: Reporter,
+) -> Pixels:
+    """A sample of the images listed, watched while they are decoded as the others will be."""
 
     def decode(load: Load, num_workers: int) -> Decoding:
-        return noted(threads(Quarantine(load, plan.quarantined), num_workers), reporter.decoding)
+        return noted(threads(Quarantine(load, quarantined), num_workers), reporter.decoding)
 
-    return sample_listing(
-        plan.job,
-        plan.source,
-        plan.model,
-        read_listing(plan.files),
-        plan.num_listed,
-        decode=decode,
-    )
+    return sample_listing(job, source, model, refs, num_listed, decode=decode)
 
 
 def _tell_of_new_files(plan: Plan, options: RunOptions, log: Log) -> None:
@@ -436,7 +496,7 @@ def _tell_of_new_files(plan: Plan, options: RunOptions, log: Log) -> None:
 
 
 @contextmanager
-def _explained(plan: Plan) -> Iterator[None]:
+def _explained(model: ResolvedModel, batch_size: int) -> Iterator[None]:
     """ONNX Runtime's errors for a lack of memory and for a lost device, as what they are.
 
     Raises:
@@ -447,8 +507,8 @@ def _explained(plan: Plan) -> Iterator[None]:
         yield
     except _FAILURES as error:
         if is_out_of_memory(error):
-            can_be_smaller = plan.batch_size > 1 and plan.model.bundle.meta.fixed_batch is None
-            raise OutOfMemory(plan.batch_size, str(error), can_be_smaller=can_be_smaller) from error
+            can_be_smaller = batch_size > 1 and model.bundle.meta.fixed_batch is None
+            raise OutOfMemory(batch_size, str(error), can_be_smaller=can_be_smaller) from error
         if is_device_lost(error):
             raise DeviceLost(str(error)) from error
         raise

@@ -12,7 +12,7 @@ import orjson
 
 from batchclf import __version__
 from batchclf.devices import Opened
-from batchclf.errors import ResumeRefused
+from batchclf.errors import ResumeRefused, UsageError
 from batchclf.images.jpeg import decoder_name
 from batchclf.machine import boot_id
 from batchclf.models.bundle import digest_of
@@ -79,6 +79,43 @@ def resume(
                 "says which job wrote it; give another output, or --overwrite"
             )
         return Done()
+    _require_same_job(plan, previous, fingerprint)
+    paths = read_paths(plan.files, plan.first, plan.last)
+    durable = durable_of(previous)
+    is_whole = previous.get("status") == "complete" or durable.is_of_this_boot
+    done = find_done(plan.files.predictions, paths, None if is_whole else durable.num_bytes)
+    if done.num_images < durable.num_images:
+        log(
+            f"{plan.files.predictions}: {durable.num_images:,} records had been safe on disk, but "
+            f"only {done.num_images:,} are there and whole; the others are made again"
+        )
+    if 0 < done.num_images < plan.num_images:
+        log(f"resuming after {done.num_images:,} of {plan.num_images:,} images")
+    return done
+
+
+def require_extendable(
+    plan: Plan, previous: Mapping[str, Any] | None, fingerprint: Mapping[str, object]
+) -> None:
+    """Refuse to add files to a listing that is not this job's, and this job's alone.
+
+    Raises:
+        ResumeRefused: it is another job's.
+        UsageError: it is divided among shards, whose bounds would move.
+    """
+    _require_same_listing(plan, fingerprint)
+    if previous is not None:
+        _require_same_job(plan, previous, fingerprint)
+    if any(plan.files.folder.glob("run-*-of-*.json")):
+        raise UsageError(
+            f"--extend: {plan.files.folder} holds shards, whose bounds would move; give new files "
+            "another output"
+        )
+
+
+def _require_same_job(
+    plan: Plan, previous: Mapping[str, Any], fingerprint: Mapping[str, object]
+) -> None:
     # Through JSON and back, as the previous fingerprint went.
     current = json.loads(json.dumps(fingerprint))
     before = _mapping(previous.get("fingerprint"))
@@ -93,18 +130,6 @@ def resume(
             + "\n".join(changed)
             + "\n  Give another output, or --overwrite to start anew."
         )
-    paths = read_paths(plan.files, plan.first, plan.last)
-    durable = durable_of(previous)
-    is_whole = previous.get("status") == "complete" or durable.is_of_this_boot
-    done = find_done(plan.files.predictions, paths, None if is_whole else durable.num_bytes)
-    if done.num_images < durable.num_images:
-        log(
-            f"{plan.files.predictions}: {durable.num_images:,} records had been safe on disk, but "
-            f"only {done.num_images:,} are there and whole; the others are made again"
-        )
-    if 0 < done.num_images < plan.num_images:
-        log(f"resuming after {done.num_images:,} of {plan.num_images:,} images")
-    return done
 
 
 def _is_extended(key: str, before: object, now: object) -> bool:

@@ -46,6 +46,7 @@ MAX_ROWS = 8
 """Images per message: a message costs the parent as much as one image would cost it in a thread."""
 MEMORY_SHARE = 0.8
 """Of the memory that is available at the start, what one process may use."""
+BEAT_S = 1.0
 END_S = 5.0
 """Seconds a killed process may take to end; one that is stuck in the kernel is left behind."""
 Beat = Callable[[], None]
@@ -62,7 +63,7 @@ def open_decoding(
     *,
     num_slots: int,
     batch_shape: tuple[int, int, int, int],
-    max_seconds: float = 60.0,
+    max_seconds: float,
     allocate: Allocate = zeroed_pixels,
     beat: Beat = lambda: None,
 ) -> Iterator[Decoding]:
@@ -70,7 +71,7 @@ def open_decoding(
 
     `allocate` makes the batches of threads; processes have memory of their own to share. An image
     that keeps a process for longer than `max_seconds`, or ends it, twice, is a failure; threads
-    cannot be ended. `beat` is called by worker threads, each time that a process has been ended.
+    cannot be ended. `beat` is called by worker threads, every second that an image takes.
 
     Raises:
         EnvironmentFailed: the processes, or their memory, are not to be had.
@@ -232,11 +233,11 @@ class _Worker:
     def _ask(self, refs: Sequence[ImageRef], rows_NHWC: Pixels) -> Sequence[Loaded]:
         process = self.wait_until_ready()
         try:
-            loaded, cpu_s = process.ask(self._shared.row_of(rows_NHWC), refs, self._max_seconds)
+            first = self._shared.row_of(rows_NHWC)
+            loaded, cpu_s = process.ask(first, refs, self._max_seconds, self._beat)
         except _Ended:
             self._process = None
             self._processes.end(process)
-            self._beat()
             raise
         self.cpu_s += cpu_s
         return loaded
@@ -379,27 +380,34 @@ class _Process:
             raise BatchclfError(f"a decoding process ended before it began: {how}") from None
 
     def ask(
-        self, first: int, refs: Sequence[ImageRef], max_seconds: float
+        self, first: int, refs: Sequence[ImageRef], max_seconds: float, beat: Beat = lambda: None
     ) -> tuple[Sequence[Loaded], float]:
         """What became of `refs`, in the shared rows from `first` on; and the CPU seconds used.
 
         Raises:
             _Ended: the process died, or took longer than `max_seconds` for an image.
+            BatchclfError: what the process met that is no image's fault.
             RuntimeError: the traceback of a bug.
         """
         self._bookmark.begin(0)
         try:
             self._connection.send((first, refs))
-            while not self._answer.poll(1000 * max(0.0, max_seconds - self._bookmark.seconds)):
-                if self._bookmark.seconds >= max_seconds:
+            while not self._answer.poll(1000 * min(self._seconds_left(max_seconds), BEAT_S)):
+                if self._seconds_left(max_seconds) == 0:
                     raise _Ended(_timeout(max_seconds), self._bookmark.number)
+                beat()
             loaded: Sequence[Loaded]
             loaded, cpu_s, failed = self._connection.recv()
         except (EOFError, OSError):
             raise _Ended(_crash(self._process.wait()), self._bookmark.number) from None
+        if isinstance(failed, BatchclfError):
+            raise failed
         if failed:
             raise RuntimeError(f"in a decoding process:\n{failed}")
         return loaded, cpu_s
+
+    def _seconds_left(self, max_seconds: float) -> float:
+        return max(0.0, max_seconds - self._bookmark.seconds)
 
     def kill(self) -> None:
         """End the process, whatever it is at."""
@@ -505,13 +513,15 @@ def serve(
 
 def _load(
     load: Load, refs: Sequence[ImageRef], rows_NHWC: Pixels, bookmark: _Bookmark
-) -> tuple[Sequence[Loaded], str]:
-    """What became of the images, and the traceback of a bug."""
+) -> tuple[Sequence[Loaded], str | BatchclfError]:
+    """What became of the images, and what is no image's fault: the traceback of a bug, too."""
     loaded: list[Loaded] = []
     try:
         for ref, slot_HWC in zip(refs, rows_NHWC, strict=True):
             bookmark.begin(len(loaded))
             loaded.append(_load_one(load, ref, slot_HWC))
+    except BatchclfError as error:
+        return (), error
     except Exception:  # noqa: BLE001 - the parent raises it
         return (), traceback.format_exc()
     return loaded, ""

@@ -61,7 +61,7 @@ def new_paths(files: RunFiles, paths: Iterable[bytes]) -> Iterator[bytes]:
     while chunk := list(itertools.islice(iterator, WRITE_PATHS)):
         hashes = np.fromiter(map(hash, chunk), np.int64, len(chunk))
         places = np.searchsorted(known, hashes)
-        is_known = known[np.minimum(places, len(known) - 1)] == hashes if len(known) else hashes < 0
+        is_known = known[np.minimum(places, len(known) - 1)] == hashes if len(known) else places > 0
         for path, listed in zip(chunk, is_known, strict=True):
             if not listed:
                 yield path

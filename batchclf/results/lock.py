@@ -7,7 +7,9 @@ do not matter. A holder that was itself stopped for long must look whether the l
 own before it writes on: `Lease.check`.
 """
 
+import fcntl
 import json
+import math
 import os
 import secrets
 import socket
@@ -16,10 +18,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from errno import ENOENT, ENOLCK, ENOSYS, EOPNOTSUPP
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from batchclf.errors import BatchclfError, ResumeRefused
 from batchclf.machine import boot_id
@@ -33,6 +34,8 @@ from batchclf.results.files import (
 )
 
 LOCK_S = 0.5
+POLL_S = 0.05
+_NO_FLOCK = (ENOSYS, EOPNOTSUPP, ENOLCK)
 LEASE_S = 30.0
 """A lease that was not renewed for so long is given up."""
 RENEW_S = 5.0
@@ -55,22 +58,19 @@ def only_writer(files: RunFiles, renewed: Callable[[], None] = lambda: None) -> 
         if is_new:
             sync_folder(files.folder.parent)
         # Not at once: another shard may be looking whether this one is at work.
-        lock = FileLock(files.lock, timeout=LOCK_S)
-        lock.acquire()
-    except Timeout:
+        lock = _lock(files.lock, LOCK_S)
+    except TimeoutError:
         raise _refused(files, read_json(files.lease)) from None
-    except NotImplementedError:  # a file system without flock: the lease alone decides
-        lock = None
     except OSError as error:
         raise output_failed(files.folder, error) from error
     try:
         with _leased(files, is_locked=lock is not None, renewed=renewed) as lease:
             yield lease
     finally:
-        if lock is not None:
-            lock.release()
         if is_new:
             _remove_if_unused(files)
+        if lock is not None:
+            os.close(lock)
 
 
 @contextmanager
@@ -81,10 +81,14 @@ def held(lock: Path) -> Iterator[None]:
         EnvironmentFailed: it cannot be written.
     """
     try:
-        with FileLock(lock):
-            yield
-    except NotImplementedError:
+        descriptor = _lock(lock, math.inf)
+    except OSError as error:
+        raise output_failed(lock, error) from error
+    try:
         yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def others_at_work(files: RunFiles) -> bool:
@@ -93,11 +97,40 @@ def others_at_work(files: RunFiles) -> bool:
         if path == files.lock:
             continue
         try:
-            with FileLock(path, timeout=0):
-                pass
-        except Timeout:
+            descriptor = _lock(path, 0)
+        except OSError:  # it is held, or another user's
             return True
+        if descriptor is None:  # nobody can tell
+            return True
+        os.close(descriptor)
     return False
+
+
+def _lock(path: Path, seconds: float) -> int | None:
+    """A lock held until this descriptor is closed; None: the file system has none (flock(2)).
+
+    Raises:
+        TimeoutError: another process still holds it after so many seconds.
+        OSError: the file cannot be written.
+    """
+    ends_at = time.monotonic() + seconds
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except (BlockingIOError, FileNotFoundError):  # held, or its holder has just removed it
+            pass
+        except BaseException as error:
+            os.close(descriptor)
+            if isinstance(error, OSError) and error.errno in _NO_FLOCK:
+                return None
+            raise
+        os.close(descriptor)
+        if time.monotonic() > ends_at:
+            raise TimeoutError
+        time.sleep(POLL_S)
 
 
 class Lease:
@@ -159,11 +192,17 @@ class Lease:
                 self._path.unlink()
 
     def _keep(self) -> None:
-        while self._failure is None and not self._ended.wait(RENEW_S):
+        # Soon at first: another machine may have found no lease either.
+        wait_s = SETTLE_S
+        while self._failure is None and not self._ended.wait(wait_s):
             self._renew()
+            wait_s = RENEW_S
 
     def _renew(self) -> None:
         try:
+            if not self._path.parent.exists():
+                self._failure = output_failed(self._path, OSError(ENOENT, os.strerror(ENOENT)))
+                return
             if not self._is_ours():
                 self._failure = ResumeRefused(
                     f"output: {self._path.parent}: another process took it over, since this one "
@@ -235,7 +274,7 @@ def _named(holder: dict[str, Any] | None) -> str:
 
 def _remove_if_unused(files: RunFiles) -> None:
     """Leave no folder of our own making behind a run that ended before it wrote anything."""
-    if {entry.name for entry in files.folder.iterdir()} <= {files.lock.name}:
-        with suppress(OSError):
+    with suppress(OSError):  # somebody was faster
+        if {entry.name for entry in files.folder.iterdir()} <= {files.lock.name}:
             files.lock.unlink(missing_ok=True)
             files.folder.rmdir()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 MAX_THREADS = 1024
 """As many as `loader.workers` may ask for."""
-_NUM_IMAGES, _NUM_ERRORS, _RENEWED_NS, _FIRST_SLOT = range(4)
+_NUM_IMAGES, _NUM_ERRORS, _RENEWED_NS, _BEAT_NS, _FIRST_SLOT = range(5)
 _NUM_NUMBERS = _FIRST_SLOT + MAX_THREADS
 _IDLE = 0
 
@@ -40,6 +40,10 @@ class Board:
         """Note the image, by index in the listing, that a decoding thread begins; None: no one."""
         self._numbers[_FIRST_SLOT + thread] = _IDLE if index is None else index + 1
 
+    def beat(self) -> None:
+        """Note that all is well, though no count shows it."""
+        self._numbers[_BEAT_NS] = _now_ns()
+
     def clear(self) -> None:
         """Forget what a dead worker's threads were at; what it counted is in the output."""
         for thread, _ in self.in_flight():
@@ -49,7 +53,7 @@ class Board:
 
     def renewed(self) -> None:
         """Note that the output was this job's just now."""
-        self._numbers[_RENEWED_NS] = time.monotonic_ns()
+        self._numbers[_RENEWED_NS] = _now_ns()
 
     # ---- read by the other -----------------------------------------------------------------------
 
@@ -64,10 +68,20 @@ class Board:
     @property
     def seconds_since_renewed(self) -> float:
         """How long ago the output was surely this job's."""
-        return (time.monotonic_ns() - self._numbers[_RENEWED_NS]) / 1e9
+        return (_now_ns() - self._numbers[_RENEWED_NS]) / 1e9
+
+    @property
+    def last_beat(self) -> int:
+        """Another number after each `beat`."""
+        return self._numbers[_BEAT_NS]
 
     def in_flight(self) -> Iterator[tuple[int, int]]:
         """Each busy decoding thread and the index of the image that it is at."""
         for thread, number in enumerate(self._numbers[_FIRST_SLOT:]):
             if number != _IDLE:
                 yield thread, number - 1
+
+
+def _now_ns() -> int:
+    """A clock of all processes that goes on while the machine sleeps."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)

@@ -1,15 +1,14 @@
 """A worker process, started and ended. Imports little: it is started before all else."""
 
 import os
-import signal
 import socket
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from batchclf.children import start_python
+from batchclf.children import signals_held, start_python
+from batchclf.errors import EnvironmentFailed
 from batchclf.interrupt import SIGNALS
 from batchclf.supervision.signals import DUMP_SIGNAL, STOP_SIGNALS
 
@@ -26,15 +25,24 @@ class WorkerProcess:
     """One worker process, as its parent sees it."""
 
     def __init__(self, board_descriptor: int) -> None:
-        """Start it, on a board that `Board.new_descriptor` made."""
-        ours, theirs = socket.socketpair()
-        with theirs, _signals_held():
-            self._process = start_python(
-                "from batchclf.supervision.worker import main; "
-                f"main({theirs.fileno()}, {board_descriptor}, {os.getpid()})",
-                pass_fds=(theirs.fileno(), board_descriptor),
-                stdout=2,  # results are the parent's to print
-            )
+        """Start it, on a board that `Board.new_descriptor` made.
+
+        Raises:
+            EnvironmentFailed: no process is to be had.
+        """
+        try:
+            ours, theirs = socket.socketpair()
+            with theirs, signals_held(_HELD):
+                self._process = start_python(
+                    "from batchclf.supervision.worker import main; "
+                    f"main({theirs.fileno()}, {board_descriptor}, {os.getpid()})",
+                    pass_fds=(theirs.fileno(), board_descriptor),
+                    stdout=2,  # results are the parent's to print
+                )
+        except OSError as error:
+            raise EnvironmentFailed(
+                f"the job's process cannot be started: {error}; run the same command later"
+            ) from error
         self._connection = Connection(ours.detach())
         self.has_hung_up = False
 
@@ -49,7 +57,7 @@ class WorkerProcess:
             if self._connection.poll(seconds):
                 message: Message = self._connection.recv()
                 return message
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # the latter where it died within a message
             self.has_hung_up = True
         return None
 
@@ -57,13 +65,14 @@ class WorkerProcess:
         """Send it a signal, if it is still there."""
         self._process.send_signal(number)
 
-    def cpu_ticks(self) -> str:
-        """The CPU time it has used, as Linux counts it; empty once it is gone."""
+    def cpu_seconds(self) -> float:
+        """The CPU time that it has used (proc_pid_stat(5), utime and stime); 0 once it is gone."""
         try:
             with open(f"/proc/{self._process.pid}/stat") as file:
-                return " ".join(file.read().rpartition(")")[2].split()[11:15])
+                fields = file.read().rpartition(")")[2].split()
         except OSError:
-            return ""
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def dump_stacks(self) -> None:
         """Have it write the stacks of its threads to stderr; a stopped process cannot."""
@@ -89,13 +98,3 @@ class WorkerProcess:
             with suppress(ChildProcessError):
                 while os.waitpid(-1, os.WNOHANG) != (0, 0):
                     pass
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Processes started here begin with these signals blocked: they are the parent's to hear."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

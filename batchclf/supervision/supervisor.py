@@ -9,8 +9,7 @@ either, the worker's death has other reasons, and the job ends.
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -21,6 +20,7 @@ from batchclf.errors import (
     DeviceLost,
     EnvironmentFailed,
     OutOfMemory,
+    ResumeRefused,
     WorkerFailed,
 )
 from batchclf.interrupt import StopRequest
@@ -47,6 +47,10 @@ ISOLATE_AFTER = 2
 """Such deaths after which decoding is moved to processes of its own."""
 MANY_GUILTY = 3
 """Images to blame after which it is moved as well: starting a worker again costs more."""
+BUSY_SHARE = 0.5
+"""Of one core: a worker that uses more of it is busy."""
+BUSY_FACTOR = 10
+"""How much longer than an idle one a busy worker may go without progress."""
 _FORWARDED = {counts_as: number for number, counts_as in STOP_SIGNALS.items()}
 
 
@@ -85,6 +89,10 @@ class Supervisor:
         self._worker = worker
         self._beginning: Beginning | None = None
         self._guilty: dict[int, Failure] = {}
+        self._num_images = 0
+        """What this worker works on; 0: it has not begun."""
+        self._has_told = False
+        """Whether this worker said itself how its run ended."""
 
     def __enter__(self) -> "Supervisor":
         return self
@@ -102,10 +110,16 @@ class Supervisor:
         with (
             self._stop.drained_by_caller(),
             hold_output(job, options.shard, self._board.renewed) as lease,
-            _marked(RunFiles(job.output, options.shard)),
         ):
             self._board.renewed()
-            return self._run(job, options, lease)
+            try:
+                return self._run(job, options, lease)
+            except BatchclfError as error:
+                self._worker.kill()
+                self._mark(RunFiles(job.output, options.shard), error)
+                raise
+            finally:  # before the output is let go of
+                self._worker.kill()
 
     def _run(self, job: JobSpec, options: RunOptions, lease: Lease) -> RunResult:
         recovery = Recovery()
@@ -115,7 +129,7 @@ class Supervisor:
             num_before, num_guilty = self._board.num_images, len(self._guilty)
             self._worker.send(Setup(job, options, recovery, started))
             try:
-                death = self._watch(job, lease)
+                death = self._watch(job, recovery, lease)
                 if isinstance(death, RunResult):
                     return death
                 has_progressed = (
@@ -129,8 +143,17 @@ class Supervisor:
             # What these ask for is done, once records are being written.
             options = replace(options, overwrite=options.overwrite and self._beginning is None)
             started = time.perf_counter()
+            self._worker.kill()
             self._board.clear()
+            self._num_images, self._has_told = 0, False
             self._worker = WorkerProcess(self._descriptor)
+
+    def _mark(self, files: RunFiles, error: BatchclfError) -> None:
+        """Say in run.json how a run ended, where its worker no longer could."""
+        if self._has_told or isinstance(error, ResumeRefused):  # the output is another's then
+            return
+        with suppress(EnvironmentFailed):  # the disk that failed the job fails this as well
+            mark_ended(files, error)
 
     def _learn(self, recovery: Recovery, death: Death, num_futile: int) -> Recovery:
         """How the next worker is to go on after a death."""
@@ -171,14 +194,15 @@ class Supervisor:
 
     # ---- watching --------------------------------------------------------------------------------
 
-    def _watch(self, job: JobSpec, lease: Lease) -> "RunResult | Death":
+    def _watch(self, job: JobSpec, recovery: Recovery, lease: Lease) -> "RunResult | Death":
         """Follow the worker to its end.
 
         Raises:
             BatchclfError: what the worker said, or what happened to the output.
         """
         worker = self._worker
-        pulse = _Pulse(self._board, worker, job)
+        is_isolated = recovery.isolate or job.loader.backend == "processes"
+        pulse = _Pulse(self._board, worker, job, is_isolated=is_isolated)
         ends_at = None
         while True:
             message = worker.receive(TICK_S)
@@ -200,11 +224,15 @@ class Supervisor:
                 elif time.monotonic() > ends_at:
                     self._display.log("what was in flight did not end in time, and is dropped")
                     self._stop.raise_if_requested()
-            elif (death := pulse.look(self._beginning is not None)) is not None:
+            elif (death := pulse.look(self._is_classifying)) is not None:
                 self._display.log(f"the worker {death.cause}; these are its threads' stacks:")
                 worker.dump_stacks()
-                worker.kill()
                 return death
+
+    @property
+    def _is_classifying(self) -> bool:
+        """Whether this worker has images left to classify; before and after it does other work."""
+        return self._board.num_images < self._num_images
 
     def _show(self) -> None:
         if self._beginning is not None:
@@ -217,6 +245,7 @@ class Supervisor:
                 self._display.log(cast(str, what))
             case "begin":
                 num_images, num_done = cast(tuple[int, int], what)
+                self._num_images = num_images
                 if self._beginning is None:
                     now = time.perf_counter()
                     self._beginning = Beginning(now, now - batchclf.STARTED, num_done)
@@ -227,8 +256,10 @@ class Supervisor:
             case "result":
                 return cast(RunResult, what)
             case "bug":
+                self._has_told = True
                 raise WorkerFailed(f"unexpected failure:\n{what}")
             case "error":
+                self._has_told = True
                 if isinstance(what, DeviceLost):
                     return Death(f"lost its device ({what})", ())
                 raise cast(BatchclfError, what)
@@ -243,17 +274,6 @@ class Supervisor:
         return Death(
             f"ended ({how_it_ended(returncode)})", suspects, by_kernel=returncode == -signal.SIGKILL
         )
-
-
-@contextmanager
-def _marked(files: RunFiles) -> Iterator[None]:
-    """Where a worker can no longer say in run.json how its run ended, say it."""
-    try:
-        yield
-    except BatchclfError as error:
-        with suppress(EnvironmentFailed):  # the disk that failed the job fails this as well
-            mark_ended(files, error)
-        raise
 
 
 def _hopeless(death: Death, number: int) -> BatchclfError:
@@ -276,21 +296,26 @@ class _Pulse:
     Time counts only while this process is awake: both may be stopped, as with their machine.
     """
 
-    def __init__(self, board: Board, worker: "WorkerProcess", job: JobSpec) -> None:
+    def __init__(
+        self, board: Board, worker: WorkerProcess, job: JobSpec, *, is_isolated: bool
+    ) -> None:
+        """`is_isolated`: images are decoded in processes, which the worker ends itself."""
         self._board = board
         self._worker = worker
+        self._is_isolated = is_isolated
         self._max_seconds = job.loader.max_seconds
         self._stall_timeout = job.stall_timeout
         self._awake_s = 0.0
         self._looked_at = time.monotonic()
-        self._beat_s = 0.0
         self._shown: object = None
         self._since: dict[tuple[int, int], float] = {}
         """When each thread was first seen at the image that it is at."""
+        self.beat()
 
     def beat(self) -> None:
         """The worker showed that it works."""
         self._beat_s = self._awake_s
+        self._beat_cpu_s = self._worker.cpu_seconds()
 
     def look(self, is_classifying: bool) -> Death | None:
         """Look whether the worker hangs; None: it does not, or it is not time to look."""
@@ -311,14 +336,25 @@ class _Pulse:
                 f"has been decoding for longer than loader.max_seconds ({self._max_seconds:g} s)",
                 tuple(sorted(late)),
             )
-        # While it prepares, a model is loaded, converted or compiled, which shows as CPU time only.
-        shown = (self._board.num_images, at) if is_classifying else self._worker.cpu_ticks()
+        # Otherwise a model is loaded or compiled, or an input listed, which shows as CPU time only.
+        progress = (self._board.num_images, self._board.last_beat, at)
+        shown = progress if is_classifying else self._worker.cpu_seconds()
         if shown != self._shown:
             self._shown = shown
             self.beat()
-        if self._awake_s - self._beat_s > self._stall_timeout:
+        if self._awake_s - self._beat_s > self._patience_s(is_classifying):
             return Death(
-                f"has made no progress for stall_timeout ({self._stall_timeout:g} s)",
+                f"has made no progress for stall_timeout ({self._stall_timeout:g} s; to be raised "
+                "if a batch takes so long)",
                 tuple(sorted({index for _, index in at})),
             )
         return None
+
+    def _patience_s(self, is_classifying: bool) -> float:
+        """How long no progress is no reason to worry."""
+        if self._is_isolated or not is_classifying:  # it may wait for an image's process
+            return self._stall_timeout + self._max_seconds
+        # A slow batch is more likely than an endless one.
+        cpu_s = self._worker.cpu_seconds() - self._beat_cpu_s
+        is_busy = cpu_s > BUSY_SHARE * (self._awake_s - self._beat_s)
+        return self._stall_timeout * (BUSY_FACTOR if is_busy else 1)

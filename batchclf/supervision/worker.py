@@ -88,6 +88,9 @@ class _Channel(Reporter):
     def decoding(self, worker: int, index: int | None) -> None:
         self._board.at(worker, index)
 
+    def beat(self) -> None:
+        self._board.beat()
+
     def found_guilty(self, index: int, failure: Failure) -> None:
         self._send("guilty", (index, failure))
 

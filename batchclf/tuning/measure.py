@@ -178,6 +178,7 @@ def _decoding(
             workers,
             num_slots=num_slots,
             batch_shape=batch_shape,
+            max_seconds=job.loader.max_seconds,
         ) as decoding,
         Prefetcher(iter(refs), decoding, batch_shape=batch_shape, num_slots=num_slots) as batches,
     ):

@@ -288,16 +288,29 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.usefixtures("poisoned")
 def test_a_guilty_image_costs_two_processes(images: Path, started: list[str]) -> None:
     write_poison(images / "03.jpg", "segfault")
-    beats: list[None] = []
     with (
-        processes_of(loader_of(images), 1, beat=lambda: beats.append(None)) as processes,
+        processes_of(loader_of(images), 1) as processes,
         prefetcher(processes, refs_of(7)) as batches,
     ):
         assert processes.decoding.num_rows == 7
         found, _ = collect(batches)
-    assert len(beats) == 2
     assert [one.failure is not None for one in found] == [number in (3, 5) for number in range(7)]
     assert len(started) == 1 + 2
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_an_image_that_takes_long_but_not_too_long_is_no_standstill(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes_module, "BEAT_S", 0.05)
+    write_poison(images / "03.jpg", "hang")
+    beats: list[None] = []
+    with (
+        processes_of(loader_of(images), 1, 1.0, beat=lambda: beats.append(None)) as processes,
+        prefetcher(processes, refs_of(7)) as batches,
+    ):
+        collect(batches)
+    assert len(beats) > 4
 
 
 def test_the_time_limit_is_for_each_image_and_not_for_a_message(
