@@ -1,10 +1,12 @@
 """Progress on stderr: a bar on a terminal, one plain line every 30 s elsewhere."""
 
+import os
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import click
 from tqdm import tqdm
@@ -12,6 +14,18 @@ from tqdm import tqdm
 from batchclf.cli import printable
 
 PLAIN_INTERVAL_S = 30.0
+
+
+@contextmanager
+def heard_or_not(stream: TextIO) -> Iterator[None]:
+    """Print within: where nobody reads the stream any more, or its disk is full, that is no reason
+    to end a job. From then on, what is printed there goes nowhere."""
+    try:
+        yield
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 class Progress:
@@ -34,12 +48,13 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with heard_or_not(sys.stderr):
+                self._bar.close()
 
     def log(self, text: str) -> None:
         """One line of log, above the bar where there is one."""
         line = f"batchclf: {printable(text)}"
-        with suppress(BrokenPipeError):  # nobody reads it any more; the job goes on
+        with heard_or_not(sys.stderr):
             if self._bar is not None:
                 tqdm.write(line, file=sys.stderr)
             else:
@@ -69,9 +84,10 @@ class Progress:
     def update(self, num_images: int, num_errors: int) -> None:
         """Show how many images have a record by now, and how many of those are errors."""
         if self._bar is not None:
-            if num_errors:
-                self._bar.set_postfix(errors=num_errors, refresh=False)
-            self._bar.update(num_images - self._bar.n)
+            with heard_or_not(sys.stderr):
+                if num_errors:
+                    self._bar.set_postfix(errors=num_errors, refresh=False)
+                self._bar.update(num_images - self._bar.n)
             return
         now = time.monotonic()
         if now < self._next_line:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def command(
     descriptor = Board.new_descriptor()
     worker = WorkerProcess(descriptor)
 
-    from batchclf.cli.progress import Progress
+    from batchclf.cli.progress import Progress, heard_or_not
     from batchclf.interrupt import StopRequest
     from batchclf.request import RunOptions
     from batchclf.results.records import Shard
@@ -82,9 +83,11 @@ def command(
             "predictions": str(result.files.predictions),
             **result.summary,
         }
-        click.echo(json.dumps(answer))
+        with heard_or_not(sys.stdout):
+            click.echo(json.dumps(answer))
     if not result.was_complete:
-        _print_summary(result.summary, result.files.predictions)
+        with heard_or_not(sys.stderr):
+            _print_summary(result.summary, result.files.predictions)
 
 
 def _require_compatible(

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from multiprocessing.connection import Connection
 
 import batchclf
@@ -57,7 +58,8 @@ def _run(setup: Setup, channel: "_Channel") -> Message:
             )
     except BatchclfError as error:
         if error.exit_code == BatchclfError.exit_code:
-            traceback.print_exc()
+            with suppress(OSError):  # nobody reads it
+                traceback.print_exc()
         return "error", error
     except Exception:  # noqa: BLE001 - the parent tells of it
         return "bug", traceback.format_exc()
