@@ -48,33 +48,35 @@ def command(
       batchclf run jobs/cpu.yaml -i photos -o runs/photos -b 16
     """
     _require_compatible(overwrite, extend, retry_failed, codes, limit, shard)
+    part = None if shard is None else _parse_shard(shard)
+    only = None if codes is None else _parse_codes(codes)
+    from batchclf.interrupt import StopRequest
     from batchclf.supervision.board import Board
     from batchclf.supervision.process import WorkerProcess
 
-    # First of all: it imports what it needs while this process does.
-    descriptor = Board.new_descriptor()
-    worker = WorkerProcess(descriptor)
+    with StopRequest().installed() as stop:
+        # First of all: it imports what it needs while this process does.
+        descriptor = Board.new_descriptor()
+        worker = WorkerProcess(descriptor)
 
-    from batchclf.cli.progress import Progress, heard_or_not
-    from batchclf.interrupt import StopRequest
-    from batchclf.request import RunOptions
-    from batchclf.results.records import Shard
-    from batchclf.supervision.supervisor import Supervisor
+        from batchclf.cli.progress import Progress, heard_or_not
+        from batchclf.request import RunOptions
+        from batchclf.results.records import Shard
+        from batchclf.supervision.supervisor import Supervisor
 
-    options = RunOptions(
-        Shard() if shard is None else _parse_shard(shard),
-        overwrite=overwrite,
-        extend=extend,
-        retry_failed=retry_failed,
-        codes=None if codes is None else _parse_codes(codes),
-        limit=limit,
-    )
-    with (
-        StopRequest().installed() as stop,
-        Progress() as progress,
-        Supervisor(progress, stop, descriptor, worker) as supervisor,
-    ):
-        result = supervisor.run(load(job, sets, direct), options)
+        options = RunOptions(
+            Shard() if part is None else Shard(*part),
+            overwrite=overwrite,
+            extend=extend,
+            retry_failed=retry_failed,
+            codes=only,
+            limit=limit,
+        )
+        with (
+            Progress() as progress,
+            Supervisor(progress, stop, descriptor, worker) as supervisor,
+        ):
+            result = supervisor.run(load(job, sets, direct), options)
     if as_json:
         answer = {
             "status": "complete",
@@ -83,8 +85,7 @@ def command(
             "predictions": str(result.files.predictions),
             **result.summary,
         }
-        with heard_or_not(sys.stdout):
-            click.echo(json.dumps(answer))
+        click.echo(json.dumps(answer))
     if not result.was_complete:
         with heard_or_not(sys.stderr):
             _print_summary(result.summary, result.files.predictions)
@@ -121,13 +122,11 @@ def _parse_codes(text: str) -> frozenset[str]:
     return frozenset(codes)
 
 
-def _parse_shard(text: str) -> Any:
-    from batchclf.results.records import Shard
-
+def _parse_shard(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not int(match[1]) < int(match[2]) <= 99999:
         raise UsageError(f"--shard: found {text!r}; write I/N with I from 0 to N-1, such as 3/16")
-    return Shard(int(match[1]), int(match[2]))
+    return int(match[1]), int(match[2])
 
 
 def _print_summary(summary: Mapping[str, Any], predictions: Path) -> None:

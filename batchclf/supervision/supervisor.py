@@ -91,8 +91,6 @@ class Supervisor:
         self._guilty: dict[int, Failure] = {}
         self._num_images = 0
         """What this worker works on; 0: it has not begun."""
-        self._has_told = False
-        """Whether this worker said itself how its run ended."""
 
     def __enter__(self) -> "Supervisor":
         return self
@@ -145,13 +143,13 @@ class Supervisor:
             started = time.perf_counter()
             self._worker.kill()
             self._board.clear()
-            self._num_images, self._has_told = 0, False
+            self._num_images = 0
             self._worker = WorkerProcess(self._descriptor)
 
     def _mark(self, files: RunFiles, error: BatchclfError) -> None:
         """Say in run.json how a run ended, where its worker no longer could."""
-        if self._has_told or isinstance(error, ResumeRefused):  # the output is another's then
-            return
+        if self._beginning is None or isinstance(error, ResumeRefused):
+            return  # it is another run's, or another process's by now
         with suppress(EnvironmentFailed):  # the disk that failed the job fails this as well
             mark_ended(files, error)
 
@@ -256,10 +254,8 @@ class Supervisor:
             case "result":
                 return cast(RunResult, what)
             case "bug":
-                self._has_told = True
                 raise WorkerFailed(f"unexpected failure:\n{what}")
             case "error":
-                self._has_told = True
                 if isinstance(what, DeviceLost):
                     return Death(f"lost its device ({what})", ())
                 raise cast(BatchclfError, what)

@@ -1,0 +1,226 @@
+"""One writer per output: the lock of one machine, and the lease that other machines see."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchclf.errors import EnvironmentFailed, ResumeRefused
+from batchclf.machine import boot_id
+from batchclf.results import lock
+from batchclf.results.files import RunFiles
+from batchclf.results.listing import freeze_listing
+from batchclf.results.lock import LEASE_S, Lease, only_writer, others_at_work
+from batchclf.results.records import Shard
+
+ELSEWHERE = {"host": "node-17", "boot_id": "another-machine", "pid": 4711}
+REBOOTED = {"host": socket.gethostname(), "boot_id": "before"}
+HERE = {"host": socket.gethostname(), "boot_id": boot_id()}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> RunFiles:
+    return RunFiles(tmp_path)
+
+
+@pytest.fixture
+def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some network file systems answer."""
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases of a second."""
+    for name, value in (("LEASE_S", 1.0), ("RENEW_S", 0.05), ("SETTLE_S", 0.05)):
+        monkeypatch.setattr(lock, name, value)
+
+
+def leave_lease(files: RunFiles, age_s: float, **holder: Any) -> None:
+    """A lease of somebody's, last renewed so long ago."""
+    facts = {"host": "", "pid": 1, "since": "2026-01-01T00:00:00", "token": "0", **holder}
+    files.lease.write_text(json.dumps(facts))
+    then = time.time() - age_s
+    os.utime(files.lease, (then, then))
+
+
+def holds(lease: Lease, files: RunFiles) -> bool:
+    lease.check()
+    return bool(json.loads(files.lease.read_bytes())["pid"] == os.getpid())
+
+
+# ---- whose it is ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("holder", "age_s"),
+    [(ELSEWHERE, LEASE_S + 1), (REBOOTED, 0), (HERE, 0)],
+    ids=["of another machine that is gone", "before a restart", "of a dead process"],
+)
+def test_a_lease_that_nobody_can_be_behind_is_taken_over(
+    files: RunFiles, holder: dict[str, Any], age_s: float
+) -> None:
+    leave_lease(files, age_s, **holder)
+    with only_writer(files) as lease:
+        assert holds(lease, files)
+    assert not files.lease.exists()
+
+
+def test_a_lease_that_another_machine_renews_is_respected_and_its_holder_named(
+    files: RunFiles,
+) -> None:
+    leave_lease(files, LEASE_S - 10, **ELSEWHERE)
+    before = files.lease.read_bytes()
+    with pytest.raises(ResumeRefused, match="pid 4711 on host node-17") as refused:  # noqa: SIM117
+        with only_writer(files):
+            pass
+    assert refused.value.exit_code == 2
+    assert files.lease.read_bytes() == before
+    assert sorted(os.listdir(files.folder)) == [".lease.json", ".lock"]
+
+
+def test_a_torn_lease_is_nobodys(files: RunFiles) -> None:
+    files.lease.write_bytes(b'{"host": "node-17", "boo')
+    with only_writer(files) as lease:
+        assert holds(lease, files)
+
+
+@pytest.mark.usefixtures("without_flock")
+@pytest.mark.parametrize(("age_s", "is_free"), [(LEASE_S - 10, False), (LEASE_S + 1, True)])
+def test_without_locks_the_lease_alone_decides(
+    files: RunFiles, age_s: float, is_free: bool
+) -> None:
+    leave_lease(files, age_s, **HERE)
+    if is_free:
+        with only_writer(files) as lease:
+            assert holds(lease, files)
+        return
+    with pytest.raises(ResumeRefused, match="pid 1 on host"), only_writer(files):
+        pass
+
+
+@pytest.mark.usefixtures("without_flock")
+def test_without_locks_a_listing_is_frozen_all_the_same(tmp_path: Path) -> None:
+    first, second = RunFiles(tmp_path, Shard(0, 2)), RunFiles(tmp_path, Shard(1, 2))
+    with only_writer(first), only_writer(second):
+        freeze_listing(first, [b"a"])
+        assert others_at_work(second)
+
+
+# ---- while it is held ----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_lease_is_kept_fresh(files: RunFiles) -> None:
+    renewals = threading.Semaphore(0)
+    with only_writer(files, renewals.release) as lease:
+        first = files.lease.stat().st_mtime_ns
+        for _ in range(3):
+            assert renewals.acquire(timeout=10)
+        assert files.lease.stat().st_mtime_ns > first
+        assert holds(lease, files)
+
+
+def failure_of(lease: Lease) -> Exception:
+    """What ends the claim, once it is noticed."""
+    for _ in range(1000):
+        try:
+            lease.check()
+        except (ResumeRefused, EnvironmentFailed) as error:
+            return error
+        time.sleep(0.01)
+    pytest.fail("it is not noticed")
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_lease_that_was_taken_away_is_noticed_and_left_to_its_new_holder(
+    files: RunFiles,
+) -> None:
+    renewed: list[float] = []
+    with only_writer(files, lambda: renewed.append(time.monotonic())) as lease:
+        leave_lease(files, 0, **ELSEWHERE)
+        assert isinstance(failure_of(lease), ResumeRefused)
+        num_renewed = len(renewed)
+        time.sleep(0.2)
+        assert len(renewed) == num_renewed
+    assert json.loads(files.lease.read_bytes())["host"] == "node-17"
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_folder_that_is_removed_is_the_environments_failure(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path / "out")
+    with only_writer(files) as lease:
+        for entry in files.folder.iterdir():
+            entry.unlink()
+        files.folder.rmdir()
+        error = failure_of(lease)
+    assert isinstance(error, EnvironmentFailed)
+    assert "No such file or directory" in str(error)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_lease_that_cannot_be_renewed_is_given_up_after_its_time(
+    files: RunFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with only_writer(files) as lease:
+        monkeypatch.setattr(os, "utime", fail)
+        time.sleep(0.3)
+        lease.check()
+        error = failure_of(lease)
+    assert isinstance(error, EnvironmentFailed)
+    assert "Input/output error" in str(error)
+
+
+# ---- what is left --------------------------------------------------------------------------------
+
+
+def entries(folder: Path) -> Iterator[str]:
+    return (entry.name for entry in folder.rglob("*"))
+
+
+def test_a_folder_made_for_nothing_is_removed_again(tmp_path: Path) -> None:
+    with only_writer(RunFiles(tmp_path / "runs" / "out")):
+        pass
+    assert list(entries(tmp_path)) == ["runs"]
+
+
+def test_a_folder_with_results_stays(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path / "out")
+    with only_writer(files):
+        files.predictions.write_text("")
+    assert set(entries(tmp_path)) == {"out", ".lock", "predictions.jsonl"}
+
+
+def test_a_lock_file_that_is_removed_meanwhile_locks_nobody_in(files: RunFiles) -> None:
+    """Whoever waits for a lock must not get one on a file that is gone."""
+    with only_writer(files):
+        files.lock.unlink()
+        files.lease.unlink()
+        with only_writer(files), pytest.raises(ResumeRefused):  # noqa: SIM117
+            with only_writer(files):
+                pass
+
+
+def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path / "out")
+    files.folder.mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    files.lock.symlink_to(elsewhere)
+    with pytest.raises(EnvironmentFailed), only_writer(files):
+        pass
+    assert not elsewhere.exists()
