@@ -416,7 +416,9 @@ class JobSpec(_Spec):
     runtime: RuntimeSpec = RuntimeSpec()
     stall_timeout: Annotated[float, BeforeValidator(_as_float), Field(gt=0, le=86_400)] = Field(
         120.0,
-        description="Seconds without progress after which the job's process is started again.",
+        description="Seconds without progress after which the job's process is started again; ten "
+        "times as many while it keeps a core busy, and loader.max_seconds more while images are "
+        "decoded in processes or a model is prepared.",
     )
     errors: ErrorsSpec = ErrorsSpec()
     engine: Annotated[

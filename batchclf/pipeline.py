@@ -10,7 +10,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
+from fractions import Fraction
 from functools import cache, partial
 from itertools import islice, starmap
 from typing import Any
@@ -19,24 +20,24 @@ import batchclf
 from batchclf.devices import Opened, open_devices, settle_provider
 from batchclf.errors import (
     BatchclfError,
-    DeviceLost,
+    EnvironmentFailed,
     ErrorLimitPassed,
     Interrupted,
     NoImagesError,
-    OutOfMemory,
-    ProviderError,
     UsageError,
 )
 from batchclf.images.prefetch import Decoding, Load, Prefetcher, Quarantine, noted, threads
-from batchclf.images.processes import open_decoding, try_alone
+from batchclf.images.processes import open_decoding
 from batchclf.images.source import Source, open_source, require_images
 from batchclf.interrupt import StopRequest
 from batchclf.job import JobSpec, auto
 from batchclf.machine import cpu_seconds, peak_rss_mb
 from batchclf.models.resolve import Log, ResolvedModel, resolve_model
-from batchclf.plan import Plan, fitting_batch_size, freeze, limited, make_loader, make_plan
+from batchclf.plan import Plan, fitting_batch_size, freeze, limited, make_plan
+from batchclf.recovery import explained, try_suspects
+from batchclf.reporter import Reporter
 from batchclf.request import Recovery, RunOptions, RunResult
-from batchclf.results.files import RunFiles
+from batchclf.results.files import RunFiles, remove
 from batchclf.results.lines import Done, find_done
 from batchclf.results.listing import new_paths, read_listing
 from batchclf.results.records import Failure, ImageRef, Pixels
@@ -54,6 +55,7 @@ from batchclf.resume import (
     durable_of,
     fingerprint,
     finished_summary,
+    is_same_retry,
     require_extendable,
     require_same_converted,
     resume,
@@ -61,46 +63,14 @@ from batchclf.resume import (
     summary_facts,
 )
 from batchclf.runtime.classifier import open_reference
-from batchclf.runtime.faults import is_device_lost, is_out_of_memory
 from batchclf.runtime.ranking import rank
-from batchclf.runtime.sessions import ORT_ERRORS
 from batchclf.runtime.streams import Rank, Streams
 from batchclf.sample import sample_listing
 
 INTERVAL_S = 10.0
 SYNC_S = 5.0
-"""Seconds of work that a power loss can cost."""
+"""Seconds between syncs; a power loss costs as much work, or a batch that takes longer."""
 TICK_S = 1.0
-_FAILURES: tuple[type[Exception], ...] = (*ORT_ERRORS, MemoryError, ProviderError)
-"""What a lack of memory or a lost device may come as."""
-
-
-class Reporter:
-    """Where progress and log lines go, and what is told to whoever watches over this process.
-
-    This one says nothing.
-    """
-
-    def log(self, text: str) -> None:
-        """One line for people."""
-
-    def begin(self, num_images: int, num_done: int) -> None:
-        """Classifying begins: how many images there are, and how many have a record."""
-
-    def update(self, num_images: int, num_errors: int) -> None:
-        """How many images have a record by now, and how many of those are errors."""
-
-    def decoding(self, worker: int, index: int | None) -> None:
-        """A worker thread begins an image, by index in the listing; None: it has none."""
-
-    def beat(self) -> None:
-        """All is well, though no image is finished: one takes long, but not too long."""
-
-    def found_guilty(self, index: int, failure: Failure) -> None:
-        """An image crashes or hangs whoever decodes it."""
-
-    def before_write(self) -> None:
-        """Records are about to be written; returns when the output is surely this process's."""
 
 
 def run_job(
@@ -132,37 +102,19 @@ def run_job(
         reporter.log(f"already complete: {plan.num_images:,} images in {plan.files.predictions}")
         _tell_of_new_files(plan, options, reporter.log)
         return RunResult(plan.files, finished, was_complete=True)
-    opened = begun.opened
-    if opened is None:
-        with _explained(plan.model, plan.batch_size):
-            opened = open_devices(
-                job,
-                plan.model,
-                plan.batch_size,
-                lambda: _sample(
-                    job,
-                    plan.source,
-                    plan.model,
-                    read_listing(plan.files),
-                    plan.num_listed,
-                    plan.quarantined,
-                    reporter,
-                ),
-                settle(),
-                reporter.log,
-            )
-        require_same_converted(begun.previous, done, opened)
-    facts = run_facts(plan, opened, begun.fingerprint, begun.previous, done)
+    opened = begun.opened or _open_frozen(plan, begun, settle(), reporter)
+    facts = run_facts(plan, opened, begun.fingerprint, begun.previous, done, retried.keys())
     with kept_status(plan.files, facts) as state:
         mend_stats(plan.files)
         classify = partial(classify_shard, plan, opened, stats=stats, reporter=reporter, stop=stop)
         if retried:
-            _retry(plan, retried.keys(), classify, stats, recovery, reporter)
+            is_resumed = recovery.beginning is not None or is_same_retry(begun.previous, facts)
+            _retry(plan, retried.keys(), classify, stats, recovery, reporter, is_resumed=is_resumed)
         else:
             _go_on(plan, begun, classify, stats, state, reporter)
-        if begun.was_listed:
-            _tell_of_new_files(plan, options, reporter.log)
         summary = append_stats(plan.files, "summary", stats.snapshot(), summary_facts(plan, opened))
+    if begun.was_listed:
+        _tell_of_new_files(plan, options, reporter.log)
     return RunResult(plan.files, summary, was_complete=False)
 
 
@@ -200,7 +152,7 @@ def _begin(
     if options.overwrite:
         # Nothing is thrown away before what replaces it was seen to run.
         listed = partial(_would_be_listed, source, options.limit)
-        recovery = _try_suspects(job, source, model, recovery, listed(), reporter)
+        recovery = try_suspects(job, source, model, recovery, listed(), reporter)
         opened = _open(job, options, source, model, recovery, listed, settle(), reporter)
         discard(files)
     was_listed = files.listing.exists()
@@ -208,7 +160,7 @@ def _begin(
         plan = make_plan(job, source, files, model, recovery, log=lambda text: None)
         require_extendable(plan, previous, fingerprint(plan, options.limit))
     list_s = freeze(source, files, options.limit, reporter.log, extend=options.extend)
-    recovery = _try_suspects(job, source, model, recovery, read_listing(files), reporter)
+    recovery = try_suspects(job, source, model, recovery, read_listing(files), reporter)
     plan = make_plan(job, source, files, model, recovery, reporter.log)
     wanted = fingerprint(plan, options.limit)
     done = resume(plan, previous, wanted, reporter.log)
@@ -229,7 +181,7 @@ def _open(
     num_listed = sum(1 for _ in listed())
     first, last = options.shard.bounds(num_listed)
     batch_size = min(fitting_batch_size(job, model, last - first), recovery.max_batch_size)
-    with _explained(model, batch_size):
+    with explained(model, batch_size):
         return open_devices(
             job,
             model,
@@ -242,36 +194,32 @@ def _open(
         )
 
 
+def _open_frozen(plan: Plan, begun: _Begun, fallback: str | None, reporter: Reporter) -> Opened:
+    """Open a job's sessions, a sample being of its frozen listing."""
+    with explained(plan.model, plan.batch_size):
+        opened = open_devices(
+            plan.job,
+            plan.model,
+            plan.batch_size,
+            lambda: _sample(
+                plan.job,
+                plan.source,
+                plan.model,
+                read_listing(plan.files),
+                plan.num_listed,
+                plan.quarantined,
+                reporter,
+            ),
+            fallback,
+            reporter.log,
+        )
+    require_same_converted(begun.previous, begun.done, opened)
+    return opened
+
+
 def _would_be_listed(source: Source, limit: int | None) -> Iterator[ImageRef]:
     """The entries of a listing that is still to be frozen."""
     return starmap(ImageRef, enumerate(limited(source.paths(), limit)))
-
-
-def _try_suspects(
-    job: JobSpec,
-    source: Source,
-    model: ResolvedModel,
-    recovery: Recovery,
-    refs: Iterable[ImageRef],
-    reporter: Reporter,
-) -> Recovery:
-    """Try alone what was being decoded when a process died or hung; the guilty are quarantined."""
-    if not recovery.suspects:
-        return recovery
-    load = Quarantine(make_loader(job, source, model), recovery.quarantined)
-    shape_HWC = (*model.preprocess.crop, 3)
-    guilty: dict[int, Failure] = {}
-    for ref in islice(refs, max(recovery.suspects) + 1):
-        if ref.index not in recovery.suspects:
-            continue
-        failure = try_alone(load, ref, shape_HWC, job.loader.max_seconds)
-        if failure is None:
-            reporter.log(f"{os.fsdecode(ref.path)}: tried alone, does no harm")
-            continue
-        reporter.log(f"{os.fsdecode(ref.path)}: recorded as {failure.code}: {failure.message}")
-        reporter.found_guilty(ref.index, failure)
-        guilty[ref.index] = failure
-    return replace(recovery, suspects=(), quarantined={**recovery.quarantined, **guilty})
 
 
 def _source(job: JobSpec, *, is_complete: bool) -> Source:
@@ -308,31 +256,13 @@ def classify_shard(
         DeviceLost: the device does not answer any more; another process may find that it does.
     """
     num_streams = len(opened.classifiers)
-    num_slots = num_streams + auto(plan.job.loader.prefetch, max(2, num_streams)) + 1
-    batch_shape = (plan.batch_size, *plan.model.preprocess.crop, 3)
     reporter.begin(plan.num_images, stats.num_images)
     next_interval = time.monotonic() + INTERVAL_S
     next_sync = time.monotonic() + SYNC_S
     with (
-        _explained(plan.model, plan.batch_size),
+        explained(plan.model, plan.batch_size),
         stop.drained_by_caller(),
-        open_decoding(
-            plan.load,
-            plan.backend,
-            plan.num_workers,
-            num_slots=num_slots,
-            batch_shape=batch_shape,
-            allocate=opened.allocate,
-            max_seconds=plan.job.loader.max_seconds,
-            beat=reporter.beat,
-        ) as decoding,
-        Prefetcher(
-            refs,
-            # Processes mind themselves what their images do to them.
-            noted(decoding, reporter.decoding) if plan.backend == "threads" else decoding,
-            num_slots=num_slots,
-            batch_shape=batch_shape,
-        ) as batches,
+        _prefetched(plan, opened, refs, reporter) as (decoding, batches),
         Streams(batches.next_batch, opened.classifiers, _ranking(plan), stats.add_batch) as streams,
         _stopping(batches),
     ):
@@ -363,6 +293,30 @@ def classify_shard(
         )
 
 
+@contextmanager
+def _prefetched(
+    plan: Plan, opened: Opened, refs: Iterator[ImageRef], reporter: Reporter
+) -> Iterator[tuple[Decoding, Prefetcher]]:
+    """Batches of `refs`, and what decodes them."""
+    num_streams = len(opened.classifiers)
+    num_slots = num_streams + auto(plan.job.loader.prefetch, max(2, num_streams)) + 1
+    batch_shape = (plan.batch_size, *plan.model.preprocess.crop, 3)
+    with open_decoding(
+        plan.load,
+        plan.backend,
+        plan.num_workers,
+        num_slots=num_slots,
+        batch_shape=batch_shape,
+        allocate=opened.allocate,
+        max_seconds=plan.job.loader.max_seconds,
+        beat=reporter.beat,
+    ) as decoding:
+        # Processes mind themselves what their images do to them.
+        watched = noted(decoding, reporter.decoding) if plan.backend == "threads" else decoding
+        with Prefetcher(refs, watched, num_slots=num_slots, batch_shape=batch_shape) as batches:
+            yield decoding, batches
+
+
 def _ranking(plan: Plan) -> Rank:
     """Scores to the predictions that the job asks for."""
     return partial(
@@ -388,6 +342,7 @@ def _go_on(
     """Classify what has no record yet, noting what is durable."""
     done = begun.done
     durable = durable_of(begun.previous)
+    remove(plan.files.retry)  # of an attempt that was given up
     refs = read_listing(plan.files, plan.first + done.num_images, plan.last)
     with RecordWriter(
         plan.files.predictions, done.num_bytes, stats.add_write, durable.num_bytes
@@ -435,13 +390,18 @@ def _retry(
     stats: StatsCollector,
     recovery: Recovery,
     reporter: Reporter,
+    *,
+    is_resumed: bool,
 ) -> None:
-    """Classify the failed images again, then put the new records in the old ones' places."""
+    """Classify the failed images again, then put the new records in the old ones' places.
+
+    `is_resumed`: what is there of new records is of this very attempt.
+    """
     refs = partial(failed_refs, plan.files.predictions)
     listed = partial(read_listing, plan.files, plan.first, plan.last)
     retry = plan.files.retry
     tried = Done()
-    if recovery.is_restart:  # the same command, after its process died
+    if is_resumed:
         tried = find_done(retry, (ref.path for ref in refs(listed(), codes)))
     stats.resume(tried.num_ok, tried.errors_by_code)
     _go_on_counting(stats, recovery)
@@ -469,7 +429,7 @@ def _sample(
     model: ResolvedModel,
     refs: Iterable[ImageRef],
     num_listed: int,
-    quarantined: Mapping[int, Failure],
+    quarantined: Mapping[bytes, Failure],
     reporter: Reporter,
 ) -> Pixels:
     """A sample of the images listed, watched while they are decoded as the others will be."""
@@ -487,31 +447,16 @@ def _tell_of_new_files(plan: Plan, options: RunOptions, log: Log) -> None:
     """
     if options.limit is not None or options.shard.count > 1:
         return
-    num_new = sum(1 for _ in new_paths(plan.files, plan.source.paths()))
+    try:
+        num_new = sum(1 for _ in new_paths(plan.files, plan.source.paths()))
+    except (EnvironmentFailed, UsageError) as error:  # a finished job stays finished
+        log(f"whether files appeared since the input was listed cannot be told: {error}")
+        return
     if num_new:
         log(
             f"input: {num_new:,} files appeared since it was listed; they are not part of this "
             "job; --extend adds them"
         )
-
-
-@contextmanager
-def _explained(model: ResolvedModel, batch_size: int) -> Iterator[None]:
-    """ONNX Runtime's errors for a lack of memory and for a lost device, as what they are.
-
-    Raises:
-        OutOfMemory: memory did not suffice for a batch.
-        DeviceLost: this process cannot use its device any more.
-    """
-    try:
-        yield
-    except _FAILURES as error:
-        if is_out_of_memory(error):
-            can_be_smaller = batch_size > 1 and model.bundle.meta.fixed_batch is None
-            raise OutOfMemory(batch_size, str(error), can_be_smaller=can_be_smaller) from error
-        if is_device_lost(error):
-            raise DeviceLost(str(error)) from error
-        raise
 
 
 @contextmanager
@@ -527,7 +472,11 @@ def _check_error_limit(plan: Plan, stats: StatsCollector) -> None:
     limit = plan.job.errors.max
     if limit is None:
         return
-    allowed = limit if isinstance(limit, int) else float(limit.rstrip("%")) / 100 * plan.num_images
+    allowed: int | Fraction = 0
+    if isinstance(limit, int):
+        allowed = limit
+    else:  # not as a float: 29% of 100 would be fewer than 29
+        allowed = Fraction(limit.rstrip("%")) / 100 * plan.num_images
     if stats.num_errors > allowed:
         raise ErrorLimitPassed(
             f"{stats.num_errors:,} of {stats.num_images:,} images failed; errors.max is {limit}. "

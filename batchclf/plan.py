@@ -39,8 +39,8 @@ class Plan:
     batch_size: int
     num_workers: int
     backend: DecodeBackend
-    quarantined: Mapping[int, Failure] = field(default_factory=dict)
-    """Images, by index in the listing, that crash or hang whoever decodes them."""
+    quarantined: Mapping[bytes, Failure] = field(default_factory=dict)
+    """Images, by their paths in the listing, that crash or hang whoever decodes them."""
 
     @property
     def num_images(self) -> int:

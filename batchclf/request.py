@@ -46,11 +46,10 @@ class Beginning:
 class Recovery:
     """What to do otherwise after a process of this job died or hung."""
 
-    is_restart: bool = False
     suspects: tuple[int, ...] = ()
     """Images, by index in the listing, to be tried alone first."""
-    quarantined: Mapping[int, Failure] = field(default_factory=dict)
-    """Images found guilty: never to be decoded again."""
+    quarantined: Mapping[bytes, Failure] = field(default_factory=dict)
+    """Images found guilty, by their paths in the listing: never to be decoded again."""
     isolate: bool = False
     """Decode in processes of their own, whatever the job says."""
     max_batch_size: int = sys.maxsize

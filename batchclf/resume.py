@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
@@ -19,10 +19,11 @@ from batchclf.models.bundle import digest_of
 from batchclf.models.resolve import Log
 from batchclf.models.variants import facts, needed_variant, nested_variant
 from batchclf.plan import Plan
-from batchclf.results.files import RunFiles, read_json
+from batchclf.results.files import RunFiles, read_json, read_lines
 from batchclf.results.lines import Done, find_done
 from batchclf.results.listing import read_paths
 from batchclf.results.state import Durable, now, read_run
+from batchclf.results.writer import cut_surplus
 from batchclf.runtime.providers import installed_flavours
 
 
@@ -68,8 +69,11 @@ def resume(
     After a crash of the machine that is what was noted as durable: what lies behind it may be
     anything, even records of an earlier run. After a crash of a process it is every whole record.
 
+    What stands after the last image's record is cut off.
+
     Raises:
         ResumeRefused: the folder holds another job's records.
+        EnvironmentFailed: the records cannot be read, or cut.
     """
     _require_same_listing(plan, fingerprint)
     if previous is None:
@@ -89,7 +93,13 @@ def resume(
             f"{plan.files.predictions}: {durable.num_images:,} records had been safe on disk, but "
             f"only {done.num_images:,} are there and whole; the others are made again"
         )
-    if 0 < done.num_images < plan.num_images:
+    if done.num_images == plan.num_images:
+        if num_surplus := cut_surplus(plan.files.predictions, done.num_bytes):
+            log(
+                f"{plan.files.predictions}: {num_surplus:,} bytes stood after the record of the "
+                "last image; they are cut off"
+            )
+    elif done.num_images:
         log(f"resuming after {done.num_images:,} of {plan.num_images:,} images")
     return done
 
@@ -187,12 +197,15 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 
 def finished_summary(files: RunFiles) -> dict[str, Any] | None:
-    """The last summary line of a job that run.json calls complete."""
+    """The last summary line of a job that run.json calls complete.
+
+    Raises:
+        EnvironmentFailed: a file cannot be read.
+    """
     run = read_run(files)
-    if run is None or run.get("status") != "complete" or not files.stats.exists():
+    if run is None or run.get("status") != "complete":
         return None
-    with files.stats.open("rb") as lines:
-        summaries = [line for line in lines if line.startswith(b'{"type":"summary"')]
+    summaries = [line for line in read_lines(files.stats) if line.startswith(b'{"type":"summary"')]
     try:
         return orjson.loads(summaries[-1]) if summaries else None
     except orjson.JSONDecodeError:  # torn by a power loss: the run writes another
@@ -208,9 +221,11 @@ def run_facts(
     fingerprint: Mapping[str, object],
     previous: Mapping[str, Any] | None,
     done: Done,
+    retried: Collection[str],
 ) -> dict[str, object]:
-    """What run.json says of a run, its status apart."""
+    """What run.json says of a run, its status apart; `retried`: the codes of `--retry-failed`."""
     how = summary_facts(plan, opened)
+    part = _segment(plan, opened, done)
     return {
         "job": plan.job.model_dump(mode="json"),
         "fingerprint": dict(fingerprint),
@@ -228,8 +243,19 @@ def run_facts(
         "jpeg_decoder": decoder_name(),
         **how,
         "durable": asdict(_still_durable(previous, done)),
-        "segments": [*_written_segments(previous, done), _segment(plan, opened, done)],
+        "segments": [*_written_segments(previous, done), *([] if retried else [part])],
+        "retry": {**part, "codes": sorted(retried)} if retried else None,
     }
+
+
+def is_same_retry(previous: Mapping[str, Any] | None, run: Mapping[str, Any]) -> bool:
+    """Whether an earlier run was stopped in the very attempt that this one is to make."""
+    before = _mapping((previous or {}).get("retry"))
+    return (
+        (previous or {}).get("status") != "complete"
+        and durable_of(previous).is_of_this_boot
+        and all(before.get(key) == run["retry"][key] for key in ("codes", "limits"))
+    )
 
 
 def _still_durable(previous: Mapping[str, Any] | None, done: Done) -> Durable:

@@ -216,6 +216,37 @@ def test_a_finished_job_run_again_says_so_and_touches_nothing(
     assert after == before
 
 
+@pytest.mark.parametrize("retry", [False, True])
+def test_what_stands_after_the_records_of_a_finished_job_is_cut_off(
+    tmp_path: Path, retry: bool
+) -> None:
+    job, predictions, _ = with_failures(tmp_path)
+    whole = predictions.read_bytes()
+    predictions.write_bytes(whole + whole.splitlines(keepends=True)[-1])
+    log = Log()
+    result = run_here(job, RunOptions(limit=6, retry_failed=retry), log)
+    assert any("bytes stood after the record of the last image" in line for line in log.lines)
+    if retry:
+        assert [record["status"] for record in read_records(tmp_path / "out")] == ["ok"] * 6
+    else:
+        assert result.was_complete
+        assert predictions.read_bytes() == whole
+
+
+def test_statistics_that_cannot_be_read_are_one_line_and_exit_code_5(
+    batchclf: Batchclf, tmp_path: Path
+) -> None:
+    job = write_tiny_job(tmp_path)
+    run_here(job, RunOptions(limit=6))
+    stats = tmp_path / "out" / "stats.jsonl"
+    stats.unlink()
+    stats.symlink_to("/proc/self/mem")  # opens, and reading its beginning is EIO
+    done = batchclf("run", job, "--limit", "6")
+    assert done.exit_code == 5, done.stderr
+    assert f"output: {stats}: cannot be read: Input/output error" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_overwrite_starts_anew(tmp_path: Path) -> None:
     job = write_tiny_job(tmp_path)
     run_here(job, RunOptions(limit=9))

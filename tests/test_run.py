@@ -579,3 +579,27 @@ def test_a_terminal_gets_a_bar_and_nothing_else_does(batchclf: Batchclf, tmp_pat
     assert b"120/120" in seen
     assert b"img/s" in seen
     assert b"120 images: 120 ok" in seen
+
+
+@pytest.mark.parametrize(("num_bad", "exit_code"), [(29, 0), (30, 3)])
+def test_a_rate_is_exact(batchclf: Batchclf, tmp_path: Path, num_bad: int, exit_code: int) -> None:
+    images = link_digits(tmp_path / "images", 100 - num_bad)
+    for number in range(num_bad):
+        (images / f"bad-{number}.jpg").write_bytes(b"\xff\xd8")
+    job = write_tiny_job(tmp_path, input=str(images), errors={"max": "29%"})
+    assert batchclf("run", job).exit_code == exit_code  # 0.29 * 100 is 28.999999999999996
+
+
+def test_a_list_that_no_longer_parses_does_not_fail_the_job_that_is_done_with_it(
+    batchclf: Batchclf, tmp_path: Path
+) -> None:
+    images = link_digits(tmp_path / "images", 12)
+    listed = tmp_path / "list.jsonl"
+    listed.write_text("".join(f'"images/{path.name}"\n' for path in sorted(images.iterdir())))
+    job = write_tiny_job(tmp_path, input=str(listed))
+    assert batchclf("run", job).exit_code == 0
+    with listed.open("a") as file:
+        file.write("{}\n")
+    again = batchclf("run", job)
+    assert again.exit_code == 0, again.stderr
+    assert "cannot be told" in again.stderr

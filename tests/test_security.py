@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchclf.cli import printable
+from batchclf.cli.streams import printable
 from batchclf.errors import EnvironmentFailed, JobFileError, ModelError
 from batchclf.job import JobSpec, ModelSpec
 from batchclf.jobfile import load_job, parse_set

@@ -19,7 +19,8 @@ from batchclf.images.prefetch import Load
 from batchclf.interrupt import StopRequest
 from batchclf.jobfile import load_job
 from batchclf.output import hold_output
-from batchclf.pipeline import Reporter, run_job
+from batchclf.pipeline import run_job
+from batchclf.reporter import Reporter
 from batchclf.request import RunOptions, RunResult
 from batchclf.results.records import ImageRef, Loaded, Pixels
 from batchclf.runtime.providers import PROVIDERS

@@ -6,7 +6,6 @@ stdout carries results only; progress and log lines go to stderr.
 import importlib
 import json
 import os
-import re
 import signal
 import sys
 import traceback
@@ -15,6 +14,7 @@ from typing import Any
 import click
 
 from batchclf import __version__
+from batchclf.cli.streams import open_standard_streams, say
 from batchclf.errors import BatchclfError, Interrupted
 
 AS_JSON = "json"
@@ -52,7 +52,7 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a user's error becomes a message and its exit code, no traceback."""
-        _open_standard_streams()
+        open_standard_streams()
         _hear_sigterm_as_pid_1()
         try:
             return super().invoke(ctx)
@@ -61,25 +61,14 @@ class LazyGroup(click.Group):
                 status = "interrupted" if isinstance(error, Interrupted) else "failed"
                 answer = {"status": status, "exit_code": error.exit_code, "error": str(error)}
                 click.echo(json.dumps(answer))
-            click.echo(f"batchclf: {printable(str(error))}", err=True)
+            say(f"batchclf: {error}")
             for note in getattr(error, "__notes__", ()):
-                click.echo(f"batchclf: {printable(note)}", err=True)
+                say(f"batchclf: {note}")
             if error.exit_code == BatchclfError.exit_code:
-                click.echo(printable(traceback.format_exc()), err=True)
+                say(traceback.format_exc())
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             sys.exit(130)
-
-
-def _open_standard_streams() -> None:
-    """Where one was closed, open it on nothing: the next file opened would be taken for it."""
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - until the end
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _hear_sigterm_as_pid_1() -> None:
@@ -97,18 +86,3 @@ def main() -> None:
       batchclf init job.yaml          write a job file
       batchclf run job.yaml           classify; the same command resumes
     """
-
-
-def printable(text: str) -> str:
-    """Text that cannot drive the terminal, nor pass for another line of the log.
-
-    Escaped is all that is not printable: control characters, also those beyond ASCII, marks that
-    turn the direction of text (U+202A to U+202E, U+2066 to U+2069), line and paragraph separators,
-    halves of surrogate pairs. A line break stays, and what follows it is indented: a file's name
-    with one in it does not begin a line.
-    """
-    escaped = "".join(
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
-        for char in text
-    )
-    return re.sub(r"\n(?=[^ \n])", "\n  ", escaped)

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from batchclf.cli import printable
 from batchclf.cli.options import json_option
+from batchclf.cli.streams import printable
 
 if TYPE_CHECKING:
     from batchclf.doctor import Diagnosis

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from batchclf.cli import printable
+from batchclf.cli.streams import say
 from batchclf.errors import UsageError
 
 TEMPLATE = """\
@@ -103,4 +103,4 @@ def command(
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
     done = f"batchclf: wrote {path}; next: batchclf validate {path}"
-    click.echo(printable(done), err=True)
+    say(done)

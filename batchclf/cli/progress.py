@@ -1,31 +1,15 @@
 """Progress on stderr: a bar on a terminal, one plain line every 30 s elsewhere."""
 
-import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
-import click
 from tqdm import tqdm
 
-from batchclf.cli import printable
+from batchclf.cli.streams import is_read, printable, say, unless_gone
 
 PLAIN_INTERVAL_S = 30.0
-
-
-@contextmanager
-def heard_or_not(stream: TextIO) -> Iterator[None]:
-    """Print within: where nobody reads the stream any more, or its disk is full, that is no reason
-    to end a job. From then on, what is printed there goes nowhere."""
-    try:
-        yield
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
 
 
 class Progress:
@@ -47,18 +31,18 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            with heard_or_not(sys.stderr):
+        if self._bar is not None and is_read():
+            with unless_gone(sys.stderr):
                 self._bar.close()
 
     def log(self, text: str) -> None:
         """One line of log, above the bar where there is one."""
-        line = f"batchclf: {printable(text)}"
-        with heard_or_not(sys.stderr):
-            if self._bar is not None:
-                tqdm.write(line, file=sys.stderr)
-            else:
-                click.echo(line, err=True)
+        line = f"batchclf: {text}"
+        if self._bar is None:
+            say(line)
+        elif is_read():
+            with unless_gone(sys.stderr):
+                tqdm.write(printable(line), file=sys.stderr)
 
     def begin(self, num_images: int, num_done: int) -> None:
         """Start counting towards `num_images`, of which `num_done` were done before.
@@ -84,7 +68,9 @@ class Progress:
     def update(self, num_images: int, num_errors: int) -> None:
         """Show how many images have a record by now, and how many of those are errors."""
         if self._bar is not None:
-            with heard_or_not(sys.stderr):
+            if not is_read():
+                return
+            with unless_gone(sys.stderr):
                 if num_errors:
                     self._bar.set_postfix(errors=num_errors, refresh=False)
                 self._bar.update(num_images - self._bar.n)

@@ -2,15 +2,14 @@
 
 import json
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from batchclf.cli import printable
 from batchclf.cli.options import job_options, json_option, load
+from batchclf.cli.streams import say
 from batchclf.errors import UsageError
 
 
@@ -59,7 +58,7 @@ def command(
         descriptor = Board.new_descriptor()
         worker = WorkerProcess(descriptor)
 
-        from batchclf.cli.progress import Progress, heard_or_not
+        from batchclf.cli.progress import Progress
         from batchclf.request import RunOptions
         from batchclf.results.records import Shard
         from batchclf.supervision.supervisor import Supervisor
@@ -87,8 +86,7 @@ def command(
         }
         click.echo(json.dumps(answer))
     if not result.was_complete:
-        with heard_or_not(sys.stderr):
-            _print_summary(result.summary, result.files.predictions)
+        _print_summary(result.summary, result.files.predictions)
 
 
 def _require_compatible(
@@ -152,4 +150,4 @@ def _print_summary(summary: Mapping[str, Any], predictions: Path) -> None:
             f"{check['max_score_difference']:.2f}",
         )
     for line in lines:
-        click.echo(printable(f"batchclf: {line}"), err=True)
+        say(f"batchclf: {line}")

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from batchclf.cli import printable
 from batchclf.cli.options import job_options, json_option, load
+from batchclf.cli.streams import printable, say
 from batchclf.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,9 +80,9 @@ def command(
         click.echo(json.dumps(_answer(tuned, spec.output, is_applied)))
         return
     if is_applied:
-        click.echo(printable(f"batchclf: written into {job}"), err=True)
+        say(f"batchclf: written into {job}")
     files = f"batchclf: {spec.output / 'tune.jsonl'}, {spec.output / 'tune.png'}"
-    click.echo(printable(files), err=True)
+    say(files)
 
 
 def _require_editable(job: Path) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from batchclf.cli import printable
 from batchclf.cli.options import job_options, json_option, load
+from batchclf.cli.streams import printable, say
 
 
 @click.command("validate")
@@ -24,7 +24,7 @@ def command(job: Path, sets: tuple[str, ...], as_json: bool, **direct: Any) -> N
     spec = load(job, sets, direct)
     from batchclf.validate import check_job
 
-    checked = check_job(spec, log=lambda text: click.echo(printable(f"batchclf: {text}"), err=True))
+    checked = check_job(spec, log=lambda text: say(f"batchclf: {text}"))
     if as_json:
         click.echo(json.dumps({"valid": True, **asdict(checked)}))
         return

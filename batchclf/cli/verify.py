@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchclf.cli import printable
 from batchclf.cli.options import job_options, json_option, load
+from batchclf.cli.streams import printable
 
 if TYPE_CHECKING:
     from batchclf.verify import Backend, Verified

@@ -83,12 +83,12 @@ class Quarantine:
     """Loads images, but for those known to crash or hang whoever loads them."""
 
     load: Load
-    failures: Mapping[int, Failure]
-    """By index in the listing."""
+    failures: Mapping[bytes, Failure]
+    """By their paths in the listing."""
 
     def __call__(self, ref: ImageRef, slot_HWC: Pixels) -> Loaded:
         """Load one image, or leave its slot zero and tell why."""
-        failure = self.failures.get(ref.index)
+        failure = self.failures.get(ref.path)
         if failure is None:
             return self.load(ref, slot_HWC)
         slot_HWC[:] = 0

@@ -47,6 +47,8 @@ MAX_ROWS = 8
 MEMORY_SHARE = 0.8
 """Of the memory that is available at the start, what one process may use."""
 BEAT_S = 1.0
+STARTS = 3
+"""Processes that are started in a row before one that is ready; the OOM killer takes them first."""
 END_S = 5.0
 """Seconds a killed process may take to end; one that is stuck in the kernel is left behind."""
 Beat = Callable[[], None]
@@ -120,7 +122,7 @@ class DecodeProcesses:
 
         Raises:
             OSError: no memory, or no process, is to be had.
-            BatchclfError: a process died before it was ready.
+            EnvironmentFailed: a process died before it was ready, and so did those after it.
         """
         self._shared = _Shared(num_slots * batch_shape[0], batch_shape[1:])
         self._free = list(self._shared.pixels_NHWC.reshape(num_slots, *batch_shape))
@@ -206,13 +208,14 @@ class _Worker:
         """Have `refs` decoded into `rows_NHWC`, a part of the shared memory.
 
         Raises:
-            BatchclfError: no process can be started any more, or it died before it was ready.
+            EnvironmentFailed: no process can be started any more, or none gets ready.
+            BatchclfError: what the process met that is no image's fault.
             RuntimeError: the traceback of a bug.
         """
         if not refs:
             return ()
         try:
-            return self._ask(refs, rows_NHWC)
+            return self.ask(refs, rows_NHWC)
         except _Ended as ended:
             at = ended.at
         return [
@@ -224,13 +227,18 @@ class _Worker:
     def _once_more(self, suspects: Sequence[ImageRef], rows_NHWC: Pixels) -> Loaded:
         """Try one image alone: perhaps it was others, or somebody, who ended its process."""
         try:
-            (loaded,) = self._ask(suspects, rows_NHWC)
+            (loaded,) = self.ask(suspects, rows_NHWC)
         except _Ended as ended:
             rows_NHWC[:] = 0
             return Loaded(ended.failure)
         return loaded
 
-    def _ask(self, refs: Sequence[ImageRef], rows_NHWC: Pixels) -> Sequence[Loaded]:
+    def ask(self, refs: Sequence[ImageRef], rows_NHWC: Pixels) -> Sequence[Loaded]:
+        """The same, but for images that end the process.
+
+        Raises:
+            _Ended: the process died, or took too long for an image; another will take its place.
+        """
         process = self.wait_until_ready()
         try:
             first = self._shared.row_of(rows_NHWC)
@@ -243,20 +251,34 @@ class _Worker:
         return loaded
 
     def wait_until_ready(self) -> "_Process":
-        """Its process, when that has imported what it needs.
+        """Its process, when that has imported what it needs; others in place of those that die.
 
         Raises:
-            BatchclfError: it died, or none can be started any more.
+            EnvironmentFailed: it died, and so did those after it, or none can be started any more.
         """
-        if self._process is None:
+        how = ""
+        for _ in range(STARTS):
+            process = self._process = self._process or self._next()
             try:
-                self._process = self._processes.start()
-            except OSError as error:
-                raise EnvironmentFailed(
-                    f"no further decoding process can be started: {error}; run again to resume"
-                ) from error
-        self._process.wait_until_ready()
-        return self._process
+                process.wait_until_ready()
+            except _NeverReady as error:
+                how = str(error)
+                self._process = None
+                self._processes.end(process)
+            else:
+                return process
+        raise EnvironmentFailed(
+            f"a decoding process ended before it began, {STARTS} times: {how}; choose fewer "
+            "loader.workers, or loader.backend: threads, and run again to resume"
+        )
+
+    def _next(self) -> "_Process":
+        try:
+            return self._processes.start()
+        except OSError as error:
+            raise EnvironmentFailed(
+                f"no further decoding process can be started: {error}; run again to resume"
+            ) from error
 
 
 class _Processes:
@@ -276,11 +298,11 @@ class _Processes:
 
         Raises:
             OSError: it is not to be had.
-            BatchclfError: they have been killed.
+            _Abandoned: they have been killed.
         """
         with self._changing:
             if self._killed:
-                raise BatchclfError("the decoding processes have been ended")
+                raise _Abandoned
             process = self._starter.submit(self._make).result()
             self._alive.add(process)
         return process
@@ -318,8 +340,19 @@ class _Ended(Exception):
         self.at = at
 
 
+class _Abandoned(Exception):
+    """The processes were killed, for nobody wants them any more: ends the thread that still does.
+
+    `Prefetcher` hands out nothing, and raises nothing, once it has had them killed.
+    """
+
+
+class _NeverReady(Exception):
+    """A process died before it was ready; the message says how."""
+
+
 class _Bookmark:
-    """Which image a process is at, and since when, in memory that it shares with its parent."""
+    """Which image a process is at, in memory that it shares with its parent."""
 
     def __init__(self, descriptor: int) -> None:
         self._numbers = memoryview(mmap.mmap(descriptor, mmap.PAGESIZE)).cast("q")
@@ -327,16 +360,10 @@ class _Bookmark:
     def begin(self, number: int) -> None:
         """Note that an image begins, by its number among those that were asked for."""
         self._numbers[0] = number
-        self._numbers[1] = time.monotonic_ns()
 
     @property
     def number(self) -> int:
         return self._numbers[0]
-
-    @property
-    def seconds(self) -> float:
-        """How long ago it began."""
-        return (time.monotonic_ns() - self._numbers[1]) / 1e9
 
 
 class _Process:
@@ -368,7 +395,7 @@ class _Process:
         """Wait for the process to have imported what it needs.
 
         Raises:
-            BatchclfError: it died.
+            _NeverReady: it died.
         """
         if self._is_ready:
             return
@@ -376,11 +403,10 @@ class _Process:
             self._connection.send(self._setup)
             self._is_ready = self._connection.recv()
         except (EOFError, OSError):
-            how = how_it_ended(self._process.wait())
-            raise BatchclfError(f"a decoding process ended before it began: {how}") from None
+            raise _NeverReady(how_it_ended(self._process.wait())) from None
 
     def ask(
-        self, first: int, refs: Sequence[ImageRef], max_seconds: float, beat: Beat = lambda: None
+        self, first: int, refs: Sequence[ImageRef], max_seconds: float, beat: Beat
     ) -> tuple[Sequence[Loaded], float]:
         """What became of `refs`, in the shared rows from `first` on; and the CPU seconds used.
 
@@ -392,10 +418,7 @@ class _Process:
         self._bookmark.begin(0)
         try:
             self._connection.send((first, refs))
-            while not self._answer.poll(1000 * min(self._seconds_left(max_seconds), BEAT_S)):
-                if self._seconds_left(max_seconds) == 0:
-                    raise _Ended(_timeout(max_seconds), self._bookmark.number)
-                beat()
+            self._wait_for_answer(max_seconds, beat)
             loaded: Sequence[Loaded]
             loaded, cpu_s, failed = self._connection.recv()
         except (EOFError, OSError):
@@ -406,8 +429,24 @@ class _Process:
             raise RuntimeError(f"in a decoding process:\n{failed}")
         return loaded, cpu_s
 
-    def _seconds_left(self, max_seconds: float) -> float:
-        return max(0.0, max_seconds - self._bookmark.seconds)
+    def _wait_for_answer(self, max_seconds: float, beat: Beat) -> None:
+        """Wait, looking every step at which image the process is.
+
+        A step counts for what it was to last, however long it was: when all were stopped meanwhile
+        (by SIGSTOP, a freezer, a paused machine), the image had no more time than that.
+
+        Raises:
+            _Ended: the process took longer than `max_seconds` for an image.
+        """
+        longest_s = min(BEAT_S, max_seconds / 4)  # so that no stop costs an image all its time
+        number, waited_s = 0, 0.0
+        while not self._answer.poll(1000 * (step_s := min(longest_s, max_seconds - waited_s))):
+            waited_s += step_s
+            if (now_at := self._bookmark.number) != number:
+                number, waited_s = now_at, 0.0
+            elif waited_s >= max_seconds:
+                raise _Ended(_timeout(max_seconds), number)
+            beat()
 
     def kill(self) -> None:
         """End the process, whatever it is at."""
@@ -446,19 +485,17 @@ def try_alone(
 
     Raises:
         OSError: no memory, or no process, is to be had.
-        BatchclfError: the process died before it was ready.
+        EnvironmentFailed: the process died before it was ready, and so did those after it.
+        BatchclfError: what the process met that is not the image's fault.
     """
-    with closing(_Shared(1, shape_HWC)) as shared:
-        process = _Process(load, shared, _memory_limit())
+    with closing(_Shared(1, shape_HWC)) as shared, closing(_Processes(load, shared)) as processes:
+        worker = _Worker(processes, shared, max_seconds, beat=lambda: None)
         try:
-            process.wait_until_ready()
-            ((loaded,), _) = process.ask(0, [ref], max_seconds)
+            (loaded,) = worker.ask([ref], shared.pixels_NHWC)
         except _Ended as ended:
             return ended.failure
         except RuntimeError:  # a bug, which shows itself on the ordinary path too
             return None
-        finally:
-            process.end()
     failure = loaded.failure
     return failure if failure is not None and failure.code == "oom" else None
 

@@ -272,35 +272,38 @@ def _list(spec: Path) -> Source:
     def paths() -> Iterator[bytes]:
         source.num_left_out = 0
         seen: set[bytes] = set()
-        try:
-            file = spec.open("rb")
-        except OSError as error:
-            raise _unreadable(str(spec), error) from error
-        with file as lines:
-            read = partial(lines.readline, MAX_LINE_BYTES + 1)
-            for number, raw in enumerate(iter(read, b""), start=1):
-                if len(raw) > MAX_LINE_BYTES:
-                    raise UsageError(
-                        f"input: {spec}:{number}: longer than {MAX_LINE_BYTES:,} bytes; "
-                        "a list has one path a line"
-                    )
-                line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-                line = line.rstrip(b"\r\n")
-                if not line.strip():
-                    continue
-                path = _jsonl_path(line, spec, number) if spec.suffix.lower() == ".jsonl" else line
-                if not path or b"\0" in path:
-                    raise UsageError(f"input: {spec}:{number}: found no usable path: {path[:80]!r}")
-                # 16 bytes, however long the path; two of a million are equal in one of 10^26 lists.
-                digest = blake2b(path, digest_size=16).digest()
-                if digest in seen:
-                    source.num_left_out += 1
-                    continue
-                seen.add(digest)
-                yield path
+        for number, raw in enumerate(_lines(spec), start=1):
+            if len(raw) > MAX_LINE_BYTES:
+                raise UsageError(
+                    f"input: {spec}:{number}: longer than {MAX_LINE_BYTES:,} bytes; "
+                    "a list has one path a line"
+                )
+            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            line = line.rstrip(b"\r\n")
+            if not line.strip():
+                continue
+            path = _jsonl_path(line, spec, number) if spec.suffix.lower() == ".jsonl" else line
+            if not path or b"\0" in path:
+                raise UsageError(f"input: {spec}:{number}: found no usable path: {path[:80]!r}")
+            # 16 bytes, however long the path; two of a million are equal in one of 10^26 lists.
+            digest = blake2b(path, digest_size=16).digest()
+            if digest in seen:
+                source.num_left_out += 1
+                continue
+            seen.add(digest)
+            yield path
 
     source.paths = paths
     return source
+
+
+def _lines(spec: Path) -> Iterator[bytes]:
+    """The lines of a list; of one that is too long, the beginning."""
+    try:
+        with spec.open("rb") as file:
+            yield from iter(partial(file.readline, MAX_LINE_BYTES + 1), b"")
+    except OSError as error:
+        raise _unreadable(str(spec), error) from error
 
 
 def _jsonl_path(line: bytes, spec: Path, number: int) -> bytes:

@@ -4,7 +4,8 @@ import errno
 import json
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -125,13 +126,38 @@ def read_json(path: Path) -> dict[str, Any] | None:
     Raises:
         EnvironmentFailed: the file cannot be read.
     """
-    try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    except OSError as error:
-        raise EnvironmentFailed(f"{path}: cannot be read: {error.strerror}") from error
+    with reading(path):
+        try:
+            value = json.loads(path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
     return value if isinstance(value, dict) else None
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """A file's lines, read as they are asked for; none where there is no file.
+
+    Raises:
+        EnvironmentFailed: the file cannot be read.
+    """
+    with reading(path), suppress(FileNotFoundError), path.open("rb") as file:
+        yield from file
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """An output file that cannot be read, as what it is.
+
+    Raises:
+        EnvironmentFailed: permission denied, I/O error.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentFailed(
+            f"output: {path}: cannot be read: {error.strerror or error}; "
+            "mend it and run the same command to resume"
+        ) from error
 
 
 def output_failed(path: Path, error: OSError) -> EnvironmentFailed:

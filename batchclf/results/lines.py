@@ -3,14 +3,14 @@
 import base64
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import orjson
 
-from batchclf.errors import EnvironmentFailed
+from batchclf.results.files import read_lines
 from batchclf.results.records import Failure, Record
 
 SCORE_STEPS = 10**6
@@ -97,36 +97,16 @@ def find_done(predictions: Path, paths: Iterable[bytes], max_bytes: int | None =
         EnvironmentFailed: the file cannot be read.
     """
     done = Done()
-    try:
-        file = predictions.open("rb")
-    except FileNotFoundError:
-        return done
-    except OSError as error:
-        raise _unreadable(predictions, error) from error
-    with file:
-        for line, path in zip(_lines(file), paths, strict=False):
-            outcome = _outcome(line, path)
-            if outcome is None or (
-                max_bytes is not None and done.num_bytes + len(line) > max_bytes
-            ):
-                break
-            done.num_bytes += len(line)
-            if outcome == "ok":
-                done.num_ok += 1
-            else:
-                done.errors_by_code[outcome] += 1
+    for line, path in zip(read_lines(predictions), paths, strict=False):
+        outcome = _outcome(line, path)
+        if outcome is None or (max_bytes is not None and done.num_bytes + len(line) > max_bytes):
+            break
+        done.num_bytes += len(line)
+        if outcome == "ok":
+            done.num_ok += 1
+        else:
+            done.errors_by_code[outcome] += 1
     return done
-
-
-def _lines(file: BinaryIO) -> Iterator[bytes]:
-    try:
-        yield from file
-    except OSError as error:
-        raise _unreadable(Path(file.name), error) from error
-
-
-def _unreadable(path: Path, error: OSError) -> EnvironmentFailed:
-    return EnvironmentFailed(f"output: {path}: cannot be read: {error.strerror}")
 
 
 def _outcome(line: bytes, path: bytes) -> str | None:

@@ -15,6 +15,7 @@ from batchclf.results.files import (
     move_into_place,
     open_temporary,
     output_failed,
+    reading,
     remove,
     temporary_of,
 )
@@ -94,27 +95,42 @@ def discard_abandoned_listing(files: RunFiles) -> None:
 
 
 def read_listing(files: RunFiles, start: int = 0, stop: int | None = None) -> Iterator[ImageRef]:
-    """The entries `start` to `stop` of the frozen listing, read as they are asked for."""
+    """The entries `start` to `stop` of the frozen listing, read as they are asked for.
+
+    Raises:
+        EnvironmentFailed: the listing cannot be read.
+    """
     return itertools.starmap(ImageRef, enumerate(read_paths(files, start, stop), start))
 
 
 def read_paths(files: RunFiles, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-    """The paths alone of the entries `start` to `stop`."""
+    """The paths alone of the entries `start` to `stop`.
+
+    Raises:
+        EnvironmentFailed: the listing cannot be read.
+    """
     paths = _nul_paths(files.listing, start)
     return itertools.islice(paths, None if stop is None else max(0, stop - start))
 
 
 def count_listing(files: RunFiles) -> int:
-    """Number of entries in the frozen listing."""
-    with files.listing.open("rb") as file:
-        return sum(chunk.count(b"\0") for chunk in iter(partial(file.read, READ_BYTES), b""))
+    """Number of entries in the frozen listing.
+
+    Raises:
+        EnvironmentFailed: the listing cannot be read.
+    """
+    return sum(chunk.count(b"\0") for chunk in _chunks(files.listing))
 
 
 def _nul_paths(listing: Path, start: int) -> Iterator[bytes]:
     rest = b""
     num_left = start
-    with listing.open("rb") as file:
-        while chunk := file.read(READ_BYTES):
-            *paths, rest = (rest + chunk).split(b"\0")
-            yield from paths[num_left:]
-            num_left = max(0, num_left - len(paths))
+    for chunk in _chunks(listing):
+        *paths, rest = (rest + chunk).split(b"\0")
+        yield from paths[num_left:]
+        num_left = max(0, num_left - len(paths))
+
+
+def _chunks(listing: Path) -> Iterator[bytes]:
+    with reading(listing), listing.open("rb") as file:
+        yield from iter(partial(file.read, READ_BYTES), b"")

@@ -92,10 +92,9 @@ def held(lock: Path) -> Iterator[None]:
 
 
 def others_at_work(files: RunFiles) -> bool:
-    """Whether another shard's process holds its lock: it may have frozen the listing just now."""
-    for path in files.folder.glob(".lock*-of-*"):
-        if path == files.lock:
-            continue
+    """Whether another process writes here, a shard or not: it may just have frozen the listing."""
+    # Whoever holds the listing's lock holds one of its own as well.
+    for path in set(files.folder.glob(".lock*")) - {files.lock, files.listing_lock}:
         try:
             descriptor = _lock(path, 0)
         except OSError:  # it is held, or another user's
@@ -243,12 +242,15 @@ def _leased(files: RunFiles, *, is_locked: bool, renewed: Callable[[], None]) ->
 def _is_stale(path: Path, holder: dict[str, Any], fresh: Path, *, is_locked: bool) -> bool:
     """Whether nobody can be behind a lease any more; `fresh` was written just now."""
     is_here = holder.get("host") == socket.gethostname()
+    age_s = fresh.stat().st_mtime - path.stat().st_mtime
     if holder.get("boot_id") == boot_id():
         if is_locked:
             return True  # the same kernel, and it gave us the lock
-    elif is_here:
-        return True  # this machine, before it was started again
-    return fresh.stat().st_mtime - path.stat().st_mtime > LEASE_S
+    elif is_here and age_s > time.clock_gettime(time.CLOCK_BOOTTIME):
+        # This machine, before it was started again. Were it renewed since, it would be that of
+        # another one with the same name.
+        return True
+    return age_s > LEASE_S
 
 
 def _refused(files: RunFiles, holder: dict[str, Any] | None) -> ResumeRefused:

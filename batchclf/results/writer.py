@@ -22,6 +22,7 @@ from batchclf.results.files import (
     move_into_place,
     open_temporary,
     output_failed,
+    read_lines,
     remove,
     sync_folder,
     temporary_of,
@@ -121,6 +122,27 @@ class RecordWriter:
         self._timed(time.perf_counter() - started)
 
 
+def cut_surplus(path: Path, num_bytes: int) -> int:
+    """Cut off, durably, what follows `num_bytes`; returns how many bytes that was.
+
+    A file that ends there, or is not there, is not touched.
+
+    Raises:
+        EnvironmentFailed: the file cannot be written.
+    """
+    try:
+        num_surplus = path.stat().st_size - num_bytes
+        if num_surplus:
+            with path.open("r+b") as file:
+                file.truncate(num_bytes)
+                os.fsync(file.fileno())
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise output_failed(path, error) from error
+    return num_surplus
+
+
 # ---- stats.jsonl ---------------------------------------------------------------------------------
 
 
@@ -170,11 +192,13 @@ def failed_refs(
     """The entries of the listing whose record is an error with one of `codes`, in order.
 
     The file must hold one record per entry.
+
+    Raises:
+        EnvironmentFailed: the file cannot be read.
     """
-    with predictions.open("rb") as lines:
-        for line, ref in zip(lines, refs, strict=True):
-            if failure_code(line) in codes:
-                yield ref
+    for line, ref in zip(read_lines(predictions), refs, strict=True):
+        if failure_code(line) in codes:
+            yield ref
 
 
 def replace_failed(predictions: Path, retry: Path, codes: Collection[str]) -> None:

@@ -45,7 +45,8 @@ class BoundClassifier(OnnxClassifier):
     """A classifier whose pixels go to one fixed place in the device's memory, for one caller.
 
     Binding spares ONNX Runtime an allocation and a staging copy per batch. Two of these, called
-    from two threads, overlap one batch's copy with the other's computation.
+    from two threads, overlap one batch's copy with the other's computation. That place has one
+    shape: where memory does not suffice for it, the job goes on with half in a new session.
     """
 
     def __init__(

@@ -18,5 +18,5 @@ class Setup:
 
 
 Message = tuple[str, object]
-"""A word and what goes with it: `log` text, `begin` (images, done), `guilty` (index, Failure); and
+"""A word and what goes with it: `log` text, `begin` (images, done), `guilty` (path, Failure); and
 as the last one `result` RunResult, `error` BatchclfError, or `bug`, a traceback as text."""

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 DUMP_S = 1.0
 END_S = 5.0
-"""Seconds that a killed process may take to end; one that is stuck in the kernel is left behind."""
+"""Seconds that a process which has said its last word may take to end."""
+KILL_S = 0.7
+"""Seconds that a killed one may take; one that is stuck in the kernel is left behind."""
 _HELD = (*SIGNALS, *STOP_SIGNALS)
 
 
@@ -45,6 +47,7 @@ class WorkerProcess:
             ) from error
         self._connection = Connection(ours.detach())
         self.has_hung_up = False
+        self._is_left_behind = False
 
     def send(self, setup: "Setup") -> None:
         """Tell it what to do; one that is dead already is found out later."""
@@ -91,8 +94,11 @@ class WorkerProcess:
     def kill(self) -> None:
         """End it, whatever it is at, and the processes that it started with it."""
         self._process.kill()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(END_S)
+        if not self._is_left_behind:
+            try:
+                self._process.wait(KILL_S)
+            except subprocess.TimeoutExpired:  # stuck in the kernel: waiting again would not help
+                self._is_left_behind = True
         self._connection.close()
         if os.getpid() == 1:  # in a container, its children are now this process's
             with suppress(ChildProcessError):

@@ -73,6 +73,8 @@ class Death:
     """Images, by index in the listing, that it was decoding."""
     by_kernel: bool = False
     """Whether it was killed, and not by its parent: as where memory runs out."""
+    by_device: bool = False
+    """Whether its device stopped answering."""
 
 
 class Supervisor:
@@ -88,7 +90,7 @@ class Supervisor:
         self._board = Board(descriptor)
         self._worker = worker
         self._beginning: Beginning | None = None
-        self._guilty: dict[int, Failure] = {}
+        self._guilty: dict[bytes, Failure] = {}
         self._num_images = 0
         """What this worker works on; 0: it has not begun."""
 
@@ -157,7 +159,8 @@ class Supervisor:
         """How the next worker is to go on after a death."""
         if num_futile > MAX_FUTILE:
             raise _hopeless(death, num_futile)
-        isolate = num_futile >= ISOLATE_AFTER or len(self._guilty) >= MANY_GUILTY
+        may_be_decoding = num_futile >= ISOLATE_AFTER and not death.by_device
+        isolate = may_be_decoding or len(self._guilty) >= MANY_GUILTY
         what = "starting it again"
         if death.suspects:
             what += f"; images that it was decoding, to be tried alone: {len(death.suspects)}"
@@ -166,7 +169,6 @@ class Supervisor:
         self._display.log(f"the worker {death.cause}: {what}")
         return replace(
             recovery,
-            is_restart=True,
             suspects=death.suspects,
             quarantined=dict(self._guilty),
             isolate=recovery.isolate or isolate,
@@ -183,7 +185,6 @@ class Supervisor:
         )
         return replace(
             recovery,
-            is_restart=True,
             suspects=(),
             quarantined=dict(self._guilty),
             max_batch_size=half,
@@ -249,15 +250,15 @@ class Supervisor:
                     self._beginning = Beginning(now, now - batchclf.STARTED, num_done)
                 self._display.begin(num_images, num_done)
             case "guilty":
-                index, failure = cast(tuple[int, Failure], what)
-                self._guilty[index] = failure
+                path, failure = cast(tuple[bytes, Failure], what)
+                self._guilty[path] = failure
             case "result":
                 return cast(RunResult, what)
             case "bug":
                 raise WorkerFailed(f"unexpected failure:\n{what}")
             case "error":
                 if isinstance(what, DeviceLost):
-                    return Death(f"lost its device ({what})", ())
+                    return Death(f"lost its device ({what})", (), by_device=True)
                 raise cast(BatchclfError, what)
         return None
 
@@ -278,6 +279,11 @@ def _hopeless(death: Death, number: int) -> BatchclfError:
             f"the worker was killed (SIGKILL) {number} times without getting any further, most "
             "likely since memory ran out: choose a smaller batch_size, fewer loader.workers or "
             "runtime.streams, and run again to resume"
+        )
+    if death.by_device:
+        return WorkerFailed(
+            f"the worker {death.cause} {number} times without getting any further: look at the "
+            "device (nvidia-smi, the kernel's log), and run again to resume"
         )
     return WorkerFailed(
         f"the worker {death.cause} {number} times without getting any further, also with decoding "

@@ -14,7 +14,8 @@ import batchclf
 from batchclf.children import end_with_parent, expendable
 from batchclf.errors import BatchclfError
 from batchclf.interrupt import StopRequest
-from batchclf.pipeline import Reporter, run_job
+from batchclf.pipeline import run_job
+from batchclf.reporter import Reporter
 from batchclf.results.lock import LEASE_S
 from batchclf.results.records import Failure
 from batchclf.supervision.board import Board
@@ -93,8 +94,8 @@ class _Channel(Reporter):
     def beat(self) -> None:
         self._board.beat()
 
-    def found_guilty(self, index: int, failure: Failure) -> None:
-        self._send("guilty", (index, failure))
+    def found_guilty(self, path: bytes, failure: Failure) -> None:
+        self._send("guilty", (path, failure))
 
     def before_write(self) -> None:
         while self._board.seconds_since_renewed > FENCE_S:

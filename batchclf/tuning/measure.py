@@ -23,8 +23,9 @@ from batchclf.interrupt import StopRequest
 from batchclf.job import ErrorsSpec, JobSpec
 from batchclf.machine import cpu_seconds, peak_rss_mb
 from batchclf.models.resolve import ResolvedModel
-from batchclf.pipeline import Reporter, classify_shard
+from batchclf.pipeline import classify_shard
 from batchclf.plan import Plan, backend_of, make_loader
+from batchclf.reporter import Reporter
 from batchclf.results.files import RunFiles
 from batchclf.results.records import DecodeMode, ImageRef, Pixels, Record
 from batchclf.results.stats import StatsCollector

@@ -5,6 +5,9 @@ far: a copy of it, mounted, is the disk of a machine that lost its power there. 
 where nothing was written to the disk while it was made, which takes a fraction of a millisecond.
 Half of the copies are made at random moments, half when something is written after such a moment.
 
+ext4 is kept from writing what replaced or cut files hold before anybody asks for it, as it does by
+itself to help programs that do not (noauto_da_alloc, ext4(5)): other file systems do not either.
+
 The control is the same with fsync made to do nothing: there the same check must fail.
 """
 
@@ -85,7 +88,7 @@ class Place:
 
 def _lose_power(options: Options, job: Job, place: Place, slow_write_ms: int) -> None:
     """Run the job on a disk of its own, copy that, and look at every copy."""
-    folder, report, ext4 = place.folder, place.report, f"loop,data={place.mode}"
+    folder, report, ext4 = place.folder, place.report, f"loop,noauto_da_alloc,data={place.mode}"
     disk = make_disk(folder.with_suffix(".ext4"))
     num_batches = len(job.lines) // BATCH_SIZE
     expected_s = job.wall_s + num_batches * slow_write_ms / 1000

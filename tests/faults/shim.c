@@ -6,7 +6,7 @@
                     at an fsync) and path
    FAULTS_HOW       kill: SIGKILL to the process group before the call
                     torn: write half of the bytes, then the same
-                    short: write half of the bytes and report so
+                    short: write half of the bytes, if more than 256, and report so
                     lie: fsync and fdatasync report success and do nothing
                     a number: fail with this errno (a full disk fails no unlink)
                     count: nothing
@@ -109,7 +109,7 @@ static int fails(int is_hit) { return is_hit && atoi(how); }
 ssize_t write(int fd, const void *data, size_t length) {
     int is_hit = hit("write", fd, NULL, length);
     if (fails(is_hit)) return -1;
-    if (is_hit && !strcmp(how, "short") && length > 1) length /= 2;
+    if (is_hit && !strcmp(how, "short") && length > 256) length /= 2;
     if (is_hit && !strcmp(how, "torn")) {
         syscall(SYS_write, fd, data, length / 2);
         kill(0, SIGKILL);

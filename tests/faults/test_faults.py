@@ -71,7 +71,7 @@ def test_a_full_disk_is_told_and_a_larger_one_finishes_the_job(tmp_path: Path) -
 @needs_gcc
 def test_what_was_called_durable_survives_a_power_loss(tmp_path: Path) -> None:
     report = passed(
-        partial(power.power_loss, num_images=320, slow_write_ms=150), tmp_path, 4, lanes=3
+        partial(power.power_loss, num_images=320, slow_write_ms=350), tmp_path, 4, lanes=3
     )
     assert report.figures["num_lost"] == 0
     assert report.figures["num_lost_control"] > 0

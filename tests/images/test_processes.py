@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from batchclf.children import start_python
-from batchclf.errors import BatchclfError
+from batchclf.errors import BatchclfError, EnvironmentFailed
 from batchclf.images import processes as processes_module
 from batchclf.images.decode import Decoder
 from batchclf.images.jpeg import decoder_name
@@ -164,9 +164,49 @@ def test_processes_that_do_not_get_ready_leave_none_behind(images: Path) -> None
     before = psutil.Process().children()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", ["/no/such/folder"])
-        with pytest.raises(BatchclfError, match="ended before it began: exit code 1"):
+        with pytest.raises(
+            EnvironmentFailed, match="before it began, 3 times: exit code 1; choose"
+        ):
             processes_of(loader_of(images))
     assert psutil.Process().children() == before
+
+
+@pytest.fixture
+def two_die_young(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The first two processes are killed as soon as they are started; their ids."""
+    dead: list[int] = []
+
+    def start(program: str, **keys: Any) -> "subprocess.Popen[bytes]":
+        process = start_python(program, **keys)
+        if len(dead) < 2:
+            dead.append(process.pid)
+            process.kill()
+        return process
+
+    monkeypatch.setattr(processes_module, "start_python", start)
+    return dead
+
+
+def test_processes_that_are_killed_before_they_are_ready_are_replaced(
+    images: Path, two_die_young: list[int]
+) -> None:
+    with (
+        processes_of(loader_of(images), 1) as processes,
+        prefetcher(processes, refs_of()) as batches,
+    ):
+        assert_as_in_threads(collect(batches), images)
+    assert len(two_die_young) == 2
+
+
+def test_no_process_is_started_once_all_are_abandoned(images: Path) -> None:
+    with processes_of(loader_of(images), 1) as processes:
+        (worker,) = processes.decoding.workers
+        rows_NHWC = processes.decoding.allocate(BATCH_SHAPE)[:1]
+        processes.decoding.abandon()
+        with pytest.raises(processes_module._Abandoned) as raised:
+            worker(refs_of(1), rows_NHWC)
+        assert not isinstance(raised.value, BatchclfError), "no user is to see it"
+        assert not decode_processes()
 
 
 def test_a_bug_in_a_process_is_told_with_its_traceback(images: Path) -> None:
@@ -349,6 +389,31 @@ def test_a_process_that_somebody_stops_costs_no_image(images: Path) -> None:
     assert_as_in_threads(found, images)
 
 
+def test_the_time_for_which_all_processes_are_stopped_is_no_images_fault(images: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from tests.images.test_processes import *\n"
+        "load = SlowLoader(loader_of(Path(sys.argv[1])), 1)\n"
+        "with processes_of(load, 1, max_seconds=4) as processes:\n"
+        "    with prefetcher(processes, refs_of(1)) as batches:\n"
+        "        before = decode_processes()\n"
+        "        print(before[0].pid, flush=True)\n"
+        "        print(collect(batches)[0] == [Loaded()], decode_processes() == before)"
+    )
+    arguments = [sys.executable, "-c", script, str(images)]
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        time.sleep(0.2)
+        os.killpg(parent.pid, signal.SIGSTOP)
+        time.sleep(4.5)
+        parent.send_signal(signal.SIGCONT)
+        time.sleep(0.2)  # it looks before the child, which would be ready at once
+        os.kill(child, signal.SIGCONT)
+        assert parent.stdout.read() == "True True\n"
+
+
 def test_a_later_process_outlives_the_thread_that_needed_it(images: Path) -> None:
     with processes_of(loader_of(images), 1) as processes:
         (worker,) = processes.decoding.workers
@@ -371,9 +436,13 @@ def test_processes_may_be_abandoned_while_others_take_their_places(images: Path)
     for number in range(33):
         write_poison(images / f"{number:02d}.jpg", "kill")
     for delay_s in (0.0, 0.05, 0.2, 0.4):
-        with processes_of(loader_of(images)) as processes, prefetcher(processes, refs_of()):
+        with (
+            processes_of(loader_of(images)) as processes,
+            prefetcher(processes, refs_of()) as batches,
+        ):
             time.sleep(delay_s)
         assert not decode_processes()
+        assert batches.next_batch() is None, "what ends the workers is nobody's business"
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -474,6 +543,14 @@ def test_a_suspect_that_ends_or_holds_up_a_process_of_its_own_is_guilty(
     write_poison(tmp_path / "suspect.jpg", kind)
     max_seconds = 2 if kind in SLOW else 60
     assert_guilty(alone(loader_of(tmp_path), "suspect.jpg", max_seconds), kind)
+    assert not decode_processes()
+
+
+def test_a_suspect_is_not_blamed_for_processes_that_never_began(
+    images: Path, two_die_young: list[int]
+) -> None:
+    assert alone(loader_of(images), "00.jpg") is None
+    assert len(two_die_young) == 2
     assert not decode_processes()
 
 

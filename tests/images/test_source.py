@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchclf.errors import BatchclfError, NoImagesError, UsageError
+from batchclf.errors import BatchclfError, EnvironmentFailed, NoImagesError, UsageError
 from batchclf.images.source import Source, open_source, read_image_file, require_images
 from batchclf.results.records import Failure, Loaded
 from tests.conftest import ROOT
@@ -465,6 +465,13 @@ def test_a_list_that_may_not_be_read_is_an_error_that_names_it(open_folder: Path
     (open_folder / "list.txt").chmod(0o000)
     with unprivileged(), pytest.raises(BatchclfError, match=r"list\.txt"):
         require_images(open_source(open_folder / "list.txt"))
+
+
+def test_a_list_that_opens_but_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
+    spec = tmp_path / "list.txt"
+    spec.symlink_to("/proc/self/mem")  # reading its beginning is EIO
+    with pytest.raises(EnvironmentFailed, match=r"input: .*list\.txt: cannot be read: .*EIO"):
+        listed(open_source(spec))
 
 
 # ---- files that change ---------------------------------------------------------------------------

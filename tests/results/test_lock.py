@@ -22,7 +22,8 @@ from batchclf.results.lock import LEASE_S, Lease, only_writer, others_at_work
 from batchclf.results.records import Shard
 
 ELSEWHERE = {"host": "node-17", "boot_id": "another-machine", "pid": 4711}
-REBOOTED = {"host": socket.gethostname(), "boot_id": "before"}
+OTHER_BOOT = {"host": socket.gethostname(), "boot_id": "another-boot"}
+UPTIME_S = 15.0
 HERE = {"host": socket.gethostname(), "boot_id": boot_id()}
 
 
@@ -39,6 +40,12 @@ def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.fixture
+def just_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine runs since a moment ago."""
+    monkeypatch.setattr(time, "clock_gettime", {time.CLOCK_BOOTTIME: UPTIME_S}.__getitem__)
 
 
 @pytest.fixture
@@ -64,10 +71,11 @@ def holds(lease: Lease, files: RunFiles) -> bool:
 # ---- whose it is ---------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("just_started")
 @pytest.mark.parametrize(
     ("holder", "age_s"),
-    [(ELSEWHERE, LEASE_S + 1), (REBOOTED, 0), (HERE, 0)],
-    ids=["of another machine that is gone", "before a restart", "of a dead process"],
+    [(ELSEWHERE, LEASE_S + 1), (OTHER_BOOT, UPTIME_S + 5), (OTHER_BOOT, LEASE_S + 1), (HERE, 0)],
+    ids=["of a machine that is gone", "before a restart", "of a twin gone", "of a dead process"],
 )
 def test_a_lease_that_nobody_can_be_behind_is_taken_over(
     files: RunFiles, holder: dict[str, Any], age_s: float
@@ -89,6 +97,15 @@ def test_a_lease_that_another_machine_renews_is_respected_and_its_holder_named(
     assert refused.value.exit_code == 2
     assert files.lease.read_bytes() == before
     assert sorted(os.listdir(files.folder)) == [".lease.json", ".lock"]
+
+
+@pytest.mark.usefixtures("just_started")
+def test_a_lease_that_a_machine_of_the_same_name_renews_is_respected(files: RunFiles) -> None:
+    leave_lease(files, UPTIME_S - 5, **OTHER_BOOT)
+    before = files.lease.read_bytes()
+    with pytest.raises(ResumeRefused, match="pid 1 on host"), only_writer(files):
+        pass
+    assert files.lease.read_bytes() == before
 
 
 def test_a_torn_lease_is_nobodys(files: RunFiles) -> None:
@@ -206,14 +223,20 @@ def test_a_folder_with_results_stays(tmp_path: Path) -> None:
     assert set(entries(tmp_path)) == {"out", ".lock", "predictions.jsonl"}
 
 
-def test_a_lock_file_that_is_removed_meanwhile_locks_nobody_in(files: RunFiles) -> None:
-    """Whoever waits for a lock must not get one on a file that is gone."""
-    with only_writer(files):
+def test_a_lock_on_a_file_that_has_just_been_removed_is_none(
+    files: RunFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its holder may remove it with the folder, while another is about to get it."""
+    lock_now = fcntl.flock
+
+    def remove_first(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock_now)
         files.lock.unlink()
-        files.lease.unlink()
-        with only_writer(files), pytest.raises(ResumeRefused):  # noqa: SIM117
-            with only_writer(files):
-                pass
+        lock_now(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with only_writer(files), pytest.raises(ResumeRefused), only_writer(files):
+        pass
 
 
 def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path: Path) -> None:

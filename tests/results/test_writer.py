@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from batchclf.errors import EnvironmentFailed, ResumeRefused
 from batchclf.results import listing
-from batchclf.results.files import RunFiles
+from batchclf.results.files import RunFiles, read_lines
 from batchclf.results.lines import Done, encode_record, find_done
 from batchclf.results.listing import (
     count_listing,
@@ -29,7 +29,7 @@ from batchclf.results.listing import (
 from batchclf.results.lock import only_writer
 from batchclf.results.records import Failure, ImageRef, Prediction, Record, Shard
 from batchclf.results.state import read_run, write_run
-from batchclf.results.writer import RecordWriter, discard, failed_refs, replace_failed
+from batchclf.results.writer import RecordWriter, cut_surplus, discard, failed_refs, replace_failed
 from tests.conftest import ROOT
 from tests.tiny import name_in
 
@@ -295,6 +295,53 @@ def test_an_output_that_fails_ends_with_exit_code_5_and_names_the_file(
     assert str(path) in str(failed.value)
 
 
+READERS: dict[str, Callable[[RunFiles], object]] = {
+    "count_listing": count_listing,
+    "read_paths": lambda files: list(read_paths(files)),
+    "find_done": lambda files: find_done(files.predictions, [b"a.jpg"]),
+    "failed_refs": lambda files: list(failed_refs(files.predictions, [], {"io_error"})),
+    "read_lines": lambda files: list(read_lines(files.stats)),
+    "read_run": read_run,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_an_output_that_cannot_be_read_ends_with_exit_code_5_and_names_the_file(
+    files: RunFiles, reader: str
+) -> None:
+    for path in (files.listing, files.predictions, files.stats, files.run):
+        path.symlink_to("/proc/self/mem")  # opens, and reading its beginning is EIO
+    with pytest.raises(
+        EnvironmentFailed, match=r"^output: .*: cannot be read: Input/output error; .* to resume$"
+    ) as failed:
+        READERS[reader](files)
+    assert failed.value.exit_code == 5
+
+
+def test_what_stands_behind_is_cut_off_once(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    assert cut_surplus(path, 0) == 0
+    path.write_bytes(b"kept\nsurplus\n")
+    assert cut_surplus(path, 5) == 8
+    assert path.read_bytes() == b"kept\n"
+    os.utime(path, ns=(0, 0))
+    assert cut_surplus(path, 5) == 0
+    assert path.stat().st_mtime_ns == 0
+
+
+def test_a_surplus_that_cannot_be_cut_off_ends_with_exit_code_5(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    path = tmp_path / "predictions.jsonl"
+    path.write_bytes(b"kept\nsurplus\n")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(EnvironmentFailed, match=r"predictions\.jsonl: cannot be written"):
+        cut_surplus(path, 5)
+
+
 def test_run_json_is_replaced_whole_and_leaves_nothing_beside_it(files: RunFiles) -> None:
     write_run(files, {"status": "running"})
     write_run(files, {"status": "complete", "n": 1})
@@ -390,6 +437,18 @@ def test_a_listing_without_a_run_is_abandoned_once_nobody_is_at_work(tmp_path: P
     with only_writer(second):
         discard_abandoned_listing(second)
         assert not second.listing.exists()
+
+
+def test_a_shard_leaves_the_listing_of_an_unsharded_run_that_has_just_begun(tmp_path: Path) -> None:
+    whole, shard = RunFiles(tmp_path), RunFiles(tmp_path, Shard(0, 2))
+    with only_writer(whole):
+        freeze_listing(whole, [b"a"])
+        with only_writer(shard):
+            discard_abandoned_listing(shard)
+            assert count_listing(whole) == 1
+    with only_writer(shard):
+        discard_abandoned_listing(shard)
+        assert not shard.listing.exists()
 
 
 def test_a_listing_that_fails_half_way_is_not_there(files: RunFiles) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from batchclf.supervision.board import Board
 from batchclf.supervision.worker import FENCE_S, _Channel
+from tests.faults.poison import poisoned_environment, write_poison
 from tests.supervision.common import (
     Run,
     assert_as_undisturbed,
@@ -111,13 +112,22 @@ def test_records_are_held_back_until_the_lease_is_renewed() -> None:
 
 
 def test_a_second_run_is_refused_and_the_first_one_undisturbed(tmp_path: Path) -> None:
-    job = write_job(tmp_path, 300, slow=True)
-    with started(job) as run:
-        run.wait_until(has_records(tmp_path / "out"))
-        asked = time.monotonic()
-        exit_code, said = finished(job, "--overwrite")
-        print(f"refused after {time.monotonic() - asked:.1f} s")
-        assert exit_code == 2, said
-        assert f"another batchclf is writing there (pid {run.process.pid} on host " in said
-        assert run.end() == 0, run.stderr
+    job = write_job(tmp_path, 24)
+    image = sorted((tmp_path / "images").iterdir())[12]
+    good = image.read_bytes()
+    image.unlink()
+    write_poison(image, "hang")
+    with started(job, env=poisoned_environment()) as run:
+        run.wait_until(has_records(tmp_path / "out", 12))
+        left = contents(tmp_path / "out")
+        for options in ((), ("--overwrite",)):
+            asked = time.monotonic()
+            exit_code, said = finished(job, *options)
+            print(f"refused after {time.monotonic() - asked:.1f} s")
+            assert exit_code == 2, said
+            assert f"another batchclf is writing there (pid {run.process.pid} on host " in said
+        assert contents(tmp_path / "out")["predictions.jsonl"] == left["predictions.jsonl"]
+        assert run.worker() is not None
+    image.write_bytes(good)
+    assert finished(job)[0] == 0
     assert_as_undisturbed(tmp_path)

@@ -1,0 +1,71 @@
+"""stdout and stderr, as they may be in a night: closed, full, read by nobody."""
+
+import os
+import re
+import select
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+import click
+
+STDERR = 2
+PATIENCE_S = 0.2
+"""Seconds that whoever reads a pipe or a terminal may take to make room for a line."""
+
+
+def open_standard_streams() -> None:
+    """Where one was closed, open it on nothing: the next file opened would be taken for it."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - until the end
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def say(text: str) -> None:
+    """Text for people, on stderr, made `printable`.
+
+    Where nobody makes room for it, it is dropped: a job ends at a signal, and with its own exit
+    code, whoever does not read what it says.
+    """
+    if is_read():
+        with unless_gone(sys.stderr):
+            click.echo(printable(text), err=True)
+
+
+def is_read() -> bool:
+    """Whether stderr has room for a line, or soon will have; else a print might wait for ever."""
+    return bool(select.select((), (STDERR,), (), PATIENCE_S)[1])
+
+
+@contextmanager
+def unless_gone(stream: TextIO) -> Iterator[None]:
+    """Print within: where the reader is gone, or the stream's disk is full, no error comes of it.
+
+    From then on, what is printed there goes nowhere.
+    """
+    try:
+        yield
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def printable(text: str) -> str:
+    """Text that cannot drive the terminal, nor pass for another line of the log.
+
+    Escaped is all that is not printable: control characters, also those beyond ASCII, marks that
+    turn the direction of text (U+202A to U+202E, U+2066 to U+2069), line and paragraph separators,
+    halves of surrogate pairs. A line break stays, and what follows it is indented: a file's name
+    with one in it does not begin a line.
+    """
+    escaped = "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
+        for char in text
+    )
+    return re.sub(r"\n(?=[^ \n])", "\n  ", escaped)
