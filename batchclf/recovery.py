@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 
-from batchclf.errors import DeviceLost, OutOfMemory, ProviderError
+from batchclf.errors import DeviceLost, EnvironmentFailed, OutOfMemory, ProviderError
 from batchclf.images.prefetch import Quarantine
 from batchclf.images.processes import try_alone
 from batchclf.images.source import Source
@@ -40,7 +40,12 @@ def try_suspects(
     for ref in islice(refs, max(recovery.suspects) + 1):
         if ref.index not in recovery.suspects:
             continue
-        failure = try_alone(load, ref, shape_HWC, job.loader.max_seconds)
+        try:
+            failure = try_alone(load, ref, shape_HWC, job.loader.max_seconds)
+        except OSError as error:
+            raise EnvironmentFailed(
+                f"no process in which to try an image alone: {error}; run again to resume"
+            ) from error
         if failure is None:
             reporter.log(f"{os.fsdecode(ref.path)}: tried alone, does no harm")
             continue
