@@ -11,7 +11,7 @@ SAME_EVERYWHERE = (
     *("tests/models/test_export.py", "tests/models/test_weights.py"),
     *("tests/test_quality.py", "tests/test_house.py", "tests/test_job.py"),
     *("tests/faults", "tests/supervision", "tests/test_security.py", "tests/test_children.py"),
-    "tests/models/test_onnx_guard.py",
+    *("tests/models/test_onnx_guard.py", "tests/test_resume.py", "tests/test_bottleneck.py"),
 )
 """What the flavour has no part in: tested in the cpu environment only."""
 WITHOUT_GPU = ("tests/test_refusals.py", "tests/runtime")

@@ -417,8 +417,7 @@ class JobSpec(_Spec):
     stall_timeout: Annotated[float, BeforeValidator(_as_float), Field(gt=0, le=86_400)] = Field(
         120.0,
         description="Seconds without progress after which the job's process is started again; ten "
-        "times as many while it keeps a core busy, and loader.max_seconds more while images are "
-        "decoded in processes or a model is prepared.",
+        "times as many while it keeps a core busy.",
     )
     errors: ErrorsSpec = ErrorsSpec()
     engine: Annotated[

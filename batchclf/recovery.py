@@ -41,7 +41,7 @@ def try_suspects(
         if ref.index not in recovery.suspects:
             continue
         try:
-            failure = try_alone(load, ref, shape_HWC, job.loader.max_seconds)
+            failure = try_alone(load, ref, shape_HWC, job.loader.max_seconds, reporter.beat)
         except OSError as error:
             raise EnvironmentFailed(
                 f"no process in which to try an image alone: {error}; run again to resume"

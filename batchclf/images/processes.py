@@ -474,9 +474,15 @@ def _crash(returncode: int) -> Failure:
 
 
 def try_alone(
-    load: Load, ref: ImageRef, shape_HWC: tuple[int, int, int], max_seconds: float
+    load: Load,
+    ref: ImageRef,
+    shape_HWC: tuple[int, int, int],
+    max_seconds: float,
+    beat: Beat = lambda: None,
 ) -> Failure | None:
     """Load one image in a process of its own, to see whether it would end ours.
+
+    `beat` is called every second that it takes.
 
     Returns:
         decoder_crash, timeout or oom: it ended that process, kept it longer than `max_seconds`, or
@@ -489,7 +495,7 @@ def try_alone(
         BatchclfError: what the process met that is not the image's fault.
     """
     with closing(_Shared(1, shape_HWC)) as shared, closing(_Processes(load, shared)) as processes:
-        worker = _Worker(processes, shared, max_seconds, beat=lambda: None)
+        worker = _Worker(processes, shared, max_seconds, beat)
         try:
             (loaded,) = worker.ask([ref], shared.pixels_NHWC)
         except _Ended as ended:

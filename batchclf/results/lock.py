@@ -33,7 +33,7 @@ from batchclf.results.files import (
     temporary_of,
 )
 
-LOCK_S = 0.5
+LOCK_S = 0.2
 POLL_S = 0.05
 _NO_FLOCK = (ENOSYS, EOPNOTSUPP, ENOLCK)
 LEASE_S = 30.0

@@ -129,7 +129,7 @@ class Supervisor:
             num_before, num_guilty = self._board.num_images, len(self._guilty)
             self._worker.send(Setup(job, options, recovery, started))
             try:
-                death = self._watch(job, recovery, lease)
+                death = self._watch(job, lease)
                 if isinstance(death, RunResult):
                     return death
                 has_progressed = (
@@ -193,15 +193,14 @@ class Supervisor:
 
     # ---- watching --------------------------------------------------------------------------------
 
-    def _watch(self, job: JobSpec, recovery: Recovery, lease: Lease) -> "RunResult | Death":
+    def _watch(self, job: JobSpec, lease: Lease) -> "RunResult | Death":
         """Follow the worker to its end.
 
         Raises:
             BatchclfError: what the worker said, or what happened to the output.
         """
         worker = self._worker
-        is_isolated = recovery.isolate or job.loader.backend == "processes"
-        pulse = _Pulse(self._board, worker, job, is_isolated=is_isolated)
+        pulse = _Pulse(self._board, worker, job)
         ends_at = None
         while True:
             message = worker.receive(TICK_S)
@@ -298,13 +297,9 @@ class _Pulse:
     Time counts only while this process is awake: both may be stopped, as with their machine.
     """
 
-    def __init__(
-        self, board: Board, worker: WorkerProcess, job: JobSpec, *, is_isolated: bool
-    ) -> None:
-        """`is_isolated`: images are decoded in processes, which the worker ends itself."""
+    def __init__(self, board: Board, worker: WorkerProcess, job: JobSpec) -> None:
         self._board = board
         self._worker = worker
-        self._is_isolated = is_isolated
         self._max_seconds = job.loader.max_seconds
         self._stall_timeout = job.stall_timeout
         self._awake_s = 0.0
@@ -339,12 +334,12 @@ class _Pulse:
                 tuple(sorted(late)),
             )
         # Otherwise a model is loaded or compiled, or an input listed, which shows as CPU time only.
-        progress = (self._board.num_images, self._board.last_beat, at)
-        shown = progress if is_classifying else self._worker.cpu_seconds()
+        progress = (self._board.num_images, at) if is_classifying else self._worker.cpu_seconds()
+        shown = (self._board.last_beat, progress)
         if shown != self._shown:
             self._shown = shown
             self.beat()
-        if self._awake_s - self._beat_s > self._patience_s(is_classifying):
+        if self._awake_s - self._beat_s > self._patience_s():
             return Death(
                 f"has made no progress for stall_timeout ({self._stall_timeout:g} s; to be raised "
                 "if a batch takes so long)",
@@ -352,11 +347,8 @@ class _Pulse:
             )
         return None
 
-    def _patience_s(self, is_classifying: bool) -> float:
-        """How long no progress is no reason to worry."""
-        if self._is_isolated or not is_classifying:  # it may wait for an image's process
-            return self._stall_timeout + self._max_seconds
-        # A slow batch is more likely than an endless one.
+    def _patience_s(self) -> float:
+        """How long to wait for progress: a slow batch is more likely than an endless one."""
         cpu_s = self._worker.cpu_seconds() - self._beat_cpu_s
         is_busy = cpu_s > BUSY_SHARE * (self._awake_s - self._beat_s)
         return self._stall_timeout * (BUSY_FACTOR if is_busy else 1)

@@ -26,7 +26,7 @@ from unittest.mock import patch
 import numpy as np
 from PIL import Image
 
-import batchclf.pipeline
+import batchclf.plan
 from batchclf.devices import Opened
 from batchclf.images.decode import Decoder
 from batchclf.images.prefetch import Load, zeroed_pixels
@@ -170,7 +170,7 @@ def _slower_decoding(outside_s: float) -> Iterator[None]:
         load = make_loader(*arguments)
         return SlowLoader(load, outside_s) if outside_s else load
 
-    with patch.object(batchclf.pipeline, "make_loader", slower):
+    with patch.object(batchclf.plan, "make_loader", slower):
         yield
 
 
