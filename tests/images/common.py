@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,8 @@ def decoding_mb(file: Path, interpolation: str, mode: str, code: str = "") -> in
     )
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
+
+
+def but_colours(loaded: Loaded) -> Loaded:
+    """The same without what is said of ICC profiles (test_profile.py)."""
+    return replace(loaded, warnings=tuple(w for w in loaded.warnings if w != "icc_ignored"))

@@ -28,6 +28,7 @@ from tests.images.common import (
     MEASURE,
     RESNET50,
     assert_torchvisions_pixels,
+    but_colours,
     decode,
     decoding_mb,
     encode,
@@ -593,7 +594,7 @@ def test_damaged_metadata_does_not_fail_the_image(case: str, exif_transpose: boo
     file = BESIDE[case]()
     plain = encode(picture(64, 48), "JPEG" if file.startswith(b"\xff\xd8") else "PNG")
     pixels_HWC, loaded = decode(file, exif_transpose=exif_transpose, strict=True)
-    assert loaded == Loaded()
+    assert but_colours(loaded) == Loaded()
     np.testing.assert_array_equal(pixels_HWC, decode(plain)[0])
 
 

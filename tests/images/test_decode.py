@@ -27,6 +27,7 @@ from tests.images.common import (
     RESNET50,
     RESNET50_V1,
     assert_torchvisions_pixels,
+    but_colours,
     decode,
     decoding_mb,
     encode,
@@ -61,7 +62,7 @@ def test_every_photo_gives_the_very_pixels_of_torchvision() -> None:
         others = [] if number % 5 else [rest[number // 5 % len(rest)]]
         for preset in (*common, *others):
             pixels_HWC, loaded = decode(content, b"a.jpeg", preset)
-            assert loaded == Loaded(), path.name
+            assert but_colours(loaded) == Loaded(), path.name
             if not np.array_equal(pixels_HWC, torchvision_pixels(image, preset)):
                 different.append((path.name, preset))
     assert not different
