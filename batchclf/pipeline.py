@@ -62,7 +62,7 @@ from batchclf.resume import (
     run_facts,
     summary_facts,
 )
-from batchclf.runtime.classifier import open_reference
+from batchclf.runtime.classifier import halving, open_reference
 from batchclf.runtime.ranking import rank
 from batchclf.runtime.streams import Rank, Streams
 from batchclf.sample import sample_listing
@@ -255,7 +255,8 @@ def classify_shard(
         OutOfMemory: for a batch of this size.
         DeviceLost: the device does not answer any more; another process may find that it does.
     """
-    num_streams = len(opened.classifiers)
+    classifiers = list(map(halving, opened.classifiers))
+    num_streams = len(classifiers)
     reporter.begin(plan.num_images, stats.num_images)
     next_interval = time.monotonic() + INTERVAL_S
     next_sync = time.monotonic() + SYNC_S
@@ -263,7 +264,7 @@ def classify_shard(
         explained(plan.model, plan.batch_size),
         stop.drained_by_caller(),
         _prefetched(plan, opened, refs, reporter) as (decoding, batches),
-        Streams(batches.next_batch, opened.classifiers, _ranking(plan), stats.add_batch) as streams,
+        Streams(batches.next_batch, classifiers, _ranking(plan), stats.add_batch) as streams,
         _stopping(batches),
     ):
         stats.start(time.perf_counter() - batchclf.STARTED, num_streams)

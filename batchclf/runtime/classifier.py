@@ -26,19 +26,12 @@ class OnnxClassifier:
         self._session = session
         self._input = session.get_inputs()[0].name
         self._output = session.get_outputs()[0].name
-        self._takes_any_batch = isinstance(session.get_inputs()[0].shape[0], str)
+        self.takes_any_batch = isinstance(session.get_inputs()[0].shape[0], str)
         self.active = active
 
     def __call__(self, pixels_NHWC: Pixels) -> Scores:
-        try:
-            (scores_NK,) = self._session.run([self._output], {self._input: pixels_NHWC})
-            return np.asarray(scores_NK, np.float32)
-        except ORT_ERRORS as error:
-            if not (self._takes_any_batch and len(pixels_NHWC) > 1 and is_out_of_memory(error)):
-                raise
-        # Memory did not suffice for all at once; the session itself is none the worse for it.
-        half = len(pixels_NHWC) // 2
-        return np.concatenate([self(pixels_NHWC[:half]), self(pixels_NHWC[half:])])
+        (scores_NK,) = self._session.run([self._output], {self._input: pixels_NHWC})
+        return np.asarray(scores_NK, np.float32)
 
 
 class BoundClassifier(OnnxClassifier):
@@ -101,6 +94,26 @@ def open_classifier(
         place = ("cuda", target.device_id) if on_cuda else ("cpu", 0)
         return BoundClassifier(session, active, *place)
     return OnnxClassifier(session, active)
+
+
+def halving(classify: OnnxClassifier) -> Classifier:
+    """The same in halves, and halves of these, where memory does not suffice for all at once.
+
+    For a session that takes any batch: it is none the worse for a lack of memory.
+    """
+
+    def classify_within_memory(pixels_NHWC: Pixels) -> Scores:
+        try:
+            return classify(pixels_NHWC)
+        except ORT_ERRORS as error:
+            if len(pixels_NHWC) == 1 or not is_out_of_memory(error):
+                raise
+        half = len(pixels_NHWC) // 2
+        return np.concatenate(
+            [classify_within_memory(pixels_NHWC[:half]), classify_within_memory(pixels_NHWC[half:])]
+        )
+
+    return classify_within_memory if classify.takes_any_batch else classify
 
 
 def warm_up(classify: OnnxClassifier, pixels_NHWC: Pixels) -> Scores:

@@ -68,6 +68,8 @@ CORES_16 = [(16, 2.5), (16, 1.0)]
 class NullModel:
     """The same scores for every batch, at once."""
 
+    takes_any_batch = False
+
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
         self._scores_NK: Scores = rng.normal(size=(BATCH_SIZE, NUM_CLASSES)).astype(np.float32)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from batchclf.results.records import Pixels, Scores
-from batchclf.runtime.classifier import OnnxClassifier
+from batchclf.runtime.classifier import OnnxClassifier, halving
 from tests.conftest import read_records
 from tests.faults.poison import CODES, poisoned_environment, write_poison
 from tests.supervision.common import (
@@ -274,7 +274,8 @@ class _Memory:
 def test_a_session_that_takes_any_batch_infers_one_in_parts_where_memory_is_short() -> None:
     pixels_NHWC = np.random.default_rng(5).integers(0, 256, (9, 8, 8, 3), np.uint8)
     session: Any = _Memory(4)
-    scores_NK = OnnxClassifier(session, active=None)(pixels_NHWC)  # type: ignore[arg-type]
+    classify = OnnxClassifier(session, active=None)  # type: ignore[arg-type]
+    scores_NK = halving(classify)(pixels_NHWC)
     np.testing.assert_array_equal(scores_NK, pixels_NHWC.mean(axis=(1, 2), dtype=np.float32))
     assert session.sizes == [9, 4, 5, 2, 3]
 
@@ -284,8 +285,9 @@ def test_a_session_that_cannot_infer_less_says_that_memory_is_short(
     batch: str | int, room: int
 ) -> None:
     session: Any = _Memory(room, batch)
+    classify = OnnxClassifier(session, active=None)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="Failed to allocate memory"):
-        OnnxClassifier(session, active=None)(np.zeros((9, 8, 8, 3), np.uint8))  # type: ignore[arg-type]
+        halving(classify)(np.zeros((9, 8, 8, 3), np.uint8))
 
 
 def test_a_batch_too_large_for_the_memory_is_halved_until_it_fits(tmp_path: Path) -> None:
