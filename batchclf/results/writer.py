@@ -1,8 +1,8 @@
-"""predictions.jsonl, stats.jsonl and run.json, written while a job runs.
+"""predictions.jsonl and stats.jsonl, written while a job runs.
 
 Records are written in the order of the frozen listing, so what is done is a prefix. They survive a
 kill of the process as soon as they are written, and a power loss once they are synced: run.json
-notes up to where that is (`Durable`), always after the fact.
+notes up to where that is (`Durable` in state.py), always after the fact.
 """
 
 import os
