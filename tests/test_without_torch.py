@@ -53,6 +53,7 @@ def test_a_bundle_runs_in_an_environment_without_torch(batchclf: Batchclf, tmp_p
     wanted = [command[0], "run", str(write_job(tmp_path)), "--overwrite"]
     refused = subprocess.run(wanted, capture_output=True, text=True, env=env, check=False)
     assert refused.returncode == 2
-    assert "batchclf[export]" in refused.stderr
+    needed = "torch, torchvision, onnx, onnxscript, safetensors"
+    assert f"which needs {needed}: pip install 'batchclf[export]'" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert sys.prefix not in refused.stderr

@@ -15,7 +15,7 @@ import click
 
 from batchclf import __version__
 from batchclf.cli.streams import open_standard_streams, say
-from batchclf.errors import BatchclfError, Interrupted
+from batchclf.errors import BatchclfError, Interrupted, WorkerFailed
 
 AS_JSON = "json"
 """The context's object where `--json` was given."""
@@ -64,7 +64,8 @@ class LazyGroup(click.Group):
             say(f"batchclf: {error}")
             for note in getattr(error, "__notes__", ()):
                 say(f"batchclf: {note}")
-            if error.exit_code == BatchclfError.exit_code:
+            is_bug = error.exit_code == BatchclfError.exit_code
+            if is_bug and not isinstance(error, WorkerFailed):  # which says it all in its message
                 say(traceback.format_exc())
             sys.exit(error.exit_code)
         except KeyboardInterrupt:

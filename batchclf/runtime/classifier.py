@@ -26,8 +26,12 @@ class OnnxClassifier:
         self._session = session
         self._input = session.get_inputs()[0].name
         self._output = session.get_outputs()[0].name
-        self.takes_any_batch = isinstance(session.get_inputs()[0].shape[0], str)
         self.active = active
+
+    @property
+    def takes_any_batch(self) -> bool:
+        """Whether it may be called with batches of any size, one after the other."""
+        return isinstance(self._session.get_inputs()[0].shape[0], str)
 
     def __call__(self, pixels_NHWC: Pixels) -> Scores:
         (scores_NK,) = self._session.run([self._output], {self._input: pixels_NHWC})
@@ -41,6 +45,8 @@ class BoundClassifier(OnnxClassifier):
     from two threads, overlap one batch's copy with the other's computation. That place has one
     shape: where memory does not suffice for it, the job goes on with half in a new session.
     """
+
+    takes_any_batch = False
 
     def __init__(
         self,

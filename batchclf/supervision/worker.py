@@ -14,7 +14,6 @@ import batchclf
 from batchclf.children import end_with_parent, expendable
 from batchclf.errors import BatchclfError
 from batchclf.interrupt import StopRequest
-from batchclf.pipeline import run_job
 from batchclf.reporter import Reporter
 from batchclf.results.lock import LEASE_S
 from batchclf.results.records import Failure
@@ -35,17 +34,33 @@ def main(socket_descriptor: int, board_descriptor: int, parent_pid: int) -> None
     faulthandler.enable()
     faulthandler.register(DUMP_SIGNAL, all_threads=True)
     with Connection(socket_descriptor) as connection:
+        problem = _import_pipeline()
         try:
             setup: Setup = connection.recv()
         except EOFError:
             return
-        connection.send(_run(setup, _Channel(connection, Board(board_descriptor))))
+        channel = _Channel(connection, Board(board_descriptor))
+        connection.send(("bug", problem) if problem else _run(setup, channel))
     # Native libraries have crashed while being taken down, and there is nothing left to do.
     sys.stderr.flush()
     os._exit(0)
 
 
+def _import_pipeline() -> str | None:
+    """Import what takes long while the parent does so too; the traceback where that fails.
+
+    Nothing is printed: the parent may find the reason by itself, and can say it better.
+    """
+    try:
+        import batchclf.pipeline  # noqa: F401
+    except Exception:  # noqa: BLE001 - the parent tells of it
+        return traceback.format_exc()
+    return None
+
+
 def _run(setup: Setup, channel: "_Channel") -> Message:
+    from batchclf.pipeline import run_job
+
     batchclf.STARTED = setup.started
     try:
         with StopRequest(signals=STOP_SIGNALS).installed() as stop:

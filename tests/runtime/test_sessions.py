@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from batchclf.errors import ModelError, ProviderError, UsageError
-from batchclf.runtime.classifier import BoundClassifier, OnnxClassifier, open_classifier, warm_up
+from batchclf.runtime.classifier import (
+    BoundClassifier,
+    OnnxClassifier,
+    halving,
+    open_classifier,
+    warm_up,
+)
 from batchclf.runtime.providers import PROVIDERS
 from batchclf.runtime.sessions import (
     Target,
@@ -118,6 +124,12 @@ def test_a_bound_classifier_gives_the_answers_of_an_unbound_one(model: Path) -> 
     found = [bound(batch) for batch in batches]
     for batch, scores_NK in zip(batches, found, strict=True):
         np.testing.assert_array_equal(scores_NK, plain(batch))
+
+
+def test_a_bound_classifier_does_not_infer_batches_in_parts(model: Path) -> None:
+    plain, bound = open_classifier(model, CPU), open_classifier(model, CPU, bind=True)
+    assert halving(bound) is bound
+    assert halving(plain) is not plain
 
 
 def test_a_bound_classifier_leaves_its_callers_pixels_alone(model: Path) -> None:

@@ -34,8 +34,12 @@ def change(module):
             fail(len(pixels_NHWC))
         return infer(self, pixels_NHWC)
     module.OnnxClassifier.__call__ = infer_or_fail
+    module.OnnxClassifier.takes_any_batch = False
 """
-"""Calls `fail` with the size of each batch before it is inferred (the probe's is of floats)."""
+"""Calls `fail` with the size of each batch before it is inferred (the probe's is of floats).
+
+Batches are not inferred in parts, as with a session that takes one size only.
+"""
 OUT_OF_MEMORY = 'raise RuntimeError("Failed to allocate memory for requested buffer of size 9")'
 LOST = 'raise RuntimeError("CUDA failure 700: an illegal memory access was encountered")'
 
@@ -369,4 +373,17 @@ def test_a_fault_of_the_job_itself_is_told_once_and_not_tried_again(tmp_path: Pa
     exit_code, said = finished(job, env=fault(tmp_path, program, PREPARING))
     assert exit_code == 1
     assert "ZeroDivisionError" in said
+    assert len(list((tmp_path / "fault").glob("[0-9]*"))) == 1
+
+
+def test_a_package_that_cannot_be_imported_is_told_once_and_not_tried_again(
+    tmp_path: Path,
+) -> None:
+    job = write_job(tmp_path)
+    program = "def change(module):\n    (FOLDER / str(os.getpid())).touch()\n"
+    program += "    raise ImportError('libgone.so.1: cannot open shared object file')\n"
+    exit_code, said = finished(job, env=fault(tmp_path, program, CLASSIFIER))
+    assert exit_code == 1
+    assert said.count("Traceback") == 1, said
+    assert "libgone.so.1: cannot open shared object file" in said
     assert len(list((tmp_path / "fault").glob("[0-9]*"))) == 1
