@@ -8,12 +8,12 @@ classify_shard:  listing → prefetched batches → streams of inference → rec
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, partial
-from itertools import islice, starmap
+from itertools import starmap
 from typing import Any
 
 import batchclf
@@ -32,24 +32,22 @@ from batchclf.images.source import Source, open_source, require_images
 from batchclf.interrupt import StopRequest
 from batchclf.job import JobSpec, auto
 from batchclf.machine import cpu_seconds, peak_rss_mb
-from batchclf.models.resolve import Log, ResolvedModel, resolve_model
-from batchclf.plan import Plan, fitting_batch_size, freeze, limited, make_plan
-from batchclf.recovery import explained, try_suspects
+from batchclf.models.resolve import Log, resolve_model
+from batchclf.plan import Plan, freeze, limited, make_plan
+from batchclf.recovery import explained, go_on_counting, try_suspects
 from batchclf.reporter import Reporter
 from batchclf.request import Recovery, RunOptions, RunResult
 from batchclf.results.files import RunFiles, remove
-from batchclf.results.lines import Done, find_done
-from batchclf.results.listing import new_paths, read_listing
-from batchclf.results.records import Failure, ImageRef, Pixels
+from batchclf.results.lines import Done
+from batchclf.results.listing import count_listing, new_paths, read_listing
+from batchclf.results.records import ImageRef, Pixels
 from batchclf.results.state import RunState, kept_status, read_run
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import (
     RecordWriter,
     append_stats,
     discard,
-    failed_refs,
     mend_stats,
-    replace_failed,
 )
 from batchclf.resume import (
     durable_of,
@@ -62,6 +60,7 @@ from batchclf.resume import (
     run_facts,
     summary_facts,
 )
+from batchclf.retry import Classify, retry, retryable, tell_that_none_is_retried
 from batchclf.runtime.classifier import halving, open_reference
 from batchclf.runtime.ranking import rank
 from batchclf.runtime.streams import Rank, Streams
@@ -90,26 +89,29 @@ def run_job(
     settle = cache(partial(settle_provider, job, reporter.log))
     begun = _begin(job, options, recovery, settle, reporter)
     plan, done = begun.plan, begun.done
-    retried = _failed(plan, done, options.codes) if options.retry_failed else Counter[str]()
+    retried = retryable(plan, done, options.codes) if options.retry_failed else Counter[str]()
     stats = StatsCollector(cpu_seconds, peak_rss_mb, list_s=begun.list_s)
     stats.resume(done.num_ok, done.errors_by_code - retried)
-    _go_on_counting(stats, recovery)
+    go_on_counting(stats, recovery)
     _check_error_limit(plan, stats)
     finished = finished_summary(plan.files) if done.num_images == plan.num_images else None
     if finished is not None and not retried:
         if options.retry_failed:
-            _tell_that_none_is_retried(done, options.codes, reporter.log)
+            tell_that_none_is_retried(done, options.codes, reporter.log)
         reporter.log(f"already complete: {plan.num_images:,} images in {plan.files.predictions}")
         _tell_of_new_files(plan, options, reporter.log)
         return RunResult(plan.files, finished, was_complete=True)
-    opened = begun.opened or _open_frozen(plan, begun, settle(), reporter)
+    opened = begun.opened
+    if opened is None:
+        opened = _open(plan, partial(read_listing, plan.files), settle(), reporter)
+        require_same_converted(begun.previous, done, opened)
     facts = run_facts(plan, opened, begun.fingerprint, begun.previous, done, retried.keys())
     with kept_status(plan.files, facts) as state:
         mend_stats(plan.files)
         classify = partial(classify_shard, plan, opened, stats=stats, reporter=reporter, stop=stop)
         if retried:
             is_resumed = recovery.beginning is not None or is_same_retry(begun.previous, facts)
-            _retry(plan, retried.keys(), classify, stats, recovery, reporter, is_resumed=is_resumed)
+            retry(plan, retried.keys(), classify, stats, recovery, reporter, is_resumed=is_resumed)
         else:
             _go_on(plan, begun, classify, stats, state, reporter)
         summary = append_stats(plan.files, "summary", stats.snapshot(), summary_facts(plan, opened))
@@ -148,73 +150,49 @@ def _begin(
     model = resolve_model(
         job.model, batch_size=job.batch_size, open_reference=open_reference, log=reporter.log
     )
+    planned = partial(make_plan, job, source, files)
     opened = None
     if options.overwrite:
         # Nothing is thrown away before what replaces it was seen to run.
         listed = partial(_would_be_listed, source, options.limit)
         recovery = try_suspects(job, source, model, recovery, listed(), reporter)
-        opened = _open(job, options, source, model, recovery, listed, settle(), reporter)
+        plan = planned(sum(1 for _ in listed()), model, recovery, _silent)
+        opened = _open(plan, listed, settle(), reporter)
         discard(files)
     was_listed = files.listing.exists()
     if was_listed and options.extend:  # nothing is added to another job's listing
-        plan = make_plan(job, source, files, model, recovery, log=lambda text: None)
+        plan = planned(count_listing(files), model, recovery, _silent)
         require_extendable(plan, previous, fingerprint(plan, options.limit))
     list_s = freeze(source, files, options.limit, reporter.log, extend=options.extend)
     recovery = try_suspects(job, source, model, recovery, read_listing(files), reporter)
-    plan = make_plan(job, source, files, model, recovery, reporter.log)
+    plan = planned(count_listing(files), model, recovery, reporter.log)
     wanted = fingerprint(plan, options.limit)
     done = resume(plan, previous, wanted, reporter.log)
     return _Begun(plan, previous, wanted, done, was_listed, list_s, opened)
 
 
 def _open(
-    job: JobSpec,
-    options: RunOptions,
-    source: Source,
-    model: ResolvedModel,
-    recovery: Recovery,
+    plan: Plan,
     listed: Callable[[], Iterator[ImageRef]],
     fallback: str | None,
     reporter: Reporter,
 ) -> Opened:
-    """Open a job's sessions before its listing is frozen; the input is only counted, or sampled."""
-    num_listed = sum(1 for _ in listed())
-    first, last = options.shard.bounds(num_listed)
-    batch_size = min(fitting_batch_size(job, model, last - first), recovery.max_batch_size)
-    with explained(model, batch_size):
-        return open_devices(
-            job,
-            model,
-            batch_size,
-            lambda: _sample(
-                job, source, model, listed(), num_listed, recovery.quarantined, reporter
-            ),
-            fallback,
-            reporter.log,
+    """Open a job's sessions; a sample is of the images `listed`, watched while decoded."""
+
+    def decode(load: Load, num_workers: int) -> Decoding:
+        return noted(threads(Quarantine(load, plan.quarantined), num_workers), reporter.decoding)
+
+    def sample() -> Pixels:
+        return sample_listing(
+            plan.job, plan.source, plan.model, listed(), plan.num_listed, decode=decode
         )
 
-
-def _open_frozen(plan: Plan, begun: _Begun, fallback: str | None, reporter: Reporter) -> Opened:
-    """Open a job's sessions, a sample being of its frozen listing."""
     with explained(plan.model, plan.batch_size):
-        opened = open_devices(
-            plan.job,
-            plan.model,
-            plan.batch_size,
-            lambda: _sample(
-                plan.job,
-                plan.source,
-                plan.model,
-                read_listing(plan.files),
-                plan.num_listed,
-                plan.quarantined,
-                reporter,
-            ),
-            fallback,
-            reporter.log,
-        )
-    require_same_converted(begun.previous, begun.done, opened)
-    return opened
+        return open_devices(plan.job, plan.model, plan.batch_size, sample, fallback, reporter.log)
+
+
+def _silent(text: str) -> None:
+    """For a plan that is made again."""
 
 
 def _would_be_listed(source: Source, limit: int | None) -> Iterator[ImageRef]:
@@ -328,10 +306,6 @@ def _ranking(plan: Plan) -> Rank:
     )
 
 
-Classify = Callable[..., None]
-"""classify_shard, bound to what stays the same in a run."""
-
-
 def _go_on(
     plan: Plan,
     begun: _Begun,
@@ -366,79 +340,7 @@ def _go_on(
         commit()
 
 
-# ---- trying again, and stopping ------------------------------------------------------------------
-
-
-def _failed(plan: Plan, done: Done, codes: frozenset[str] | None) -> Counter[str]:
-    """How many records of which error `--retry-failed` would try again.
-
-    Raises:
-        UsageError: the job is not finished.
-    """
-    if done.num_images < plan.num_images:
-        raise UsageError(
-            f"--retry-failed: {done.num_images:,} of {plan.num_images:,} images have a record; "
-            "finish the job first, by running it without --retry-failed"
-        )
-    found = done.errors_by_code
-    return found if codes is None else Counter({code: found[code] for code in codes & found.keys()})
-
-
-def _retry(
-    plan: Plan,
-    codes: Collection[str],
-    classify: Classify,
-    stats: StatsCollector,
-    recovery: Recovery,
-    reporter: Reporter,
-    *,
-    is_resumed: bool,
-) -> None:
-    """Classify the failed images again, then put the new records in the old ones' places.
-
-    `is_resumed`: what is there of new records is of this very attempt.
-    """
-    refs = partial(failed_refs, plan.files.predictions)
-    listed = partial(read_listing, plan.files, plan.first, plan.last)
-    retry = plan.files.retry
-    tried = Done()
-    if is_resumed:
-        tried = find_done(retry, (ref.path for ref in refs(listed(), codes)))
-    stats.resume(tried.num_ok, tried.errors_by_code)
-    _go_on_counting(stats, recovery)
-    with RecordWriter(retry, tried.num_bytes, stats.add_write) as writer:
-        classify(islice(refs(listed(), codes), tried.num_images, None), writer)
-    reporter.before_write()
-    replace_failed(plan.files.predictions, retry, codes)
-
-
-def _go_on_counting(stats: StatsCollector, recovery: Recovery) -> None:
-    """Let figures be those of the whole run, where it began in another process."""
-    if recovery.beginning is not None:
-        stats.started(*astuple(recovery.beginning))
-
-
-def _tell_that_none_is_retried(done: Done, codes: Collection[str] | None, log: Log) -> None:
-    there = ", ".join(f"{count:,} {code}" for code, count in sorted(done.errors_by_code.items()))
-    which = "" if codes is None else f" with the code {' or '.join(sorted(codes))}"
-    log(f"--retry-failed: no error{which}, so nothing is tried again (found: {there or 'none'})")
-
-
-def _sample(
-    job: JobSpec,
-    source: Source,
-    model: ResolvedModel,
-    refs: Iterable[ImageRef],
-    num_listed: int,
-    quarantined: Mapping[bytes, Failure],
-    reporter: Reporter,
-) -> Pixels:
-    """A sample of the images listed, watched while they are decoded as the others will be."""
-
-    def decode(load: Load, num_workers: int) -> Decoding:
-        return noted(threads(Quarantine(load, quarantined), num_workers), reporter.decoding)
-
-    return sample_listing(job, source, model, refs, num_listed, decode=decode)
+# ---- telling, and stopping -----------------------------------------------------------------------
 
 
 def _tell_of_new_files(plan: Plan, options: RunOptions, log: Log) -> None:

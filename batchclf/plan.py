@@ -14,7 +14,6 @@ from batchclf.models.resolve import Log, ResolvedModel
 from batchclf.request import Recovery
 from batchclf.results.files import RunFiles
 from batchclf.results.listing import (
-    count_listing,
     discard_abandoned_listing,
     extend_listing,
     freeze_listing,
@@ -57,12 +56,12 @@ def make_plan(
     job: JobSpec,
     source: Source,
     files: RunFiles,
+    num_listed: int,
     model: ResolvedModel,
     recovery: Recovery,
     log: Log,
 ) -> Plan:
-    """Divide the frozen listing up, as far as what went wrong before allows."""
-    num_listed = count_listing(files)
+    """Divide a listing of so many images up, as far as what went wrong before allows."""
     first, last = files.shard.bounds(num_listed)
     fixed = model.bundle.meta.fixed_batch
     if fixed is not None and fixed != job.batch_size:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import astuple, replace
 from itertools import islice
 
 from batchclf.errors import DeviceLost, EnvironmentFailed, OutOfMemory, ProviderError
@@ -16,6 +16,7 @@ from batchclf.plan import make_loader
 from batchclf.reporter import Reporter
 from batchclf.request import Recovery
 from batchclf.results.records import Failure, ImageRef
+from batchclf.results.stats import StatsCollector
 from batchclf.runtime.faults import is_device_lost, is_out_of_memory
 from batchclf.runtime.sessions import ORT_ERRORS
 
@@ -72,3 +73,9 @@ def explained(model: ResolvedModel, batch_size: int) -> Iterator[None]:
         if is_device_lost(error):
             raise DeviceLost(str(error)) from error
         raise
+
+
+def go_on_counting(stats: StatsCollector, recovery: Recovery) -> None:
+    """Let figures be those of the whole run, where it began in another process."""
+    if recovery.beginning is not None:
+        stats.started(*astuple(recovery.beginning))

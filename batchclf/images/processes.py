@@ -1,7 +1,6 @@
 """Decoding in processes of their own, where one interpreter lock cannot feed the accelerator.
 
-Pixels lie in memory that all processes share: a memfd, which the size of /dev/shm does not bound.
-Through a socket go only the paths of a few images and what became of them.
+Pixels lie in memory that all of them share (shared.py); process.py has both ends of one of them.
 
 A process may die of an image, or never come back from it: another takes its place, and the image is
 tried once more, alone. If that process ends too, the image is guilty, and becomes a failure.
@@ -10,51 +9,25 @@ Array shapes: N rows of all batches together, H rows, W columns, C = 3 (RGB).
 """
 
 import math
-import mmap
-import os
-import select
-import signal
-import socket
-import subprocess
 import threading
-import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from functools import partial
-from multiprocessing.connection import Connection
-from typing import BinaryIO
 
-import numpy as np
-
-from batchclf.children import (
-    available_memory,
-    end_with_parent,
-    expendable,
-    how_it_ended,
-    limit_memory,
-    signals_held,
-    start_python,
-)
-from batchclf.errors import BatchclfError, EnvironmentFailed
-from batchclf.images.decode import OUT_OF_MEMORY
+from batchclf.children import available_memory
+from batchclf.errors import EnvironmentFailed
 from batchclf.images.prefetch import Allocate, Decoding, Load, threads, zeroed_pixels
+from batchclf.images.process import Beat, Ended, NeverReady, Process
+from batchclf.images.shared import SharedPixels
 from batchclf.results.records import DecodeBackend, Failure, ImageRef, Loaded, Pixels
 
 MAX_ROWS = 8
 """Images per message: a message costs the parent as much as one image would cost it in a thread."""
 MEMORY_SHARE = 0.8
 """Of the memory that is available at the start, what one process may use."""
-BEAT_S = 1.0
 STARTS = 3
 """Processes that are started in a row before one that is ready; the OOM killer takes them first."""
-END_S = 5.0
-"""Seconds a killed process may take to end; one that is stuck in the kernel is left behind."""
-Beat = Callable[[], None]
-"""Told that there is progress, though no image is finished: a process was ended over one."""
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""The parent drains, and ends the processes."""
 
 
 @contextmanager
@@ -124,7 +97,7 @@ class DecodeProcesses:
             OSError: no memory, or no process, is to be had.
             EnvironmentFailed: a process died before it was ready, and so did those after it.
         """
-        self._shared = _Shared(num_slots * batch_shape[0], batch_shape[1:])
+        self._shared = SharedPixels(num_slots * batch_shape[0], batch_shape[1:])
         self._free = list(self._shared.pixels_NHWC.reshape(num_slots, *batch_shape))
         self._processes = _Processes(load, self._shared)
         try:
@@ -167,40 +140,17 @@ class DecodeProcesses:
         self._shared.close()
 
 
-class _Shared:
-    """Memory for images (uint8, NHWC) that other processes can map."""
-
-    def __init__(self, num_images: int, image_shape: tuple[int, ...]) -> None:
-        self.image_shape = image_shape
-        self._file = _memory("pixels", num_images * math.prod(image_shape))
-        self.descriptor = self._file.fileno()
-        try:
-            self.pixels_NHWC = _pixels(self.descriptor, image_shape)
-        except OSError:
-            self._file.close()
-            raise
-
-    def row_of(self, rows_NHWC: Pixels) -> int:
-        """Which row of all a part of them begins with."""
-        num_bytes = _address(rows_NHWC) - _address(self.pixels_NHWC)
-        return num_bytes // math.prod(self.image_shape)
-
-    def close(self) -> None:
-        """Let no further process map it; the array lives on."""
-        self._file.close()
-
-
 class _Worker:
     """What one thread decodes with: a process, and when that ends, the next one."""
 
     def __init__(
-        self, processes: "_Processes", shared: _Shared, max_seconds: float, beat: Beat
+        self, processes: "_Processes", shared: SharedPixels, max_seconds: float, beat: Beat
     ) -> None:
         self._processes = processes
         self._shared = shared
         self._max_seconds = max_seconds
         self._beat = beat
-        self._process: _Process | None = processes.start()
+        self._process: Process | None = processes.start()
         self.cpu_s = 0.0
         """CPU seconds that decoding took, as of the last message."""
 
@@ -216,7 +166,7 @@ class _Worker:
             return ()
         try:
             return self.ask(refs, rows_NHWC)
-        except _Ended as ended:
+        except Ended as ended:
             at = ended.at
         return [
             *self(refs[:at], rows_NHWC[:at]),
@@ -228,7 +178,7 @@ class _Worker:
         """Try one image alone: perhaps it was others, or somebody, who ended its process."""
         try:
             (loaded,) = self.ask(suspects, rows_NHWC)
-        except _Ended as ended:
+        except Ended as ended:
             rows_NHWC[:] = 0
             return Loaded(ended.failure)
         return loaded
@@ -237,20 +187,20 @@ class _Worker:
         """The same, but for images that end the process.
 
         Raises:
-            _Ended: the process died, or took too long for an image; another will take its place.
+            Ended: the process died, or took too long for an image; another will take its place.
         """
         process = self.wait_until_ready()
         try:
             first = self._shared.row_of(rows_NHWC)
             loaded, cpu_s = process.ask(first, refs, self._max_seconds, self._beat)
-        except _Ended:
+        except Ended:
             self._process = None
             self._processes.end(process)
             raise
         self.cpu_s += cpu_s
         return loaded
 
-    def wait_until_ready(self) -> "_Process":
+    def wait_until_ready(self) -> Process:
         """Its process, when that has imported what it needs; others in place of those that die.
 
         Raises:
@@ -261,7 +211,7 @@ class _Worker:
             process = self._process = self._process or self._next()
             try:
                 process.wait_until_ready()
-            except _NeverReady as error:
+            except NeverReady as error:
                 how = str(error)
                 self._process = None
                 self._processes.end(process)
@@ -272,7 +222,7 @@ class _Worker:
             "loader.workers, or loader.backend: threads, and run again to resume"
         )
 
-    def _next(self) -> "_Process":
+    def _next(self) -> Process:
         try:
             return self._processes.start()
         except OSError as error:
@@ -284,16 +234,16 @@ class _Worker:
 class _Processes:
     """The processes that are alive; when they are killed, no other is started."""
 
-    def __init__(self, load: Load, shared: _Shared) -> None:
+    def __init__(self, load: Load, shared: SharedPixels) -> None:
         # The same for those that are started later, while others may be at a large image.
-        self._make = partial(_Process, load, shared, _memory_limit())
+        self._make = partial(Process, load, shared, _memory_limit())
         # The kernel ends processes with the thread that started them: this one outlives them.
         self._starter = ThreadPoolExecutor(1, "decode-starter")
-        self._alive: set[_Process] = set()
+        self._alive: set[Process] = set()
         self._killed = False
         self._changing = threading.Lock()
 
-    def start(self) -> "_Process":
+    def start(self) -> Process:
         """One more, which is not ready yet.
 
         Raises:
@@ -307,7 +257,7 @@ class _Processes:
             self._alive.add(process)
         return process
 
-    def end(self, process: "_Process") -> None:
+    def end(self, process: Process) -> None:
         """End one of them."""
         with self._changing:
             self._alive.remove(process)
@@ -328,149 +278,11 @@ class _Processes:
         self._starter.shutdown()
 
 
-class _Ended(Exception):
-    """A process ended over its images, or had to be; leaves this module only as a `Failure`.
-
-    `at` is the number of the image, among those that it had been given, that it was at.
-    """
-
-    def __init__(self, failure: Failure, at: int) -> None:
-        super().__init__(failure.message)
-        self.failure = failure
-        self.at = at
-
-
 class _Abandoned(Exception):
     """The processes were killed, for nobody wants them any more: ends the thread that still does.
 
     `Prefetcher` hands out nothing, and raises nothing, once it has had them killed.
     """
-
-
-class _NeverReady(Exception):
-    """A process died before it was ready; the message says how."""
-
-
-class _Bookmark:
-    """Which image a process is at, in memory that it shares with its parent."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._numbers = memoryview(mmap.mmap(descriptor, mmap.PAGESIZE)).cast("q")
-
-    def begin(self, number: int) -> None:
-        """Note that an image begins, by its number among those that were asked for."""
-        self._numbers[0] = number
-
-    @property
-    def number(self) -> int:
-        return self._numbers[0]
-
-
-class _Process:
-    """One process that decodes, asked by one thread at a time."""
-
-    def __init__(self, load: Load, shared: _Shared, max_bytes: int) -> None:
-        """Start it; this thread must live as long as it.
-
-        Raises:
-            OSError: it is not to be had.
-        """
-        ours, theirs = socket.socketpair()
-        self._connection = Connection(ours.detach())
-        self._answer = select.poll()  # Connection.poll makes one for each message
-        self._answer.register(self._connection.fileno(), select.POLLIN)
-        self._setup = (load, shared.image_shape, max_bytes)
-        self._is_ready = False
-        with theirs, _memory("bookmark", mmap.PAGESIZE) as bookmark, signals_held(_SIGNALS):
-            descriptors = (theirs.fileno(), shared.descriptor, bookmark.fileno())
-            self._bookmark = _Bookmark(bookmark.fileno())
-            self._process = start_python(
-                f"from {__name__} import serve; serve{(*descriptors, os.getpid())}",
-                pass_fds=descriptors,
-                # Nothing here computes with BLAS, which starts a thread per core with NumPy.
-                env={"OPENBLAS_NUM_THREADS": "1"},
-            )
-
-    def wait_until_ready(self) -> None:
-        """Wait for the process to have imported what it needs.
-
-        Raises:
-            _NeverReady: it died.
-        """
-        if self._is_ready:
-            return
-        try:
-            self._connection.send(self._setup)
-            self._is_ready = self._connection.recv()
-        except (EOFError, OSError):
-            raise _NeverReady(how_it_ended(self._process.wait())) from None
-
-    def ask(
-        self, first: int, refs: Sequence[ImageRef], max_seconds: float, beat: Beat
-    ) -> tuple[Sequence[Loaded], float]:
-        """What became of `refs`, in the shared rows from `first` on; and the CPU seconds used.
-
-        Raises:
-            _Ended: the process died, or took longer than `max_seconds` for an image.
-            BatchclfError: what the process met that is no image's fault.
-            RuntimeError: the traceback of a bug.
-        """
-        self._bookmark.begin(0)
-        try:
-            self._connection.send((first, refs))
-            self._wait_for_answer(max_seconds, beat)
-            loaded: Sequence[Loaded]
-            loaded, cpu_s, failed = self._connection.recv()
-        except (EOFError, OSError):
-            raise _Ended(_crash(self._process.wait()), self._bookmark.number) from None
-        if isinstance(failed, BatchclfError):
-            raise failed
-        if failed:
-            raise RuntimeError(f"in a decoding process:\n{failed}")
-        return loaded, cpu_s
-
-    def _wait_for_answer(self, max_seconds: float, beat: Beat) -> None:
-        """Wait, looking every step at which image the process is.
-
-        A step counts for what it was to last, however long it was: when all were stopped meanwhile
-        (by SIGSTOP, a freezer, a paused machine), the image had no more time than that.
-
-        Raises:
-            _Ended: the process took longer than `max_seconds` for an image.
-        """
-        longest_s = min(BEAT_S, max_seconds / 4)  # so that no stop costs an image all its time
-        number, waited_s = 0, 0.0
-        while not self._answer.poll(1000 * (step_s := min(longest_s, max_seconds - waited_s))):
-            waited_s += step_s
-            if (now_at := self._bookmark.number) != number:
-                number, waited_s = now_at, 0.0
-            elif waited_s >= max_seconds:
-                raise _Ended(_timeout(max_seconds), number)
-            beat()
-
-    def kill(self) -> None:
-        """End the process, whatever it is at."""
-        self._process.kill()
-
-    def end(self) -> None:
-        """Kill the process and wait for its end."""
-        self.kill()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(END_S)
-        self._connection.close()
-
-
-def _timeout(max_seconds: float) -> Failure:
-    return Failure(
-        "timeout", f"not decoded after {max_seconds:g} s, which is what loader.max_seconds allows"
-    )
-
-
-def _crash(returncode: int) -> Failure:
-    how = how_it_ended(returncode)
-    if returncode == -signal.SIGKILL:  # not by us
-        return Failure("oom", f"the process decoding it was {how}, most likely for want of memory")
-    return Failure("decoder_crash", f"the process decoding it ended: {how}")
 
 
 def try_alone(
@@ -494,11 +306,14 @@ def try_alone(
         EnvironmentFailed: the process died before it was ready, and so did those after it.
         BatchclfError: what the process met that is not the image's fault.
     """
-    with closing(_Shared(1, shape_HWC)) as shared, closing(_Processes(load, shared)) as processes:
+    with (
+        closing(SharedPixels(1, shape_HWC)) as shared,
+        closing(_Processes(load, shared)) as processes,
+    ):
         worker = _Worker(processes, shared, max_seconds, beat)
         try:
             (loaded,) = worker.ask([ref], shared.pixels_NHWC)
-        except _Ended as ended:
+        except Ended as ended:
             return ended.failure
         except RuntimeError:  # a bug, which shows itself on the ordinary path too
             return None
@@ -508,71 +323,3 @@ def try_alone(
 
 def _memory_limit() -> int:
     return int(MEMORY_SHARE * available_memory())
-
-
-def _memory(name: str, num_bytes: int) -> BinaryIO:
-    """Memory to share with other processes, as a file: whoever maps it keeps it when it closes."""
-    file = os.fdopen(os.memfd_create(f"batchclf-{name}", os.MFD_CLOEXEC), "r+b", buffering=0)
-    try:
-        file.truncate(num_bytes)
-    except OSError:
-        file.close()
-        raise
-    return file
-
-
-def _pixels(descriptor: int, image_shape: Sequence[int]) -> Pixels:
-    """Shared memory as images."""
-    memory = mmap.mmap(descriptor, 0)
-    return np.frombuffer(memory, np.uint8).reshape(-1, *image_shape)
-
-
-def _address(pixels: Pixels) -> int:
-    return int(pixels.__array_interface__["data"][0])
-
-
-# ---- in the process ------------------------------------------------------------------------------
-
-
-def serve(
-    socket_descriptor: int, memory_descriptor: int, bookmark_descriptor: int, parent_pid: int
-) -> None:
-    """Decode what the parent asks for, until it hangs up or dies."""
-    end_with_parent(parent_pid)
-    expendable(1000)
-    with Connection(socket_descriptor) as connection, suppress(EOFError, ConnectionError):
-        load, image_shape, max_bytes = connection.recv()
-        limit_memory(max_bytes)
-        pixels_NHWC = _pixels(memory_descriptor, image_shape)
-        bookmark = _Bookmark(bookmark_descriptor)
-        connection.send(True)
-        cpu_s = time.process_time()
-        while True:
-            first, refs = connection.recv()
-            loaded, failed = _load(load, refs, pixels_NHWC[first : first + len(refs)], bookmark)
-            before_s, cpu_s = cpu_s, time.process_time()
-            connection.send((loaded, cpu_s - before_s, failed))
-
-
-def _load(
-    load: Load, refs: Sequence[ImageRef], rows_NHWC: Pixels, bookmark: _Bookmark
-) -> tuple[Sequence[Loaded], str | BatchclfError]:
-    """What became of the images, and what is no image's fault: the traceback of a bug, too."""
-    loaded: list[Loaded] = []
-    try:
-        for ref, slot_HWC in zip(refs, rows_NHWC, strict=True):
-            bookmark.begin(len(loaded))
-            loaded.append(_load_one(load, ref, slot_HWC))
-    except BatchclfError as error:
-        return (), error
-    except Exception:  # noqa: BLE001 - the parent raises it
-        return (), traceback.format_exc()
-    return loaded, ""
-
-
-def _load_one(load: Load, ref: ImageRef, slot_HWC: Pixels) -> Loaded:
-    try:
-        return load(ref, slot_HWC)
-    except MemoryError:
-        slot_HWC[:] = 0
-        return Loaded(Failure("oom", OUT_OF_MEMORY))

@@ -40,7 +40,7 @@ from batchclf.models.resolve import resolve_model
 from batchclf.plan import freeze, make_plan
 from batchclf.request import Recovery
 from batchclf.results.files import RunFiles
-from batchclf.results.listing import read_listing
+from batchclf.results.listing import count_listing, read_listing
 from batchclf.results.records import Prediction, Record
 from batchclf.results.state import write_run
 from batchclf.results.writer import RecordWriter
@@ -267,7 +267,7 @@ def write_records(job_file: Path, files: RunFiles, num_done: int) -> None:
     )
     source = open_source(job.input)
     freeze(source, files, None, log)
-    plan = make_plan(job, source, files, model, Recovery(), log)
+    plan = make_plan(job, source, files, count_listing(files), model, Recovery(), log)
     outcome = tuple(
         Prediction(label, 100 * index, 0.654321 / (1 + index))
         for index, label in enumerate(SOME_LABELS)

@@ -132,7 +132,7 @@ def whole(
     source = open_source(job.input)
     files = RunFiles(Path(tempfile.mkdtemp(dir=folder)))
     freeze_listing(files, source.paths())
-    plan = make_plan(job, source, files, model, Recovery(), Log().log)
+    plan = make_plan(job, source, files, num_images, model, Recovery(), Log().log)
     null = cast(OnnxClassifier, NullModel())
     opened = Opened([null], ActiveProvider("cpu", "cpu", "CPU"), model.bundle, zeroed_pixels, None)
     stats = StatsCollector(cpu_seconds, peak_rss_mb, list_s=0.0)

@@ -15,6 +15,7 @@ from tests.faults.report import Options, Report
 
 needs_root = pytest.mark.skipif(not disks.can_mount(), reason="only root mounts file systems")
 needs_gcc = pytest.mark.skipif(not shutil.which("gcc"), reason="gcc compiles the shim")
+needs_mkfs = pytest.mark.skipif(not shutil.which("mkfs.ext4"), reason="mkfs.ext4 is not in PATH")
 needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
 
 
@@ -69,6 +70,7 @@ def test_a_full_disk_is_told_and_a_larger_one_finishes_the_job(tmp_path: Path) -
 
 @needs_root
 @needs_gcc
+@needs_mkfs
 def test_what_was_called_durable_survives_a_power_loss(tmp_path: Path) -> None:
     report = passed(
         partial(power.power_loss, num_images=320, slow_write_ms=350), tmp_path, 4, lanes=3

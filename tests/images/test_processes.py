@@ -20,12 +20,14 @@ from PIL import Image
 
 from batchclf.children import start_python
 from batchclf.errors import BatchclfError, EnvironmentFailed
+from batchclf.images import process as process_module
 from batchclf.images import processes as processes_module
 from batchclf.images.decode import Decoder
 from batchclf.images.jpeg import decoder_name
 from batchclf.images.load import Loader
 from batchclf.images.prefetch import Load, Prefetcher, threads
-from batchclf.images.processes import Beat, DecodeProcesses, try_alone
+from batchclf.images.process import Beat
+from batchclf.images.processes import DecodeProcesses, try_alone
 from batchclf.results.records import Failure, ImageRef, Loaded, Pixels, Preprocess
 from tests.conftest import Batchclf, command, read_records
 from tests.faults.poison import CODES, poisoned_environment, write_poison
@@ -92,7 +94,7 @@ def prefetcher(processes: DecodeProcesses, refs: Sequence[ImageRef]) -> Prefetch
 def decode_processes() -> list[psutil.Process]:
     children = psutil.Process().children()
     alive = [one for one in children if one.status() != psutil.STATUS_ZOMBIE]
-    return [one for one in alive if "images.processes" in str(one.cmdline())]
+    return [one for one in alive if "images.process " in str(one.cmdline())]
 
 
 def expected_of(loader: Load, refs: Sequence[ImageRef]) -> tuple[list[Loaded], Pixels]:
@@ -183,7 +185,7 @@ def two_die_young(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             process.kill()
         return process
 
-    monkeypatch.setattr(processes_module, "start_python", start)
+    monkeypatch.setattr(process_module, "start_python", start)
     return dead
 
 
@@ -321,7 +323,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         programs.append(program)
         return start_python(program, **keys)
 
-    monkeypatch.setattr(processes_module, "start_python", start)
+    monkeypatch.setattr(process_module, "start_python", start)
     return programs
 
 
@@ -342,7 +344,7 @@ def test_a_guilty_image_costs_two_processes(images: Path, started: list[str]) ->
 def test_an_image_that_takes_long_but_not_too_long_is_no_standstill(
     images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes_module, "BEAT_S", 0.05)
+    monkeypatch.setattr(process_module, "BEAT_S", 0.05)
     write_poison(images / "03.jpg", "hang")
     beats: list[None] = []
     with (
