@@ -61,7 +61,7 @@ from batchclf.resume import (
     summary_facts,
 )
 from batchclf.retry import Classify, retry, retryable, tell_that_none_is_retried
-from batchclf.runtime.classifier import halving, open_reference
+from batchclf.runtime.classifier import WithinMemory, open_reference
 from batchclf.runtime.ranking import rank
 from batchclf.runtime.streams import Rank, Streams
 from batchclf.sample import sample_listing
@@ -233,7 +233,7 @@ def classify_shard(
         OutOfMemory: for a batch of this size.
         DeviceLost: the device does not answer any more; another process may find that it does.
     """
-    classifiers = list(map(halving, opened.classifiers))
+    classifiers = [WithinMemory(one, reporter.log) for one in opened.classifiers]
     num_streams = len(classifiers)
     reporter.begin(plan.num_images, stats.num_images)
     next_interval = time.monotonic() + INTERVAL_S

@@ -39,14 +39,11 @@ class OnnxClassifier:
 
 
 class BoundClassifier(OnnxClassifier):
-    """A classifier whose pixels go to one fixed place in the device's memory, for one caller.
+    """A classifier whose pixels go to a fixed place in the device's memory, for one caller.
 
     Binding spares ONNX Runtime an allocation and a staging copy per batch. Two of these, called
-    from two threads, overlap one batch's copy with the other's computation. That place has one
-    shape: where memory does not suffice for it, the job goes on with half in a new session.
+    from two threads, overlap one batch's copy with the other's computation.
     """
-
-    takes_any_batch = False
 
     def __init__(
         self,
@@ -61,17 +58,25 @@ class BoundClassifier(OnnxClassifier):
         self._pixels: ort.OrtValue | None = None
 
     def __call__(self, pixels_NHWC: Pixels) -> Scores:
-        if self._pixels is None:
-            self._pixels = ort.OrtValue.ortvalue_from_shape_and_type(
-                pixels_NHWC.shape, pixels_NHWC.dtype, *self._place
-            )
-            self._binding.bind_output(self._output, *self._place)
-        self._pixels.update_inplace(pixels_NHWC)
+        pixels = self._place_for(pixels_NHWC)
+        pixels.update_inplace(pixels_NHWC)
         # Where a node on the CPU takes the pixels, binding copies them: so for every batch.
-        self._binding.bind_ortvalue_input(self._input, self._pixels)
+        self._binding.bind_ortvalue_input(self._input, pixels)
         self._session.run_with_iobinding(self._binding)
         (scores_NK,) = self._binding.copy_outputs_to_cpu()
         return np.array(scores_NK, np.float32)
+
+    def _place_for(self, pixels_NHWC: Pixels) -> ort.OrtValue:
+        """The one place for pixels; for those of another shape another, where scores follow."""
+        if self._pixels is None or tuple(self._pixels.shape()) != pixels_NHWC.shape:
+            self._pixels = None  # its memory may be needed
+            self._binding.clear_binding_inputs()
+            self._binding.clear_binding_outputs()
+            self._binding.bind_output(self._output, *self._place)
+            self._pixels = ort.OrtValue.ortvalue_from_shape_and_type(
+                pixels_NHWC.shape, pixels_NHWC.dtype, *self._place
+            )
+        return self._pixels
 
 
 def open_classifier(
@@ -102,24 +107,41 @@ def open_classifier(
     return OnnxClassifier(session, active)
 
 
-def halving(classify: OnnxClassifier) -> Classifier:
-    """The same in halves, and halves of these, where memory does not suffice for all at once.
+class WithinMemory:
+    """A classifier that infers a batch in parts, where memory does not suffice for all at once.
 
-    For a session that takes any batch: it is none the worse for a lack of memory.
+    For a session that takes any batch: it is none the worse for a lack of memory. Called from one
+    thread.
     """
 
-    def classify_within_memory(pixels_NHWC: Pixels) -> Scores:
-        try:
-            return classify(pixels_NHWC)
-        except ORT_ERRORS as error:
-            if len(pixels_NHWC) == 1 or not is_out_of_memory(error):
-                raise
-        half = len(pixels_NHWC) // 2
-        return np.concatenate(
-            [classify_within_memory(pixels_NHWC[:half]), classify_within_memory(pixels_NHWC[half:])]
-        )
+    def __init__(self, classify: OnnxClassifier, log: Callable[[str], None]) -> None:
+        """Tell `log` whenever the parts get smaller."""
+        self._classify = classify
+        self._log = log
+        self._most: int | None = None
+        """Images in a part; None: all of a batch."""
 
-    return classify_within_memory if classify.takes_any_batch else classify
+    def __call__(self, pixels_NHWC: Pixels) -> Scores:
+        num_images = len(pixels_NHWC)
+        size = min(self._most or num_images, num_images)
+        try:
+            if size == num_images:
+                return self._classify(pixels_NHWC)
+            parts = [
+                self._classify(pixels_NHWC[first : first + size])
+                for first in range(0, num_images, size)
+            ]
+            return np.concatenate(parts)
+        except ORT_ERRORS as error:
+            if size == 1 or not self._classify.takes_any_batch or not is_out_of_memory(error):
+                raise
+            cause = str(error)
+        self._most = size // 2
+        self._log(
+            f"memory does not suffice for {size} images at once ({cause}): "
+            f"inferring batches in parts of {self._most}"
+        )
+        return self(pixels_NHWC)
 
 
 def warm_up(classify: OnnxClassifier, pixels_NHWC: Pixels) -> Scores:

@@ -10,7 +10,6 @@ from batchclf.errors import ModelError, ProviderError, UsageError
 from batchclf.runtime.classifier import (
     BoundClassifier,
     OnnxClassifier,
-    halving,
     open_classifier,
     warm_up,
 )
@@ -126,10 +125,13 @@ def test_a_bound_classifier_gives_the_answers_of_an_unbound_one(model: Path) -> 
         np.testing.assert_array_equal(scores_NK, plain(batch))
 
 
-def test_a_bound_classifier_does_not_infer_batches_in_parts(model: Path) -> None:
+def test_a_bound_classifier_takes_batches_of_any_size(model: Path) -> None:
+    """As it has to where memory does not suffice for a whole one."""
     plain, bound = open_classifier(model, CPU), open_classifier(model, CPU, bind=True)
-    assert halving(bound) is bound
-    assert halving(plain) is not plain
+    assert bound.takes_any_batch
+    for size in (4, 4, 2, 1, 4, 3):
+        batch = images(size) + size
+        np.testing.assert_array_equal(bound(batch), plain(batch))
 
 
 def test_a_bound_classifier_leaves_its_callers_pixels_alone(model: Path) -> None:

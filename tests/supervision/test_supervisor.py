@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from batchclf.results.records import Pixels, Scores
-from batchclf.runtime.classifier import OnnxClassifier, halving
+from batchclf.runtime.classifier import OnnxClassifier, WithinMemory
 from tests.conftest import read_records
 from tests.faults.poison import CODES, poisoned_environment, write_poison
 from tests.supervision.common import (
@@ -34,12 +34,15 @@ def change(module):
             fail(len(pixels_NHWC))
         return infer(self, pixels_NHWC)
     module.OnnxClassifier.__call__ = infer_or_fail
-    module.OnnxClassifier.takes_any_batch = False
+    module.OnnxClassifier.takes_any_batch = TAKES_ANY_BATCH
+
+TAKES_ANY_BATCH = False
 """
 """Calls `fail` with the size of each batch before it is inferred (the probe's is of floats).
 
-Batches are not inferred in parts, as with a session that takes one size only.
+Batches are not inferred in parts, as with a session that takes one size only, but for ANY_BATCH.
 """
+ANY_BATCH = "TAKES_ANY_BATCH = True\n"
 OUT_OF_MEMORY = 'raise RuntimeError("Failed to allocate memory for requested buffer of size 9")'
 LOST = 'raise RuntimeError("CUDA failure 700: an illegal memory access was encountered")'
 
@@ -114,7 +117,7 @@ def test_a_worker_that_is_killed_at_every_start_ends_the_job_naming_memory(tmp_p
 def test_a_worker_that_always_dies_at_one_batch_ends_the_job_and_no_image_is_blamed(
     tmp_path: Path,
 ) -> None:
-    job = write_job(tmp_path, 40, runtime={"streams": 1})
+    job = write_job(tmp_path, 40, slow=True, runtime={"streams": 1})
     program = f"{FAILING_CALL}\ndef fail(size):\n"
     program += "    written = Path(os.environ['WRITTEN'])\n"
     program += "    if written.exists() and written.read_bytes().count(b'\\n') >= 16:\n"
@@ -277,11 +280,16 @@ class _Memory:
 
 def test_a_session_that_takes_any_batch_infers_one_in_parts_where_memory_is_short() -> None:
     pixels_NHWC = np.random.default_rng(5).integers(0, 256, (9, 8, 8, 3), np.uint8)
-    session: Any = _Memory(4)
+    session: Any = _Memory(3)
     classify = OnnxClassifier(session, active=None)  # type: ignore[arg-type]
-    scores_NK = halving(classify)(pixels_NHWC)
-    np.testing.assert_array_equal(scores_NK, pixels_NHWC.mean(axis=(1, 2), dtype=np.float32))
-    assert session.sizes == [9, 4, 5, 2, 3]
+    said: list[str] = []
+    within_memory = WithinMemory(classify, said.append)
+    for _ in range(2):
+        scores_NK = within_memory(pixels_NHWC)
+        np.testing.assert_array_equal(scores_NK, pixels_NHWC.mean(axis=(1, 2), dtype=np.float32))
+    assert session.sizes == [9, 4, 2, 2, 2, 2, 1, 2, 2, 2, 2, 1]
+    assert ["parts of 4" in said[0], "parts of 2" in said[1]] == [True, True]
+    assert len(said) == 2
 
 
 @pytest.mark.parametrize(("batch", "room"), [(9, 4), ("n", 0)], ids=["fixed batch", "no room"])
@@ -291,7 +299,7 @@ def test_a_session_that_cannot_infer_less_says_that_memory_is_short(
     session: Any = _Memory(room, batch)
     classify = OnnxClassifier(session, active=None)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="Failed to allocate memory"):
-        halving(classify)(np.zeros((9, 8, 8, 3), np.uint8))
+        WithinMemory(classify, print)(np.zeros((9, 8, 8, 3), np.uint8))
 
 
 def test_a_batch_too_large_for_the_memory_is_halved_until_it_fits(tmp_path: Path) -> None:
@@ -309,21 +317,38 @@ def test_a_batch_too_large_for_the_memory_is_halved_until_it_fits(tmp_path: Path
         assert [(one["first"], one["batch_size"]) for one in state["segments"]] == [(0, 4)]
 
 
-def test_memory_that_gets_short_half_way_changes_the_batches_from_there_on(tmp_path: Path) -> None:
-    job = write_job(tmp_path, 40, batch_size=8, runtime={"streams": 1})
-    program = f"{FAILING_CALL}\ndef fail(size):\n"
-    program += "    written = Path(os.environ['WRITTEN'])\n"
-    program += (
-        "    if size > 4 and written.exists() and written.read_bytes().count(b'\\n') >= 16:\n"
-    )
-    program += f"        {OUT_OF_MEMORY}\n"
-    env = fault(tmp_path, program, CLASSIFIER)
+SHORT_HALF_WAY = f"""
+def fail(size):
+    written = Path(os.environ['WRITTEN'])
+    if size > 3 and written.exists() and written.read_bytes().count(b'\\n') >= 16:
+        {OUT_OF_MEMORY}
+"""
+
+
+def test_memory_that_gets_short_half_way_has_batches_inferred_in_parts(tmp_path: Path) -> None:
+    job = write_job(tmp_path, 60, slow=True, batch_size=8, runtime={"streams": 1})
+    env = fault(tmp_path, FAILING_CALL + SHORT_HALF_WAY + ANY_BATCH, CLASSIFIER)
+    written = tmp_path / "out" / "predictions.jsonl"
+    exit_code, said = finished(job, env={**env, "WRITTEN": str(written)})
+    assert exit_code == 0, said
+    assert_as_undisturbed(tmp_path)
+    assert said.count("inferring batches in parts of 4") == 1
+    assert said.count("inferring batches in parts of 2") == 1
+    assert "in a new session" not in said
+    assert [one["batch_size"] for one in run_json(tmp_path / "out")["segments"]] == [8]
+
+
+def test_memory_that_gets_short_half_way_changes_the_batches_of_a_session_of_one_size(
+    tmp_path: Path,
+) -> None:
+    job = write_job(tmp_path, 60, slow=True, batch_size=8, runtime={"streams": 1})
+    env = fault(tmp_path, FAILING_CALL + SHORT_HALF_WAY, CLASSIFIER)
     written = tmp_path / "out" / "predictions.jsonl"
     exit_code, said = finished(job, env={**env, "WRITTEN": str(written)})
     assert exit_code == 0, said
     assert_as_undisturbed(tmp_path)
     segments = run_json(tmp_path / "out")["segments"]
-    assert [one["batch_size"] for one in segments] == [8, 4]
+    assert [one["batch_size"] for one in segments] == [8, 2]
     assert segments[1]["first"] >= 16
 
 
