@@ -7,11 +7,10 @@ The environments are made anew in .nox (6 GB each with torch; gpu has none) and 
 import nox
 
 SAME_EVERYWHERE = (
-    *("tests/images", "tests/results", "tests/benchmarks", "tests/models/test_labels.py"),
-    *("tests/models/test_export.py", "tests/models/test_weights.py"),
+    *("tests/images", "tests/results", "tests/benchmarks", "tests/models"),
     *("tests/test_quality.py", "tests/test_house.py", "tests/test_job.py"),
     *("tests/faults", "tests/supervision", "tests/test_security.py", "tests/test_children.py"),
-    *("tests/models/test_onnx_guard.py", "tests/test_resume.py", "tests/test_bottleneck.py"),
+    *("tests/test_resume.py", "tests/test_bottleneck.py", "tests/test_without_torch.py"),
 )
 """What the flavour has no part in: tested in the cpu environment only."""
 WITHOUT_GPU = ("tests/test_refusals.py", "tests/runtime")
