@@ -120,6 +120,7 @@ def open_devices(
     sample: Callable[[], Pixels],
     fallback: str | None,
     log: Log,
+    used: str | None = None,
 ) -> Opened:
     """Open the sessions of a job and compare each with the model's reference answers.
 
@@ -127,6 +128,7 @@ def open_devices(
         batch_size: images per batch, as every batch will be padded to.
         sample: images of the job's own, uint8 NHWC; called only at a reduced precision.
         fallback: what `settle_provider` returned.
+        used: digest of the converted model that the job began with, to go on with.
 
     Raises:
         ProviderError: a session does not run on its device, or gives other answers there.
@@ -136,10 +138,10 @@ def open_devices(
     sample = functools.cache(sample)
     if fallback is None:
         try:
-            return _open(job, model, batch_size, sample, job.provider, log)
+            return _open(job, model, batch_size, sample, job.provider, log, used)
         except ProviderError as error:
             fallback = _allowed_fallback(job, error, log)
-    opened = _open(job, model, batch_size, sample, ProviderSpec(name="cpu"), log)
+    opened = _open(job, model, batch_size, sample, ProviderSpec(name="cpu"), log, used)
     provider = replace(opened.provider, requested=job.provider.name, fallback=fallback)
     return replace(opened, provider=provider)
 
@@ -151,6 +153,7 @@ def _open(
     sample: Callable[[], Pixels],
     spec: ProviderSpec,
     log: Log,
+    used: str | None,
 ) -> Opened:
     bundle = model.bundle
     if (precision := needed_variant(spec.name, job.precision)) is not None:
@@ -162,6 +165,7 @@ def _open(
             threads=usable_cores(),
             made_by=installed_flavours(),
             log=log,
+            used=used,
         )
     classifiers: list[OnnxClassifier] = []
     check = None

@@ -12,7 +12,7 @@ BatchclfError                 1  unexpected; also the root of the tree
 │   ├── OutOfMemory              memory does not suffice for a batch
 │   ├── WeightsUnavailable       pretrained weights could not be downloaded
 │   └── PrecisionRefused         a reduced precision agrees too seldom with fp32
-├── WorkerFailed              1  the job's process died or hung, again and again
+├── WorkerFailed              1  the job's process met a bug, or died or hung again and again
 ├── DeviceLost                1  the device does not answer any more
 └── Interrupted        130, 143  SIGINT or SIGTERM: drained, committed, resumable
 
@@ -95,7 +95,7 @@ class PrecisionRefused(EnvironmentFailed):
 
 
 class WorkerFailed(BatchclfError):
-    """The process that does the job's work died or hung, and starting it again did not help."""
+    """The process that does the job's work met a bug, or starting it again did not help."""
 
 
 class DeviceLost(BatchclfError):

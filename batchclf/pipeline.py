@@ -39,7 +39,7 @@ from batchclf.reporter import Reporter
 from batchclf.request import Recovery, RunOptions, RunResult
 from batchclf.results.files import RunFiles, remove
 from batchclf.results.lines import Done
-from batchclf.results.listing import count_listing, new_paths, read_listing
+from batchclf.results.listing import count_listing, new_paths, read_listing, serves_others
 from batchclf.results.records import ImageRef, Pixels
 from batchclf.results.state import RunState, kept_status, read_run
 from batchclf.results.stats import StatsCollector
@@ -48,14 +48,18 @@ from batchclf.results.writer import (
     append_stats,
     discard,
     mend_stats,
+    sync_records,
 )
 from batchclf.resume import (
+    converted_digest,
     durable_of,
     fingerprint,
     finished_summary,
+    is_finished,
     is_same_retry,
     require_extendable,
     require_same_converted,
+    require_same_listing,
     resume,
     run_facts,
     summary_facts,
@@ -103,15 +107,28 @@ def run_job(
         return RunResult(plan.files, finished, was_complete=True)
     opened = begun.opened
     if opened is None:
-        opened = _open(plan, partial(read_listing, plan.files), settle(), reporter)
+        used = converted_digest(begun.previous)
+        opened = _open(plan, partial(read_listing, plan.files), settle(), reporter, used)
         require_same_converted(begun.previous, done, opened)
     facts = run_facts(plan, opened, begun.fingerprint, begun.previous, done, retried.keys())
+    reporter.before_write()
+    if retried:
+        sync_records(plan.files.predictions)
     with kept_status(plan.files, facts) as state:
         mend_stats(plan.files)
         classify = partial(classify_shard, plan, opened, stats=stats, reporter=reporter, stop=stop)
         if retried:
             is_resumed = recovery.beginning is not None or is_same_retry(begun.previous, facts)
-            retry(plan, retried.keys(), classify, stats, recovery, reporter, is_resumed=is_resumed)
+            retry(
+                plan,
+                retried.keys(),
+                classify,
+                stats,
+                state,
+                recovery,
+                reporter,
+                is_resumed=is_resumed,
+            )
         else:
             _go_on(plan, begun, classify, stats, state, reporter)
         summary = append_stats(plan.files, "summary", stats.snapshot(), summary_facts(plan, opened))
@@ -143,7 +160,7 @@ def _begin(
 ) -> _Begun:
     files = RunFiles(job.output, options.shard)
     previous = None if options.overwrite else read_run(files)
-    is_complete = previous is not None and previous.get("status") == "complete"
+    is_complete = is_finished(previous)
     if not is_complete:  # else nothing may be left to run, and the provider may be gone
         settle()
     source = _source(job, is_complete=is_complete)
@@ -154,15 +171,22 @@ def _begin(
     opened = None
     if options.overwrite:
         # Nothing is thrown away before what replaces it was seen to run.
-        listed = partial(_would_be_listed, source, options.limit)
+        if is_shared := serves_others(files):
+            reporter.log("--overwrite: other shards use the listing, so it stays as it is")
+        listed = partial(read_listing, files)
+        if not is_shared:
+            listed = partial(_would_be_listed, source, options.limit)
         recovery = try_suspects(job, source, model, recovery, listed(), reporter)
         plan = planned(sum(1 for _ in listed()), model, recovery, _silent)
+        require_same_listing(plan, fingerprint(plan, options.limit))
         opened = _open(plan, listed, settle(), reporter)
+        reporter.before_write()
         discard(files)
     was_listed = files.listing.exists()
     if was_listed and options.extend:  # nothing is added to another job's listing
         plan = planned(count_listing(files), model, recovery, _silent)
         require_extendable(plan, previous, fingerprint(plan, options.limit))
+    reporter.before_write()
     list_s = freeze(source, files, options.limit, reporter.log, extend=options.extend)
     recovery = try_suspects(job, source, model, recovery, read_listing(files), reporter)
     plan = planned(count_listing(files), model, recovery, reporter.log)
@@ -176,8 +200,12 @@ def _open(
     listed: Callable[[], Iterator[ImageRef]],
     fallback: str | None,
     reporter: Reporter,
+    used: str | None = None,
 ) -> Opened:
-    """Open a job's sessions; a sample is of the images `listed`, watched while decoded."""
+    """Open a job's sessions; a sample is of the images `listed`, watched while decoded.
+
+    `used`: digest of the converted model that made the records so far.
+    """
 
     def decode(load: Load, num_workers: int) -> Decoding:
         return noted(threads(Quarantine(load, plan.quarantined), num_workers), reporter.decoding)
@@ -188,7 +216,9 @@ def _open(
         )
 
     with explained(plan.model, plan.batch_size):
-        return open_devices(plan.job, plan.model, plan.batch_size, sample, fallback, reporter.log)
+        return open_devices(
+            plan.job, plan.model, plan.batch_size, sample, fallback, reporter.log, used
+        )
 
 
 def _silent(text: str) -> None:
@@ -319,6 +349,7 @@ def _go_on(
     durable = durable_of(begun.previous)
     remove(plan.files.retry)  # of an attempt that was given up
     refs = read_listing(plan.files, plan.first + done.num_images, plan.last)
+    reporter.before_write()
     with RecordWriter(
         plan.files.predictions, done.num_bytes, stats.add_write, durable.num_bytes
     ) as writer:

@@ -75,7 +75,7 @@ def resume(
         ResumeRefused: the folder holds another job's records.
         EnvironmentFailed: the records cannot be read, or cut.
     """
-    _require_same_listing(plan, fingerprint)
+    require_same_listing(plan, fingerprint)
     if previous is None:
         if plan.files.predictions.exists():
             raise ResumeRefused(
@@ -86,7 +86,9 @@ def resume(
     _require_same_job(plan, previous, fingerprint)
     paths = read_paths(plan.files, plan.first, plan.last)
     durable = durable_of(previous)
-    is_whole = previous.get("status") == "complete" or durable.is_of_this_boot
+    # --retry-failed begins with all records, made durable, and puts others in their place at once.
+    was_finished = previous.get("status") == "complete" or previous.get("retry") is not None
+    is_whole = was_finished or durable.is_of_this_boot
     done = find_done(plan.files.predictions, paths, None if is_whole else durable.num_bytes)
     if done.num_images < durable.num_images:
         log(
@@ -113,7 +115,7 @@ def require_extendable(
         ResumeRefused: it is another job's.
         UsageError: it is divided among shards, whose bounds would move.
     """
-    _require_same_listing(plan, fingerprint)
+    require_same_listing(plan, fingerprint)
     if previous is not None:
         _require_same_job(plan, previous, fingerprint)
     if any(plan.files.folder.glob("run-*-of-*.json")):
@@ -156,23 +158,29 @@ def durable_of(previous: Mapping[str, Any] | None) -> Durable:
         return Durable()
 
 
+def converted_digest(previous: Mapping[str, Any] | None) -> str | None:
+    """Of the int8 or fp16 model that an earlier run classified with; None: with no such model."""
+    found = _mapping((previous or {}).get("converted_model")).get("digest")
+    return found if isinstance(found, str) else None
+
+
 def require_same_converted(previous: Mapping[str, Any] | None, done: Done, opened: Opened) -> None:
     """Refuse to go on with another int8 or fp16 model than the one that wrote the first records.
 
     Raises:
-        ResumeRefused: it was calibrated anew, since images or ONNX Runtime changed.
+        ResumeRefused: that one is gone, and images or ONNX Runtime changed since it was calibrated.
     """
-    before = _mapping((previous or {}).get("converted_model")).get("digest")
+    before = converted_digest(previous)
     if done.num_images and before not in (None, opened.bundle.digest):
         raise ResumeRefused(
             f"output: {done.num_images:,} records are of a converted model with digest "
-            f"{before[:12]}, and it is now {opened.bundle.digest[:12]}: ONNX Runtime or images of "
-            "its calibration changed. --overwrite starts anew; `batchclf export` at this precision "
-            "keeps a converted model for several runs"
+            f"{str(before)[:12]}, which is no longer in the model cache. Made anew, its digest is "
+            f"{opened.bundle.digest[:12]}: ONNX Runtime or images of its calibration changed. "
+            "--overwrite starts anew; `batchclf export` at this precision keeps a converted model"
         )
 
 
-def _require_same_listing(plan: Plan, fingerprint: Mapping[str, object]) -> None:
+def require_same_listing(plan: Plan, fingerprint: Mapping[str, object]) -> None:
     """Refuse a folder whose frozen listing is that of another input: all shards share it.
 
     Raises:
@@ -194,6 +202,15 @@ def _require_same_listing(plan: Plan, fingerprint: Mapping[str, object]) -> None
 
 def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def is_finished(previous: Mapping[str, Any] | None) -> bool:
+    """Whether run.json says that there is nothing left to do, or that all records are durable."""
+    if previous is None:
+        return False
+    num_images = previous.get("num_images")
+    is_durable = num_images is not None and durable_of(previous).num_images == num_images
+    return previous.get("status") == "complete" or is_durable
 
 
 def finished_summary(files: RunFiles) -> dict[str, Any] | None:
@@ -242,7 +259,7 @@ def run_facts(
         "backend": plan.backend,
         "jpeg_decoder": decoder_name(),
         **how,
-        "durable": asdict(_still_durable(previous, done)),
+        "durable": asdict(_still_durable(previous, done, is_retry=bool(retried))),
         "segments": [*_written_segments(previous, done), *([] if retried else [part])],
         "retry": {**part, "codes": sorted(retried)} if retried else None,
     }
@@ -258,9 +275,9 @@ def is_same_retry(previous: Mapping[str, Any] | None, run: Mapping[str, Any]) ->
     )
 
 
-def _still_durable(previous: Mapping[str, Any] | None, done: Done) -> Durable:
-    """What was durable, as far as it is kept."""
-    if (previous or {}).get("status") == "complete":
+def _still_durable(previous: Mapping[str, Any] | None, done: Done, *, is_retry: bool) -> Durable:
+    """What was durable, as far as it is kept; a retry begins with all records synced."""
+    if is_retry or (previous or {}).get("status") == "complete":
         return Durable(done.num_bytes, done.num_images, boot_id())
     before = durable_of(previous)
     return replace(
@@ -291,7 +308,7 @@ def _segment(plan: Plan, opened: Opened, done: Done) -> dict[str, object]:
 def _written_segments(previous: Mapping[str, Any] | None, done: Done) -> list[object]:
     """The earlier runs that wrote records which are kept."""
     segments = (previous or {}).get("segments")
-    if not isinstance(segments, list):
+    if not isinstance(segments, list) or not segments:
         return []
     starts = [*(one["first"] for one in segments[1:]), done.num_images]
     return [

@@ -13,6 +13,7 @@ from batchclf.reporter import Reporter
 from batchclf.request import Recovery
 from batchclf.results.lines import Done, find_done
 from batchclf.results.listing import read_listing
+from batchclf.results.state import RunState
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import RecordWriter, failed_refs, replace_failed
 
@@ -40,6 +41,7 @@ def retry(
     codes: Collection[str],
     classify: Classify,
     stats: StatsCollector,
+    state: RunState,
     recovery: Recovery,
     reporter: Reporter,
     *,
@@ -56,10 +58,12 @@ def retry(
         tried = find_done(plan.files.retry, (ref.path for ref in refs(listed(), codes)))
     stats.resume(tried.num_ok, tried.errors_by_code)
     go_on_counting(stats, recovery)
+    reporter.before_write()
     with RecordWriter(plan.files.retry, tried.num_bytes, stats.add_write) as writer:
         classify(islice(refs(listed(), codes), tried.num_images, None), writer)
     reporter.before_write()
-    replace_failed(plan.files.predictions, plan.files.retry, codes)
+    num_bytes = replace_failed(plan.files.predictions, plan.files.retry, codes)
+    state.note_durable(num_bytes, plan.num_images)
 
 
 def tell_that_none_is_retried(done: Done, codes: Collection[str] | None, log: Log) -> None:

@@ -516,6 +516,112 @@ def test_where_no_error_is_to_be_tried_again_nothing_is_and_that_is_said(
     assert predictions.read_bytes() == before
 
 
+def test_a_retry_whose_end_was_lost_with_the_power_is_finished_by_the_same_command(
+    tmp_path: Path,
+) -> None:
+    """The new records are in their places, and durable; that it was so is not in run.json."""
+    job, predictions, _ = with_failures(tmp_path)
+    noted = predictions.stat().st_size
+    options = RunOptions(limit=6, retry_failed=True)
+    run_here(job, options)
+    whole = predictions.read_bytes()
+    run_file = tmp_path / "out" / "run.json"
+    run = json.loads(run_file.read_bytes())
+    assert run["durable"]["num_bytes"] == len(whole) > noted
+    durable = {"num_bytes": noted, "num_images": 6, "boot_id": "before"}
+    run_file.write_text(json.dumps(run | {"status": "running", "durable": durable}))
+    log = Log()
+    result = run_here(job, options, log)
+    assert result.summary["num_ok"] == 6
+    assert not any("safe on disk" in line for line in log.lines)
+    assert predictions.read_bytes() == whole
+    assert status_of(tmp_path / "out") == "complete"
+
+
+def test_a_job_whose_last_word_was_lost_with_the_power_needs_its_images_no_more(
+    tmp_path: Path,
+) -> None:
+    images = link_digits(tmp_path / "images", 6)
+    job = write_tiny_job(tmp_path, input=str(images))
+    run_here(job)
+    run_file = tmp_path / "out" / "run.json"
+    run_file.write_text(json.dumps(json.loads(run_file.read_bytes()) | {"status": "running"}))
+    shutil.rmtree(images)
+    assert run_here(job).summary["num_ok"] == 6
+    assert status_of(tmp_path / "out") == "complete"
+
+
+def test_a_retry_of_records_that_no_part_is_known_of_is_one_more_part(tmp_path: Path) -> None:
+    job, _, _ = with_failures(tmp_path)
+    run_file = tmp_path / "out" / "run.json"
+    run_file.write_text(json.dumps(json.loads(run_file.read_bytes()) | {"segments": []}))
+    run_here(job, RunOptions(limit=6, retry_failed=True))
+    assert run_here(job, RunOptions(limit=6)).was_complete
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """The files of an output, but for those that say whose it is."""
+    names = [path for path in out.glob("*") if not path.name.startswith((".lock", ".lease"))]
+    return {path.name: path.read_bytes() for path in names}
+
+
+class Fenced(Log):
+    """Of a run whose output may be another's by now: it is never told that it may write."""
+
+    def before_write(self) -> None:
+        raise InterruptedError
+
+
+@pytest.mark.parametrize("command", ["run", "resume", "overwrite", "extend", "retry"])
+def test_nothing_is_written_before_the_output_is_known_to_be_this_runs(
+    tmp_path: Path, command: str
+) -> None:
+    job, predictions, _ = with_failures(tmp_path)
+    out = predictions.parent
+    if command == "run":
+        shutil.rmtree(out)
+    elif command == "resume":
+        predictions.write_bytes(b"".join(predictions.read_bytes().splitlines(keepends=True)[:3]))
+    elif command == "extend":
+        run_here(job, RunOptions(overwrite=True))
+    kept = contents(out)
+    option = {"retry": "retry_failed"}.get(command, command)
+    options = {option: True} if command not in ("run", "resume") else {}
+    limit = None if command == "extend" else 6
+    with pytest.raises(InterruptedError):
+        run_here(job, RunOptions(limit=limit, **options), Fenced())  # type: ignore[arg-type]
+    assert contents(out) == kept
+
+
+# ---- shards --------------------------------------------------------------------------------------
+
+
+def test_a_shard_starts_anew_on_the_listing_that_it_shares(tmp_path: Path) -> None:
+    images = link_digits(tmp_path / "images", 8)
+    job = write_tiny_job(tmp_path, input=str(images))
+    for index in (0, 1):
+        run_here(job, RunOptions(shard=Shard(index, 2)))
+    predictions = tmp_path / "out" / "predictions-00000-of-00002.jsonl"
+    whole = predictions.read_bytes()
+    add_images(images, "000000-new.jpg")
+    log = Log()
+    run_here(job, RunOptions(shard=Shard(0, 2), overwrite=True), log)
+    assert [line for line in log.lines if "other shards use the listing, so it stays" in line]
+    assert predictions.read_bytes() == whole
+
+
+def test_a_shard_of_another_input_throws_nothing_away(tmp_path: Path) -> None:
+    images = link_digits(tmp_path / "images", 8)
+    for index in (0, 1):
+        run_here(write_tiny_job(tmp_path, input=str(images)), RunOptions(shard=Shard(index, 2)))
+    out = tmp_path / "out"
+    kept = {path.name: path.read_bytes() for path in out.iterdir()}
+    other = write_tiny_job(tmp_path, input=str(link_digits(tmp_path / "others", 9)))
+    with pytest.raises(ResumeRefused, match="holds another job's listing"):
+        run_here(other, RunOptions(shard=Shard(0, 2), overwrite=True))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == kept
+
+
 # ---- another job ---------------------------------------------------------------------------------
 
 
@@ -711,26 +817,60 @@ def works_here() -> list[str]:
     return [name for name, one in PROVIDERS.items() if one.execution_provider in compiled_in()]
 
 
+@pytest.mark.parametrize("change", ["images", "extend", "retry"])
+def test_an_int8_job_goes_on_with_the_model_it_began_with_whatever_became_of_its_images(
+    batchclf: Batchclf, tmp_path: Path, change: str
+) -> None:
+    images = link_digits(tmp_path / "images", 40)
+    job = write_job(tmp_path, input=str(images), precision="int8")
+    predictions = tmp_path / "out" / "predictions.jsonl"
+    if change == "retry":
+        first, *_ = sorted(images.iterdir())
+        good = first.read_bytes()
+        first.unlink()
+        first.write_bytes(b"")
+    assert batchclf("run", job).exit_code == 0
+    lines = predictions.read_bytes().splitlines(keepends=True)
+    options = {"extend": ("--extend",), "retry": ("--retry-failed",)}.get(change, ())
+    if change == "retry":
+        first.write_bytes(good)
+    elif change == "extend":
+        add_images(images, "zz.jpg")
+    else:
+        predictions.write_bytes(b"".join(lines[:10]))
+        for path in sorted(images.iterdir())[20:30]:
+            path.unlink()
+    done = batchclf("run", job, *options)
+    assert done.exit_code == 0, done.stderr
+    assert "quantising" not in done.stderr
+    after = predictions.read_bytes().splitlines(keepends=True)
+    same = {"images": [*range(20), *range(30, 40)], "retry": range(1, 40)}.get(change, range(40))
+    assert [number for number in same if after[number] != lines[number]] == []
+    assert len(after) == (41 if change == "extend" else 40)
+
+
 def test_records_of_a_model_that_would_be_calibrated_anew_are_not_added_to(
     batchclf: Batchclf, tmp_path: Path
 ) -> None:
-    images = tmp_path / "images"
-    shutil.copytree(ROOT / "samples" / "digits", images)
+    """Where the model is no longer in the cache, and images it was calibrated on have changed."""
+    images = link_digits(tmp_path / "images", 40)
     job = write_job(tmp_path, input=str(images), precision="int8")
-    assert batchclf("run", job).exit_code == 0
+    cache = {"BATCHCLF_CACHE_DIR": str(tmp_path / "cache")}
+    assert batchclf("run", job, env=cache).exit_code == 0
     predictions = tmp_path / "out" / "predictions.jsonl"
     lines = predictions.read_bytes().splitlines(keepends=True)
-    predictions.write_bytes(b"".join(lines[:100]))
-    assert batchclf("run", job).exit_code == 0
+    predictions.write_bytes(b"".join(lines[:10]))
+    shutil.rmtree(tmp_path / "cache")
+    assert batchclf("run", job, env=cache).exit_code == 0, "made again, and the same"
     assert predictions.read_bytes() == b"".join(lines)
-    predictions.write_bytes(b"".join(lines[:100]))
-    shown = sorted(path for path in images.rglob("*") if path.is_file())
-    for path in shown[150:]:
-        shutil.copyfile(shown[0], path)
-    done = batchclf("run", job)
+    predictions.write_bytes(b"".join(lines[:10]))
+    shutil.rmtree(tmp_path / "cache")
+    for path in sorted(images.iterdir())[20:]:
+        path.unlink()
+    done = batchclf("run", job, env=cache)
     assert done.exit_code == 2, done.stderr
     assert "ONNX Runtime or images of its calibration changed" in done.stderr
-    assert predictions.read_bytes() == b"".join(lines[:100])
+    assert predictions.read_bytes() == b"".join(lines[:10])
 
 
 # ---- killed at every step ------------------------------------------------------------------------

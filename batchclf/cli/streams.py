@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-import click
-
 STDERR = 2
 PATIENCE_S = 0.2
 """Seconds that whoever reads a pipe or a terminal may take to make room for a line."""
@@ -32,13 +30,18 @@ def say(text: str) -> None:
     Where nobody makes room for it, it is dropped: a job ends at a signal, and with its own exit
     code, whoever does not read what it says.
     """
-    if is_read():
-        with unless_gone(sys.stderr):
-            click.echo(printable(text), err=True)
+    data = f"{printable(text)}\n".encode(sys.stderr.encoding, "backslashreplace")
+    with unless_gone(sys.stderr):
+        sys.stderr.flush()
+        for first in range(0, len(data), select.PIPE_BUF):
+            if not is_read():
+                return
+            sys.stderr.buffer.write(data[first : first + select.PIPE_BUF])
+            sys.stderr.buffer.flush()
 
 
 def is_read() -> bool:
-    """Whether stderr has room for a line, or soon will have; else a print might wait for ever."""
+    """Whether stderr has room, or soon will have, for PIPE_BUF bytes; else a print might wait."""
     return bool(select.select((), (STDERR,), (), PATIENCE_S)[1])
 
 

@@ -14,6 +14,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -229,6 +230,19 @@ def open_cached(folder: Path) -> Bundle:
     for one in (folder.parent, folder):
         _require_private(one)
     return open_bundle(folder)
+
+
+def find_cached(digest: str) -> Bundle | None:
+    """The bundle in the cache whose model has this digest; None: none has, or it is damaged.
+
+    Raises:
+        EnvironmentFailed: another user could have put it there.
+    """
+    for meta_file in sorted(cache_folder().glob(f"*/{META_FILE}")):
+        with suppress(ModelError):
+            if Bundle(meta_file.parent, _read_meta(meta_file.parent)).digest == digest:
+                return open_cached(meta_file.parent)
+    return None
 
 
 def private_folder(folder: Path) -> Path:

@@ -19,6 +19,7 @@ from batchclf.models.bundle import (
     Bundle,
     BundleMeta,
     cached_bundle,
+    find_cached,
     model_files,
     open_bundle,
     versions_of,
@@ -68,6 +69,7 @@ def resolve_variant(
     threads: int,
     made_by: Mapping[str, str],
     log: Log,
+    used: str | None = None,
 ) -> Bundle:
     """`bundle` at `precision` (int8 or fp16): exported with it, from the cache, or made now.
 
@@ -75,6 +77,8 @@ def resolve_variant(
         sample: images of the job to calibrate int8 with, uint8 NHWC; called if they are needed.
         threads: CPU threads for calibrating.
         made_by: the installed ONNX Runtime and its version: each writes other bytes.
+        used: digest of the model that a job began with. It is taken while the cache has it,
+            whatever the images of the job are by now.
 
     Raises:
         ModelError: the model cannot be converted.
@@ -88,6 +92,8 @@ def resolve_variant(
             f"precision: found {precision}, but {bundle.meta.name} already computes in "
             f"{bundle.meta.arithmetic}; use precision fp32, which runs the model as it is"
         )
+    if used is not None and (begun_with := find_cached(used)) is not None:
+        return begun_with
     # Half of the sample: the comparison with fp32 sees the other half as well.
     calibration_NHWC = sample()[::2] if precision == "int8" else None
     request: dict[str, object] = {

@@ -60,8 +60,10 @@ class RunFiles:
         return self.folder / ".lock-listing"
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes, *, must_last: bool = True) -> None:
     """Replace a file whole, durably, or leave it as it is. A file has one writer at a time.
+
+    `must_last`: whether it is an error where a power loss may bring the old one back.
 
     Raises:
         EnvironmentFailed: disk full, I/O error.
@@ -71,7 +73,7 @@ def replace_file(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        move_into_place(path)
+        move_into_place(path, must_last=must_last)
     except OSError as error:
         with suppress(OSError):
             temporary_of(path).unlink(missing_ok=True)
@@ -90,10 +92,14 @@ def open_temporary(path: Path) -> BinaryIO:
     return open(temporary, "xb")  # O_EXCL
 
 
-def move_into_place(path: Path) -> None:
-    """Make the temporary file the file, also after a power loss."""
+def move_into_place(path: Path, *, must_last: bool = True) -> None:
+    """Make the temporary file the file, also after a power loss if it must last."""
     os.replace(temporary_of(path), path)
-    sync_folder(path.parent)
+    try:
+        sync_folder(path.parent)
+    except OSError:
+        if must_last:
+            raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -89,7 +89,7 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
 
 
 def find_done(predictions: Path, paths: Iterable[bytes], max_bytes: int | None = None) -> Done:
-    """How much of `predictions` is whole records of `paths`, in order; what follows is cut off.
+    """How much of `predictions` is whole records of `paths`, in order, from its beginning.
 
     Nothing is taken beyond `max_bytes`.
 

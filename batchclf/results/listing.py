@@ -94,6 +94,12 @@ def discard_abandoned_listing(files: RunFiles) -> None:
         remove(files.listing)
 
 
+def serves_others(files: RunFiles) -> bool:
+    """Whether other shards use the listing, so that it stays when this one starts anew."""
+    has_others = any(path != files.run for path in files.folder.glob("run*.json"))
+    return files.listing.exists() and (has_others or others_at_work(files))
+
+
 def read_listing(files: RunFiles, start: int = 0, stop: int | None = None) -> Iterator[ImageRef]:
     """The entries `start` to `stop` of the frozen listing, read as they are asked for.
 

@@ -33,14 +33,14 @@ class RunState:
         self._files = files
         self._run = dict(run)
 
-    def write(self, status: str, **facts: object) -> None:
-        """Replace the status, and the facts given.
+    def write(self, status: str, *, must_last: bool = True, **facts: object) -> None:
+        """Replace the status, and the facts given; `must_last` as in `replace_file`.
 
         Raises:
             EnvironmentFailed: disk full, I/O error.
         """
         self._run |= {**facts, "status": status}
-        write_run(self._files, self._run)
+        write_run(self._files, self._run, must_last=must_last)
 
     def note_durable(self, num_bytes: int, num_images: int) -> None:
         """Note that so much of predictions.jsonl was synced.
@@ -67,7 +67,9 @@ def kept_status(files: RunFiles, run: Mapping[str, object]) -> Iterator[RunState
             if not isinstance(error, EnvironmentFailed):
                 error.add_note(str(unwritable))
         raise
-    state.write("complete", ended_at=now())
+    # All records are durable, and noted so: without this, another start finds nothing left to do.
+    # An error after it had been written would belie what it says.
+    state.write("complete", must_last=False, ended_at=now())
 
 
 def mark_ended(files: RunFiles, error: BatchclfError) -> None:
@@ -78,15 +80,15 @@ def mark_ended(files: RunFiles, error: BatchclfError) -> None:
         RunState(files, run).write(status, error=str(error), ended_at=now())
 
 
-def write_run(files: RunFiles, run: Mapping[str, object]) -> None:
-    """Replace run.json whole.
+def write_run(files: RunFiles, run: Mapping[str, object], *, must_last: bool = True) -> None:
+    """Replace run.json whole; `must_last` as in `replace_file`.
 
     Raises:
         EnvironmentFailed: disk full, I/O error.
     """
     # json and not orjson: a path that is not UTF-8 is kept as escapes.
     data = json.dumps(run, indent=2).encode("ascii") + b"\n"
-    replace_file(files.run, data)
+    replace_file(files.run, data, must_last=must_last)
 
 
 def read_run(files: RunFiles) -> dict[str, Any] | None:

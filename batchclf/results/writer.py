@@ -122,6 +122,19 @@ class RecordWriter:
         self._timed(time.perf_counter() - started)
 
 
+def sync_records(path: Path) -> None:
+    """Make all records survive a power loss.
+
+    Raises:
+        EnvironmentFailed: the disk does not take them.
+    """
+    try:
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise output_failed(path, error) from error
+
+
 def cut_surplus(path: Path, num_bytes: int) -> int:
     """Cut off, durably, what follows `num_bytes`; returns how many bytes that was.
 
@@ -201,8 +214,11 @@ def failed_refs(
             yield ref
 
 
-def replace_failed(predictions: Path, retry: Path, codes: Collection[str]) -> None:
+def replace_failed(predictions: Path, retry: Path, codes: Collection[str]) -> int:
     """Put the records of `retry` in the places of the errors with one of `codes`, all at once.
+
+    Returns:
+        The bytes that there are now, all of which survive a power loss.
 
     Raises:
         EnvironmentFailed: disk full, I/O error; the old records then stay.
@@ -216,12 +232,14 @@ def replace_failed(predictions: Path, retry: Path, codes: Collection[str]) -> No
             file.writelines(next(new) if failure_code(line) in codes else line for line in old)
             file.flush()
             os.fsync(file.fileno())
+            num_bytes = file.tell()
         move_into_place(predictions)
         retry.unlink()
     except OSError as error:
         with suppress(OSError):
             temporary_of(predictions).unlink(missing_ok=True)
         raise output_failed(predictions, error) from error
+    return num_bytes
 
 
 # ---- starting anew -------------------------------------------------------------------------------

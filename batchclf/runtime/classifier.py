@@ -39,11 +39,14 @@ class OnnxClassifier:
 
 
 class BoundClassifier(OnnxClassifier):
-    """A classifier whose pixels go to a fixed place in the device's memory, for one caller.
+    """A classifier whose pixels go to one fixed place in the device's memory, for one caller.
 
     Binding spares ONNX Runtime an allocation and a staging copy per batch. Two of these, called
-    from two threads, overlap one batch's copy with the other's computation.
+    from two threads, overlap one batch's copy with the other's computation. That place has one
+    shape: where memory does not suffice for it, the job goes on with half in a new session.
     """
+
+    takes_any_batch = False
 
     def __init__(
         self,
@@ -58,25 +61,17 @@ class BoundClassifier(OnnxClassifier):
         self._pixels: ort.OrtValue | None = None
 
     def __call__(self, pixels_NHWC: Pixels) -> Scores:
-        pixels = self._place_for(pixels_NHWC)
-        pixels.update_inplace(pixels_NHWC)
-        # Where a node on the CPU takes the pixels, binding copies them: so for every batch.
-        self._binding.bind_ortvalue_input(self._input, pixels)
-        self._session.run_with_iobinding(self._binding)
-        (scores_NK,) = self._binding.copy_outputs_to_cpu()
-        return np.array(scores_NK, np.float32)
-
-    def _place_for(self, pixels_NHWC: Pixels) -> ort.OrtValue:
-        """The one place for pixels; for those of another shape another, where scores follow."""
-        if self._pixels is None or tuple(self._pixels.shape()) != pixels_NHWC.shape:
-            self._pixels = None  # its memory may be needed
-            self._binding.clear_binding_inputs()
-            self._binding.clear_binding_outputs()
-            self._binding.bind_output(self._output, *self._place)
+        if self._pixels is None:
             self._pixels = ort.OrtValue.ortvalue_from_shape_and_type(
                 pixels_NHWC.shape, pixels_NHWC.dtype, *self._place
             )
-        return self._pixels
+            self._binding.bind_output(self._output, *self._place)
+        self._pixels.update_inplace(pixels_NHWC)
+        # Where a node on the CPU takes the pixels, binding copies them: so for every batch.
+        self._binding.bind_ortvalue_input(self._input, self._pixels)
+        self._session.run_with_iobinding(self._binding)
+        (scores_NK,) = self._binding.copy_outputs_to_cpu()
+        return np.array(scores_NK, np.float32)
 
 
 def open_classifier(
@@ -110,8 +105,8 @@ def open_classifier(
 class WithinMemory:
     """A classifier that infers a batch in parts, where memory does not suffice for all at once.
 
-    For a session that takes any batch: it is none the worse for a lack of memory. Called from one
-    thread.
+    For a session that takes any batch, as those of provider cpu do: it is none the worse for a lack
+    of memory. Those of the others are opened for one size. Called from one thread.
     """
 
     def __init__(self, classify: OnnxClassifier, log: Callable[[str], None]) -> None:

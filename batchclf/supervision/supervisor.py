@@ -133,7 +133,8 @@ class Supervisor:
                 if isinstance(death, RunResult):
                     return death
                 has_progressed = (
-                    self._board.num_images > num_before or len(self._guilty) > num_guilty
+                    self._board.num_images > max(num_before, self._num_resumed)
+                    or len(self._guilty) > num_guilty
                 )
                 num_futile = 0 if has_progressed else num_futile + 1
                 recovery = self._learn(recovery, death, num_futile)
@@ -190,6 +191,11 @@ class Supervisor:
             max_batch_size=half,
             beginning=self._beginning,
         )
+
+    @property
+    def _num_resumed(self) -> int:
+        """Records that earlier runs had written."""
+        return 0 if self._beginning is None else self._beginning.num_done
 
     # ---- watching --------------------------------------------------------------------------------
 

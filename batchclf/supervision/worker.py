@@ -7,12 +7,11 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import suppress
 from multiprocessing.connection import Connection
 
 import batchclf
 from batchclf.children import end_with_parent, expendable
-from batchclf.errors import BatchclfError
+from batchclf.errors import BatchclfError, DeviceLost
 from batchclf.interrupt import StopRequest
 from batchclf.reporter import Reporter
 from batchclf.results.lock import LEASE_S
@@ -73,9 +72,8 @@ def _run(setup: Setup, channel: "_Channel") -> Message:
                 recovery=setup.recovery,
             )
     except BatchclfError as error:
-        if error.exit_code == BatchclfError.exit_code:
-            with suppress(OSError):  # nobody reads it
-                traceback.print_exc()
+        if error.exit_code == BatchclfError.exit_code and not isinstance(error, DeviceLost):
+            channel.log(traceback.format_exc())
         return "error", error
     except Exception:  # noqa: BLE001 - the parent tells of it
         return "bug", traceback.format_exc()

@@ -26,19 +26,20 @@ COLD = 8
 
 
 def signals(options: Options, num_images: int = 5_000) -> Report:
-    """A signal at a random moment, the same command again, and so on."""
-    report = options.report("signals", num_signals=0, num_jobs=0, num_tracebacks=0)
+    """A signal at a random moment, the same command again, until `count` were single SIGTERMs."""
+    report = options.report("signals", num_sigterms=0, num_signals=0, num_jobs=0, num_tracebacks=0)
     images = link_digits(options.folder / "images", num_images)
     job = make_job(options.folder / "job", images, options.environment, **KEYS)
 
     def lane(number: int, count: int) -> None:
         output = emptied(options.folder / f"out-{number}")
-        rng, num_signals = options.rng(number), 0
-        while num_signals < count and not options.is_over:
-            cold = str(options.folder / f"cold-{number}-{num_signals}")
-            environment = {} if num_signals % COLD else {"BATCHCLF_CACHE_DIR": cold}
-            if _disturb(job, output, rng, environment, report):
-                num_signals += 1
+        rng, num_starts, num_sigterms = options.rng(number), 0, 0
+        while num_sigterms < count and not options.is_over:
+            cold = str(options.folder / f"cold-{number}-{num_starts}")
+            environment = {} if num_starts % COLD else {"BATCHCLF_CACHE_DIR": cold}
+            num_starts += 1
+            if (sent := _disturb(job, output, rng, environment, report)) is not None:
+                num_sigterms += sent == (signal.SIGTERM,)
                 continue
             report.add("num_jobs")
             report.check_none(job.complaints(output), "finished after signals")
@@ -52,26 +53,30 @@ def signals(options: Options, num_images: int = 5_000) -> Report:
 
 def _disturb(
     job: Job, output: Path, rng: random.Random, environment: dict[str, str], report: Report
-) -> bool:
-    """Start the job and send a signal at a random moment; False: it was finished before."""
+) -> tuple[signal.Signals, ...] | None:
+    """Start the job; the signals sent at a random moment. None: it was finished before."""
     number, to_group = rng.choice(SIGNALS), rng.random() < 0.3
     with job.started(output, environment=environment) as start:
         if (exit_code := start.wait(rng.uniform(0, 0.8 * job.wall_s))) is not None:
             report.check(exit_code == 0, f"ended with {exit_code}: {start.stderr[-400:]}")
-            return False
+            return None
         start.send(number, to_group=to_group)
         is_double = rng.random() < 0.2
         if is_double:
             time.sleep(rng.uniform(0, 0.2))
             start.send(number, to_group=to_group)
-        _check_end(start, number, MAX_SECOND_S if is_double else MAX_S, report)
+        exit_code = _check_end(start, number, MAX_SECOND_S if is_double else MAX_S, report)
+    if exit_code == 0 and not is_double:
+        return None
+    if number == signal.SIGTERM and not is_double:
+        report.add("num_sigterms")
     whole = whole_prefix(lines_of(output), job.lines)
     report.check(whole is not None, f"{number.name} left other records than the first ones")
-    return True
+    return (number, number) if is_double else (number,)
 
 
-def _check_end(start: Start, number: signal.Signals, max_s: float, report: Report) -> None:
-    """The job ends in time and as promised, and leaves no process behind."""
+def _check_end(start: Start, number: signal.Signals, max_s: float, report: Report) -> int | None:
+    """The job ends in time and as promised, and leaves no process behind; its exit code."""
     sent_at = time.monotonic()
     exit_code = start.wait()
     took_s = time.monotonic() - sent_at
@@ -84,6 +89,7 @@ def _check_end(start: Start, number: signal.Signals, max_s: float, report: Repor
     report.took(figure, took_s, max_s, f"{number.name}: ended with {said}")
     report.add("num_tracebacks", "Traceback" in start.stderr)
     report.check(not start.num_left(), f"{number.name}: processes are left, ended with {said}")
+    return exit_code
 
 
 def as_pid_1(options: Options, num_images: int = 5_000) -> Report:

@@ -54,6 +54,23 @@ def test_the_status_is_complete_only_after_all_work(files: RunFiles) -> None:
     assert Durable(**run["durable"]) == Durable(100, 7, boot_id())
 
 
+def test_what_says_complete_is_never_belied_by_an_error(
+    files: RunFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The records are durable by then; a folder that cannot be synced may cost the word alone."""
+
+    def fail(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EIO, "Input/output error")
+
+    with kept_status(files, {}) as state:
+        state.note_durable(100, 7)
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(EnvironmentFailed, match=r"run\.json"):
+            state.note_durable(200, 9)
+    assert status_of(files) == "complete"
+
+
 def test_a_disk_that_fails_the_status_as_well_does_not_hide_the_cause(
     files: RunFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:

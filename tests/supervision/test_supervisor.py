@@ -132,6 +132,9 @@ def test_a_worker_that_always_dies_at_one_batch_ends_the_job_and_no_image_is_bla
     assert state["error"] in said
     num_written = len(read_records(tmp_path / "out"))
     assert 16 <= num_written < 40
+    exit_code, said = finished(job, env={**env, "WRITTEN": str(written)})
+    assert exit_code == 1, said
+    assert said.count("the worker ended (exit code 7)") == 4, "it got no further than before"
     exit_code, said = finished(job)
     assert (exit_code, f"resuming after {num_written} of 40" in said) == (0, True), said
     assert_as_undisturbed(tmp_path)
