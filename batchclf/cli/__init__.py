@@ -53,8 +53,8 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a user's error becomes a message and its exit code, no traceback."""
         open_standard_streams()
-        _hear_sigterm_as_pid_1()
         try:
+            _hear_signals()
             return super().invoke(ctx)
         except BatchclfError as error:
             if ctx.obj == AS_JSON:
@@ -72,8 +72,10 @@ class LazyGroup(click.Group):
             sys.exit(130)
 
 
-def _hear_sigterm_as_pid_1() -> None:
-    """End at SIGTERM in a container too: the kernel drops it for a PID 1 that has no handler."""
+def _hear_signals() -> None:
+    """Hear Ctrl-C, and SIGTERM where the kernel would drop it: for a container's first process."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.getpid() == 1:
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
 

@@ -57,6 +57,26 @@ def hang(folder: Path, kind: str) -> str:
 # ---- signals -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("module", "exit_code"),
+    [
+        pytest.param("click", -signal.SIGINT, id="the command line"),
+        pytest.param("batchclf.cli.run", 130, id="the command"),
+        pytest.param("batchclf.supervision.supervisor", 130, id="the supervisor"),
+    ],
+)
+def test_ctrl_c_while_the_command_is_imported_ends_it_without_a_traceback(
+    tmp_path: Path, module: str, exit_code: int
+) -> None:
+    """To a shell, an end by SIGINT is exit code 130 as well."""
+    job = write_job(tmp_path)
+    program = "def change(module):\n    if not IS_WORKER:\n"
+    program += "        os.kill(os.getpid(), signal.SIGINT)\n"
+    found, said = finished(job, env=fault(tmp_path, program, module))
+    assert found == exit_code, said
+    assert "Traceback" not in said
+
+
 def test_a_signal_while_the_job_file_is_read_stops_the_run(tmp_path: Path) -> None:
     job = write_job(tmp_path)
     with started(job, env=fault(tmp_path, WAITING.format("load_job"), "batchclf.jobfile")) as run:
