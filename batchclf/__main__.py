@@ -1,14 +1,11 @@
 """The `batchclf` command, also as `python -m batchclf`."""
 
-import os
-import signal
+from batchclf.interrupt import end_at_once
 
 
 def main() -> None:
-    """Run the command; until it listens to Ctrl-C, that ends it at once, without a traceback."""
-    # The kernel drops what has no handler for the first process of a container.
-    if os.getpid() != 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Run the command; a signal that comes while it is still being loaded ends it at once."""
+    end_at_once()
 
     from batchclf.cli import main as command
 

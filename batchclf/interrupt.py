@@ -19,6 +19,36 @@ SIGNALS: Mapping[int, int] = {
 """What ends a job, and which of the two signals it counts as."""
 
 
+def end_at_once() -> None:
+    """Let these signals end the process at once, with their exit code: nothing has begun yet.
+
+    An exception of a handler's could be lost instead, or wrapped, wherever the import of a module
+    happens to be (in a weak reference's callback, in `__set_name__`), and prints a traceback. To
+    the first process of a container the kernel gives no signal that it has no handler for.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
+
+
+def end_as_usual() -> None:
+    """Undo `end_at_once`: from here on, Ctrl-C is a KeyboardInterrupt, so that work is tidied up.
+
+    Only a container's first process keeps its handlers for the other signals.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) is not _end:
+            continue
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+        elif os.getpid() != 1:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    os._exit(128 + SIGNALS[number])
+
+
 class _StopNow(BaseException):
     """Leaves this module only as `Interrupted`.
 
@@ -76,8 +106,17 @@ class StopRequest:
         previous = {number: signal.signal(number, self._handle) for number in self._signals}
         try:
             yield self
-        except _StopNow:
-            self.raise_if_requested()
+        except BaseException as error:
+            if _is_stop(error):
+                self.raise_if_requested()
+            raise
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _is_stop(error: BaseException | None) -> bool:
+    """Whether it is _StopNow, or made from it: CPython 3.11 wraps what `__set_name__` raises."""
+    while error is not None and not isinstance(error, _StopNow):
+        error = error.__cause__
+    return error is not None

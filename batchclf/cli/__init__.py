@@ -5,8 +5,6 @@ stdout carries results only; progress and log lines go to stderr.
 
 import importlib
 import json
-import os
-import signal
 import sys
 import traceback
 from typing import Any
@@ -16,6 +14,7 @@ import click
 from batchclf import __version__
 from batchclf.cli.streams import open_standard_streams, say
 from batchclf.errors import BatchclfError, Interrupted, WorkerFailed
+from batchclf.interrupt import end_as_usual
 
 AS_JSON = "json"
 """The context's object where `--json` was given."""
@@ -44,6 +43,7 @@ class LazyGroup(click.Group):
             return None
         module = importlib.import_module(f"batchclf.cli.{cmd_name}")
         command: click.Command = module.command
+        end_as_usual()
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -54,7 +54,6 @@ class LazyGroup(click.Group):
         """Run the command; a user's error becomes a message and its exit code, no traceback."""
         open_standard_streams()
         try:
-            _hear_signals()
             return super().invoke(ctx)
         except BatchclfError as error:
             if ctx.obj == AS_JSON:
@@ -70,14 +69,6 @@ class LazyGroup(click.Group):
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             sys.exit(130)
-
-
-def _hear_signals() -> None:
-    """Hear Ctrl-C, and SIGTERM where the kernel would drop it: for a container's first process."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if os.getpid() == 1:
-        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

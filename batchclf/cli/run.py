@@ -11,6 +11,7 @@ import click
 from batchclf.cli.options import job_options, json_option, load
 from batchclf.cli.streams import say
 from batchclf.errors import UsageError
+from batchclf.interrupt import StopRequest
 
 
 @click.command("run")
@@ -49,11 +50,10 @@ def command(
     _require_compatible(overwrite, extend, retry_failed, codes, limit, shard)
     part = None if shard is None else _parse_shard(shard)
     only = None if codes is None else _parse_codes(codes)
-    from batchclf.interrupt import StopRequest
-    from batchclf.supervision.board import Board
-    from batchclf.supervision.process import WorkerProcess
-
     with StopRequest().installed() as stop:
+        from batchclf.supervision.board import Board
+        from batchclf.supervision.process import WorkerProcess
+
         # First of all: it imports what it needs while this process does.
         descriptor = Board.new_descriptor()
         worker = WorkerProcess(descriptor)

@@ -8,6 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from batchclf.errors import Interrupted
+from batchclf.interrupt import StopRequest
 from batchclf.results.files import RunFiles
 from batchclf.results.lock import only_writer
 from tests.conftest import read_records
@@ -57,24 +59,29 @@ def hang(folder: Path, kind: str) -> str:
 # ---- signals -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("module", "exit_code"),
-    [
-        pytest.param("click", -signal.SIGINT, id="the command line"),
-        pytest.param("batchclf.cli.run", 130, id="the command"),
-        pytest.param("batchclf.supervision.supervisor", 130, id="the supervisor"),
-    ],
-)
-def test_ctrl_c_while_the_command_is_imported_ends_it_without_a_traceback(
-    tmp_path: Path, module: str, exit_code: int
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("module", ["click", "batchclf.cli.run", "batchclf.supervision.supervisor"])
+def test_a_signal_while_the_command_is_imported_ends_it_without_a_traceback(
+    tmp_path: Path, module: str, number: int
 ) -> None:
-    """To a shell, an end by SIGINT is exit code 130 as well."""
     job = write_job(tmp_path)
-    program = "def change(module):\n    if not IS_WORKER:\n"
-    program += "        os.kill(os.getpid(), signal.SIGINT)\n"
-    found, said = finished(job, env=fault(tmp_path, program, module))
-    assert found == exit_code, said
+    program = (
+        f"def change(module):\n    if not IS_WORKER:\n        os.kill(os.getpid(), {number})\n"
+    )
+    exit_code, said = finished(job, env=fault(tmp_path, program, module))
+    assert exit_code == (130 if number == signal.SIGINT else 143), said
     assert "Traceback" not in said
+
+
+def test_a_signal_that_comes_while_a_class_is_made_is_not_taken_for_a_fault_of_its() -> None:
+    """CPython 3.11 makes a RuntimeError of whatever `__set_name__` raises."""
+
+    class Signalling:
+        def __set_name__(self, owner: type, name: str) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted), StopRequest().installed():
+        type("Owner", (), {"attribute": Signalling()})
 
 
 def test_a_signal_while_the_job_file_is_read_stops_the_run(tmp_path: Path) -> None:
