@@ -3,6 +3,7 @@
 Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 """
 
+import gc
 import hashlib
 import http.server
 import os
@@ -11,6 +12,7 @@ import socket
 import socketserver
 import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -506,14 +508,17 @@ def sending(
 
 
 @pytest.fixture
-def torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Empty folders for downloads and bundles, and no proxy."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("BATCHCLF_CACHE_DIR", str(tmp_path / "cache"))
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    return tmp_path / "torch"
+    yield tmp_path / "torch"
+    with warnings.catch_warnings():  # torch.hub leaves the connection of a failed download open
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def resolve_named(monkeypatch: pytest.MonkeyPatch, name: str, url: str) -> Any:
@@ -577,6 +582,7 @@ def chunks_that_stop(request: http.server.BaseHTTPRequestHandler) -> None:
     request.wfile.write(b"1000\r\n" + b"x" * 100)
 
 
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")  # as torch_home says
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
