@@ -173,9 +173,13 @@ def _begin(
         # Nothing is thrown away before what replaces it was seen to run.
         if is_shared := serves_others(files):
             reporter.log("--overwrite: other shards use the listing, so it stays as it is")
-        listed = partial(read_listing, files)
-        if not is_shared:
-            listed = partial(_would_be_listed, source, options.limit)
+
+        def listed() -> Iterator[ImageRef]:
+            """The entries that the new listing will have."""
+            if is_shared:
+                return read_listing(files)
+            return _would_be_listed(source, options.limit)
+
         recovery = try_suspects(job, source, model, recovery, listed(), reporter)
         plan = planned(sum(1 for _ in listed()), model, recovery, _silent)
         require_same_listing(plan, fingerprint(plan, options.limit))

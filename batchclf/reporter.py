@@ -28,4 +28,4 @@ class Reporter:
         """An image crashes or hangs whoever decodes it."""
 
     def before_write(self) -> None:
-        """Records are about to be written; returns when the output is surely this process's."""
+        """The output is about to be changed; returns when it is surely this process's."""

@@ -96,15 +96,7 @@ def resolve_variant(
         return begun_with
     # Half of the sample: the comparison with fp32 sees the other half as well.
     calibration_NHWC = sample()[::2] if precision == "int8" else None
-    request: dict[str, object] = {
-        "format_version": BundleMeta.model_fields["format_version"].default,
-        "base": bundle.digest,
-        "precision": precision,
-        "recipe": RECIPE,
-        "calibration": None if calibration_NHWC is None else _digest(calibration_NHWC),
-        "made_by": sorted(made_by.items()),
-        "versions": versions_of("onnx"),
-    }
+    calibration = None if calibration_NHWC is None else _digest(calibration_NHWC)
 
     def build(folder: Path) -> BundleMeta:
         _require_onnx(precision)
@@ -112,7 +104,7 @@ def resolve_variant(
         reference = open_reference(bundle.model_path)
         source = {
             "base": bundle.digest,
-            "calibration": request["calibration"],
+            "calibration": calibration,
             "num_calibration_images": None if calibration_NHWC is None else len(calibration_NHWC),
         }
         return bundle.meta.model_copy(
@@ -126,7 +118,22 @@ def resolve_variant(
             }
         )
 
-    return cached_bundle(request, build, log)
+    return cached_bundle(_request(bundle, precision, calibration, made_by), build, log)
+
+
+def _request(
+    bundle: Bundle, precision: Precision, calibration: str | None, made_by: Mapping[str, str]
+) -> dict[str, object]:
+    """All that a converted model depends on, as the cache finds it."""
+    return {
+        "format_version": BundleMeta.model_fields["format_version"].default,
+        "base": bundle.digest,
+        "precision": precision,
+        "recipe": RECIPE,
+        "calibration": calibration,
+        "made_by": sorted(made_by.items()),
+        "versions": versions_of("onnx"),
+    }
 
 
 def _require_onnx(precision: Precision) -> None:

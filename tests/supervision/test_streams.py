@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,17 @@ import pytest
 
 from tests.conftest import ROOT, command
 from tests.supervision.common import has_records, started, write_job
+
+FILLED = 1 << 16
+"""Bytes that a pipe holds (pipe(7))."""
+SAY = """
+import os, sys
+from batchclf.cli.streams import say
+os.set_blocking(2, False)
+os.write(2, bytes({filled}))
+os.set_blocking(2, True)
+say("y" * 9000)
+"""
 
 
 @pytest.fixture
@@ -62,6 +74,26 @@ def test_a_job_whose_stderr_nobody_reads_hears_a_signal_and_ends_when_it_is_done
     assert process.wait(20) == 143
     done = subprocess.run(command("run", job), stderr=full, cwd=ROOT, check=False, timeout=120)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("room", [0, 4096, 8192, 20_000])
+def test_a_long_text_never_waits_for_who_does_not_read_it(room: int) -> None:
+    reader, writer = os.pipe()
+    try:
+        subprocess.run(
+            [sys.executable, "-c", SAY.format(filled=FILLED - room)],
+            cwd=ROOT,
+            stderr=writer,
+            timeout=30,
+            check=True,
+        )
+        os.close(writer)
+        with os.fdopen(os.dup(reader), "rb") as pipe:
+            said = pipe.read()[FILLED - room :]
+    finally:
+        os.close(reader)
+    assert said == ("y" * 9000 + "\n").encode()[: len(said)]
+    assert len(said) == {0: 0, 4096: 4096, 8192: 8192, 20_000: 9001}[room]
 
 
 def test_trying_again_goes_on_where_a_signal_stopped_it(tmp_path: Path) -> None:
