@@ -8,12 +8,12 @@ import nox
 
 SAME_EVERYWHERE = (
     *("tests/images", "tests/results", "tests/benchmarks", "tests/models"),
-    *("tests/test_quality.py", "tests/test_house.py", "tests/test_job.py"),
-    *("tests/faults", "tests/supervision", "tests/test_security.py", "tests/test_children.py"),
-    *("tests/test_resume.py", "tests/test_bottleneck.py", "tests/test_without_torch.py"),
+    *("tests/test_quality.py", "tests/test_house.py", "tests/spec/test_job.py"),
+    *("tests/faults", "tests/engines", "tests/test_security.py", "tests/system/test_children.py"),
+    *("tests/run/test_resume.py", "tests/run/test_bottleneck.py", "tests/test_without_torch.py"),
 )
 """What the flavour has no part in: tested in the cpu environment only."""
-WITHOUT_GPU = ("tests/test_refusals.py", "tests/runtime")
+WITHOUT_GPU = ("tests/sessions/test_refusals.py", "tests/runtime")
 """What onnxruntime-gpu has to do where there is no GPU: refuse, and say why."""
 
 

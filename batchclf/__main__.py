@@ -1,6 +1,6 @@
 """The `batchclf` command, also as `python -m batchclf`."""
 
-from batchclf.interrupt import end_at_once
+from batchclf.system.interrupt import end_at_once
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ PACKAGE = ROOT / "batchclf"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = ("images", "models", "runtime", "results")
 SHARED = (
-    *("batchclf", "batchclf.errors", "batchclf.job", "batchclf.results.records"),
-    *("batchclf.machine", "batchclf.children"),
+    *("batchclf", "batchclf.errors", "batchclf.spec.job", "batchclf.results.records"),
+    *("batchclf.system.machine", "batchclf.system.children"),
 )
 """What every room may import: the version, the words that pass between rooms, the spec, and what
 this machine and the processes on it are."""
@@ -35,8 +35,8 @@ OUTSIDE = {
     "PIL": ("images/",),
     "simplejpeg": ("images/jpeg.py",),
     "matplotlib": ("tuning/plot.py",),
-    "yaml": ("jobfile.py",),
-    "ruamel": ("jobedit.py",),
+    "yaml": ("spec/file.py",),
+    "ruamel": ("spec/edit.py",),
     "click": ("cli/",),
     "ray": (),
 }

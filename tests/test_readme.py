@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from batchclf.jobfile import load_job
 from batchclf.runtime.providers import installed_flavours
+from batchclf.spec.file import load_job
 from tests.conftest import ROOT, Batchclf
 
 README = (ROOT / "README.md").read_text()

@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 
 from batchclf.cli.streams import printable
 from batchclf.errors import EnvironmentFailed, JobFileError, ModelError
-from batchclf.job import JobSpec, ModelSpec
-from batchclf.jobfile import load_job, parse_set
 from batchclf.models.bundle import Bundle, cache_folder, copy_bundle, open_bundle, private_folder
 from batchclf.models.labels import MAX_LABELS_BYTES, read_labels, require_label_count
 from batchclf.models.resolve import check_model, resolve_model
 from batchclf.runtime.classifier import open_reference
+from batchclf.spec.file import load_job, parse_set
+from batchclf.spec.job import JobSpec, ModelSpec
 from tests.conftest import ROOT, Batchclf
 from tests.tiny import tiny_model, write_tiny_job
 
@@ -127,7 +127,7 @@ def test_any_damage_to_a_job_file_is_a_job_file_error_or_no_matter(
 
 def test_editing_a_job_file_writes_through_no_link_that_waits_for_it(tmp_path: Path) -> None:
     pytest.importorskip("ruamel.yaml")
-    from batchclf.jobedit import write_settings
+    from batchclf.spec.edit import write_settings
 
     victim, job = tmp_path / "victim", tmp_path / "job.yaml"
     victim.write_text("precious")

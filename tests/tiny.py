@@ -16,15 +16,15 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from batchclf.images.prefetch import Load
-from batchclf.interrupt import StopRequest
-from batchclf.jobfile import load_job
-from batchclf.output import hold_output
-from batchclf.pipeline import run_job
-from batchclf.reporter import Reporter
-from batchclf.request import RunOptions, RunResult
 from batchclf.results.records import ImageRef, Loaded, Pixels
+from batchclf.run.job import run_job
+from batchclf.run.output import hold_output
+from batchclf.run.reporter import Reporter
+from batchclf.run.request import RunOptions, RunResult
 from batchclf.runtime.providers import PROVIDERS
 from batchclf.runtime.sessions import Target
+from batchclf.spec.file import load_job
+from batchclf.system.interrupt import StopRequest
 from tests.conftest import ROOT
 
 CPU = Target(PROVIDERS["cpu"])

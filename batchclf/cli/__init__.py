@@ -14,7 +14,7 @@ import click
 from batchclf import __version__
 from batchclf.cli.streams import open_standard_streams, say
 from batchclf.errors import BatchclfError, Interrupted, WorkerFailed
-from batchclf.interrupt import end_as_usual
+from batchclf.system.interrupt import end_as_usual
 
 AS_JSON = "json"
 """The context's object where `--json` was given."""

@@ -9,7 +9,7 @@ from batchclf.cli.options import json_option
 from batchclf.cli.streams import printable
 
 if TYPE_CHECKING:
-    from batchclf.doctor import Diagnosis
+    from batchclf.commands.doctor import Diagnosis
 
 
 @click.command("doctor")
@@ -23,7 +23,7 @@ def command(as_json: bool) -> None:
     """
     import orjson
 
-    from batchclf.doctor import diagnose
+    from batchclf.commands.doctor import diagnose
 
     found = diagnose()
     if as_json:

@@ -28,7 +28,7 @@ def command(job: Path, folder: Path, sets: tuple[str, ...], as_json: bool, **dir
     from batchclf.cli.progress import Progress
 
     spec = load(job, sets, direct)
-    from batchclf.export import export_job
+    from batchclf.commands.export import export_job
 
     with Progress() as progress:
         bundle = export_job(spec, folder, progress.log)

@@ -9,7 +9,7 @@ import click
 from batchclf.cli import AS_JSON
 
 if TYPE_CHECKING:
-    from batchclf.job import JobSpec
+    from batchclf.spec.job import JobSpec
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -58,8 +58,8 @@ def load(job: Path, sets: tuple[str, ...], direct: dict[str, Any]) -> "JobSpec":
         JobFileError: with every problem found.
         ProviderError: no ONNX Runtime, or two, so that what uses it cannot even be imported.
     """
-    from batchclf.jobfile import Override, load_job, parse_set
     from batchclf.runtime.providers import require_flavour
+    from batchclf.spec.file import Override, load_job, parse_set
 
     overrides = [parse_set(text) for text in sets]
     for key, value in direct.items():

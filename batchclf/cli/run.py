@@ -11,7 +11,7 @@ import click
 from batchclf.cli.options import job_options, json_option, load
 from batchclf.cli.streams import say
 from batchclf.errors import UsageError
-from batchclf.interrupt import StopRequest
+from batchclf.system.interrupt import StopRequest
 
 
 @click.command("run")
@@ -51,17 +51,17 @@ def command(
     part = None if shard is None else _parse_shard(shard)
     only = None if codes is None else _parse_codes(codes)
     with StopRequest().installed() as stop:
-        from batchclf.supervision.board import Board
-        from batchclf.supervision.process import WorkerProcess
+        from batchclf.engines.local.board import Board
+        from batchclf.engines.local.process import WorkerProcess
 
         # First of all: it imports what it needs while this process does.
         descriptor = Board.new_descriptor()
         worker = WorkerProcess(descriptor)
 
         from batchclf.cli.progress import Progress
-        from batchclf.request import RunOptions
+        from batchclf.engines.local.supervisor import Supervisor
         from batchclf.results.records import Shard
-        from batchclf.supervision.supervisor import Supervisor
+        from batchclf.run.request import RunOptions
 
         options = RunOptions(
             Shard() if part is None else Shard(*part),

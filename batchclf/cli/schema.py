@@ -12,7 +12,7 @@ def command() -> None:
     """
     import orjson
 
-    from batchclf.job import JobSpec
+    from batchclf.spec.job import JobSpec
 
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     schema |= JobSpec.model_json_schema()

@@ -53,8 +53,8 @@ def command(
     import json
 
     from batchclf.cli.progress import Progress
-    from batchclf.interrupt import StopRequest
     from batchclf.results.records import DecodeMode, Precision
+    from batchclf.system.interrupt import StopRequest
 
     sizes = _sizes(batch_sizes)
     more_precisions = _names("--precisions", precisions, get_args(Precision))
@@ -64,8 +64,8 @@ def command(
         spec = load(job, sets, direct)
         if is_applied:
             _require_editable(job)
-        from batchclf.tune import tune_job
         from batchclf.tuning.stages import TuneOptions
+        from batchclf.tuning.tune import tune_job
 
         options = TuneOptions(budget, sizes, more_precisions, more_decodes)
         tuned = tune_job(spec, options, log=progress.log, stop=stop)
@@ -73,7 +73,7 @@ def command(
         for line in (*_table(tuned), *_conclusion(tuned)):
             click.echo(printable(line))
     if is_applied:
-        from batchclf.jobedit import write_settings
+        from batchclf.spec.edit import write_settings
 
         write_settings(job, tuned.keys)
     if as_json:
@@ -88,7 +88,7 @@ def command(
 def _require_editable(job: Path) -> None:
     """Say what would hinder --apply before anything is measured."""
     try:
-        from batchclf.jobedit import require_editable
+        from batchclf.spec.edit import require_editable
     except ModuleNotFoundError:
         raise UsageError(
             "--apply: ruamel.yaml, which keeps the job file's comments, is not installed: "

@@ -22,7 +22,7 @@ def command(job: Path, sets: tuple[str, ...], as_json: bool, **direct: Any) -> N
     import json
 
     spec = load(job, sets, direct)
-    from batchclf.validate import check_job
+    from batchclf.commands.validate import check_job
 
     checked = check_job(spec, log=lambda text: say(f"batchclf: {text}"))
     if as_json:

@@ -10,7 +10,7 @@ from batchclf.cli.options import job_options, json_option, load
 from batchclf.cli.streams import printable
 
 if TYPE_CHECKING:
-    from batchclf.verify import Backend, Verified
+    from batchclf.commands.verify import Backend, Verified
 
 
 @click.command("verify")
@@ -42,7 +42,7 @@ def command(
     from batchclf.cli.progress import Progress
 
     spec = load(job, sets, direct)
-    from batchclf.verify import verify_job
+    from batchclf.commands.verify import verify_job
 
     with Progress() as progress:
         found = verify_job(spec, num_images, progress.log)

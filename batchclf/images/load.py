@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from batchclf.images.decode import Decoder
-from batchclf.images.source import MAX_FILE_BYTES, read_image_file
-from batchclf.results.records import Failure, ImageRef, Loaded, Pixels
+from batchclf.images.source import MAX_FILE_BYTES, Source, read_image_file
+from batchclf.results.records import Failure, ImageRef, Loaded, Pixels, Preprocess
+from batchclf.spec.job import JobSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,3 +28,15 @@ class Loader:
             slot_HWC[:] = 0
             return Loaded(failure=data)
         return self.decoder(data, ref.path, slot_HWC)
+
+
+def loader_of(job: JobSpec, source: Source, preprocess: Preprocess) -> Loader:
+    """What loads a job's images."""
+    decoder = Decoder(
+        preprocess,
+        mode=job.loader.decode,
+        exif_transpose=bool(job.model.preprocess and job.model.preprocess.exif_transpose),
+        max_pixels=job.loader.max_pixels,
+        strict=job.loader.strict,
+    )
+    return Loader(source.root, source.confined, decoder, job.loader.max_bytes)

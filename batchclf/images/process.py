@@ -18,7 +18,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
-from batchclf.children import (
+from batchclf.errors import BatchclfError
+from batchclf.images.decode import OUT_OF_MEMORY
+from batchclf.images.prefetch import Load
+from batchclf.images.shared import SharedPixels, mapped_pixels, shared_memory
+from batchclf.results.records import Failure, ImageRef, Loaded, Pixels
+from batchclf.system.children import (
     end_with_parent,
     expendable,
     how_it_ended,
@@ -26,11 +31,6 @@ from batchclf.children import (
     signals_held,
     start_python,
 )
-from batchclf.errors import BatchclfError
-from batchclf.images.decode import OUT_OF_MEMORY
-from batchclf.images.prefetch import Load
-from batchclf.images.shared import SharedPixels, mapped_pixels, shared_memory
-from batchclf.results.records import Failure, ImageRef, Loaded, Pixels
 
 BEAT_S = 1.0
 END_S = 5.0

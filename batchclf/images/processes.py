@@ -15,12 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
 
-from batchclf.children import available_memory
 from batchclf.errors import EnvironmentFailed
 from batchclf.images.prefetch import Allocate, Decoding, Load, threads, zeroed_pixels
 from batchclf.images.process import Beat, Ended, NeverReady, Process
 from batchclf.images.shared import SharedPixels
 from batchclf.results.records import DecodeBackend, Failure, ImageRef, Loaded, Pixels
+from batchclf.system.children import available_memory
 
 MAX_ROWS = 8
 """Images per message: a message costs the parent as much as one image would cost it in a thread."""

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from torchvision import models as zoo
 
 from batchclf.errors import ModelError, WeightsUnavailable
-from batchclf.job import PreprocessSpec
 from batchclf.models.bundle import MAX_PROTOBUF_BYTES, MODEL_FILE, sha256_of
 from batchclf.models.checks import OpenReference, Run, assert_same_scores, sample_pixels, tiled
 from batchclf.results.records import Interpolation, Preprocess
+from batchclf.spec.job import PreprocessSpec
 
 OPSET = 18
 """Read by every ONNX Runtime since 1.14, so also by the OpenVINO flavour, which lags behind."""

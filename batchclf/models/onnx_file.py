@@ -17,7 +17,6 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 
 from batchclf.errors import ModelError
-from batchclf.job import ModelSpec, PreprocessSpec
 from batchclf.models.bundle import MODEL_FILE
 from batchclf.models.checks import (
     OpenReference,
@@ -28,6 +27,7 @@ from batchclf.models.checks import (
 )
 from batchclf.models.graph import QUANTISED, save_model
 from batchclf.results.records import Pixels, Preprocess
+from batchclf.spec.job import ModelSpec, PreprocessSpec
 
 OLDEST_OPSET = 7
 """First opset whose Mul and Add broadcast as NumPy does."""

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from batchclf.errors import ModelError, UsageError
-from batchclf.job import ModelSpec, PreprocessSpec
 from batchclf.models.bundle import (
     MODEL_FILE,
     Bundle,
@@ -32,6 +31,7 @@ from batchclf.models.golden import write_golden
 from batchclf.models.labels import imagenet_labels, read_labels, require_label_count
 from batchclf.models.onnx_guard import check_onnx
 from batchclf.results.records import Pixels, Preprocess, Scores
+from batchclf.spec.job import ModelSpec, PreprocessSpec
 
 TORCH_PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "safetensors")
 ONNX_PACKAGES = ("onnx",)

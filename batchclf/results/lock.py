@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from batchclf.errors import BatchclfError, ResumeRefused
-from batchclf.machine import boot_id
 from batchclf.results.files import (
     RunFiles,
     open_temporary,
@@ -32,6 +31,7 @@ from batchclf.results.files import (
     sync_folder,
     temporary_of,
 )
+from batchclf.system.machine import boot_id
 
 LOCK_S = 0.2
 POLL_S = 0.05

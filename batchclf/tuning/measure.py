@@ -14,23 +14,24 @@ from pathlib import Path
 
 import numpy as np
 
-from batchclf.devices import Opened
 from batchclf.errors import NoImagesError
+from batchclf.images.load import loader_of
 from batchclf.images.prefetch import Prefetcher
 from batchclf.images.processes import open_decoding
 from batchclf.images.source import Source
-from batchclf.interrupt import StopRequest
-from batchclf.job import ErrorsSpec, JobSpec
-from batchclf.machine import cpu_seconds, peak_rss_mb
 from batchclf.models.resolve import ResolvedModel
-from batchclf.pipeline import classify_shard
-from batchclf.plan import Plan, backend_of, make_loader
-from batchclf.reporter import Reporter
 from batchclf.results.files import RunFiles
 from batchclf.results.records import DecodeMode, ImageRef, Pixels, Record
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import RecordWriter
+from batchclf.run.job import classify_shard
+from batchclf.run.plan import Plan, backend_of
+from batchclf.run.reporter import Reporter
 from batchclf.runtime.timing import Throughput, measure_throughput
+from batchclf.sessions.open import Opened
+from batchclf.spec.job import ErrorsSpec, JobSpec
+from batchclf.system.interrupt import StopRequest
+from batchclf.system.machine import cpu_seconds, peak_rss_mb
 from batchclf.tuning.records import DecodeLimit, Prediction, Settings, Trial
 
 DECODE_BATCH = 16
@@ -104,7 +105,8 @@ def first_pass(bench: Bench, workers: int, max_s: float) -> tuple[DecodeLimit, P
         NoImagesError: none of them can be decoded.
     """
     slot_HWC = np.zeros((*bench.model.preprocess.crop, 3), np.uint8)
-    make_loader(bench.job, bench.source, bench.model)(bench.refs[0], slot_HWC)  # imports decoders
+    load = loader_of(bench.job, bench.source, bench.model.preprocess)
+    load(bench.refs[0], slot_HWC)  # imports decoders
     kept: list[Pixels] = []
     num_images = num_errors = 0
     with _decoding(bench, bench.refs, bench.job.loader.decode, workers) as (batches, cpu_used):
@@ -174,7 +176,7 @@ def _decoding(
     num_slots = 2 + math.ceil(4 * workers / DECODE_BATCH)  # processes take some rows at a time
     with (
         open_decoding(
-            make_loader(job, bench.source, bench.model),
+            loader_of(job, bench.source, bench.model.preprocess),
             backend_of(job, workers),
             workers,
             num_slots=num_slots,

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from batchclf.devices import Opened, open_devices, open_target, targets
 from batchclf.images.prefetch import Allocate
-from batchclf.job import ProviderSpec, RuntimeSpec, runs_on_cpu
 from batchclf.models.resolve import Log
 from batchclf.results.records import Pixels, Precision
 from batchclf.runtime.providers import PROVIDERS
 from batchclf.runtime.sessions import Target
+from batchclf.sessions.open import Opened, open_devices, open_target, targets
+from batchclf.spec.job import ProviderSpec, RuntimeSpec, runs_on_cpu
 from batchclf.tuning.measure import Bench, job_with
 from batchclf.tuning.records import Session, Settings
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from batchclf.errors import BatchclfError, PrecisionRefused, UsageError
-from batchclf.job import RuntimeSpec, auto
-from batchclf.machine import usable_cores
 from batchclf.models.resolve import Log
-from batchclf.plan import fitting_batch_size
 from batchclf.results.records import DecodeMode, Pixels, Precision
+from batchclf.run.plan import fitting_batch_size
 from batchclf.runtime.faults import is_out_of_memory
 from batchclf.runtime.sessions import ORT_ERRORS
+from batchclf.spec.job import RuntimeSpec, auto
+from batchclf.system.machine import usable_cores
 from batchclf.tuning.advice import disk_note, judge
 from batchclf.tuning.measure import (
     Bench,

@@ -28,14 +28,9 @@ from typing import Any, get_args
 import numpy as np
 import orjson
 
-from batchclf.devices import settle_provider, targets
 from batchclf.errors import BatchclfError
 from batchclf.images.prefetch import zeroed_pixels
 from batchclf.images.source import open_source
-from batchclf.interrupt import StopRequest
-from batchclf.job import JobSpec, ProviderSpec
-from batchclf.jobfile import load_job
-from batchclf.machine import cpu_name_and_flags, usable_cores
 from batchclf.models.resolve import resolve_model
 from batchclf.models.variants import needed_variant, resolve_variant
 from batchclf.results.records import DecodeBackend, DecodeMode, ImageRef
@@ -43,6 +38,11 @@ from batchclf.runtime.classifier import open_classifier, open_reference
 from batchclf.runtime.providers import installed_flavours
 from batchclf.runtime.sessions import ORT_ERRORS
 from batchclf.runtime.timing import measure_throughput
+from batchclf.sessions.open import settle_provider, targets
+from batchclf.spec.file import load_job
+from batchclf.spec.job import JobSpec, ProviderSpec
+from batchclf.system.interrupt import StopRequest
+from batchclf.system.machine import cpu_name_and_flags, usable_cores
 from batchclf.tuning import measure
 from tests.tiny import link_images
 
@@ -51,7 +51,7 @@ MODELS = ("mobilenet_v2", "resnet50")
 ROW_ERRORS: tuple[type[Exception], ...] = (BatchclfError, *ORT_ERRORS)
 """What one figure may fail with, such as out of memory, and the next one not."""
 BATCH_SIZES = (1, 8, 32, 64, 128, 256)
-TESTS = ("tests/runtime", "tests/test_refusals.py", "tests/test_precisions.py")
+TESTS = ("tests/runtime", "tests/sessions/test_refusals.py", "tests/test_precisions.py")
 
 
 def log(text: str) -> None:

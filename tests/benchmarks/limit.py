@@ -11,17 +11,17 @@ import json
 from functools import partial
 from pathlib import Path
 
-from batchclf.devices import open_devices
 from batchclf.images.source import open_source
-from batchclf.interrupt import StopRequest
-from batchclf.job import auto
-from batchclf.jobfile import load_job
-from batchclf.machine import usable_cores
 from batchclf.models.resolve import resolve_model
 from batchclf.results.records import ImageRef
 from batchclf.runtime.classifier import open_reference
 from batchclf.runtime.timing import measure_throughput
-from batchclf.sample import sample_input
+from batchclf.sessions.open import open_devices
+from batchclf.sessions.sample import sample_input
+from batchclf.spec.file import load_job
+from batchclf.spec.job import auto
+from batchclf.system.interrupt import StopRequest
+from batchclf.system.machine import usable_cores
 from batchclf.tuning.measure import Bench, measure_decoding
 from tests.tiny import Log
 

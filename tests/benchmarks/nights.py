@@ -34,18 +34,18 @@ from typing import Any
 import numpy as np
 
 from batchclf.images.source import open_source
-from batchclf.jobfile import load_job
-from batchclf.machine import cpu_name_and_flags, usable_cores
 from batchclf.models.resolve import resolve_model
-from batchclf.plan import freeze, make_plan
-from batchclf.request import Recovery
 from batchclf.results.files import RunFiles
 from batchclf.results.listing import count_listing, read_listing
 from batchclf.results.records import Prediction, Record
-from batchclf.results.state import write_run
+from batchclf.results.run_record import write_run
 from batchclf.results.writer import RecordWriter
-from batchclf.resume import fingerprint
+from batchclf.run.plan import freeze, make_plan
+from batchclf.run.request import Recovery
+from batchclf.run.resume import fingerprint
 from batchclf.runtime.classifier import open_reference
+from batchclf.spec.file import load_job
+from batchclf.system.machine import cpu_name_and_flags, usable_cores
 from tests.benchmarks.startup import POLL_S
 from tests.conftest import ROOT, USERS_ENVIRONMENT, command
 from tests.tiny import DIGITS, write_tiny_job
@@ -59,9 +59,9 @@ SOME_LABELS = ("tench", "great white shark", "electric ray", "indigo bunting", "
 LIST = """
 import sys, time
 from pathlib import Path
-from batchclf import pipeline  # all that a job has in memory when it lists
+from batchclf.run import job  # all that a job has in memory when it lists
 from batchclf.images.source import open_source
-from batchclf.plan import freeze
+from batchclf.run.plan import freeze
 from batchclf.results.files import RunFiles
 started = time.perf_counter()
 freeze(open_source(Path(sys.argv[1])), RunFiles(Path(sys.argv[2])), None, print)

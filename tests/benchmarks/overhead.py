@@ -26,18 +26,12 @@ from unittest.mock import patch
 import numpy as np
 from PIL import Image
 
-import batchclf.plan
-from batchclf.devices import Opened
+import batchclf.run.plan
 from batchclf.images.decode import Decoder
+from batchclf.images.load import loader_of
 from batchclf.images.prefetch import Load, zeroed_pixels
 from batchclf.images.source import open_source, read_image_file
-from batchclf.interrupt import StopRequest
-from batchclf.job import JobSpec
-from batchclf.machine import cpu_seconds, peak_rss_mb, usable_cores
 from batchclf.models.resolve import ResolvedModel, resolve_model
-from batchclf.pipeline import classify_shard
-from batchclf.plan import make_loader, make_plan
-from batchclf.request import Recovery
 from batchclf.results.files import RunFiles
 from batchclf.results.lines import encode_record
 from batchclf.results.listing import freeze_listing
@@ -51,9 +45,16 @@ from batchclf.results.records import (
 )
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import RecordWriter
+from batchclf.run.job import classify_shard
+from batchclf.run.plan import make_plan
+from batchclf.run.request import Recovery
 from batchclf.runtime.classifier import OnnxClassifier, open_reference
 from batchclf.runtime.ranking import rank
 from batchclf.runtime.streams import to_records
+from batchclf.sessions.open import Opened
+from batchclf.spec.job import JobSpec
+from batchclf.system.interrupt import StopRequest
+from batchclf.system.machine import cpu_seconds, peak_rss_mb, usable_cores
 from tests.tiny import Log, SlowLoader, link_images, write_classifier
 
 EDGE = 16
@@ -169,10 +170,10 @@ class _Stopwatch(Log):
 @contextmanager
 def _slower_decoding(outside_s: float) -> Iterator[None]:
     def slower(*arguments: Any) -> Load:
-        load = make_loader(*arguments)
+        load = loader_of(*arguments)
         return SlowLoader(load, outside_s) if outside_s else load
 
-    with patch.object(batchclf.plan, "make_loader", slower):
+    with patch.object(batchclf.run.plan, "loader_of", slower):
         yield
 
 

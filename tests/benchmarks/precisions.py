@@ -22,15 +22,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from batchclf.devices import Opened, open_devices
 from batchclf.errors import BatchclfError
-from batchclf.job import JobSpec
-from batchclf.machine import cpu_name_and_flags, cpu_seconds, usable_cores
 from batchclf.models.resolve import resolve_model
 from batchclf.results.records import Pixels
 from batchclf.runtime.classifier import open_reference
 from batchclf.runtime.providers import PROVIDERS, installed_flavours
-from batchclf.sample import sample_input
+from batchclf.sessions.open import Opened, open_devices
+from batchclf.sessions.sample import sample_input
+from batchclf.spec.job import JobSpec
+from batchclf.system.machine import cpu_name_and_flags, cpu_seconds, usable_cores
 
 COLUMNS = ("model", "provider", "precision", "images_per_s", "cpu_ms_per_image", "speed", "cpu")
 

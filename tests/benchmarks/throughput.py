@@ -39,14 +39,14 @@ from typing import Any
 import numpy as np
 import psutil
 
+from batchclf.images.load import loader_of
 from batchclf.images.source import open_source
-from batchclf.jobfile import load_job
-from batchclf.machine import cpu_name_and_flags, usable_cores
 from batchclf.models.resolve import open_eager, resolve_model
-from batchclf.plan import make_loader
 from batchclf.results.records import ImageRef
 from batchclf.runtime.classifier import open_reference
 from batchclf.runtime.providers import PROVIDERS
+from batchclf.spec.file import load_job
+from batchclf.system.machine import cpu_name_and_flags, usable_cores
 from tests.conftest import USERS_ENVIRONMENT
 from tests.tiny import link_images
 
@@ -288,7 +288,7 @@ def pytorch_top1(job_file: Path) -> Top1:
     if isinstance(run, str):
         sys.exit(run)
     source = open_source(job.input)
-    load = make_loader(job, source, model)
+    load = loader_of(job, source, model.preprocess)
     slot_NHWC = np.zeros((1, *model.preprocess.crop, 3), np.uint8)
     by_file: dict[int, int] = {}
     found: dict[str, int] = {}

@@ -22,18 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from batchclf.images.source import open_source
-from batchclf.interrupt import StopRequest
-from batchclf.job import RuntimeSpec
-from batchclf.jobfile import load_job
-from batchclf.machine import usable_cores
 from batchclf.models.resolve import resolve_model
 from batchclf.runtime.classifier import open_reference
-from batchclf.sample import sample_input
-from batchclf.tune import SAMPLE_SIZE
+from batchclf.sessions.sample import sample_input
+from batchclf.spec.file import load_job
+from batchclf.spec.job import RuntimeSpec
+from batchclf.system.interrupt import StopRequest
+from batchclf.system.machine import usable_cores
 from batchclf.tuning.measure import Bench, run_trial, spread
 from batchclf.tuning.records import Prediction, Session, Settings
 from batchclf.tuning.search import stream_counts, worker_counts
 from batchclf.tuning.sessions import Sessions
+from batchclf.tuning.tune import SAMPLE_SIZE
 
 
 def tuned(job: Path, budget: str, batch_sizes: str, output: Path) -> dict[str, Any]:

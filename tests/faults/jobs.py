@@ -25,7 +25,7 @@ from tests.tiny import write_tiny_job
 
 MARK = "BATCHCLF_FAULTS_START"
 """Environment variable that all processes of one start share."""
-WORKER = b"batchclf.supervision.worker"
+WORKER = b"batchclf.engines.local.worker"
 """In the command line of the process that does the work."""
 WAIT_S = 120.0
 """For a job of seconds: whatever takes longer hangs."""

@@ -129,7 +129,7 @@ MEASURE = """
 import sys
 import numpy as np
 from batchclf.images.decode import Decoder
-from batchclf.machine import peak_rss_mb
+from batchclf.system.machine import peak_rss_mb
 from batchclf.results.records import Preprocess
 data = open(sys.argv[1], "rb").read()
 crop = (224, 224)

@@ -20,8 +20,8 @@ import numpy as np
 
 from batchclf.images.decode import Decoder
 from batchclf.images.formats import DECODED, content_format
-from batchclf.machine import peak_rss_mb
 from batchclf.results.records import DecodeMode, Preprocess
+from batchclf.system.machine import peak_rss_mb
 from tests.conftest import ODD_IMAGES, ROOT
 
 MAX_ORIGINAL_BYTES = 2**20

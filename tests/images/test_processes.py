@@ -18,7 +18,6 @@ import psutil
 import pytest
 from PIL import Image
 
-from batchclf.children import start_python
 from batchclf.errors import BatchclfError, EnvironmentFailed
 from batchclf.images import process as process_module
 from batchclf.images import processes as processes_module
@@ -29,6 +28,7 @@ from batchclf.images.prefetch import Load, Prefetcher, threads
 from batchclf.images.process import Beat
 from batchclf.images.processes import DecodeProcesses, try_alone
 from batchclf.results.records import Failure, ImageRef, Loaded, Pixels, Preprocess
+from batchclf.system.children import start_python
 from tests.conftest import Batchclf, command, read_records
 from tests.faults.poison import CODES, poisoned_environment, write_poison
 from tests.tiny import SlowLoader, assert_same_records, link_digits, run_here, write_tiny_job

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from batchclf.images.decode import Decoder
-from batchclf.job import ModelSpec
 from batchclf.models.resolve import ResolvedModel, resolve_model
 from batchclf.results.records import Pixels, Scores
 from batchclf.runtime.classifier import open_reference
+from batchclf.spec.job import ModelSpec
 from tests.conftest import DIGITS_MODEL, MOBILENET_WEIGHTS, data
 
 

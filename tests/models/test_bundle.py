@@ -15,7 +15,6 @@ import pytest
 from pydantic import ValidationError
 
 from batchclf.errors import EnvironmentFailed, ModelError
-from batchclf.job import ModelSpec
 from batchclf.models.bundle import (
     GOLDEN_FILE,
     BundleMeta,
@@ -30,6 +29,7 @@ from batchclf.models.bundle import (
 from batchclf.models.resolve import ResolvedModel, confirm_batch_size, resolve_model
 from batchclf.results.records import Preprocess
 from batchclf.runtime.classifier import open_classifier, open_reference
+from batchclf.spec.job import ModelSpec
 from tests.conftest import ROOT, Batchclf, command, read_records, write_job
 from tests.models.onnx_models import PREPROCESS, Classifier, save
 from tests.tiny import CPU

@@ -16,9 +16,9 @@ from PIL import Image
 
 from batchclf.errors import ModelError
 from batchclf.images.decode import Decoder
-from batchclf.job import ModelSpec, PreprocessSpec
 from batchclf.models.resolve import ResolvedModel, resolve_model
 from batchclf.runtime.classifier import open_classifier, open_reference
+from batchclf.spec.job import ModelSpec, PreprocessSpec
 from tests.conftest import DIGITS_MODEL, MOBILENET_WEIGHTS, PHOTOS, ROOT, Batchclf, data, write_job
 from tests.tiny import CPU
 

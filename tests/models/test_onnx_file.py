@@ -20,9 +20,9 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from batchclf.errors import ModelError
-from batchclf.job import ModelSpec
 from batchclf.models.resolve import ResolvedModel, resolve_model
 from batchclf.runtime.classifier import OnnxClassifier, open_classifier, open_reference
+from batchclf.spec.job import ModelSpec
 from tests.conftest import DATA, MOBILENET_WEIGHTS, ROOT, Batchclf, data, read_records, write_job
 from tests.models.onnx_models import (
     MEAN,

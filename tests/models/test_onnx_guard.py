@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from batchclf.errors import ModelError
-from batchclf.job import ModelSpec
 from batchclf.models import onnx_guard
 from batchclf.models.onnx_guard import check_onnx
 from batchclf.models.resolve import check_model
+from batchclf.spec.job import ModelSpec
 from tests.conftest import ROOT, Batchclf, write_job
 from tests.models.onnx_models import PREPROCESS, Classifier, build, save
 from tests.models.test_bundle import resolve

@@ -23,9 +23,9 @@ import numpy as np
 import pytest
 
 from batchclf.errors import ModelError, WeightsUnavailable
-from batchclf.job import ModelSpec
 from batchclf.models.resolve import resolve_model
 from batchclf.runtime.classifier import open_reference
+from batchclf.spec.job import ModelSpec
 from tests.conftest import DATA, DIGITS_MODEL, MOBILENET_WEIGHTS, Batchclf, data, write_job
 
 torch = pytest.importorskip("torch")

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from batchclf.errors import EnvironmentFailed, ResumeRefused
-from batchclf.machine import boot_id
 from batchclf.results import lock
 from batchclf.results.files import RunFiles
 from batchclf.results.listing import freeze_listing
 from batchclf.results.lock import LEASE_S, Lease, only_writer, others_at_work
 from batchclf.results.records import Shard
+from batchclf.system.machine import boot_id
 
 ELSEWHERE = {"host": "node-17", "boot_id": "another-machine", "pid": 4711}
 OTHER_BOOT = {"host": socket.gethostname(), "boot_id": "another-boot"}

@@ -28,7 +28,7 @@ from batchclf.results.listing import (
 )
 from batchclf.results.lock import only_writer
 from batchclf.results.records import Failure, ImageRef, Prediction, Record, Shard
-from batchclf.results.state import read_run, write_run
+from batchclf.results.run_record import read_run, write_run
 from batchclf.results.writer import RecordWriter, cut_surplus, discard, failed_refs, replace_failed
 from tests.conftest import ROOT
 from tests.tiny import name_in

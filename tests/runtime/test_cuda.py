@@ -1,6 +1,6 @@
 """What the CUDA provider is told, and how a library that is missing is named.
 
-The refusals themselves are in tests/test_refusals.py, in processes of their own.
+The refusals themselves are in tests/sessions/test_refusals.py, in processes of their own.
 """
 
 from pathlib import Path

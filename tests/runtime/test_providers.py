@@ -7,7 +7,6 @@ import onnxruntime
 import pytest
 
 from batchclf.errors import ProviderError, UsageError
-from batchclf.job import ProviderSpec
 from batchclf.results.records import Precision
 from batchclf.runtime.providers import (
     FLAVOURS,
@@ -17,6 +16,7 @@ from batchclf.runtime.providers import (
     require_precision,
     require_provider,
 )
+from batchclf.spec.job import ProviderSpec
 
 Install = Callable[..., None]
 

@@ -1,0 +1,39 @@
+"""Check a job without running it: precision, provider, output, images, model."""
+
+from dataclasses import dataclass
+
+from batchclf.images.source import open_source, require_images
+from batchclf.models.resolve import Log, check_model
+from batchclf.run.output import require_separate_output
+from batchclf.runtime.providers import PROVIDERS, installed_flavours
+from batchclf.sessions.open import settle_provider
+from batchclf.spec.job import JobSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a valid job would do."""
+
+    num_images: int
+    num_left_out: int
+    provider: str
+    model: str
+
+
+def check_job(job: JobSpec, log: Log) -> Checked:
+    """Everything that can be told before running.
+
+    Raises:
+        BatchclfError: the first problem, with the exit code that `run` would end with.
+    """
+    require_separate_output(job)
+    fallback = settle_provider(job, log)
+    provider = PROVIDERS["cpu" if fallback is not None else job.provider.name]
+    source = open_source(job.input, allow_outside_links=job.loader.allow_outside_links)
+    require_images(source)
+    model = check_model(job.model)
+    num_images = sum(1 for _ in source.paths())
+    flavours = ", ".join(f"{name} {version}" for name, version in installed_flavours().items())
+    return Checked(
+        num_images, source.num_left_out, f"{provider.execution_provider} of {flavours}", model
+    )

@@ -1,0 +1,106 @@
+"""A worker process, started and ended. Imports little: it is started before all else."""
+
+import os
+import socket
+import subprocess
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+from batchclf.engines.local.signals import DUMP_SIGNAL, STOP_SIGNALS
+from batchclf.errors import EnvironmentFailed
+from batchclf.system.children import signals_held, start_python
+from batchclf.system.interrupt import SIGNALS
+
+if TYPE_CHECKING:
+    from batchclf.engines.local.messages import Message, Setup
+
+DUMP_S = 1.0
+END_S = 5.0
+"""Seconds that a process which has said its last word may take to end."""
+KILL_S = 0.7
+"""Seconds that a killed one may take; one that is stuck in the kernel is left behind."""
+_HELD = (*SIGNALS, *STOP_SIGNALS)
+
+
+class WorkerProcess:
+    """One worker process, as its parent sees it."""
+
+    def __init__(self, board_descriptor: int) -> None:
+        """Start it, on a board that `Board.new_descriptor` made.
+
+        Raises:
+            EnvironmentFailed: no process is to be had.
+        """
+        try:
+            ours, theirs = socket.socketpair()
+            with theirs, signals_held(_HELD):
+                self._process = start_python(
+                    "from batchclf.engines.local.worker import main; "
+                    f"main({theirs.fileno()}, {board_descriptor}, {os.getpid()})",
+                    pass_fds=(theirs.fileno(), board_descriptor),
+                    stdout=2,  # results are the parent's to print
+                )
+        except OSError as error:
+            raise EnvironmentFailed(
+                f"the job's process cannot be started: {error}; run the same command later"
+            ) from error
+        self._connection = Connection(ours.detach())
+        self.has_hung_up = False
+        self._is_left_behind = False
+
+    def send(self, setup: "Setup") -> None:
+        """Tell it what to do; one that is dead already is found out later."""
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self._connection.send(setup)
+
+    def receive(self, seconds: float) -> "Message | None":
+        """Its next message, waiting so long at most."""
+        try:
+            if self._connection.poll(seconds):
+                message: Message = self._connection.recv()
+                return message
+        except (EOFError, OSError):  # the latter where it died within a message
+            self.has_hung_up = True
+        return None
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, if it is still there."""
+        self._process.send_signal(number)
+
+    def cpu_seconds(self) -> float:
+        """The CPU time that it has used (proc_pid_stat(5), utime and stime); 0 once it is gone."""
+        try:
+            with open(f"/proc/{self._process.pid}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def dump_stacks(self) -> None:
+        """Have it write the stacks of its threads to stderr; a stopped process cannot."""
+        self.signal(DUMP_SIGNAL)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(DUMP_S)
+
+    def end(self) -> int | None:
+        """Wait for its end, and help where it does not come; None: it is stuck in the kernel."""
+        for _ in range(2):
+            with suppress(subprocess.TimeoutExpired):
+                return self._process.wait(END_S)
+            self._process.kill()
+        return None
+
+    def kill(self) -> None:
+        """End it, whatever it is at, and the processes that it started with it."""
+        self._process.kill()
+        if not self._is_left_behind:
+            try:
+                self._process.wait(KILL_S)
+            except subprocess.TimeoutExpired:  # stuck in the kernel: waiting again would not help
+                self._is_left_behind = True
+        self._connection.close()
+        if os.getpid() == 1:  # in a container, its children are now this process's
+            with suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                    pass

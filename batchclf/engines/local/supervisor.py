@@ -1,0 +1,360 @@
+"""The parent's side: hold the output, watch the worker, start it again when it dies or hangs.
+
+A worker that died tells, on the board, which images it was decoding. The next one tries these
+alone, each in a process of its own; those that are to blame get a record and are not decoded again.
+When that does not help, decoding moves to processes of its own for good; when that does not help
+either, the worker's death has other reasons, and the job ends.
+"""
+
+import os
+import signal
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
+
+import batchclf
+from batchclf.engines.local.board import Board
+from batchclf.engines.local.messages import Message, Setup
+from batchclf.engines.local.process import WorkerProcess
+from batchclf.engines.local.signals import STOP_SIGNALS
+from batchclf.errors import (
+    BatchclfError,
+    DeviceLost,
+    EnvironmentFailed,
+    OutOfMemory,
+    ResumeRefused,
+    WorkerFailed,
+)
+from batchclf.results.files import RunFiles
+from batchclf.results.lock import Lease
+from batchclf.results.records import Failure
+from batchclf.results.run_record import mark_ended
+from batchclf.run.output import hold_output
+from batchclf.run.request import Beginning, Recovery, RunOptions, RunResult
+from batchclf.spec.job import JobSpec
+from batchclf.system.children import how_it_ended
+from batchclf.system.interrupt import StopRequest
+
+TICK_S = 0.1
+LOOK_S = 0.5
+"""How often the worker's progress is looked at."""
+DRAIN_S = 7.0
+"""Seconds that a worker has to end after a signal; 8 are promised."""
+MAX_FUTILE = 3
+"""Deaths of a worker in a row, without a record or a culprit between them, that a job survives."""
+ISOLATE_AFTER = 2
+"""Such deaths after which decoding is moved to processes of its own."""
+MANY_GUILTY = 3
+"""Images to blame after which it is moved as well: starting a worker again costs more."""
+BUSY_SHARE = 0.5
+"""Of one core: a worker that uses more of it is busy."""
+BUSY_FACTOR = 10
+"""How much longer than an idle one a busy worker may go without progress."""
+_FORWARDED = {counts_as: number for number, counts_as in STOP_SIGNALS.items()}
+
+
+class Display(Protocol):
+    """What people see of a run."""
+
+    def log(self, text: str) -> None: ...
+
+    def begin(self, num_images: int, num_done: int) -> None: ...
+
+    def update(self, num_images: int, num_errors: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """The end of a worker that did not say why it ended."""
+
+    cause: str
+    suspects: tuple[int, ...]
+    """Images, by index in the listing, that it was decoding."""
+    by_kernel: bool = False
+    """Whether it was killed, and not by its parent: as where memory runs out."""
+    by_device: bool = False
+    """Whether its device stopped answering."""
+
+
+class Supervisor:
+    """Runs one job in a worker, and in others after it; use as a context manager."""
+
+    def __init__(
+        self, display: Display, stop: StopRequest, descriptor: int, worker: WorkerProcess
+    ) -> None:
+        """Use a first `worker`, which was started on the board behind `descriptor`."""
+        self._display = display
+        self._stop = stop
+        self._descriptor = descriptor
+        self._board = Board(descriptor)
+        self._worker = worker
+        self._beginning: Beginning | None = None
+        self._guilty: dict[bytes, Failure] = {}
+        self._num_images = 0
+        """What this worker works on; 0: it has not begun."""
+
+    def __enter__(self) -> "Supervisor":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._worker.kill()
+        os.close(self._descriptor)
+
+    def run(self, job: JobSpec, options: RunOptions) -> RunResult:
+        """Run a job to its end, or resume it.
+
+        Raises:
+            BatchclfError: with the exit code and what to do; the output stays resumable.
+        """
+        with (
+            self._stop.drained_by_caller(),
+            hold_output(job, options.shard, self._board.renewed) as lease,
+        ):
+            self._board.renewed()
+            try:
+                return self._run(job, options, lease)
+            except BatchclfError as error:
+                self._worker.kill()
+                self._mark(RunFiles(job.output, options.shard), error)
+                raise
+            finally:  # before the output is let go of
+                self._worker.kill()
+
+    def _run(self, job: JobSpec, options: RunOptions, lease: Lease) -> RunResult:
+        recovery = Recovery()
+        started = batchclf.STARTED
+        num_futile = 0
+        while True:
+            num_before, num_guilty = self._board.num_images, len(self._guilty)
+            self._worker.send(Setup(job, options, recovery, started))
+            try:
+                death = self._watch(job, lease)
+                if isinstance(death, RunResult):
+                    return death
+                has_progressed = (
+                    self._board.num_images > max(num_before, self._num_resumed)
+                    or len(self._guilty) > num_guilty
+                )
+                num_futile = 0 if has_progressed else num_futile + 1
+                recovery = self._learn(recovery, death, num_futile)
+            except OutOfMemory as error:
+                recovery = self._smaller(recovery, error)
+            self._stop.raise_if_requested()
+            # What these ask for is done, once records are being written.
+            options = replace(options, overwrite=options.overwrite and self._beginning is None)
+            started = time.perf_counter()
+            self._worker.kill()
+            self._board.clear()
+            self._num_images = 0
+            self._worker = WorkerProcess(self._descriptor)
+
+    def _mark(self, files: RunFiles, error: BatchclfError) -> None:
+        """Say in run.json how a run ended, where its worker no longer could."""
+        if self._beginning is None or isinstance(error, ResumeRefused):
+            return  # it is another run's, or another process's by now
+        with suppress(EnvironmentFailed):  # the disk that failed the job fails this as well
+            mark_ended(files, error)
+
+    def _learn(self, recovery: Recovery, death: Death, num_futile: int) -> Recovery:
+        """How the next worker is to go on after a death."""
+        if num_futile > MAX_FUTILE:
+            raise _hopeless(death, num_futile)
+        may_be_decoding = num_futile >= ISOLATE_AFTER and not death.by_device
+        isolate = may_be_decoding or len(self._guilty) >= MANY_GUILTY
+        what = "starting it again"
+        if death.suspects:
+            what += f"; images that it was decoding, to be tried alone: {len(death.suspects)}"
+        if isolate and not recovery.isolate:
+            what += "; decoding in processes of its own from now on"
+        self._display.log(f"the worker {death.cause}: {what}")
+        return replace(
+            recovery,
+            suspects=death.suspects,
+            quarantined=dict(self._guilty),
+            isolate=recovery.isolate or isolate,
+            beginning=self._beginning,
+        )
+
+    def _smaller(self, recovery: Recovery, error: OutOfMemory) -> Recovery:
+        if not error.can_be_smaller:
+            raise error
+        half = error.batch_size // 2
+        self._display.log(
+            f"memory does not suffice for batches of {error.batch_size} ({error.cause}): "
+            f"going on with {half} in a new session"
+        )
+        return replace(
+            recovery,
+            suspects=(),
+            quarantined=dict(self._guilty),
+            max_batch_size=half,
+            beginning=self._beginning,
+        )
+
+    @property
+    def _num_resumed(self) -> int:
+        """Records that earlier runs had written."""
+        return 0 if self._beginning is None else self._beginning.num_done
+
+    # ---- watching --------------------------------------------------------------------------------
+
+    def _watch(self, job: JobSpec, lease: Lease) -> "RunResult | Death":
+        """Follow the worker to its end.
+
+        Raises:
+            BatchclfError: what the worker said, or what happened to the output.
+        """
+        worker = self._worker
+        pulse = _Pulse(self._board, worker, job)
+        ends_at = None
+        while True:
+            message = worker.receive(TICK_S)
+            if message is not None:
+                pulse.beat()
+                ending = self._heard(message)
+                if ending is not None:
+                    self._show()
+                    worker.end()
+                    return ending
+            elif worker.has_hung_up:
+                return self._after_hanging_up(worker)
+            self._show()
+            lease.check()
+            if self._stop.signal_number is not None:
+                if ends_at is None:
+                    ends_at = time.monotonic() + DRAIN_S
+                    worker.signal(_FORWARDED[signal.Signals(self._stop.signal_number)])
+                elif time.monotonic() > ends_at:
+                    self._display.log("what was in flight did not end in time, and is dropped")
+                    self._stop.raise_if_requested()
+            elif (death := pulse.look(self._is_classifying)) is not None:
+                self._display.log(f"the worker {death.cause}; these are its threads' stacks:")
+                worker.dump_stacks()
+                return death
+
+    @property
+    def _is_classifying(self) -> bool:
+        """Whether this worker has images left to classify; before and after it does other work."""
+        return self._board.num_images < self._num_images
+
+    def _show(self) -> None:
+        if self._beginning is not None:
+            self._display.update(self._board.num_images, self._board.num_errors)
+
+    def _heard(self, message: Message) -> "RunResult | Death | None":
+        word, what = message
+        match word:
+            case "log":
+                self._display.log(cast(str, what))
+            case "begin":
+                num_images, num_done = cast(tuple[int, int], what)
+                self._num_images = num_images
+                if self._beginning is None:
+                    now = time.perf_counter()
+                    self._beginning = Beginning(now, now - batchclf.STARTED, num_done)
+                self._display.begin(num_images, num_done)
+            case "guilty":
+                path, failure = cast(tuple[bytes, Failure], what)
+                self._guilty[path] = failure
+            case "result":
+                return cast(RunResult, what)
+            case "bug":
+                raise WorkerFailed(f"unexpected failure:\n{what}")
+            case "error":
+                if isinstance(what, DeviceLost):
+                    return Death(f"lost its device ({what})", (), by_device=True)
+                raise cast(BatchclfError, what)
+        return None
+
+    def _after_hanging_up(self, worker: "WorkerProcess") -> Death:
+        returncode = worker.end()
+        self._stop.raise_if_requested()
+        if returncode is None:
+            return Death("closed its connection and did not end", ())
+        suspects = tuple(sorted({index for _, index in self._board.in_flight()}))
+        return Death(
+            f"ended ({how_it_ended(returncode)})", suspects, by_kernel=returncode == -signal.SIGKILL
+        )
+
+
+def _hopeless(death: Death, number: int) -> BatchclfError:
+    if death.by_kernel:
+        return EnvironmentFailed(
+            f"the worker was killed (SIGKILL) {number} times without getting any further, most "
+            "likely since memory ran out: choose a smaller batch_size, fewer loader.workers or "
+            "runtime.streams, and run again to resume"
+        )
+    if death.by_device:
+        return WorkerFailed(
+            f"the worker {death.cause} {number} times without getting any further: look at the "
+            "device (nvidia-smi, the kernel's log), and run again to resume"
+        )
+    return WorkerFailed(
+        f"the worker {death.cause} {number} times without getting any further, also with decoding "
+        "in processes of its own, so no image is to blame; run again to resume, perhaps with "
+        "another provider, precision or batch_size"
+    )
+
+
+class _Pulse:
+    """Tells a worker that hangs from one that works, by what it shows on the board.
+
+    Time counts only while this process is awake: both may be stopped, as with their machine.
+    """
+
+    def __init__(self, board: Board, worker: WorkerProcess, job: JobSpec) -> None:
+        self._board = board
+        self._worker = worker
+        self._max_seconds = job.loader.max_seconds
+        self._stall_timeout = job.stall_timeout
+        self._awake_s = 0.0
+        self._looked_at = time.monotonic()
+        self._shown: object = None
+        self._since: dict[tuple[int, int], float] = {}
+        """When each thread was first seen at the image that it is at."""
+        self.beat()
+
+    def beat(self) -> None:
+        """The worker showed that it works."""
+        self._beat_s = self._awake_s
+        self._beat_cpu_s = self._worker.cpu_seconds()
+
+    def look(self, is_classifying: bool) -> Death | None:
+        """Look whether the worker hangs; None: it does not, or it is not time to look."""
+        gap_s = time.monotonic() - self._looked_at
+        if gap_s < LOOK_S:
+            return None
+        self._looked_at += gap_s
+        self._awake_s += min(gap_s, 2 * LOOK_S)
+        at = set(self._board.in_flight())
+        self._since = {one: self._since.get(one, self._awake_s) for one in at}
+        late = {
+            index
+            for (_, index), since in self._since.items()
+            if self._awake_s - since > self._max_seconds
+        }
+        if late:
+            return Death(
+                f"has been decoding for longer than loader.max_seconds ({self._max_seconds:g} s)",
+                tuple(sorted(late)),
+            )
+        # Otherwise a model is loaded or compiled, or an input listed, which shows as CPU time only.
+        progress = (self._board.num_images, at) if is_classifying else self._worker.cpu_seconds()
+        shown = (self._board.last_beat, progress)
+        if shown != self._shown:
+            self._shown = shown
+            self.beat()
+        if self._awake_s - self._beat_s > self._patience_s():
+            return Death(
+                f"has made no progress for stall_timeout ({self._stall_timeout:g} s; to be raised "
+                "if a batch takes so long)",
+                tuple(sorted({index for _, index in at})),
+            )
+        return None
+
+    def _patience_s(self) -> float:
+        """How long to wait for progress: a slow batch is more likely than an endless one."""
+        cpu_s = self._worker.cpu_seconds() - self._beat_cpu_s
+        is_busy = cpu_s > BUSY_SHARE * (self._awake_s - self._beat_s)
+        return self._stall_timeout * (BUSY_FACTOR if is_busy else 1)

@@ -1,0 +1,119 @@
+"""The worker's side: run the job, tell the parent what there is to tell."""
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+
+import batchclf
+from batchclf.engines.local.board import Board
+from batchclf.engines.local.messages import Message, Setup
+from batchclf.engines.local.signals import DUMP_SIGNAL, STOP_SIGNALS
+from batchclf.errors import BatchclfError, DeviceLost
+from batchclf.results.lock import LEASE_S
+from batchclf.results.records import Failure
+from batchclf.run.reporter import Reporter
+from batchclf.system.children import end_with_parent, expendable
+from batchclf.system.interrupt import StopRequest
+
+EXPENDABLE = 500
+"""Where memory runs out, this process is to go before its parent, and after those that decode."""
+FENCE_S = LEASE_S / 2
+"""Nothing is written when the output was last known to be this job's so long ago."""
+
+
+def main(socket_descriptor: int, board_descriptor: int, parent_pid: int) -> None:
+    """Do the one job that the parent sends, and end."""
+    end_with_parent(parent_pid)
+    expendable(EXPENDABLE)
+    faulthandler.enable()
+    faulthandler.register(DUMP_SIGNAL, all_threads=True)
+    with Connection(socket_descriptor) as connection:
+        problem = _import_pipeline()
+        try:
+            setup: Setup = connection.recv()
+        except EOFError:
+            return
+        channel = _Channel(connection, Board(board_descriptor))
+        connection.send(("bug", problem) if problem else _run(setup, channel))
+    # Native libraries have crashed while being taken down, and there is nothing left to do.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _import_pipeline() -> str | None:
+    """Import what takes long while the parent does so too; the traceback where that fails.
+
+    Nothing is printed: the parent may find the reason by itself, and can say it better.
+    """
+    try:
+        import batchclf.run.job  # noqa: F401
+    except Exception:  # noqa: BLE001 - the parent tells of it
+        return traceback.format_exc()
+    return None
+
+
+def _run(setup: Setup, channel: "_Channel") -> Message:
+    from batchclf.run.job import run_job
+
+    batchclf.STARTED = setup.started
+    try:
+        with StopRequest(signals=STOP_SIGNALS).installed() as stop:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            result = run_job(
+                setup.job,
+                setup.options,
+                reporter=channel,
+                stop=stop,
+                recovery=setup.recovery,
+            )
+    except BatchclfError as error:
+        if error.exit_code == BatchclfError.exit_code and not isinstance(error, DeviceLost):
+            channel.log(traceback.format_exc())
+        return "error", error
+    except Exception:  # noqa: BLE001 - the parent tells of it
+        return "bug", traceback.format_exc()
+    return "result", result
+
+
+class _Channel(Reporter):
+    """A `Reporter` to the parent: what it should see at once through the board, words as messages.
+
+    Several threads may report at once.
+    """
+
+    def __init__(self, connection: Connection, board: Board) -> None:
+        self._connection = connection
+        self._board = board
+        self._lock = threading.Lock()
+
+    def log(self, text: str) -> None:
+        self._send("log", text)
+
+    def begin(self, num_images: int, num_done: int) -> None:
+        self._board.count(num_done, 0)
+        self._send("begin", (num_images, num_done))
+
+    def update(self, num_images: int, num_errors: int) -> None:
+        self._board.count(num_images, num_errors)
+
+    def decoding(self, worker: int, index: int | None) -> None:
+        self._board.at(worker, index)
+
+    def beat(self) -> None:
+        self._board.beat()
+
+    def found_guilty(self, path: bytes, failure: Failure) -> None:
+        self._send("guilty", (path, failure))
+
+    def before_write(self) -> None:
+        while self._board.seconds_since_renewed > FENCE_S:
+            time.sleep(0.1)  # until the parent has looked, or ends this process
+
+    def _send(self, word: str, what: object) -> None:
+        with self._lock:
+            self._connection.send((word, what))

@@ -1,0 +1,53 @@
+"""Whether a job's output folder is a place for results, and nobody else's just now."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from batchclf.errors import UsageError
+from batchclf.images.source import would_list
+from batchclf.results.files import RunFiles
+from batchclf.results.lock import Lease, only_writer
+from batchclf.results.records import Shard
+from batchclf.spec.job import JobSpec
+
+
+def require_separate_output(job: JobSpec) -> None:
+    """Refuse an output inside the input: the next run would list, and classify, it.
+
+    A list inside the output is refused too: it may be a file that the run writes, or --overwrite
+    deletes, such as the predictions.jsonl of an earlier job. A folder of images there is not.
+
+    Raises:
+        UsageError: also when the output is a file.
+    """
+    # Path.resolve raises RuntimeError at a link that leads to itself.
+    source, output = Path(os.path.realpath(job.input)), Path(os.path.realpath(job.output))
+    if would_list(source, output / "predictions.jsonl"):
+        raise UsageError(
+            f"output: {job.output} lies inside the input {job.input}; give a folder outside it"
+        )
+    if job.input.is_file() and source.is_relative_to(output):
+        raise UsageError(
+            f"output: {job.output} holds the input {job.input}, which a run could overwrite; "
+            "give another folder"
+        )
+    if job.output.exists() and not job.output.is_dir():
+        raise UsageError(f"output: {job.output} is a file; give a folder")
+
+
+@contextmanager
+def hold_output(
+    job: JobSpec, shard: Shard | None = None, renewed: Callable[[], None] = lambda: None
+) -> Iterator[Lease]:
+    """Hold a job's output for this process; `renewed` as in `only_writer`.
+
+    Raises:
+        UsageError: the output lies inside the input, or is a file.
+        ResumeRefused: another process holds it.
+        EnvironmentFailed: it cannot be created or written.
+    """
+    require_separate_output(job)
+    with only_writer(RunFiles(job.output, shard or Shard()), renewed) as lease:
+        yield lease

@@ -1,0 +1,299 @@
+"""The job's provider, opened and proven: sessions on it that give the model's own answers."""
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+
+from batchclf.errors import ProviderError
+from batchclf.images.prefetch import Allocate, zeroed_pixels
+from batchclf.models.bundle import Bundle, cache_folder, digest_of, private_folder
+from batchclf.models.golden import check_golden
+from batchclf.models.resolve import Log, ResolvedModel, confirm_batch_size
+from batchclf.models.variants import needed_variant, resolve_variant
+from batchclf.results.records import ActiveProvider, Pixels, Precision, PrecisionCheck
+from batchclf.runtime.classifier import (
+    OnnxClassifier,
+    open_classifier,
+    open_reference,
+    warm_up,
+)
+from batchclf.runtime.openvino import DEFAULT_DEVICE, device_names, require_cpu_precision
+from batchclf.runtime.probe import require_working
+from batchclf.runtime.providers import (
+    PROVIDERS,
+    installed_flavours,
+    require_precision,
+    require_provider,
+)
+from batchclf.runtime.sessions import Target
+from batchclf.sessions.sample import compare_precisions, remembered, require_agreement
+from batchclf.spec.job import JobSpec, ProviderSpec, auto, runs_on_cpu
+from batchclf.system.machine import cpu_name_and_flags, usable_cores
+
+MAX_CPU_STREAMS = 8
+DEVICE_STREAMS = 2
+"""Batches in flight on an accelerator: one is copied while another is computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What classifies: one classifier per stream, and what was proven of them."""
+
+    classifiers: Sequence[OnnxClassifier]
+    provider: ActiveProvider
+    bundle: Bundle
+    """The model at the job's precision."""
+    allocate: Allocate
+    """Makes the batches' memory, as the device likes it best."""
+    precision_check: PrecisionCheck | None
+    """Of the device that agrees least; None at fp32."""
+
+
+def settle_provider(job: JobSpec, log: Log) -> str | None:
+    """Prove that the job's provider works here, before any other work; takes seconds at most.
+
+    Returns:
+        Why it does not, where the job allows the CPU in its place; None: it works.
+
+    Raises:
+        ProviderError: it does not work, with the cause and what mends it.
+        UsageError: the provider cannot do what the job asks of it.
+    """
+    require_precision(job.provider.name, job.precision)
+    try:
+        require_working(targets(job.provider, job))
+    except ProviderError as error:
+        return _allowed_fallback(job, error, log)
+    return None
+
+
+def _allowed_fallback(job: JobSpec, error: ProviderError, log: Log) -> str:
+    if not job.provider.allow_fallback or job.provider.name == "cpu":
+        raise error
+    if job.precision not in PROVIDERS["cpu"].precisions:
+        raise ProviderError(
+            f"{error}\n  provider.allow_fallback: the CPU does not run {job.precision} either"
+        ) from error
+    log(f"FALLING BACK TO THE CPU, as provider.allow_fallback allows: {error}")
+    return str(error)
+
+
+def targets(provider: ProviderSpec, job: JobSpec) -> list[Target]:
+    """Where the job's sessions are to open: one target per device, with its streams and threads.
+
+    Raises:
+        ProviderError: the installed ONNX Runtime does not have the provider.
+    """
+    cores = usable_cores()
+    found = require_provider(provider.name)
+    device_type = provider.device_type or DEFAULT_DEVICE
+    if found.name == "openvino":
+        for name in device_names(device_type):
+            require_cpu_precision(name, job.precision, cpu_name_and_flags()[1])
+    usual = min(cores, MAX_CPU_STREAMS) if runs_on_cpu(provider) else DEVICE_STREAMS
+    streams = auto(job.runtime.streams, usual)
+    target = Target(
+        found,
+        precision=job.precision,
+        device_type=device_type,
+        options={key: _as_text(value) for key, value in provider.options.items()},
+        streams=streams,
+        threads=auto(job.runtime.threads, max(1, cores // streams)),
+        may_leave_nodes=provider.allow_fallback,
+    )
+    return [replace(target, device_id=number) for number in provider.devices or (0,)]
+
+
+def _as_text(value: object) -> str:
+    """An option as ONNX Runtime reads it: OpenVINO's provider takes no 1 for true."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def open_devices(
+    job: JobSpec,
+    model: ResolvedModel,
+    batch_size: int,
+    sample: Callable[[], Pixels],
+    fallback: str | None,
+    log: Log,
+    used: str | None = None,
+) -> Opened:
+    """Open the sessions of a job and compare each with the model's reference answers.
+
+    Args:
+        batch_size: images per batch, as every batch will be padded to.
+        sample: images of the job's own, uint8 NHWC; called only at a reduced precision.
+        fallback: what `settle_provider` returned.
+        used: digest of the converted model that the job began with, to go on with.
+
+    Raises:
+        ProviderError: a session does not run on its device, or gives other answers there.
+        PrecisionRefused: a reduced precision agrees too seldom with fp32.
+        ModelError: the model cannot be converted to the precision.
+    """
+    sample = functools.cache(sample)
+    if fallback is None:
+        try:
+            return _open(job, model, batch_size, sample, job.provider, log, used)
+        except ProviderError as error:
+            fallback = _allowed_fallback(job, error, log)
+    opened = _open(job, model, batch_size, sample, ProviderSpec(name="cpu"), log, used)
+    provider = replace(opened.provider, requested=job.provider.name, fallback=fallback)
+    return replace(opened, provider=provider)
+
+
+def _open(
+    job: JobSpec,
+    model: ResolvedModel,
+    batch_size: int,
+    sample: Callable[[], Pixels],
+    spec: ProviderSpec,
+    log: Log,
+    used: str | None,
+) -> Opened:
+    bundle = model.bundle
+    if (precision := needed_variant(spec.name, job.precision)) is not None:
+        bundle = resolve_variant(
+            bundle,
+            precision,
+            sample,
+            open_reference=open_reference,
+            threads=usable_cores(),
+            made_by=installed_flavours(),
+            log=log,
+            used=used,
+        )
+    classifiers: list[OnnxClassifier] = []
+    check = None
+    for target in targets(spec, job):
+        opened = open_target(bundle, target, batch_size)
+        _log_cpu_nodes(opened[0].active, log)
+        if _rounding(target) != "fp32":
+            found = _check_precision(
+                job, model.bundle, bundle, target, opened[0], sample(), batch_size, log
+            )
+            check = found if check is None else min(check, found, key=attrgetter("top1_agreement"))
+        classifiers += opened
+    devices = dict.fromkeys(one.active.device for one in classifiers)
+    return Opened(
+        classifiers,
+        replace(classifiers[0].active, device=", ".join(devices)),
+        bundle,
+        allocate=partial(_pinned, spec.devices or (0,)) if spec.name == "cuda" else zeroed_pixels,
+        precision_check=check,
+    )
+
+
+def _log_cpu_nodes(active: ActiveProvider, log: Log) -> None:
+    if active.fallback is not None:
+        log(
+            f"FALLING BACK TO THE CPU IN PART, as provider.allow_fallback allows: {active.fallback}"
+        )
+    elif active.cpu_nodes:
+        some = ", ".join(active.cpu_nodes[:5])
+        log(f"provider {active.requested}: shapes are computed on the CPU: {some}")
+
+
+def open_target(bundle: Bundle, target: Target, batch_size: int) -> list[OnnxClassifier]:
+    """A classifier per stream, each session compared with the bundle's golden answers."""
+    name = target.provider.name
+    on_cpu = name == "cpu"
+    # One-threaded calls share a session; a CUDA session computes one batch at a time.
+    num_sessions = 1 if name == "openvino" or (on_cpu and target.threads == 1) else target.streams
+    sessions = []
+    for _ in range(num_sessions):
+        classify = open_classifier(
+            bundle.model_path,
+            target,
+            batch_size=batch_size,
+            compile_cache=_compile_cache(bundle, target, batch_size),
+        )
+        check_golden(
+            bundle,
+            partial(warm_up, classify),
+            where=f"{name} ({classify.active.device})",
+            precision=target.precision,
+            rounding=_rounding(target),
+            batch_size=bundle.meta.fixed_batch if on_cpu else batch_size,
+        )
+        sessions.append(classify)
+    if on_cpu:
+        confirm_batch_size(bundle, batch_size, sessions[0])
+    return [sessions[number % num_sessions] for number in range(target.streams)]
+
+
+def _rounding(target: Target) -> Precision:
+    """The precision to expect of a session: TF32, where the user asks for it, rounds as fp16."""
+    tf32 = target.options.get("use_tf32", "0").lower()
+    is_tf32 = target.provider.name == "cuda" and tf32 in ("1", "true")
+    return "fp16" if is_tf32 and target.precision == "fp32" else target.precision
+
+
+def _compile_cache(bundle: Bundle, target: Target, batch_size: int) -> Path:
+    """Where a provider keeps what it compiled: the folder's name says all that it depends on."""
+    key = _what_answers(bundle, target, batch_size)
+    folder = cache_folder().parent / "compiled"
+    if target.provider.name == "openvino":
+        with suppress(OSError):  # a cache that can only be read
+            private_folder(folder)  # what is compiled is loaded again as code is
+    return folder / digest_of(key)[:24]
+
+
+def _what_answers(bundle: Bundle, target: Target, batch_size: int) -> tuple[object, ...]:
+    """All that the answers of a session depend on, its device apart."""
+    return (
+        bundle.digest,
+        target.provider.name,
+        sorted(installed_flavours().items()),
+        target.device_type,
+        target.precision,
+        batch_size,
+        sorted(target.options.items()),
+    )
+
+
+def _check_precision(
+    job: JobSpec,
+    bundle: Bundle,
+    reduced: Bundle,
+    target: Target,
+    classify: OnnxClassifier,
+    sample_NHWC: Pixels,
+    batch_size: int,
+    log: Log,
+) -> PrecisionCheck:
+    """Compare with fp32 on the CPU, which every ONNX Runtime has and which is beyond doubt."""
+
+    def compare() -> PrecisionCheck:
+        full = open_classifier(
+            bundle.model_path, Target(require_provider("cpu"), threads=usable_cores())
+        )
+        return compare_precisions(
+            classify,
+            full,
+            sample_NHWC,
+            batch_size,
+            is_probability=bundle.meta.scores == "probabilities",
+        )
+
+    cpu, flags = cpu_name_and_flags()
+    key = (_what_answers(reduced, target, batch_size), bundle.digest, cpu, sorted(flags))
+    check = remembered(key, classify.active.device, sample_NHWC, compare)
+    name = job.precision if job.precision != "fp32" else "TF32"
+    log(
+        f"{name} compared with fp32 on {check.num_images} of the job's images: same "
+        f"top class on {check.top1_agreement:.1%}, largest difference of a score "
+        f"{check.max_score_difference:.2f}"
+    )
+    require_agreement(check, job)
+    return check
+
+
+def _pinned(devices: Sequence[int], shape: Sequence[int]) -> Pixels:
+    from batchclf.runtime.cuda import pinned_pixels
+
+    return pinned_pixels(shape, devices[0])

@@ -1,0 +1,1 @@
+"""What a job is: its file, its keys, what one run of it is asked."""

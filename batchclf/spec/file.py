@@ -1,0 +1,338 @@
+"""The job file: YAML text to a validated `JobSpec`.
+
+Paths in the file are relative to the file; paths in command-line overrides are relative to the
+current folder. Every error names the file (and line), the key, what was found, what is allowed
+and, where there is one, the nearest valid name.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from batchclf.errors import JobFileError
+from batchclf.spec.job import JobSpec, is_weights_path
+
+MAX_JOB_FILE_BYTES = 1_000_000
+MAX_DEPTH = 20
+MAX_NODES = 10_000
+"""Keys, values and lists: reading them costs 30 us each, and a job has a few dozen."""
+MAX_SCALAR_CHARS = 8192
+"""A path has 4,096 bytes at most; long numbers in base 60 take quadratic time to read."""
+MAX_SHOWN_CHARS = 300
+MAX_PROBLEMS = 20
+"""As many are told at once: a file of junk has one a line."""
+PATH_KEYS = ("input", "output", "model.weights", "model.labels", "model.onnx", "model.bundle")
+NAMED_KEYS = ("provider", "engine")
+"""Keys that take either a plain name or a mapping with `name` in it."""
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """A key set on the command line: `key` is dotted, `option` is how the user wrote it."""
+
+    key: str
+    value: object
+    option: str
+
+
+@dataclass(slots=True)
+class _Document:
+    """A parsed file: its plain data, and where each dotted key was written."""
+
+    name: str
+    data: dict[str, Any]
+    origins: dict[str, str] = field(default_factory=dict)
+
+
+def load_job(path: Path, overrides: Sequence[Override] = ()) -> JobSpec:
+    """Read and validate a job file.
+
+    Raises:
+        JobFileError: with every problem found, one a line.
+    """
+    document = _parse(path)
+    _resolve_paths(document, path.absolute().parent)
+    for override in overrides:
+        _apply(document, override)
+    try:
+        return JobSpec.model_validate(document.data)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        lines = [_describe(detail, document) for detail in details[:MAX_PROBLEMS]]
+        if len(details) > MAX_PROBLEMS:
+            lines.append(f"{document.name}: and {len(details) - MAX_PROBLEMS:,} more problems")
+        raise JobFileError("\n".join(dict.fromkeys(lines))) from None
+
+
+def read_data(path: Path) -> dict[str, Any]:
+    """The data of a job file as it stands there: neither validated nor with paths resolved.
+
+    Raises:
+        JobFileError: the file cannot be read, or is not the YAML of a mapping.
+    """
+    return _parse(path).data
+
+
+def parse_set(text: str) -> Override:
+    """`loader.workers=8` as an override; the value is read as YAML.
+
+    Raises:
+        JobFileError: without `=`, or with a value that is not YAML.
+    """
+    key, equals, value = text.partition("=")
+    option = f"--set {shortened(text)}"
+    if not equals or not key.strip():
+        raise JobFileError(f"{option}: found no `=`; write --set key=value, such as top_k=3")
+    if key.count(".") >= MAX_DEPTH:
+        raise JobFileError(f"{option}: nested deeper than {MAX_DEPTH} levels")
+    try:
+        return Override(key.strip(), yaml.load(value, _JobLoader), option)  # noqa: S506
+    except _NOT_YAML as error:
+        raise JobFileError(f"{option}: the value is not YAML: {shortened(str(error))}") from None
+
+
+def _resolve_paths(document: _Document, base: Path) -> None:
+    """Make the path-valued keys absolute, in place; values of a wrong type are left to pydantic."""
+    for key in PATH_KEYS:
+        *parents, leaf = key.split(".")
+        node: Any = document.data
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if isinstance(node, dict) and isinstance(node.get(leaf), str) and node[leaf]:
+            node[leaf] = _resolve(key, node[leaf], base, document.origins[key])
+
+
+def _resolve(key: str, value: str, base: Path, origin: str) -> str:
+    if key == "model.labels" and value == "imagenet":
+        return value
+    if key == "model.weights" and not is_weights_path(value):
+        return value
+    try:
+        return os.path.normpath(base / Path(value).expanduser())
+    except RuntimeError:  # ~ of a user who is not there
+        raise JobFileError(
+            f"{origin}: {key}: found {shortened(value)}; allowed: a path; "
+            "there is no such user's home folder"
+        ) from None
+
+
+def _apply(document: _Document, override: Override) -> None:
+    *parents, leaf = override.key.split(".")
+    node = document.data
+    for depth, parent in enumerate(parents, start=1):
+        child = node.get(parent)
+        if parent in NAMED_KEYS and child is None:
+            child = JobSpec.model_fields[parent].default.name
+        if parent in NAMED_KEYS and isinstance(child, str):
+            child = {"name": child}
+        if child is None:
+            child = {}
+            document.origins[".".join(parents[:depth])] = override.option
+        if not isinstance(child, dict):
+            raise JobFileError(
+                f"{override.option}: `{shortened(parent)}` holds a value, not further keys"
+            )
+        node[parent] = node = child
+    value = override.value
+    if override.key in PATH_KEYS and isinstance(value, str) and value:
+        value = _resolve(override.key, value, Path.cwd(), override.option)
+    node[leaf] = value
+    for key in [one for one in document.origins if one.startswith(f"{override.key}.")]:
+        del document.origins[key]  # replaced with what held it
+    document.origins[override.key] = override.option
+
+
+_NOT_YAML = (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError)
+"""What PyYAML raises; not YAMLError for a scalar its tag cannot build: 2024-99-99, !!int ''."""
+
+
+class _JobLoader(yaml.SafeLoader):
+    """Plain data: no aliases (they can be nested into a bomb), no duplicates, bounded in depth,
+    in the number of nodes and in the length of each."""
+
+    depth = 0
+    num_nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(
+                problem="aliases (`*name`) are not allowed in a job file; write the value out",
+                problem_mark=event.start_mark,
+            )
+        self.depth += 1
+        self.num_nodes += 1
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        for is_over, problem in (
+            (self.depth > MAX_DEPTH, f"nested deeper than {MAX_DEPTH} levels"),
+            (self.num_nodes > MAX_NODES, f"more than {MAX_NODES:,} keys and values"),
+            (
+                isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_SCALAR_CHARS,
+                f"found a text longer than {MAX_SCALAR_CHARS:,} characters",
+            ),
+        ):
+            if is_over:
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node.value, str):
+                continue  # a collection as key: refused by the constructor
+            if key_node.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"duplicate key `{key_node.value}`; keep one of them",
+                    problem_mark=key_node.start_mark,
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(path: Path) -> _Document:
+    name = str(path)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_JOB_FILE_BYTES + 1)
+    except OSError as error:
+        raise JobFileError(
+            f"{name}: cannot be read: {error.strerror}; `batchclf init {name}` writes one to start"
+        ) from None
+    if len(raw) > MAX_JOB_FILE_BYTES:
+        raise JobFileError(f"{name}: larger than 1 MB; a job file is a page of YAML")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise JobFileError(
+            f"{name}: not UTF-8 text: byte {raw[error.start]:#04x} at offset {error.start}; "
+            "save the job file as UTF-8"
+        ) from None
+    try:
+        loader = _JobLoader(text)
+        node = loader.get_single_node()
+        data = loader.construct_document(node) if node is not None else None
+    except yaml.reader.ReaderError as error:
+        raise JobFileError(
+            f"{name}: not a text file: character {error.character:#x} at offset {error.position}; "
+            "a job file is YAML text"
+        ) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        problem = shortened(" ".join(filter(None, (error.context, error.problem))))
+        raise JobFileError(f"{name}{line}: not a valid job file: {problem}") from None
+    except _NOT_YAML as error:
+        raise JobFileError(f"{name}: not a valid job file: {shortened(str(error))}") from None
+    if node is None or not isinstance(data, dict):
+        found = "an empty file" if data is None else f"a {type(data).__name__}"
+        raise JobFileError(
+            f"{name}: found {found}; a job file is a mapping with input, output, model"
+        )
+    return _Document(name, {str(key): value for key, value in data.items()}, _origins(name, node))
+
+
+def _origins(name: str, node: yaml.Node, prefix: str = "") -> dict[str, str]:
+    """Where each dotted key stands, as `file:line`."""
+    found: dict[str, str] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            key = f"{prefix}{key_node.value}"
+            found[key] = f"{name}:{key_node.start_mark.line + 1}"
+            found |= _origins(name, value_node, f"{key}.")
+    return found
+
+
+# ---- explaining ----------------------------------------------------------------------------------
+
+
+def _describe(detail: ErrorDetails, document: _Document) -> str:
+    """One validation error as a line: where, key, what was found, what is allowed."""
+    location = [str(part) for part in detail["loc"]]
+    key = shortened(".".join(location))
+    origin, written = _written(location, document)
+    if detail["type"] == "extra_forbidden":
+        allowed = _keys_at(location[:-1])
+        hint = _nearest(location[-1], allowed)
+        return f"{origin}: unknown key `{key}`{hint}; keys here: {', '.join(allowed)}"
+    if detail["type"] == "missing":
+        return f"{document.name}: the key `{key}` is missing: {_help_for(location)}"
+    allowed_text = detail["msg"].removeprefix("Input should be ")
+    if detail["type"] == "model_type":
+        allowed_text = f"a mapping with {', '.join(_keys_at(location))}"
+    if detail["type"] in ("one_source", "foreign_key", "provider_key", "std"):
+        return f"{origin}: {written or key}: allowed: {allowed_text}"
+    hint = ""
+    if detail["type"] == "literal_error" and isinstance(detail["input"], str):
+        hint = _nearest(detail["input"], re.findall(r"'([^']+)'", allowed_text))
+    return (
+        f"{origin}: {written or key}: found {_show(detail['input'])}; allowed: {allowed_text}{hint}"
+    )
+
+
+def _written(location: list[str], document: _Document) -> tuple[str, str]:
+    """Origin and dotted key of the innermost part of `location` that the user wrote."""
+    for length in range(len(location), 0, -1):
+        key = ".".join(location[:length])
+        if key in document.origins:
+            return document.origins[key], shortened(key)
+    return document.name, ""
+
+
+def _keys_at(location: Sequence[str]) -> list[str]:
+    return list(_fields_at(location))
+
+
+def _fields_at(location: Sequence[str]) -> Mapping[str, FieldInfo]:
+    spec: type[BaseModel] = JobSpec
+    for part in location:
+        inner = _spec_in(spec.model_fields[part].annotation)
+        if inner is None:
+            return {}
+        spec = inner
+    return spec.model_fields
+
+
+def _spec_in(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _help_for(location: Sequence[str]) -> str:
+    info = _fields_at(location[:-1]).get(location[-1])
+    if info is None:
+        return "required"
+    spec = _spec_in(info.annotation)
+    return info.description or (spec.__doc__ if spec else None) or "required"
+
+
+def _nearest(found: str, allowed: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(found, allowed, n=1, cutoff=0.5)
+    return f"; did you mean `{matches[0]}`?" if matches else ""
+
+
+def _show(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return f"a {type(value).__name__} too long to show"
+    return shortened(text, 80)
+
+
+def shortened(text: str, length: int = MAX_SHOWN_CHARS) -> str:
+    """The beginning of a text, for a message: whoever wrote it may have made it huge."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -1,0 +1,217 @@
+"""Each precision on real photos, through the real command: the classes are PyTorch's.
+
+The environment decides which provider is tested; across the environments all of them are.
+"""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from batchclf.errors import ProviderError
+from batchclf.results.records import PrecisionCheck
+from batchclf.runtime.openvino import require_cpu_precision
+from batchclf.runtime.providers import installed_flavours
+from batchclf.sessions.sample import remembered
+from batchclf.system.machine import cpu_name_and_flags
+from tests.conftest import DATA, MOBILENET_WEIGHTS, PHOTOS, Batchclf, data, read_records, write_job
+
+HAS_OPENVINO = "onnxruntime-openvino" in installed_flavours()
+LEAST_AGREEMENT = {
+    ("cpu", "fp32"): 1.0,
+    ("openvino", "fp32"): 1.0,
+    ("openvino", "bf16"): 0.975,
+    ("openvino", "int8"): 0.97,
+    ("cpu", "int8"): 0.96,
+}
+"""Share of 250 photos whose top class must be PyTorch's."""
+CASES = [case for case in LEAST_AGREEMENT if (case[0] == "openvino") == HAS_OPENVINO]
+MODEL = {"name": "mobilenet_v2", "weights": str(MOBILENET_WEIGHTS), "labels": "imagenet"}
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[int]:
+    """PyTorch's top class of each photo, with torchvision's own transforms."""
+    import torch
+    from PIL import Image
+    from torchvision import models as zoo
+
+    module = zoo.mobilenet_v2()
+    module.load_state_dict(torch.load(data(MOBILENET_WEIGHTS), weights_only=True))
+    module.eval()
+    transforms = zoo.MobileNet_V2_Weights.IMAGENET1K_V1.transforms()
+    found = []
+    with torch.inference_mode():
+        for path in sorted(data(PHOTOS).glob("*.JPEG")):
+            with Image.open(path) as image:
+                found.append(int(module(transforms(image.convert("RGB"))[None]).argmax()))
+    return found
+
+
+@pytest.fixture(scope="module")
+def truth() -> list[int]:
+    """The true class of each photo."""
+    with data(DATA / "labels" / "imagenet_samples_truth.csv").open() as file:
+        rows = {row["file"]: int(row["class_index"]) for row in csv.DictReader(file)}
+    return [rows[path.name] for path in sorted(PHOTOS.glob("*.JPEG"))]
+
+
+def require_possible(provider: str, precision: Any) -> None:
+    if provider == "openvino":
+        try:
+            require_cpu_precision("CPU", precision, cpu_name_and_flags()[1])
+        except ProviderError as error:
+            pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(("provider", "precision"), CASES)
+def test_the_classes_of_250_photos_are_pytorchs_and_the_run_says_how_often(
+    batchclf: Batchclf,
+    tmp_path: Path,
+    expected: list[int],
+    truth: list[int],
+    provider: str,
+    precision: str,
+) -> None:
+    require_possible(provider, precision)
+    job = write_job(
+        tmp_path, input=str(PHOTOS), model=MODEL, provider=provider, precision=precision
+    )
+    done = batchclf("run", job, "--json")
+    assert done.exit_code == 0, done.stderr
+    found = [record["predictions"][0]["index"] for record in read_records(tmp_path / "out")]
+    agreement = sum(map(int.__eq__, found, expected)) / len(expected)
+    accuracy, full_accuracy = (
+        sum(map(int.__eq__, rows, truth)) / len(truth) for rows in (found, expected)
+    )
+    assert len(found) == 250
+    assert agreement >= LEAST_AGREEMENT[provider, precision]
+    assert accuracy >= full_accuracy - 0.01
+    run = json.loads((tmp_path / "out" / "run.json").read_bytes())
+    assert done.json["provider"]["active"].lower().startswith(provider)
+    if precision == "fp32":
+        assert run["precision_check"] is None
+        return
+    check = run["precision_check"]
+    assert check == done.json["precision_check"]
+    assert check["num_images"] == 200
+    assert check["top1_agreement"] == pytest.approx(agreement, abs=0.03)
+    assert 0 < check["max_score_difference"] < 0.6
+    assert f"same top class on {check['top1_agreement']:.1%}" in done.stderr
+
+
+# ---- int8, on models of a moment -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("provider", ["openvino" if HAS_OPENVINO else "cpu"])
+def test_an_int8_job_converts_its_model_once_and_resumes(
+    batchclf: Batchclf, tmp_path: Path, provider: str
+) -> None:
+    job = write_job(tmp_path, provider=provider, precision="int8")
+    env = {"BATCHCLF_CACHE_DIR": str(tmp_path / "cache")}
+    first = batchclf("run", job, "--json", env=env)
+    assert first.exit_code == 0, first.stderr
+    assert "quantising shufflenet_v2_x0_5 to int8, calibrated on 100" in first.stderr
+    run = json.loads((tmp_path / "out" / "run.json").read_bytes())
+    assert run["converted_model"]["num_calibration_images"] == 100
+    assert run["converted_model"]["digest"] != run["fingerprint"]["model"]
+    again = batchclf("run", job, "--json", env=env)
+    assert again.exit_code == 0, again.stderr
+    assert again.json["was_complete"]
+    other = batchclf("run", job, "-o", tmp_path / "other", "--json", env=env)
+    assert "quantising" not in other.stderr
+    assert read_records(tmp_path / "other") == read_records(tmp_path / "out")
+    full = batchclf("run", job, "--precision", "fp32", env=env)
+    assert full.exit_code == 2
+    assert "precision: was 'int8', is 'fp32'" in full.stderr
+
+
+def test_too_little_agreement_stops_the_job_with_5_and_says_how_much_there_was(
+    batchclf: Batchclf, tmp_path: Path
+) -> None:
+    """A network of random weights tells images apart by a hair, which int8 does not keep."""
+    model = {
+        "name": "mobilenet_v3_small",
+        "weights": "none",
+        "preprocess": {"resize": 64, "crop": 64},
+    }
+    job = write_job(tmp_path, model=model, precision="int8", min_agreement=1)
+    done = batchclf("run", job, "--json")
+    assert done.exit_code == 5, done.stderr
+    assert "at int8 the top class is that of fp32 on only" in done.json["error"]
+    assert "min_agreement is 100.0%" in done.json["error"]
+    assert not (tmp_path / "out" / "predictions.jsonl").exists()
+    allowed = batchclf("run", job, "--json", "--set", "min_agreement=0")
+    assert allowed.exit_code == 0, allowed.stderr
+    assert allowed.json["precision_check"]["top1_agreement"] < 1
+
+
+def test_an_exported_int8_bundle_is_run_as_it_is(batchclf: Batchclf, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    job = write_job(tmp_path, precision="int8")
+    assert batchclf("export", job, bundle).exit_code == 0
+    assert (bundle / "int8" / "model.onnx").exists()
+    assert (bundle / "model.onnx").exists()
+    done = batchclf(
+        *("run", write_job(tmp_path, precision="int8", model={"bundle": str(bundle)}), "--json"),
+        env={"BATCHCLF_CACHE_DIR": str(tmp_path / "empty")},
+    )
+    assert done.exit_code == 0, done.stderr
+    assert "quantising" not in done.stderr
+    run = json.loads((tmp_path / "out" / "run.json").read_bytes())
+    assert run["fingerprint"]["converted"] == run["converted_model"]["digest"]
+    assert not (tmp_path / "empty" / "bundles").exists()
+
+
+def test_an_int8_model_of_another_model_is_refused(batchclf: Batchclf, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    assert batchclf("export", write_job(tmp_path, precision="int8"), bundle).exit_code == 0
+    meta = json.loads((bundle / "int8" / "model.json").read_bytes())
+    meta["source"]["base"] = "0" * 64
+    (bundle / "int8" / "model.json").write_text(json.dumps(meta))
+    job = write_job(tmp_path, precision="int8", model={"bundle": str(bundle)})
+    done = batchclf("run", job)
+    assert done.exit_code == 2
+    assert "was made from another model" in done.stderr
+
+
+def test_images_that_do_not_decode_are_left_out_of_the_sample(
+    batchclf: Batchclf, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number, path in enumerate(sorted((Path(__file__).parents[2] / "samples/photos").iterdir())):
+        (images / f"{number}.jpg").write_bytes(path.read_bytes() if number % 2 else b"\xff\xd8")
+    done = batchclf("run", write_job(tmp_path, input=str(images), precision="int8"), "--json")
+    assert done.exit_code in (0, 5), done.stderr  # three photos are few to agree on
+    assert "compared with fp32 on 3 of the job's images" in done.stderr
+
+
+def test_a_sample_of_which_nothing_decodes_ends_with_2(batchclf: Batchclf, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "1.jpg").write_bytes(b"\xff\xd8")
+    done = batchclf("run", write_job(tmp_path, input=str(images), precision="int8"))
+    assert done.exit_code == 2
+    assert "not one of the 1 images sampled can be decoded" in done.stderr
+
+
+def test_a_comparison_is_made_anew_for_other_pixels_or_answers_only(tmp_path: Path) -> None:
+    numbers = iter(range(1, 10))
+
+    def compare() -> PrecisionCheck:
+        return PrecisionCheck(next(numbers), 1.0, 0.0)
+
+    black_NHWC, white_NHWC = np.zeros((2, 4, 4, 3), np.uint8), np.full((2, 4, 4, 3), 255, np.uint8)
+    asked = [
+        remembered("int8 of " + tmp_path.name, "CPU", black_NHWC, compare),
+        remembered("int8 of " + tmp_path.name, "CPU", black_NHWC, compare),
+        remembered("int8 of " + tmp_path.name, "CPU", white_NHWC, compare),
+        remembered("bf16 of " + tmp_path.name, "CPU", black_NHWC, compare),
+        remembered("int8 of " + tmp_path.name, "GPU", black_NHWC, compare),
+        remembered("int8 of " + tmp_path.name, "CPU", white_NHWC, compare),
+    ]
+    assert [check.num_images for check in asked] == [1, 1, 2, 3, 4, 2]
