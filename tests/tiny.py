@@ -20,10 +20,11 @@ from batchclf.results.records import ImageRef, Loaded, Pixels
 from batchclf.run.job import run_job
 from batchclf.run.output import hold_output
 from batchclf.run.reporter import Reporter
-from batchclf.run.request import RunOptions, RunResult
+from batchclf.run.request import Run, RunResult
 from batchclf.runtime.providers import PROVIDERS
 from batchclf.runtime.sessions import Target
 from batchclf.spec.file import load_job
+from batchclf.spec.options import RunOptions
 from batchclf.system.interrupt import StopRequest
 from tests.conftest import ROOT
 
@@ -125,7 +126,7 @@ def run_here(job: Path, options: RunOptions | None = None, log: Log | None = Non
     """Run a job file in this process."""
     spec, options = load_job(job), options or RunOptions()
     with hold_output(spec, options.shard):
-        return run_job(spec, options, reporter=log or Log(), stop=StopRequest())
+        return run_job(Run(spec, options, log or Log(), StopRequest()))
 
 
 def link_images(source: Path, folder: Path, num_images: int) -> Path:

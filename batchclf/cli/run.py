@@ -2,9 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +11,9 @@ from batchclf.cli.options import job_options, json_option, load
 from batchclf.cli.streams import say
 from batchclf.errors import UsageError
 from batchclf.system.interrupt import StopRequest
+
+if TYPE_CHECKING:
+    from batchclf.results.stats import Summary
 
 
 @click.command("run")
@@ -47,7 +49,6 @@ def command(
       batchclf run jobs/cpu.yaml
       batchclf run jobs/cpu.yaml -i photos -o runs/photos -b 16
     """
-    _require_compatible(overwrite, extend, retry_failed, codes, limit, shard)
     part = None if shard is None else _parse_shard(shard)
     only = None if codes is None else _parse_codes(codes)
     with StopRequest().installed() as stop:
@@ -61,7 +62,7 @@ def command(
         from batchclf.cli.progress import Progress
         from batchclf.engines.local.supervisor import Supervisor
         from batchclf.results.records import Shard
-        from batchclf.run.request import RunOptions
+        from batchclf.spec.options import RunOptions
 
         options = RunOptions(
             Shard() if part is None else Shard(*part),
@@ -82,34 +83,12 @@ def command(
             "exit_code": 0,
             "was_complete": result.was_complete,
             "predictions": str(result.files.predictions),
-            **result.summary,
+            "type": "summary",
+            **result.summary.model_dump(mode="json"),
         }
         click.echo(json.dumps(answer))
     if not result.was_complete:
         _print_summary(result.summary, result.files.predictions)
-
-
-def _require_compatible(
-    overwrite: bool,
-    extend: bool,
-    retry_failed: bool,
-    codes: str | None,
-    limit: int | None,
-    shard: str | None,
-) -> None:
-    if overwrite and retry_failed:
-        raise UsageError("--overwrite starts anew, --retry-failed keeps: give one of them")
-    if codes is not None and not retry_failed:
-        raise UsageError("--codes says which errors --retry-failed tries again: give both")
-    if extend and (overwrite or retry_failed):
-        raise UsageError(
-            "--extend adds files to a job that goes on: give it without --overwrite and "
-            "--retry-failed"
-        )
-    if extend and (limit is not None or shard is not None):
-        raise UsageError(
-            "--extend moves the bounds of --shard, and --limit leaves files out: give it alone"
-        )
 
 
 def _parse_codes(text: str) -> frozenset[str]:
@@ -127,27 +106,25 @@ def _parse_shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _print_summary(summary: Mapping[str, Any], predictions: Path) -> None:
-    provider = summary["provider"]
+def _print_summary(summary: "Summary", predictions: Path) -> None:
+    provider, check = summary.provider, summary.precision_check
     lines = [
-        f"{summary['num_images']:,} images: {summary['num_ok']:,} ok, "
-        f"{summary['num_errors']:,} errors"
-        + "".join(f", {count:,} {code}" for code, count in summary["errors_by_code"].items()),
-        f"{summary['images_per_s']:,.1f} images/s over {summary['wall_s']:.1f} s "
-        f"(and {summary['startup_s']:.1f} s of start-up), batches of {summary['batch_size']}",
-        f"ran on {provider['active']} ({provider['device']}), {summary['precision']}; "
-        f"bottleneck: {summary['bottleneck']} ({summary['bottleneck_why']})",
-        f"records: {predictions}",
+        f"{summary.num_images:,} images: {summary.num_ok:,} ok, {summary.num_errors:,} errors"
+        + "".join(f", {count:,} {code}" for code, count in summary.errors_by_code.items()),
+        f"{summary.images_per_s:,.1f} images/s over {summary.wall_s:.1f} s "
+        f"(and {summary.startup_s:.1f} s of start-up), batches of {summary.batch_size}",
+        f"ran on {provider.active} ({provider.device}), {summary.precision}; "
+        f"bottleneck: {summary.bottleneck} ({summary.bottleneck_why})",
     ]
-    if provider["fallback"] is not None:
-        lines.insert(-1, f"FELL BACK TO THE CPU, as the job allows: {provider['fallback']}")
-    if (check := summary["precision_check"]) is not None:
-        name = summary["precision"] if summary["precision"] != "fp32" else "TF32"
-        lines.insert(
-            -1,
-            f"{name} compared with fp32 on {check['num_images']} images: same top "
-            f"class on {check['top1_agreement']:.1%}, largest difference of a score "
-            f"{check['max_score_difference']:.2f}",
+    if check is not None:
+        name = summary.precision if summary.precision != "fp32" else "TF32"
+        lines.append(
+            f"{name} compared with fp32 on {check.num_images} images: same top class on "
+            f"{check.top1_agreement:.1%}, largest difference of a score "
+            f"{check.max_score_difference:.2f}"
         )
+    if provider.fallback is not None:
+        lines.append(f"FELL BACK TO THE CPU, as the job allows: {provider.fallback}")
+    lines.append(f"records: {predictions}")
     for line in lines:
         say(f"batchclf: {line}")

@@ -7,10 +7,10 @@ from batchclf.models.bundle import Bundle, copy_bundle
 from batchclf.models.resolve import Log, resolve_model
 from batchclf.models.variants import needed_variant, resolve_variant
 from batchclf.runtime.classifier import open_reference
-from batchclf.runtime.providers import installed_flavours, require_precision, require_provider
+from batchclf.runtime.providers import require_precision, require_provider
+from batchclf.sessions.open import Wanted, conversion_of
 from batchclf.sessions.sample import sample_input
 from batchclf.spec.job import JobSpec
-from batchclf.system.machine import usable_cores
 
 
 def export_job(job: JobSpec, folder: Path, log: Log) -> Bundle:
@@ -26,16 +26,8 @@ def export_job(job: JobSpec, folder: Path, log: Log) -> Bundle:
     )
     variant = None
     if (precision := needed_variant(job.provider.name, job.precision)) is not None:
-        converted = resolve_variant(
-            model.bundle,
-            precision,
-            partial(sample_input, job, model),
-            open_reference=open_reference,
-            threads=usable_cores(),
-            made_by=installed_flavours(),
-            log=log,
-        )
-        variant = (precision, converted)
+        wanted = Wanted(job, model, job.batch_size, partial(sample_input, job, model), log)
+        variant = (precision, resolve_variant(model.bundle, precision, conversion_of(wanted)))
     return copy_bundle(
         model.bundle, folder, labels=model.labels, preprocess=model.preprocess, variant=variant
     )

@@ -29,7 +29,7 @@ from batchclf.runtime.timing import (
     measure_latency,
     measure_throughput,
 )
-from batchclf.sessions.open import Opened, open_devices, settle_provider, targets
+from batchclf.sessions.open import Opened, Wanted, open_devices, settle_provider, targets
 from batchclf.sessions.sample import sample_input
 from batchclf.spec.job import JobSpec, ProviderSpec
 from batchclf.system.machine import usable_cores
@@ -98,8 +98,8 @@ def verify_job(job: JobSpec, num_images: int, log: Log) -> Verified:
     batch_size = model.bundle.meta.fixed_batch or min(job.batch_size, len(pixels_NHWC))
     # Whatever the agreement is, the table shall show it.
     lenient = job.model_copy(update={"min_agreement": 0.0})
-    sample = partial(sample_input, job, model)
-    opened = open_devices(lenient, model, batch_size, sample, fallback, log)
+    wanted = Wanted(lenient, model, batch_size, partial(sample_input, job, model), log)
+    opened = open_devices(wanted, fallback)
     measured: list[_Measured] = []
     left_out: dict[str, str] = {}
     eager = open_eager(job.model, usable_cores())

@@ -35,6 +35,9 @@ from batchclf.images.profile import is_srgb, profile_in_jpeg
 from batchclf.images.resample import Window, crop_window, resize_window, resized_size
 from batchclf.results.records import DecodeMode, Failure, Loaded, Pixels, Preprocess
 
+PIXELS_RECIPE = 1
+"""Counted up when an image comes to give other pixels, or another failure, than before."""
+
 
 def _silence_libtiff() -> None:
     """Keep libtiff from printing to stderr; its errors reach us as exceptions all the same.

@@ -8,6 +8,7 @@ exported at this precision, or in the cache.
 import hashlib
 import importlib.util
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -60,25 +61,25 @@ def nested_variant(bundle: Bundle, precision: Precision) -> Bundle | None:
     return variant
 
 
-def resolve_variant(
-    bundle: Bundle,
-    precision: Precision,
-    sample: Callable[[], Pixels],
-    *,
-    open_reference: OpenReference,
-    threads: int,
-    made_by: Mapping[str, str],
-    log: Log,
-    used: str | None = None,
-) -> Bundle:
-    """`bundle` at `precision` (int8 or fp16): exported with it, from the cache, or made now.
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What converting a model takes, besides the model."""
 
-    Args:
-        sample: images of the job to calibrate int8 with, uint8 NHWC; called if they are needed.
-        threads: CPU threads for calibrating.
-        made_by: the installed ONNX Runtime and its version: each writes other bytes.
-        used: digest of the model that a job began with. It is taken while the cache has it,
-            whatever the images of the job are by now.
+    sample: Callable[[], Pixels]
+    """Images of the job to calibrate int8 with, uint8 NHWC; called if they are needed."""
+    open_reference: OpenReference
+    threads: int
+    """On the CPU, for calibrating."""
+    made_by: Mapping[str, str]
+    """The installed ONNX Runtime and its version: each writes other bytes."""
+    log: Log
+    used: str | None = None
+    """Digest of the model that a job began with. It is taken while the cache has it, whatever the
+    images of the job are by now."""
+
+
+def resolve_variant(bundle: Bundle, precision: Precision, conversion: Conversion) -> Bundle:
+    """`bundle` at `precision` (int8 or fp16): exported with it, from the cache, or made now.
 
     Raises:
         ModelError: the model cannot be converted.
@@ -92,16 +93,17 @@ def resolve_variant(
             f"precision: found {precision}, but {bundle.meta.name} already computes in "
             f"{bundle.meta.arithmetic}; use precision fp32, which runs the model as it is"
         )
+    used, log = conversion.used, conversion.log
     if used is not None and (begun_with := find_cached(used)) is not None:
         return begun_with
     # Half of the sample: the comparison with fp32 sees the other half as well.
-    calibration_NHWC = sample()[::2] if precision == "int8" else None
+    calibration_NHWC = conversion.sample()[::2] if precision == "int8" else None
     calibration = None if calibration_NHWC is None else _digest(calibration_NHWC)
 
     def build(folder: Path) -> BundleMeta:
         _require_onnx(precision)
-        golden_NHWC = _convert(bundle, folder, calibration_NHWC, threads, log)
-        reference = open_reference(bundle.model_path)
+        golden_NHWC = _convert(bundle, folder, calibration_NHWC, conversion.threads, log)
+        reference = conversion.open_reference(bundle.model_path)
         source = {
             "base": bundle.digest,
             "calibration": calibration,
@@ -118,7 +120,8 @@ def resolve_variant(
             }
         )
 
-    return cached_bundle(_request(bundle, precision, calibration, made_by), build, log)
+    request = _request(bundle, precision, calibration, conversion.made_by)
+    return cached_bundle(request, build, log)
 
 
 def _request(

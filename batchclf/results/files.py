@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -54,10 +56,29 @@ class RunFiles:
         """The frozen listing, shared by all shards: paths, each ended by a NUL byte."""
         return self.folder / "listing.nul"
 
-    @property
-    def listing_lock(self) -> Path:
-        """Held while the listing is written."""
-        return self.folder / ".lock-listing"
+    def new_draft(self) -> Path:
+        """Where a listing is written before it is placed: a name that nobody else has."""
+        return self.folder / f".listing{self.shard.suffix}.{secrets.token_hex(4)}.tmp"
+
+    def leftovers(self) -> Iterator[Path]:
+        """What a run of this shard that was killed may have left half-written."""
+        for path in (self.predictions, self.run):
+            yield temporary_of(path)
+        yield from self.folder.glob(f".listing{self.shard.suffix}.*.tmp")
+
+    def of_others(self) -> Iterator["RunFiles"]:
+        """The files of the other shards, and of the whole job, that have begun here."""
+        for path in sorted(self.folder.glob("run*.json")):
+            if path != self.run and (shard := _shard_of(path)) is not None:
+                yield RunFiles(self.folder, shard)
+
+
+def _shard_of(run: Path) -> Shard | None:
+    """The shard whose run.json has this name; None: no shard's has."""
+    found = re.fullmatch(r"run(?:-(\d{5})-of-(\d{5}))?\.json", run.name)
+    if found is None:
+        return None
+    return Shard() if found[1] is None else Shard(int(found[1]), int(found[2]))
 
 
 def replace_file(path: Path, data: bytes, *, must_last: bool = True) -> None:
@@ -126,17 +147,29 @@ def remove(path: Path) -> None:
         raise output_failed(path, error) from error
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A file's JSON object; None when there is no file, or nothing of the kind in it.
+def read_bytes(path: Path) -> bytes | None:
+    """A file's content; None when there is no file.
 
     Raises:
         EnvironmentFailed: the file cannot be read.
     """
     with reading(path):
         try:
-            value = json.loads(path.read_bytes())
-        except (FileNotFoundError, ValueError):
+            return path.read_bytes()
+        except FileNotFoundError:
             return None
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A file's JSON object; None when there is no file, or nothing of the kind in it.
+
+    Raises:
+        EnvironmentFailed: the file cannot be read.
+    """
+    try:
+        value = json.loads(read_bytes(path) or b"")
+    except ValueError:
+        return None
     return value if isinstance(value, dict) else None
 
 

@@ -13,6 +13,8 @@ import orjson
 from batchclf.results.files import read_lines
 from batchclf.results.records import Failure, Record
 
+RECORDS_RECIPE = 1
+"""Counted up when scores come to be written as another line than before."""
 SCORE_STEPS = 10**6
 """Scores have 6 digits."""
 

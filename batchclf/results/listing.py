@@ -1,62 +1,204 @@
-"""The frozen listing: written once per job, shared by its shards, read as it is asked for."""
+"""The frozen listing: the order of a job's images, placed once, shared by all of its shards.
 
+listing.nul holds the paths, each ended by a NUL byte, and behind the last one a line of JSON: whose
+listing it is, how many paths it has, and their digest. It is written under a private name and put
+in its place whole, so that of several shards that list at once the first wins.
+"""
+
+import ctypes
+import errno
+import hashlib
 import itertools
+import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 
-from batchclf.results.files import (
-    RunFiles,
-    move_into_place,
-    open_temporary,
-    output_failed,
-    reading,
-    remove,
-    temporary_of,
-)
-from batchclf.results.lock import held, others_at_work
+from batchclf.errors import ResumeRefused
+from batchclf.results.files import RunFiles, output_failed, reading, sync_folder
+from batchclf.results.identity import Extent, Identity, Strict
 from batchclf.results.records import ImageRef
 
 READ_BYTES = 1 << 16
 """Of the listing at once; its paths as objects take several times as much."""
 WRITE_PATHS = 4096
+MAX_TRAILER_BYTES = 1 << 17
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
+"""Of <fcntl.h> and <linux/fs.h>."""
 
 
-def freeze_listing(files: RunFiles, paths: Iterable[bytes]) -> None:
-    """Write the listing once; whoever comes second keeps the first one's.
+class _Trailer(Strict):
+    """What stands behind the paths."""
+
+    format_version: Literal[1] = 1
+    extent: Extent
+    extends: tuple[Extent, ...] = ()
+    num_left_out: int
+    job: Identity
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """A listing as it stands in a file; plain data."""
+
+    path: Path
+    extent: Extent
+    num_left_out: int
+    """Hidden or repeated entries of the input, seen when it was listed."""
+    job: Identity
+    """Whose listing it is: what all shards must have in common."""
+    extends: tuple[Extent, ...] = ()
+    """What it was before it was extended, again and again; it still begins so."""
+
+    @property
+    def num_images(self) -> int:
+        return self.extent.num_images
+
+    def refs(self, start: int = 0, stop: int | None = None) -> Iterator[ImageRef]:
+        """The entries `start` to `stop`, read as they are asked for.
+
+        Raises:
+            EnvironmentFailed: the listing cannot be read.
+        """
+        return itertools.starmap(ImageRef, enumerate(self.paths(start, stop), start))
+
+    def paths(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        """The paths alone of the entries `start` to `stop`.
+
+        Raises:
+            EnvironmentFailed: the listing cannot be read.
+        """
+        count = None if stop is None else max(0, stop - start)
+        return itertools.islice(_nul_paths(self.path, start), count)
+
+    def continues(self, extent: Extent) -> bool:
+        """Whether it is that listing, or one that it was extended to."""
+        return extent in (self.extent, *self.extends)
+
+
+class Entries(Protocol):
+    """Paths to be listed, and how much of the input was left out, once they have been."""
+
+    @property
+    def num_left_out(self) -> int: ...
+
+    def __iter__(self) -> Iterator[bytes]: ...
+
+
+def open_listing(files: RunFiles) -> Listing | None:
+    """The listing in an output folder; None: there is none.
 
     Raises:
-        EnvironmentFailed: disk full, I/O error; there is no listing then.
+        ResumeRefused: what is there is not a listing that this version writes.
+        EnvironmentFailed: it cannot be read.
     """
-    with held(files.listing_lock):  # another shard may be listing: its listing is the job's
-        if not files.listing.exists():
-            _write(files, paths, keep=False)
+    with reading(files.listing):
+        try:
+            with files.listing.open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_TRAILER_BYTES))
+                tail = file.read()
+        except FileNotFoundError:
+            return None
+    try:
+        trailer = _Trailer.model_validate(json.loads(tail.rpartition(b"\0")[2]))
+    except ValueError:  # no JSON, or none of this version
+        raise ResumeRefused(
+            f"output: {files.listing} is not a listing as this version of batchclf writes it; "
+            "give another output, or --overwrite to start anew"
+        ) from None
+    return _as_listing(files.listing, trailer)
 
 
-def extend_listing(files: RunFiles, paths: Iterable[bytes]) -> int:
-    """Add those `paths` to the listing that it does not hold; returns how many they were.
+@contextmanager
+def drafted(
+    files: RunFiles,
+    job: Identity,
+    entries: Entries,
+    *,
+    limit: int | None = None,
+    extends: Listing | None = None,
+) -> Iterator[Listing]:
+    """A listing of `entries` for `job`, or `extends` with those that it lacks, not yet in place.
+
+    It has at most `limit` paths, and a name of its own within the block, unless `place` moved it.
 
     Raises:
-        EnvironmentFailed: disk full, I/O error; the listing then stays as it is.
+        EnvironmentFailed: disk full, I/O error.
     """
-    num_before = count_listing(files)
-    with held(files.listing_lock):
-        _write(files, new_paths(files, paths), keep=True)
-    return count_listing(files) - num_before
+    draft = files.new_draft()
+    try:
+        try:
+            listing = _write(draft, job, entries, limit, extends)
+        except OSError as error:
+            raise output_failed(draft, error) from error
+        yield listing
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
-def new_paths(files: RunFiles, paths: Iterable[bytes]) -> Iterator[bytes]:
-    """Those `paths` that the frozen listing does not hold.
+def place(files: RunFiles, draft: Listing) -> Listing:
+    """Put a draft in its place, unless another is there: then that one, which was first.
+
+    A draft that extends the one in place takes its place; only a job without shards does that.
+
+    Raises:
+        ResumeRefused: what is there is not a listing that this version writes.
+        EnvironmentFailed: the file system does not take it.
+    """
+    try:
+        if draft.extends:
+            os.replace(draft.path, files.listing)
+        else:
+            _place_first(draft.path, files.listing)
+        sync_folder(files.folder)
+    except FileExistsError:
+        first = open_listing(files)
+        assert first is not None, "nobody removes a listing that another run began with"
+        return first
+    except OSError as error:
+        raise output_failed(files.listing, error) from error
+    return replace(draft, path=files.listing)
+
+
+def _place_first(draft: Path, path: Path) -> None:
+    """Give a file another name that nothing has yet; file systems know one way or the other.
+
+    Raises:
+        FileExistsError: something has it.
+        OSError: there is no way that is sure to replace nothing, or the disk fails.
+    """
+    try:
+        os.link(draft, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        _rename_noreplace(draft, path)
+
+
+def _rename_noreplace(source: Path, target: Path) -> None:
+    """renameat2(2) with RENAME_NOREPLACE."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = (os.fsencode(source), _AT_FDCWD, os.fsencode(target))
+    if libc.renameat2(_AT_FDCWD, *names, ctypes.c_uint(_RENAME_NOREPLACE)) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), os.fspath(target))
+
+
+def new_paths(listing: Listing, paths: Iterable[bytes]) -> Iterator[bytes]:
+    """Those `paths` that a listing does not hold.
 
     Compares hashes of 64 bits, in 8 bytes per listed path: two of a million paths share one in 1 of
     10^7 listings, and one of them would then be taken for listed.
     """
-    known = np.fromiter(map(hash, read_paths(files)), np.int64)
+    known = np.fromiter(map(hash, listing.paths()), np.int64)
     known.sort()
     iterator = iter(paths)
     while chunk := list(itertools.islice(iterator, WRITE_PATHS)):
@@ -68,64 +210,41 @@ def new_paths(files: RunFiles, paths: Iterable[bytes]) -> Iterator[bytes]:
                 yield path
 
 
-def _write(files: RunFiles, paths: Iterable[bytes], *, keep: bool) -> None:
-    try:
-        with open_temporary(files.listing) as file:
-            if keep:
-                with files.listing.open("rb") as before:
-                    shutil.copyfileobj(before, file)
-            iterator = iter(paths)
-            while chunk := list(itertools.islice(iterator, WRITE_PATHS)):
-                file.write(b"\0".join(chunk) + b"\0")
-            file.flush()
-            os.fsync(file.fileno())
-        move_into_place(files.listing)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary_of(files.listing).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise output_failed(files.listing, error) from error
-        raise
+def _write(
+    draft: Path,
+    job: Identity,
+    entries: Entries,
+    limit: int | None,
+    extends: Listing | None,
+) -> Listing:
+    before: tuple[Extent, ...] = ()
+    paths: Iterator[bytes] = iter(entries)
+    if extends is not None:
+        before = (*extends.extends, extends.extent)
+        paths = itertools.chain(extends.paths(), new_paths(extends, paths))
+    with open(draft, "xb") as file:
+        extent = _write_paths(file, itertools.islice(paths, limit))
+        num_left_out = entries.num_left_out
+        trailer = _Trailer(extent=extent, extends=before, num_left_out=num_left_out, job=job)
+        # json, not orjson: a path that is not UTF-8 is kept as escapes.
+        file.write(json.dumps(trailer.model_dump(mode="json")).encode("ascii"))
+        file.flush()
+        os.fsync(file.fileno())
+    return _as_listing(draft, trailer)
 
 
-def discard_abandoned_listing(files: RunFiles) -> None:
-    """Remove the listing of a run that ended before it began; nothing was done by it."""
-    if not any(files.folder.glob("run*.json")) and not others_at_work(files):
-        remove(files.listing)
+def _write_paths(file: BinaryIO, paths: Iterator[bytes]) -> Extent:
+    num_images, digest = 0, hashlib.sha256()
+    while chunk := list(itertools.islice(paths, WRITE_PATHS)):
+        data = b"\0".join(chunk) + b"\0"
+        file.write(data)
+        digest.update(data)
+        num_images += len(chunk)
+    return Extent(num_images, digest.hexdigest())
 
 
-def serves_others(files: RunFiles) -> bool:
-    """Whether other shards use the listing, so that it stays when this one starts anew."""
-    has_others = any(path != files.run for path in files.folder.glob("run*.json"))
-    return files.listing.exists() and (has_others or others_at_work(files))
-
-
-def read_listing(files: RunFiles, start: int = 0, stop: int | None = None) -> Iterator[ImageRef]:
-    """The entries `start` to `stop` of the frozen listing, read as they are asked for.
-
-    Raises:
-        EnvironmentFailed: the listing cannot be read.
-    """
-    return itertools.starmap(ImageRef, enumerate(read_paths(files, start, stop), start))
-
-
-def read_paths(files: RunFiles, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-    """The paths alone of the entries `start` to `stop`.
-
-    Raises:
-        EnvironmentFailed: the listing cannot be read.
-    """
-    paths = _nul_paths(files.listing, start)
-    return itertools.islice(paths, None if stop is None else max(0, stop - start))
-
-
-def count_listing(files: RunFiles) -> int:
-    """Number of entries in the frozen listing.
-
-    Raises:
-        EnvironmentFailed: the listing cannot be read.
-    """
-    return sum(chunk.count(b"\0") for chunk in _chunks(files.listing))
+def _as_listing(path: Path, trailer: _Trailer) -> Listing:
+    return Listing(path, trailer.extent, trailer.num_left_out, trailer.job, trailer.extends)
 
 
 def _nul_paths(listing: Path, start: int) -> Iterator[bytes]:

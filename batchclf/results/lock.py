@@ -9,7 +9,6 @@ own before it writes on: `Lease.check`.
 
 import fcntl
 import json
-import math
 import os
 import secrets
 import socket
@@ -57,7 +56,6 @@ def only_writer(files: RunFiles, renewed: Callable[[], None] = lambda: None) -> 
         files.folder.mkdir(parents=True, exist_ok=True)
         if is_new:
             sync_folder(files.folder.parent)
-        # Not at once: another shard may be looking whether this one is at work.
         lock = _lock(files.lock, LOCK_S)
     except TimeoutError:
         raise _refused(files, read_json(files.lease)) from None
@@ -71,38 +69,6 @@ def only_writer(files: RunFiles, renewed: Callable[[], None] = lambda: None) -> 
             _remove_if_unused(files)
         if lock is not None:
             os.close(lock)
-
-
-@contextmanager
-def held(lock: Path) -> Iterator[None]:
-    """Wait for a short-lived lock, and hold it.
-
-    Raises:
-        EnvironmentFailed: it cannot be written.
-    """
-    try:
-        descriptor = _lock(lock, math.inf)
-    except OSError as error:
-        raise output_failed(lock, error) from error
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def others_at_work(files: RunFiles) -> bool:
-    """Whether another process writes here, a shard or not: it may just have frozen the listing."""
-    # Whoever holds the listing's lock holds one of its own as well.
-    for path in set(files.folder.glob(".lock*")) - {files.lock, files.listing_lock}:
-        try:
-            descriptor = _lock(path, 0)
-        except OSError:  # it is held, or another user's
-            return True
-        if descriptor is None:  # nobody can tell
-            return True
-        os.close(descriptor)
-    return False
 
 
 def _lock(path: Path, seconds: float) -> int | None:

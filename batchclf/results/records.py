@@ -136,36 +136,3 @@ class PrecisionCheck:
     top1_agreement: float
     max_score_difference: float
     """Largest difference of one class's probability, 0 to 1."""
-
-
-@dataclass(frozen=True, slots=True)
-class StageSeconds:
-    """Wall seconds per stage; `decode_wait` and `infer` are summed over the streams."""
-
-    list: float = 0.0
-    decode_wait: float = 0.0
-    infer: float = 0.0
-    write: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class RunStats:
-    """The figures of a run so far, or of a whole run: the `interval` and `summary` lines."""
-
-    num_images: int
-    """Images with a record by now, those of earlier runs of the job included, as the next three."""
-    num_new: int
-    """Images recorded by this run; all times, rates and memory below are of this run."""
-    num_ok: int
-    num_errors: int
-    errors_by_code: Mapping[str, int]
-    wall_s: float
-    startup_s: float
-    images_per_s: float
-    stage_s: StageSeconds
-    batch_ms: Mapping[str, float]
-    bottleneck: str
-    """decode, infer or write."""
-    bottleneck_why: str
-    cpu_s: float
-    peak_rss_mb: float

@@ -1,15 +1,23 @@
-"""run.json while a job runs: its facts, its status, and what of its records is durable."""
+"""run.json: what a run is, how far it is, and what of its records survives a power loss."""
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
-from batchclf.errors import BatchclfError, EnvironmentFailed, Interrupted
-from batchclf.results.files import RunFiles, read_json, replace_file
+from pydantic import ValidationError
+
+from batchclf.errors import BatchclfError, EnvironmentFailed, Interrupted, ResumeRefused
+from batchclf.results.files import RunFiles, read_bytes, replace_file
+from batchclf.results.identity import Fingerprint, Strict
+from batchclf.results.records import ActiveProvider, DecodeBackend, DecodeMode, PrecisionCheck
 from batchclf.system.machine import boot_id
+
+FORMAT_VERSION: Literal[1] = 1
+"""Counted up when a key of run.json comes, goes or changes its meaning."""
+Status = Literal["running", "complete", "interrupted", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,21 +34,90 @@ class Durable:
         return self.boot_id != "" and self.boot_id == boot_id()
 
 
+class Segment(Strict):
+    """How the records from number `first` of the shard on were made, up to the next segment."""
+
+    first: int
+    started_at: str
+    batchclf: str
+    """The version that wrote them."""
+    provider: str
+    device: str
+    batch_size: int
+    num_streams: int
+    num_workers: int
+    backend: DecodeBackend
+    limits: Mapping[str, Any]
+    """Keys of `loader` that decide which images are refused."""
+
+
+class Retry(Segment):
+    """An attempt of --retry-failed that has not put its records in place yet."""
+
+    codes: tuple[str, ...]
+
+
+class How(Strict):
+    """How and on what a run goes; the summary line says it as well."""
+
+    batch_size: int
+    provider: ActiveProvider
+    precision: str
+    precision_check: PrecisionCheck | None
+    decode: DecodeMode
+    versions: Mapping[str, str]
+
+
+class RunRecord(How):
+    """All that run.json says."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    status: Status = "running"
+    job: Mapping[str, Any]
+    """The resolved job."""
+    fingerprint: Fingerprint
+    started_at: str
+    ended_at: str | None = None
+    error: str | None = None
+    """Why it ended, where it did not complete."""
+    num_images: int
+    num_left_out: int
+    model: Mapping[str, str | int | None]
+    converted_model: Mapping[str, str | int | None] | None
+    num_streams: int
+    num_workers: int
+    backend: DecodeBackend
+    jpeg_decoder: str
+    durable: Durable
+    segments: tuple[Segment, ...]
+    retry: Retry | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to do, or all records are durable."""
+        return self.status == "complete" or self.durable.num_images == self.num_images
+
+    @property
+    def how(self) -> How:
+        """The part of it that a summary repeats."""
+        return How(**{name: getattr(self, name) for name in How.model_fields})
+
+
+@dataclass(slots=True)
 class RunState:
-    """run.json while a job runs: its facts, its status, and what is durable."""
+    """run.json while a job runs."""
 
-    def __init__(self, files: RunFiles, run: Mapping[str, object]) -> None:
-        self._files = files
-        self._run = dict(run)
+    files: RunFiles
+    record: RunRecord = field(repr=False)
 
-    def write(self, status: str, *, must_last: bool = True, **facts: object) -> None:
-        """Replace the status, and the facts given; `must_last` as in `replace_file`.
+    def write(self, *, must_last: bool = True, **changes: object) -> None:
+        """Replace some of what it says; `must_last` as in `replace_file`.
 
         Raises:
             EnvironmentFailed: disk full, I/O error.
         """
-        self._run |= {**facts, "status": status}
-        write_run(self._files, self._run, must_last=must_last)
+        self.record = self.record.model_copy(update=changes)
+        write_run(self.files, self.record, must_last=must_last)
 
     def note_durable(self, num_bytes: int, num_images: int) -> None:
         """Note that so much of predictions.jsonl was synced.
@@ -48,56 +125,83 @@ class RunState:
         Raises:
             EnvironmentFailed: disk full, I/O error.
         """
-        self.write("running", durable=asdict(Durable(num_bytes, num_images, boot_id())))
+        self.write(durable=Durable(num_bytes, num_images, boot_id()))
 
 
 @contextmanager
-def kept_status(files: RunFiles, run: Mapping[str, object]) -> Iterator[RunState]:
-    """Keep run.json's status true: running, then complete, interrupted or failed."""
-    state = RunState(files, run)
-    state.write("running")
+def kept_status(files: RunFiles, record: RunRecord) -> Iterator[RunState]:
+    """Keep true what run.json says of a run, `running` by now: how it ends."""
+    state = RunState(files, record)
     try:
         yield state
     except BaseException as error:
         stopped = isinstance(error, Interrupted) or not isinstance(error, Exception)  # a signal
         status = "interrupted" if stopped else "failed"
         try:
-            state.write(status, error=str(error) or type(error).__name__, ended_at=now())
+            state.write(status=status, error=str(error) or type(error).__name__, ended_at=now())
         except EnvironmentFailed as unwritable:  # the disk that failed the job fails this as well
             if not isinstance(error, EnvironmentFailed):
                 error.add_note(str(unwritable))
         raise
     # All records are durable, and noted so: without this, another start finds nothing left to do.
     # An error after it had been written would belie what it says.
-    state.write("complete", must_last=False, ended_at=now())
+    state.write(status="complete", must_last=False, ended_at=now())
 
 
 def mark_ended(files: RunFiles, error: BatchclfError) -> None:
-    """Say in run.json that a run was stopped whose own process no longer could."""
-    run = read_run(files)
-    if run is not None and run.get("status") == "running":
-        status = "interrupted" if isinstance(error, Interrupted) else "failed"
-        RunState(files, run).write(status, error=str(error), ended_at=now())
+    """Say in run.json that a run was stopped whose own process no longer could.
+
+    A file that cannot be read or written stays as it is: what failed the job fails this as well.
+    """
+    with suppress(EnvironmentFailed, ResumeRefused):
+        record = read_run(files)
+        if record is not None and record.status == "running":
+            status = "interrupted" if isinstance(error, Interrupted) else "failed"
+            RunState(files, record).write(status=status, error=str(error), ended_at=now())
 
 
-def write_run(files: RunFiles, run: Mapping[str, object], *, must_last: bool = True) -> None:
+def write_run(files: RunFiles, record: RunRecord, *, must_last: bool = True) -> None:
     """Replace run.json whole; `must_last` as in `replace_file`.
 
     Raises:
         EnvironmentFailed: disk full, I/O error.
     """
     # json and not orjson: a path that is not UTF-8 is kept as escapes.
-    data = json.dumps(run, indent=2).encode("ascii") + b"\n"
+    said = record.model_dump(mode="json", exclude_none=False)
+    data = json.dumps(said, indent=2).encode("ascii") + b"\n"
     replace_file(files.run, data, must_last=must_last)
 
 
-def read_run(files: RunFiles) -> dict[str, Any] | None:
-    """What run.json says; None when there is none, or none that parses.
+def read_run(files: RunFiles) -> RunRecord | None:
+    """What run.json says; None when there is none.
 
     Raises:
+        ResumeRefused: it is damaged, or of another version of batchclf.
         EnvironmentFailed: it cannot be read.
     """
-    return read_json(files.run)
+    data = read_bytes(files.run)
+    if data is None:
+        return None
+    try:
+        said = json.loads(data)
+    except ValueError as error:
+        raise _unknown(files, f"it is no JSON: {error}") from None
+    found = said.get("format_version") if isinstance(said, dict) else None
+    if found != FORMAT_VERSION:
+        raise _unknown(files, f"its format_version is {found!r}, this version's {FORMAT_VERSION}")
+    try:
+        return RunRecord.model_validate(said)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise _unknown(files, f"`{where}`: {first['msg']}") from None
+
+
+def _unknown(files: RunFiles, why: str) -> ResumeRefused:
+    return ResumeRefused(
+        f"output: {files.run} cannot be gone on from: {why}. Use the version of batchclf that "
+        "wrote it, give another output, or --overwrite to start anew"
+    )
 
 
 def now() -> str:

@@ -5,8 +5,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from batchclf.results.records import Failure, Record, RunStats, StageSeconds
+from pydantic import BaseModel, ConfigDict
+
+from batchclf.results.records import Failure, Record
+from batchclf.results.run_record import How
 
 BUCKETS_PER_E = 100
 """Resolution of the latency histogram: neighbouring buckets differ by 1%."""
@@ -18,6 +22,47 @@ WAITING = 0.25
 On a CPU, which decoding and inference share, both cost as much CPU time near 0.3, measured with
 MobileNetV2 and photos of 0.1 to 12 megapixels on 2 cores: the one that costs more is then named.
 """
+
+
+@dataclass(frozen=True, slots=True)
+class StageSeconds:
+    """Wall seconds per stage; `decode_wait` and `infer` are summed over the streams."""
+
+    list: float = 0.0
+    decode_wait: float = 0.0
+    infer: float = 0.0
+    write: float = 0.0
+
+
+class RunStats(BaseModel):
+    """The figures of a run so far, or of a whole run: the `interval` and `summary` lines."""
+
+    model_config = ConfigDict(frozen=True)
+
+    num_images: int
+    """Images with a record by now, those of earlier runs of the job included, as the next three."""
+    num_new: int
+    """Images recorded by this run; all times, rates and memory below are of this run."""
+    num_ok: int
+    num_errors: int
+    errors_by_code: Mapping[str, int]
+    wall_s: float
+    startup_s: float
+    images_per_s: float
+    stage_s: StageSeconds
+    batch_ms: Mapping[str, float]
+    """p50, p95 and p99 of inference."""
+    bottleneck: str
+    """decode, infer or write."""
+    bottleneck_why: str
+    cpu_s: float
+    peak_rss_mb: float
+
+
+class Summary(How, RunStats):
+    """The last line of a finished run's stats.jsonl: its figures, and how and on what it ran."""
+
+    model_config = ConfigDict(extra="ignore")
 
 
 class Histogram:
@@ -47,14 +92,12 @@ class StatsCollector:
         self,
         cpu_seconds: Callable[[], float],
         peak_rss_mb: Callable[[], float],
-        *,
-        list_s: float,
     ) -> None:
         self._cpu_seconds = cpu_seconds
         self._cpu_elsewhere: Callable[[], float] = lambda: 0.0
         self._peak_rss_mb = peak_rss_mb
         self._startup_s = 0.0
-        self._list_s = list_s
+        self._list_s = 0.0
         self._started = math.nan
         self._lock = threading.Lock()
         self._errors_by_code: Counter[str] = Counter()
@@ -92,6 +135,10 @@ class StatsCollector:
         self._started = began
         self._startup_s = startup_s
         self._num_new = self._num_images - num_done
+
+    def listed(self, list_s: float) -> None:
+        """Count the time that listing the input took, within start-up."""
+        self._list_s = list_s
 
     def count_cpu(self, cpu_seconds: Callable[[], float]) -> None:
         """Count the CPU seconds of other processes that work for this run, too."""

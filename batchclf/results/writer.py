@@ -2,21 +2,21 @@
 
 Records are written in the order of the frozen listing, so what is done is a prefix. They survive a
 kill of the process as soon as they are written, and a power loss once they are synced: run.json
-notes up to where that is (`Durable` in state.py), always after the fact.
+notes up to where that is (`Durable` in run_record.py), always after the fact.
 """
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from errno import EIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import orjson
+from pydantic import ValidationError
 
+from batchclf.errors import EnvironmentFailed
 from batchclf.results.files import (
     RunFiles,
     move_into_place,
@@ -28,8 +28,8 @@ from batchclf.results.files import (
     temporary_of,
 )
 from batchclf.results.lines import encode_record, failure_code
-from batchclf.results.listing import discard_abandoned_listing
-from batchclf.results.records import ImageRef, Record, RunStats
+from batchclf.results.records import ImageRef, Record
+from batchclf.results.stats import RunStats, Summary
 
 Timed = Callable[[float], None]
 """Told the seconds of each write and sync."""
@@ -75,7 +75,10 @@ class RecordWriter:
         trace: TracebackType | None,
     ) -> None:
         try:
-            self.sync()
+            if kind is None:
+                self.sync()
+            else:  # half of a batch may stand there
+                self._sync()
         finally:
             os.close(self._descriptor)
 
@@ -109,17 +112,40 @@ class RecordWriter:
             view = view[num_written:]
 
     def sync(self) -> None:
-        """Make what is written survive a power loss.
+        """Make what is written survive a power loss, in the file that has the name.
 
         Raises:
-            EnvironmentFailed: the disk does not take it.
+            EnvironmentFailed: the disk does not take it, or somebody else changed the file.
         """
+        self._sync()
+        try:
+            self._require_unchanged()
+        except OSError as error:
+            raise output_failed(self._path, error) from error
+
+    def _sync(self) -> None:
         started = time.perf_counter()
         try:
             os.fsync(self._descriptor)
         except OSError as error:
             raise output_failed(self._path, error) from error
         self._timed(time.perf_counter() - started)
+
+    def _require_unchanged(self) -> None:
+        """Refuse to go on in a file that was moved away, replaced, cut or added to."""
+        ours, found = os.fstat(self._descriptor), None
+        with suppress(FileNotFoundError):
+            found = os.stat(self._path)
+        if found is None or not os.path.samestat(ours, found):
+            what = "is gone" if found is None else "is another file now"
+        elif found.st_size != self.num_bytes:
+            what = f"has {found.st_size:,} bytes, not the {self.num_bytes:,} that were written"
+        else:
+            return
+        raise EnvironmentFailed(
+            f"output: {self._path} {what}: another program moved, replaced or changed it while "
+            "this job wrote it; see what that was, and run the same command to resume"
+        )
 
 
 def sync_records(path: Path) -> None:
@@ -159,24 +185,35 @@ def cut_surplus(path: Path, num_bytes: int) -> int:
 # ---- stats.jsonl ---------------------------------------------------------------------------------
 
 
-def append_stats(
-    files: RunFiles, kind: str, stats: RunStats, facts: Mapping[str, object]
-) -> dict[str, Any]:
-    """Append one line to stats.jsonl, an `interval` or the `summary`, and return it.
+def append_stats(files: RunFiles, stats: RunStats) -> None:
+    """Append one line to stats.jsonl: an `interval`, or a `Summary`, which is durable.
 
     Raises:
         EnvironmentFailed: disk full, quota, I/O error.
     """
-    line = {"type": kind, **asdict(stats), **facts}
+    is_summary = isinstance(stats, Summary)
+    line = {"type": "summary" if is_summary else "interval", **stats.model_dump(mode="json")}
     try:
         with files.stats.open("ab") as file:
             file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
-            if kind == "summary":
+            if is_summary:
                 file.flush()
                 os.fsync(file.fileno())
     except OSError as error:
         raise output_failed(files.stats, error) from error
-    return line
+
+
+def last_summary(files: RunFiles) -> Summary | None:
+    """The last summary in stats.jsonl; None: there is none, or a power loss tore it.
+
+    Raises:
+        EnvironmentFailed: the file cannot be read.
+    """
+    summaries = [line for line in read_lines(files.stats) if line.startswith(b'{"type":"summary"')]
+    try:
+        return Summary.model_validate_json(summaries[-1]) if summaries else None
+    except ValidationError:
+        return None
 
 
 def mend_stats(files: RunFiles) -> None:
@@ -245,14 +282,25 @@ def replace_failed(predictions: Path, retry: Path, codes: Collection[str]) -> in
 # ---- starting anew -------------------------------------------------------------------------------
 
 
-def discard(files: RunFiles) -> None:
+def discard(files: RunFiles, *, keep_listing: bool) -> None:
     """Remove an earlier run's files, so that the job starts anew; other shards' files stay.
 
-    run.json goes last: as long as it is there, it tells which job the rest belongs to.
+    run.json goes last but for the listing: as long as it is there, it tells whose the rest is.
 
     Raises:
         EnvironmentFailed: a file cannot be removed.
     """
     for path in (files.predictions, files.stats, files.retry, files.run):
         remove(path)
-    discard_abandoned_listing(files)
+    if not keep_listing:
+        remove(files.listing)
+
+
+def remove_leftovers(files: RunFiles) -> None:
+    """Remove what a run that was killed left half-written.
+
+    Raises:
+        EnvironmentFailed: a file cannot be removed.
+    """
+    for path in files.leftovers():
+        remove(path)

@@ -1,21 +1,14 @@
-"""What a run is going to do: the model resolved, the listing frozen, the work divided up."""
+"""What is to be classified (`Task`), and how this process does it (`Plan`); both are plain data."""
 
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from batchclf.images.load import loader_of
 from batchclf.images.prefetch import Load, Quarantine
 from batchclf.images.source import Source
-from batchclf.models.resolve import Log, ResolvedModel
-from batchclf.results.files import RunFiles
-from batchclf.results.listing import (
-    discard_abandoned_listing,
-    extend_listing,
-    freeze_listing,
-)
+from batchclf.models.resolve import ResolvedModel
 from batchclf.results.records import DecodeBackend, Failure
-from batchclf.run.request import Recovery
+from batchclf.run.request import Run
 from batchclf.spec.job import JobSpec, auto, runs_on_cpu
 from batchclf.system.machine import usable_cores
 
@@ -23,17 +16,21 @@ MAX_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What is to be done, with what, and in which portions."""
+class Task:
+    """So many images of an input, to be classified with a model as a job says."""
 
     job: JobSpec
     source: Source
-    files: RunFiles
-    first: int
-    last: int
-    num_listed: int
-    """Images in the whole listing, of which a shard has `first` to `last`."""
     model: ResolvedModel
+    num_images: int
+    """With those that have a record already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A task in the portions, and with the workers, that suit this machine."""
+
+    task: Task
     batch_size: int
     num_workers: int
     backend: DecodeBackend
@@ -41,74 +38,35 @@ class Plan:
     """Images, by their paths in the listing, that crash or hang whoever decodes them."""
 
     @property
-    def num_images(self) -> int:
-        return self.last - self.first
-
-    @property
     def load(self) -> Load:
-        """What loads the job's images."""
-        loader = loader_of(self.job, self.source, self.model.preprocess)
+        """What loads the task's images."""
+        task = self.task
+        loader = loader_of(task.job, task.source, task.model.preprocess)
         return Quarantine(loader, self.quarantined) if self.quarantined else loader
 
 
-def make_plan(
-    job: JobSpec,
-    source: Source,
-    files: RunFiles,
-    num_listed: int,
-    model: ResolvedModel,
-    recovery: Recovery,
-    log: Log,
-) -> Plan:
-    """Divide a listing of so many images up, as far as what went wrong before allows."""
-    first, last = files.shard.bounds(num_listed)
-    fixed = model.bundle.meta.fixed_batch
+def make_plan(run: Run, task: Task) -> Plan:
+    """Divide a task up, as far as what went wrong before allows."""
+    job = task.job
+    fixed = task.model.bundle.meta.fixed_batch
     if fixed is not None and fixed != job.batch_size:
-        log(f"batch_size: the model takes only batches of {fixed}, not {job.batch_size}")
+        run.reporter.log(
+            f"batch_size: the model takes only batches of {fixed}, not {job.batch_size}"
+        )
     num_workers = auto(job.loader.workers, usable_cores())
+    fitting = fitting_batch_size(job, task.model, task.num_images)
     return Plan(
-        job=job,
-        source=source,
-        files=files,
-        first=first,
-        last=last,
-        num_listed=num_listed,
-        model=model,
-        batch_size=min(fitting_batch_size(job, model, last - first), recovery.max_batch_size),
+        task=task,
+        batch_size=min(fitting, run.recovery.max_batch_size),
         num_workers=num_workers,
-        backend="processes" if recovery.isolate else backend_of(job, num_workers),
-        quarantined=recovery.quarantined,
+        backend="processes" if run.recovery.isolate else backend_of(job, num_workers),
+        quarantined=run.recovery.quarantined,
     )
 
 
 def fitting_batch_size(job: JobSpec, model: ResolvedModel, num_images: int) -> int:
     """The model's own batch size, or the job's; a short job saves inferring its padding."""
     return model.bundle.meta.fixed_batch or max(1, min(job.batch_size, num_images))
-
-
-def freeze(
-    source: Source, files: RunFiles, limit: int | None, log: Log, *, extend: bool = False
-) -> float:
-    """List the input once per job, or `extend` its listing; returns the seconds it took."""
-    started = time.perf_counter()
-    discard_abandoned_listing(files)
-    if files.listing.exists():
-        if extend:
-            num_new = extend_listing(files, source.paths())
-            log(f"--extend: {num_new:,} new images in the listing")
-        return time.perf_counter() - started if extend else 0.0
-    freeze_listing(files, limited(source.paths(), limit))
-    if source.num_left_out:
-        log(f"input: left out {source.num_left_out:,} hidden or repeated entries")
-    return time.perf_counter() - started
-
-
-def limited(paths: Iterator[bytes], limit: int | None) -> Iterator[bytes]:
-    """The first `limit` paths; None: all."""
-    for number, path in enumerate(paths):
-        if limit is not None and number >= limit:
-            return
-        yield path
 
 
 def backend_of(job: JobSpec, num_workers: int) -> DecodeBackend:

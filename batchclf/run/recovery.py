@@ -1,81 +1,140 @@
-"""After a process of a run died, or before it must: what was to blame."""
+"""What to do after a process of a run died: a function of what happened, for every engine.
 
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import astuple, replace
-from itertools import islice
+A process that died leaves word of the images that it was decoding. The next one tries these alone,
+each in a process of its own; those that are to blame get a record and are not decoded again. When
+that does not help, decoding moves to processes of its own for good; when that does not help either,
+the death has other reasons, and the job ends.
+"""
 
-from batchclf.errors import DeviceLost, EnvironmentFailed, OutOfMemory, ProviderError
-from batchclf.images.load import loader_of
-from batchclf.images.prefetch import Quarantine
-from batchclf.images.processes import try_alone
-from batchclf.images.source import Source
-from batchclf.models.resolve import ResolvedModel
-from batchclf.results.records import Failure, ImageRef
-from batchclf.results.stats import StatsCollector
-from batchclf.run.reporter import Reporter
-from batchclf.run.request import Recovery
-from batchclf.runtime.faults import is_device_lost, is_out_of_memory
-from batchclf.runtime.sessions import ORT_ERRORS
-from batchclf.spec.job import JobSpec
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-_FAILURES: tuple[type[Exception], ...] = (*ORT_ERRORS, MemoryError, ProviderError)
-"""What a lack of memory or a lost device may come as."""
+from batchclf.errors import BatchclfError, EnvironmentFailed, OutOfMemory, WorkerFailed
+from batchclf.results.records import Failure
+
+MAX_FUTILE = 3
+"""Deaths of a worker in a row, without a record or a culprit between them, that a job survives."""
+ISOLATE_AFTER = 2
+"""Such deaths after which decoding is moved to processes of its own."""
+MANY_GUILTY = 3
+"""Images to blame after which it is moved as well: starting a worker again costs more."""
 
 
-def try_suspects(
-    job: JobSpec,
-    source: Source,
-    model: ResolvedModel,
-    recovery: Recovery,
-    refs: Iterable[ImageRef],
-    reporter: Reporter,
-) -> Recovery:
-    """Try alone what was being decoded when a process died or hung; the guilty are quarantined."""
-    if not recovery.suspects:
-        return recovery
-    load = Quarantine(loader_of(job, source, model.preprocess), recovery.quarantined)
-    shape_HWC = (*model.preprocess.crop, 3)
-    guilty: dict[bytes, Failure] = {}
-    for ref in islice(refs, max(recovery.suspects) + 1):
-        if ref.index not in recovery.suspects:
-            continue
-        try:
-            failure = try_alone(load, ref, shape_HWC, job.loader.max_seconds, reporter.beat)
-        except OSError as error:
-            raise EnvironmentFailed(
-                f"no process in which to try an image alone: {error}; run again to resume"
-            ) from error
-        if failure is None:
-            reporter.log(f"{os.fsdecode(ref.path)}: tried alone, does no harm")
-            continue
-        reporter.log(f"{os.fsdecode(ref.path)}: recorded as {failure.code}: {failure.message}")
-        reporter.found_guilty(ref.path, failure)
-        guilty[ref.path] = failure
-    return replace(recovery, suspects=(), quarantined={**recovery.quarantined, **guilty})
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """When the first process of a run began to classify, as time.perf_counter(), and from where."""
+
+    began: float
+    startup_s: float
+    num_done: int
 
 
-@contextmanager
-def explained(model: ResolvedModel, batch_size: int) -> Iterator[None]:
-    """ONNX Runtime's errors for a lack of memory and for a lost device, as what they are.
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What to do otherwise after a process of this job died or hung."""
+
+    suspects: tuple[int, ...] = ()
+    """Images, by index in the listing, to be tried alone first."""
+    quarantined: Mapping[bytes, Failure] = field(default_factory=dict)
+    """Images found guilty, by their paths in the listing: never to be decoded again."""
+    isolate: bool = False
+    """Decode in processes of their own, whatever the job says."""
+    max_batch_size: int = sys.maxsize
+    """For which memory sufficed."""
+    beginning: Beginning | None = None
+    """Of the run, which started this process later."""
+    num_futile: int = 0
+    """Deaths in a row that brought the run no further."""
+    num_images: int = 0
+    """Records that there were when this process was started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """The end of a process that did not say why it ended."""
+
+    cause: str
+    suspects: tuple[int, ...]
+    """Images, by index in the listing, that it was decoding."""
+    by_kernel: bool = False
+    """Whether it was killed, and not by its parent: as where memory runs out."""
+    by_device: bool = False
+    """Whether its device stopped answering."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run was when its process ended."""
+
+    num_images: int
+    """Records by then; 0: it had not begun."""
+    guilty: Mapping[bytes, Failure]
+    """Images found guilty by then."""
+    beginning: Beginning | None
+
+
+def recover(
+    recovery: Recovery, ended: Death | OutOfMemory, progress: Progress
+) -> tuple[Recovery, str]:
+    """How the next process is to go on, and what to tell people of it.
+
+    `recovery` is what the one that ended was given.
 
     Raises:
-        OutOfMemory: memory did not suffice for a batch.
-        DeviceLost: this process cannot use its device any more.
+        OutOfMemory: a batch cannot be any smaller.
+        EnvironmentFailed, WorkerFailed: going on did not help, again and again.
     """
-    try:
-        yield
-    except _FAILURES as error:
-        if is_out_of_memory(error):
-            can_be_smaller = batch_size > 1 and model.bundle.meta.fixed_batch is None
-            raise OutOfMemory(batch_size, str(error), can_be_smaller=can_be_smaller) from error
-        if is_device_lost(error):
-            raise DeviceLost(str(error)) from error
-        raise
+    found = replace(
+        recovery,
+        suspects=(),
+        quarantined=dict(progress.guilty),
+        beginning=progress.beginning,
+        num_images=progress.num_images,
+    )
+    if isinstance(ended, OutOfMemory):
+        return _smaller(found, ended)
+    resumed = 0 if progress.beginning is None else progress.beginning.num_done
+    has_progressed = progress.num_images > max(recovery.num_images, resumed)
+    has_found = len(progress.guilty) > len(recovery.quarantined)
+    num_futile = 0 if has_progressed or has_found else recovery.num_futile + 1
+    if num_futile > MAX_FUTILE:
+        raise _hopeless(ended, num_futile)
+    may_be_decoding = num_futile >= ISOLATE_AFTER and not ended.by_device
+    isolate = recovery.isolate or may_be_decoding or len(progress.guilty) >= MANY_GUILTY
+    what = "starting it again"
+    if ended.suspects:
+        what += f"; images that it was decoding, to be tried alone: {len(ended.suspects)}"
+    if isolate and not recovery.isolate:
+        what += "; decoding in processes of its own from now on"
+    found = replace(found, suspects=ended.suspects, isolate=isolate, num_futile=num_futile)
+    return found, f"the worker {ended.cause}: {what}"
 
 
-def go_on_counting(stats: StatsCollector, recovery: Recovery) -> None:
-    """Let figures be those of the whole run, where it began in another process."""
-    if recovery.beginning is not None:
-        stats.started(*astuple(recovery.beginning))
+def _smaller(recovery: Recovery, error: OutOfMemory) -> tuple[Recovery, str]:
+    if not error.can_be_smaller:
+        raise error
+    half = error.batch_size // 2
+    return replace(recovery, max_batch_size=half), (
+        f"memory does not suffice for batches of {error.batch_size} ({error.cause}): "
+        f"going on with {half} in a new session"
+    )
+
+
+def _hopeless(death: Death, number: int) -> BatchclfError:
+    if death.by_kernel:
+        return EnvironmentFailed(
+            f"the worker was killed (SIGKILL) {number} times without getting any further, most "
+            "likely since memory ran out: choose a smaller batch_size, fewer loader.workers or "
+            "runtime.streams, and run again to resume"
+        )
+    if death.by_device:
+        return WorkerFailed(
+            f"the worker {death.cause} {number} times without getting any further: look at the "
+            "device (nvidia-smi, the kernel's log), and run again to resume"
+        )
+    return WorkerFailed(
+        f"the worker {death.cause} {number} times without getting any further, also with decoding "
+        "in processes of its own, so no image is to blame; run again to resume, perhaps with "
+        "another provider, precision or batch_size"
+    )

@@ -1,58 +1,36 @@
-"""What is asked of one run of a job, what happened to it before, and what it gives back."""
+"""What travels together through a run, and what the run gives back."""
 
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from batchclf.results.files import RunFiles
-from batchclf.results.records import Failure, Shard
+from batchclf.results.stats import Summary
+from batchclf.run.recovery import Recovery
+from batchclf.run.reporter import Reporter
+from batchclf.spec.job import JobSpec
+from batchclf.spec.options import RunOptions
+from batchclf.system.interrupt import StopRequest
 
 
 @dataclass(frozen=True, slots=True)
-class RunOptions:
-    """What the command line asks of one run, beyond the job itself."""
+class Run:
+    """One run of a job in this process."""
 
-    shard: Shard = field(default_factory=Shard)
-    overwrite: bool = False
-    extend: bool = False
-    """Add the files that appeared since the listing was frozen."""
-    retry_failed: bool = False
-    codes: frozenset[str] | None = None
-    """Retry only errors with these codes; None: all."""
-    limit: int | None = None
+    job: JobSpec
+    options: RunOptions
+    reporter: Reporter
+    stop: StopRequest
+    recovery: Recovery = field(default_factory=Recovery)
+
+    @property
+    def files(self) -> RunFiles:
+        return RunFiles(self.job.output, self.options.shard)
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """A finished job: its files and its summary line."""
+    """A finished job: its files and its summary."""
 
     files: RunFiles
-    summary: Mapping[str, Any]
+    summary: Summary
     was_complete: bool
     """Whether an earlier run had already finished it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Beginning:
-    """When the first process of a run began to classify, as time.perf_counter(), and from where."""
-
-    began: float
-    startup_s: float
-    num_done: int
-
-
-@dataclass(frozen=True, slots=True)
-class Recovery:
-    """What to do otherwise after a process of this job died or hung."""
-
-    suspects: tuple[int, ...] = ()
-    """Images, by index in the listing, to be tried alone first."""
-    quarantined: Mapping[bytes, Failure] = field(default_factory=dict)
-    """Images found guilty, by their paths in the listing: never to be decoded again."""
-    isolate: bool = False
-    """Decode in processes of their own, whatever the job says."""
-    max_batch_size: int = sys.maxsize
-    """For which memory sufficed."""
-    beginning: Beginning | None = None
-    """Of the run, which started this process later."""

@@ -1,73 +1,41 @@
 """`--retry-failed`: the images whose records are errors, once more."""
 
-from collections import Counter
-from collections.abc import Callable, Collection
 from functools import partial
 from itertools import islice
 
-from batchclf.errors import UsageError
-from batchclf.models.resolve import Log
 from batchclf.results.lines import Done, find_done
-from batchclf.results.listing import read_listing
 from batchclf.results.run_record import RunState
-from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import RecordWriter, failed_refs, replace_failed
-from batchclf.run.plan import Plan
-from batchclf.run.recovery import go_on_counting
-from batchclf.run.reporter import Reporter
-from batchclf.run.request import Recovery
-
-Classify = Callable[..., None]
-"""classify_shard, bound to what stays the same in a run."""
+from batchclf.run.append import SyncedSink
+from batchclf.run.classify import classify
+from batchclf.run.decide import Replace
+from batchclf.run.facts import is_same_retry
+from batchclf.run.ready import Begun, go_on_counting
 
 
-def retryable(plan: Plan, done: Done, codes: frozenset[str] | None) -> Counter[str]:
-    """How many records of which error `--retry-failed` would try again.
-
-    Raises:
-        UsageError: the job is not finished.
-    """
-    if done.num_images < plan.num_images:
-        raise UsageError(
-            f"--retry-failed: {done.num_images:,} of {plan.num_images:,} images have a record; "
-            "finish the job first, by running it without --retry-failed"
-        )
-    found = done.errors_by_code
-    return found if codes is None else Counter({code: found[code] for code in codes & found.keys()})
-
-
-def retry(
-    plan: Plan,
-    codes: Collection[str],
-    classify: Classify,
-    stats: StatsCollector,
-    state: RunState,
-    recovery: Recovery,
-    reporter: Reporter,
-    *,
-    is_resumed: bool,
-) -> None:
+def replace_failures(begun: Begun, todo: Replace, state: RunState) -> None:
     """Classify the failed images again, then put the new records in the old ones' places.
 
-    `is_resumed`: what is there of new records is of this very attempt.
+    Raises:
+        BatchclfError: as `classify`; the old records stay.
     """
-    refs = partial(failed_refs, plan.files.predictions)
-    listed = partial(read_listing, plan.files, plan.first, plan.last)
+    files, stats, ready = begun.run.files, begun.ready.stats, begun.ready
+    before_write = begun.run.reporter.before_write
+    assert ready.work is not None
+    assert ready.previous is not None, "there are records"
+    first, last = files.shard.bounds(begun.listing.num_images)
+    listed = partial(begun.listing.refs, first, last)
+    refs = partial(failed_refs, files.predictions)
     tried = Done()
-    if is_resumed:
-        tried = find_done(plan.files.retry, (ref.path for ref in refs(listed(), codes)))
+    is_later_process = begun.run.recovery.beginning is not None
+    if is_later_process or is_same_retry(ready.previous, ready.record):
+        tried = find_done(files.retry, (ref.path for ref in refs(listed(), todo.codes)))
     stats.resume(tried.num_ok, tried.errors_by_code)
-    go_on_counting(stats, recovery)
-    reporter.before_write()
-    with RecordWriter(plan.files.retry, tried.num_bytes, stats.add_write) as writer:
-        classify(islice(refs(listed(), codes), tried.num_images, None), writer)
-    reporter.before_write()
-    num_bytes = replace_failed(plan.files.predictions, plan.files.retry, codes)
-    state.note_durable(num_bytes, plan.num_images)
-
-
-def tell_that_none_is_retried(done: Done, codes: Collection[str] | None, log: Log) -> None:
-    """Say that there is no error to try again, and which there are."""
-    there = ", ".join(f"{count:,} {code}" for code, count in sorted(done.errors_by_code.items()))
-    which = "" if codes is None else f" with the code {' or '.join(sorted(codes))}"
-    log(f"--retry-failed: no error{which}, so nothing is tried again (found: {there or 'none'})")
+    go_on_counting(stats, begun.run.recovery)
+    before_write()
+    with RecordWriter(files.retry, tried.num_bytes, stats.add_write) as writer:
+        left = islice(refs(listed(), todo.codes), tried.num_images, None)
+        classify(ready.work, left, SyncedSink(files, writer, stats))
+    before_write()
+    num_bytes = replace_failed(files.predictions, files.retry, todo.codes)
+    state.note_durable(num_bytes, ready.work.plan.task.num_images)

@@ -1,10 +1,9 @@
 """The job's provider, opened and proven: sessions on it that give the model's own answers."""
 
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from batchclf.images.prefetch import Allocate, zeroed_pixels
 from batchclf.models.bundle import Bundle, cache_folder, digest_of, private_folder
 from batchclf.models.golden import check_golden
 from batchclf.models.resolve import Log, ResolvedModel, confirm_batch_size
-from batchclf.models.variants import needed_variant, resolve_variant
+from batchclf.models.variants import Conversion, needed_variant, resolve_variant
 from batchclf.results.records import ActiveProvider, Pixels, Precision, PrecisionCheck
 from batchclf.runtime.classifier import (
     OnnxClassifier,
@@ -30,7 +29,7 @@ from batchclf.runtime.providers import (
     require_provider,
 )
 from batchclf.runtime.sessions import Target
-from batchclf.sessions.sample import compare_precisions, remembered, require_agreement
+from batchclf.sessions.precision import compare_precisions, remembered, require_agreement
 from batchclf.spec.job import JobSpec, ProviderSpec, auto, runs_on_cpu
 from batchclf.system.machine import cpu_name_and_flags, usable_cores
 
@@ -113,69 +112,54 @@ def _as_text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def open_devices(
-    job: JobSpec,
-    model: ResolvedModel,
-    batch_size: int,
-    sample: Callable[[], Pixels],
-    fallback: str | None,
-    log: Log,
-    used: str | None = None,
-) -> Opened:
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Sessions to be opened: for which job and model, and in what batches."""
+
+    job: JobSpec
+    model: ResolvedModel
+    batch_size: int
+    """Images per batch, as every batch will be padded to."""
+    sample: Callable[[], Pixels]
+    """Images of the job's own, uint8 NHWC; called once at most, at a reduced precision."""
+    log: Log
+    used: str | None = None
+    """Digest of the converted model that the job began with, to go on with."""
+
+
+def open_devices(wanted: Wanted, fallback: str | None) -> Opened:
     """Open the sessions of a job and compare each with the model's reference answers.
 
-    Args:
-        batch_size: images per batch, as every batch will be padded to.
-        sample: images of the job's own, uint8 NHWC; called only at a reduced precision.
-        fallback: what `settle_provider` returned.
-        used: digest of the converted model that the job began with, to go on with.
+    `fallback` is what `settle_provider` returned.
 
     Raises:
         ProviderError: a session does not run on its device, or gives other answers there.
         PrecisionRefused: a reduced precision agrees too seldom with fp32.
         ModelError: the model cannot be converted to the precision.
     """
-    sample = functools.cache(sample)
+    job = wanted.job
+    wanted = replace(wanted, sample=cache(wanted.sample))
     if fallback is None:
         try:
-            return _open(job, model, batch_size, sample, job.provider, log, used)
+            return _open(wanted, job.provider)
         except ProviderError as error:
-            fallback = _allowed_fallback(job, error, log)
-    opened = _open(job, model, batch_size, sample, ProviderSpec(name="cpu"), log, used)
+            fallback = _allowed_fallback(job, error, wanted.log)
+    opened = _open(wanted, ProviderSpec(name="cpu"))
     provider = replace(opened.provider, requested=job.provider.name, fallback=fallback)
     return replace(opened, provider=provider)
 
 
-def _open(
-    job: JobSpec,
-    model: ResolvedModel,
-    batch_size: int,
-    sample: Callable[[], Pixels],
-    spec: ProviderSpec,
-    log: Log,
-    used: str | None,
-) -> Opened:
-    bundle = model.bundle
+def _open(wanted: Wanted, spec: ProviderSpec) -> Opened:
+    job, bundle = wanted.job, wanted.model.bundle
     if (precision := needed_variant(spec.name, job.precision)) is not None:
-        bundle = resolve_variant(
-            bundle,
-            precision,
-            sample,
-            open_reference=open_reference,
-            threads=usable_cores(),
-            made_by=installed_flavours(),
-            log=log,
-            used=used,
-        )
+        bundle = resolve_variant(bundle, precision, conversion_of(wanted))
     classifiers: list[OnnxClassifier] = []
     check = None
     for target in targets(spec, job):
-        opened = open_target(bundle, target, batch_size)
-        _log_cpu_nodes(opened[0].active, log)
+        opened = open_target(bundle, target, wanted.batch_size)
+        _log_cpu_nodes(opened[0].active, wanted.log)
         if _rounding(target) != "fp32":
-            found = _check_precision(
-                job, model.bundle, bundle, target, opened[0], sample(), batch_size, log
-            )
+            found = _check_precision(wanted, bundle, target, opened[0])
             check = found if check is None else min(check, found, key=attrgetter("top1_agreement"))
         classifiers += opened
     devices = dict.fromkeys(one.active.device for one in classifiers)
@@ -185,6 +169,18 @@ def _open(
         bundle,
         allocate=partial(_pinned, spec.devices or (0,)) if spec.name == "cuda" else zeroed_pixels,
         precision_check=check,
+    )
+
+
+def conversion_of(wanted: Wanted) -> Conversion:
+    """How a model is converted here to another precision."""
+    return Conversion(
+        sample=wanted.sample,
+        open_reference=open_reference,
+        threads=usable_cores(),
+        made_by=installed_flavours(),
+        log=wanted.log,
+        used=wanted.used,
     )
 
 
@@ -257,16 +253,10 @@ def _what_answers(bundle: Bundle, target: Target, batch_size: int) -> tuple[obje
 
 
 def _check_precision(
-    job: JobSpec,
-    bundle: Bundle,
-    reduced: Bundle,
-    target: Target,
-    classify: OnnxClassifier,
-    sample_NHWC: Pixels,
-    batch_size: int,
-    log: Log,
+    wanted: Wanted, reduced: Bundle, target: Target, classify: OnnxClassifier
 ) -> PrecisionCheck:
     """Compare with fp32 on the CPU, which every ONNX Runtime has and which is beyond doubt."""
+    bundle, sample_NHWC = wanted.model.bundle, wanted.sample()
 
     def compare() -> PrecisionCheck:
         full = open_classifier(
@@ -276,20 +266,20 @@ def _check_precision(
             classify,
             full,
             sample_NHWC,
-            batch_size,
+            wanted.batch_size,
             is_probability=bundle.meta.scores == "probabilities",
         )
 
     cpu, flags = cpu_name_and_flags()
-    key = (_what_answers(reduced, target, batch_size), bundle.digest, cpu, sorted(flags))
+    key = (_what_answers(reduced, target, wanted.batch_size), bundle.digest, cpu, sorted(flags))
     check = remembered(key, classify.active.device, sample_NHWC, compare)
-    name = job.precision if job.precision != "fp32" else "TF32"
-    log(
-        f"{name} compared with fp32 on {check.num_images} of the job's images: same "
-        f"top class on {check.top1_agreement:.1%}, largest difference of a score "
-        f"{check.max_score_difference:.2f}"
+    precision = wanted.job.precision
+    wanted.log(
+        f"{precision if precision != 'fp32' else 'TF32'} compared with fp32 on "
+        f"{check.num_images} of the job's images: same top class on {check.top1_agreement:.1%}, "
+        f"largest difference of a score {check.max_score_difference:.2f}"
     )
-    require_agreement(check, job)
+    require_agreement(check, wanted.job)
     return check
 
 

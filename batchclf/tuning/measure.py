@@ -24,8 +24,8 @@ from batchclf.results.files import RunFiles
 from batchclf.results.records import DecodeMode, ImageRef, Pixels, Record
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import RecordWriter
-from batchclf.run.job import classify_shard
-from batchclf.run.plan import Plan, backend_of
+from batchclf.run.classify import Work, classify
+from batchclf.run.plan import Plan, Task, backend_of
 from batchclf.run.reporter import Reporter
 from batchclf.runtime.timing import Throughput, measure_throughput
 from batchclf.sessions.open import Opened
@@ -249,6 +249,9 @@ class _Window(RecordWriter):
         if (has_rounds and self.wall_s >= self._seconds) or now > self._end:
             raise _EnoughError
 
+    def tick(self) -> None:
+        """A trial is too short to sync."""
+
 
 def run_trial(
     bench: Bench, opened: Opened, predicted: Prediction, seconds: float, max_s: float
@@ -262,16 +265,10 @@ def run_trial(
         Exception: what the pipeline raised.
     """
     settings = predicted.settings
-    stats = StatsCollector(cpu_seconds, peak_rss_mb, list_s=0.0)
+    stats = StatsCollector(cpu_seconds, peak_rss_mb)
     files = RunFiles(bench.folder)
     plan = Plan(
-        job=job_with(bench.job, settings),
-        source=bench.source,
-        files=files,
-        first=0,
-        last=sys.maxsize,
-        num_listed=sys.maxsize,
-        model=bench.model,
+        Task(job_with(bench.job, settings), bench.source, bench.model, num_images=sys.maxsize),
         batch_size=settings.session.batch_size,
         num_workers=settings.workers,
         backend=backend_of(bench.job, settings.workers),
@@ -280,9 +277,7 @@ def run_trial(
     window = _Window(files.predictions, stats, num_streams, seconds, max_s)
     refs = itertools.cycle(bench.refs)
     with window, suppress(_EnoughError):
-        classify_shard(
-            plan, opened, refs, window, stats=stats, reporter=Reporter(), stop=bench.stop
-        )
+        classify(Work(plan, opened, stats, Reporter(), bench.stop), refs, window)
     bench.stop.raise_if_requested()
     found = stats.snapshot()
     rate = window.num_images / window.wall_s

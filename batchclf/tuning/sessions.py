@@ -8,7 +8,7 @@ from batchclf.models.resolve import Log
 from batchclf.results.records import Pixels, Precision
 from batchclf.runtime.providers import PROVIDERS
 from batchclf.runtime.sessions import Target
-from batchclf.sessions.open import Opened, open_devices, open_target, targets
+from batchclf.sessions.open import Opened, Wanted, open_devices, open_target, targets
 from batchclf.spec.job import ProviderSpec, RuntimeSpec, runs_on_cpu
 from batchclf.tuning.measure import Bench, job_with
 from batchclf.tuning.records import Session, Settings
@@ -79,9 +79,8 @@ class Sessions:
                 for classify in open_target(proven.bundle, target, session.batch_size)
             ]
             return replace(proven, classifiers=classifiers)
-        opened = open_devices(
-            job, self._bench.model, session.batch_size, self._sample, self._fallback, self._log
-        )
+        wanted = Wanted(job, self._bench.model, session.batch_size, self._sample, self._log)
+        opened = open_devices(wanted, self._fallback)
         if opened.provider.active != PROVIDERS[self._spec.name].execution_provider:
             self._spec = ProviderSpec(name="cpu")
         if opened.provider.active == PROVIDERS["cuda"].execution_provider:

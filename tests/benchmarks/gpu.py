@@ -31,14 +31,14 @@ import orjson
 from batchclf.errors import BatchclfError
 from batchclf.images.prefetch import zeroed_pixels
 from batchclf.images.source import open_source
+from batchclf.images.store import list_paths
 from batchclf.models.resolve import resolve_model
 from batchclf.models.variants import needed_variant, resolve_variant
 from batchclf.results.records import DecodeBackend, DecodeMode, ImageRef
 from batchclf.runtime.classifier import open_classifier, open_reference
-from batchclf.runtime.providers import installed_flavours
 from batchclf.runtime.sessions import ORT_ERRORS
 from batchclf.runtime.timing import measure_throughput
-from batchclf.sessions.open import settle_provider, targets
+from batchclf.sessions.open import Wanted, conversion_of, settle_provider, targets
 from batchclf.spec.file import load_job
 from batchclf.spec.job import JobSpec, ProviderSpec
 from batchclf.system.interrupt import StopRequest
@@ -203,22 +203,15 @@ class Bench:
         precision = needed_variant(job.provider.name, job.precision)
         if precision is None:
             return model.bundle
-        return resolve_variant(
-            model.bundle,
-            precision,
-            lambda: zeroed_pixels((1, *model.preprocess.crop, 3)),
-            open_reference=open_reference,
-            threads=usable_cores(),
-            made_by=installed_flavours(),
-            log=log,
-        )
+        wanted = Wanted(job, model, 64, lambda: zeroed_pixels((1, *model.preprocess.crop, 3)), log)
+        return resolve_variant(model.bundle, precision, conversion_of(wanted))
 
     def decode(self) -> Any:
         """Images/s of reading and decoding alone, with every usable core."""
         job = load_job(self.job(self.arguments.models[0]))
         model = resolve_model(job.model, batch_size=64, open_reference=open_reference, log=log)
         source = open_source(job.input, allow_outside_links=False)
-        refs = [ImageRef(number, path) for number, path in enumerate(source.paths())]
+        refs = [ImageRef(number, path) for number, path in enumerate(list_paths(source))]
         found = {}
         for mode, backend in itertools.product(get_args(DecodeMode), get_args(DecodeBackend)):
             loader = job.loader.model_copy(update={"backend": backend})

@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 
 from batchclf.images.source import open_source
+from batchclf.images.store import list_paths
 from batchclf.models.resolve import resolve_model
 from batchclf.results.records import ImageRef
 from batchclf.runtime.classifier import open_reference
 from batchclf.runtime.timing import measure_throughput
-from batchclf.sessions.open import open_devices
+from batchclf.sessions.open import Wanted, open_devices
 from batchclf.sessions.sample import sample_input
 from batchclf.spec.file import load_job
 from batchclf.spec.job import auto
@@ -37,12 +38,12 @@ def main() -> None:
         job.model, batch_size=job.batch_size, open_reference=open_reference, log=log
     )
     source = open_source(job.input)
-    refs = [ImageRef(index, path) for index, path in enumerate(source.paths())]
+    refs = [ImageRef(index, path) for index, path in enumerate(list_paths(source))]
     bench = Bench(job, source, model, refs, job.output, StopRequest())
     workers = auto(job.loader.workers, usable_cores())
     decoding = measure_decoding(bench, job.loader.decode, workers, arguments.seconds)
     sample = partial(sample_input, job, model)
-    opened = open_devices(job, model, job.batch_size, sample, None, log)
+    opened = open_devices(Wanted(job, model, job.batch_size, sample, log), None)
     inference = measure_throughput(
         opened.classifiers,
         sample_input(job, model, size=job.batch_size),

@@ -34,20 +34,20 @@ from typing import Any
 import numpy as np
 
 from batchclf.images.source import open_source
+from batchclf.images.store import list_paths
 from batchclf.models.resolve import resolve_model
 from batchclf.results.files import RunFiles
-from batchclf.results.listing import count_listing, read_listing
+from batchclf.results.listing import drafted, place
 from batchclf.results.records import Prediction, Record
 from batchclf.results.run_record import write_run
 from batchclf.results.writer import RecordWriter
-from batchclf.run.plan import freeze, make_plan
-from batchclf.run.request import Recovery
-from batchclf.run.resume import fingerprint
+from batchclf.run.identity import fingerprint_of, identity_of
 from batchclf.runtime.classifier import open_reference
 from batchclf.spec.file import load_job
 from batchclf.system.machine import cpu_name_and_flags, usable_cores
 from tests.benchmarks.startup import POLL_S
 from tests.conftest import ROOT, USERS_ENVIRONMENT, command
+from tests.results.common import a_record
 from tests.tiny import DIGITS, write_tiny_job
 
 PARTS = ("listing", "memory", "resume")
@@ -61,10 +61,14 @@ import sys, time
 from pathlib import Path
 from batchclf.run import job  # all that a job has in memory when it lists
 from batchclf.images.source import open_source
-from batchclf.run.plan import freeze
+from batchclf.images.store import list_paths
 from batchclf.results.files import RunFiles
+from batchclf.results.listing import drafted, place
+from tests.results.common import IDENTITY
 started = time.perf_counter()
-freeze(open_source(Path(sys.argv[1])), RunFiles(Path(sys.argv[2])), None, print)
+files = RunFiles(Path(sys.argv[2]))
+with drafted(files, IDENTITY, list_paths(open_source(Path(sys.argv[1])))) as draft:
+    place(files, draft)
 print(time.perf_counter() - started)
 facts = Path("/proc/self/status").read_text()
 print(facts.split("VmHWM:")[1].split()[0])
@@ -266,17 +270,20 @@ def write_records(job_file: Path, files: RunFiles, num_done: int) -> None:
         job.model, batch_size=job.batch_size, open_reference=open_reference, log=log
     )
     source = open_source(job.input)
-    freeze(source, files, None, log)
-    plan = make_plan(job, source, files, count_listing(files), model, Recovery(), log)
+    identity = identity_of(job, model, None)
+    with drafted(files, identity, list_paths(source)) as draft:
+        listing = place(files, draft)
     outcome = tuple(
         Prediction(label, 100 * index, 0.654321 / (1 + index))
         for index, label in enumerate(SOME_LABELS)
     )
     with RecordWriter(files.predictions, 0) as writer:
-        refs = read_listing(files, 0, num_done)
+        refs = listing.refs(0, num_done)
         while some := list(itertools.islice(refs, 1000)):
             writer.write([Record(ref, outcome) for ref in some])
-    write_run(files, {"status": "interrupted", "fingerprint": fingerprint(plan, None)})
+    num_images = listing.num_images
+    fingerprint = fingerprint_of(identity, listing, num_images)
+    write_run(files, a_record(status="interrupted", fingerprint=fingerprint, num_images=num_images))
 
 
 def measure(arguments: argparse.Namespace, cache: Path, work: Path) -> dict[str, Any]:

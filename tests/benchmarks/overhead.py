@@ -31,10 +31,10 @@ from batchclf.images.decode import Decoder
 from batchclf.images.load import loader_of
 from batchclf.images.prefetch import Load, zeroed_pixels
 from batchclf.images.source import open_source, read_image_file
+from batchclf.images.store import list_paths
 from batchclf.models.resolve import ResolvedModel, resolve_model
 from batchclf.results.files import RunFiles
 from batchclf.results.lines import encode_record
-from batchclf.results.listing import freeze_listing
 from batchclf.results.records import (
     ActiveProvider,
     DecodeBackend,
@@ -45,14 +45,16 @@ from batchclf.results.records import (
 )
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import RecordWriter
-from batchclf.run.job import classify_shard
-from batchclf.run.plan import make_plan
-from batchclf.run.request import Recovery
+from batchclf.run.append import SyncedSink
+from batchclf.run.classify import Work, classify
+from batchclf.run.plan import Task, make_plan
+from batchclf.run.request import Run
 from batchclf.runtime.classifier import OnnxClassifier, open_reference
 from batchclf.runtime.ranking import rank
 from batchclf.runtime.streams import to_records
 from batchclf.sessions.open import Opened
 from batchclf.spec.job import JobSpec
+from batchclf.spec.options import RunOptions
 from batchclf.system.interrupt import StopRequest
 from batchclf.system.machine import cpu_seconds, peak_rss_mb, usable_cores
 from tests.tiny import Log, SlowLoader, link_images, write_classifier
@@ -132,15 +134,16 @@ def whole(
     job = job.model_copy(update={"loader": loader})
     source = open_source(job.input)
     files = RunFiles(Path(tempfile.mkdtemp(dir=folder)))
-    freeze_listing(files, source.paths())
-    plan = make_plan(job, source, files, num_images, model, Recovery(), Log().log)
     null = cast(OnnxClassifier, NullModel())
     opened = Opened([null], ActiveProvider("cpu", "cpu", "CPU"), model.bundle, zeroed_pixels, None)
-    stats = StatsCollector(cpu_seconds, peak_rss_mb, list_s=0.0)
+    stats = StatsCollector(cpu_seconds, peak_rss_mb)
     watch = _Stopwatch()
-    refs = (ImageRef(index, path) for index, path in enumerate(source.paths()))
+    refs = (ImageRef(index, path) for index, path in enumerate(list_paths(source)))
     with RecordWriter(files.predictions, 0) as writer, _slower_decoding(outside_ms / 1000):
-        classify_shard(plan, opened, refs, writer, stats=stats, reporter=watch, stop=StopRequest())
+        run = Run(job, RunOptions(), watch, StopRequest())
+        plan = make_plan(run, Task(job, source, model, num_images))
+        work = Work(plan, opened, stats, watch, run.stop)
+        classify(work, refs, SyncedSink(files, writer, stats))
     return {
         "part": f"whole, {workers} {backend}" + (f" of {outside_ms} ms" * bool(outside_ms)),
         "decode": decode,
@@ -181,7 +184,7 @@ def parts(folder: Path, num_images: int, decode: DecodeMode) -> Iterator[dict[st
     """CPU microseconds per image of each step alone, on one thread."""
     job, model = prepare(folder, num_images, decode)
     source = open_source(job.input)
-    refs = [ImageRef(index, path) for index, path in enumerate(source.paths())]
+    refs = [ImageRef(index, path) for index, path in enumerate(list_paths(source))]
     data = (folder / "originals" / "0.jpg").read_bytes()
     decoder = Decoder(model.preprocess, mode=decode)
     slot_HWC = np.zeros((EDGE, EDGE, 3), np.uint8)

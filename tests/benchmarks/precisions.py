@@ -27,7 +27,7 @@ from batchclf.models.resolve import resolve_model
 from batchclf.results.records import Pixels
 from batchclf.runtime.classifier import open_reference
 from batchclf.runtime.providers import PROVIDERS, installed_flavours
-from batchclf.sessions.open import Opened, open_devices
+from batchclf.sessions.open import Opened, Wanted, open_devices
 from batchclf.sessions.sample import sample_input
 from batchclf.spec.job import JobSpec
 from batchclf.system.machine import cpu_name_and_flags, cpu_seconds, usable_cores
@@ -63,7 +63,7 @@ def open_all(
         )
         try:
             sample = partial(sample_input, job, model)
-            opened[precision] = open_devices(job, model, job.batch_size, sample, None, log)
+            opened[precision] = open_devices(Wanted(job, model, job.batch_size, sample, log), None)
         except BatchclfError as error:
             log(f"{name} {precision}: left out: {error}")
             continue

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from batchclf.run.request import RunOptions
+from batchclf.spec.options import RunOptions
 from tests.conftest import ROOT, command, read_records
 from tests.tiny import (
     SLOW_RESIZE,

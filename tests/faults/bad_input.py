@@ -15,7 +15,7 @@ from zlib import crc32
 import orjson
 from PIL import Image
 
-from batchclf.engines.local.supervisor import MANY_GUILTY
+from batchclf.run.recovery import MANY_GUILTY
 from tests.faults.jobs import Job, Start, differences, lines_of, make_job, run_json
 from tests.faults.poison import CODES, poisoned_environment, write_poison
 from tests.faults.report import Options, Report, emptied

@@ -16,9 +16,7 @@ import pytest
 from batchclf.errors import EnvironmentFailed, ResumeRefused
 from batchclf.results import lock
 from batchclf.results.files import RunFiles
-from batchclf.results.listing import freeze_listing
-from batchclf.results.lock import LEASE_S, Lease, only_writer, others_at_work
-from batchclf.results.records import Shard
+from batchclf.results.lock import LEASE_S, Lease, only_writer
 from batchclf.system.machine import boot_id
 
 ELSEWHERE = {"host": "node-17", "boot_id": "another-machine", "pid": 4711}
@@ -126,14 +124,6 @@ def test_without_locks_the_lease_alone_decides(
         return
     with pytest.raises(ResumeRefused, match="pid 1 on host"), only_writer(files):
         pass
-
-
-@pytest.mark.usefixtures("without_flock")
-def test_without_locks_a_listing_is_frozen_all_the_same(tmp_path: Path) -> None:
-    first, second = RunFiles(tmp_path, Shard(0, 2)), RunFiles(tmp_path, Shard(1, 2))
-    with only_writer(first), only_writer(second):
-        freeze_listing(first, [b"a"])
-        assert others_at_work(second)
 
 
 # ---- while it is held ----------------------------------------------------------------------------

@@ -16,7 +16,8 @@ EMPTY = Record(ImageRef(2, b"c"), Failure("empty_file", "0 bytes"))
 
 
 def collector(num_streams: int = 1) -> StatsCollector:
-    stats = StatsCollector(lambda: 1.234567, lambda: 99.96, list_s=0.5)
+    stats = StatsCollector(lambda: 1.234567, lambda: 99.96)
+    stats.listed(0.5)
     stats.start(startup_s=2.0, num_streams=num_streams)
     return stats
 

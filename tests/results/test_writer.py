@@ -5,32 +5,32 @@ import os
 import subprocess
 import sys
 import tempfile
-import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from batchclf.errors import EnvironmentFailed, ResumeRefused
-from batchclf.results import listing
-from batchclf.results.files import RunFiles, read_lines
+from batchclf.results.files import RunFiles, read_lines, temporary_of
+from batchclf.results.identity import Extent
 from batchclf.results.lines import Done, encode_record, find_done
-from batchclf.results.listing import (
-    count_listing,
-    discard_abandoned_listing,
-    freeze_listing,
-    read_listing,
-    read_paths,
-)
+from batchclf.results.listing import Listing, open_listing
 from batchclf.results.lock import only_writer
 from batchclf.results.records import Failure, ImageRef, Prediction, Record, Shard
 from batchclf.results.run_record import read_run, write_run
-from batchclf.results.writer import RecordWriter, cut_surplus, discard, failed_refs, replace_failed
+from batchclf.results.writer import (
+    RecordWriter,
+    cut_surplus,
+    discard,
+    failed_refs,
+    remove_leftovers,
+    replace_failed,
+)
 from tests.conftest import ROOT
+from tests.results.common import IDENTITY, a_record
 from tests.tiny import name_in
 
 ODD_NAMES = (
@@ -296,8 +296,8 @@ def test_an_output_that_fails_ends_with_exit_code_5_and_names_the_file(
 
 
 READERS: dict[str, Callable[[RunFiles], object]] = {
-    "count_listing": count_listing,
-    "read_paths": lambda files: list(read_paths(files)),
+    "open_listing": open_listing,
+    "paths": lambda files: list(Listing(files.listing, Extent(1, ""), 0, IDENTITY).paths()),
     "find_done": lambda files: find_done(files.predictions, [b"a.jpg"]),
     "failed_refs": lambda files: list(failed_refs(files.predictions, [], {"io_error"})),
     "read_lines": lambda files: list(read_lines(files.stats)),
@@ -343,9 +343,9 @@ def test_a_surplus_that_cannot_be_cut_off_ends_with_exit_code_5(
 
 
 def test_run_json_is_replaced_whole_and_leaves_nothing_beside_it(files: RunFiles) -> None:
-    write_run(files, {"status": "running"})
-    write_run(files, {"status": "complete", "n": 1})
-    assert orjson.loads(files.run.read_bytes()) == {"status": "complete", "n": 1}
+    write_run(files, a_record())
+    write_run(files, a_record(status="complete"))
+    assert json.loads(files.run.read_bytes())["status"] == "complete"
     assert os.listdir(files.folder) == ["run.json"]
 
 
@@ -355,110 +355,12 @@ def test_a_failed_replacement_keeps_the_old_run_json(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    write_run(files, {"status": "running"})
+    write_run(files, a_record())
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(EnvironmentFailed):
-        write_run(files, {"status": "complete"})
-    assert read_run(files) == {"status": "running"}
+        write_run(files, a_record(status="complete"))
+    assert read_run(files) == a_record()
     assert os.listdir(files.folder) == ["run.json"]
-
-
-@pytest.mark.parametrize("data", [None, b"", b"\0\0\0", b'{"status":', b"[]", b"\xff", b"1"])
-def test_a_run_json_that_is_missing_or_damaged_reads_as_none(
-    files: RunFiles, data: bytes | None
-) -> None:
-    if data is not None:
-        files.run.write_bytes(data)
-    assert read_run(files) is None
-
-
-# ---- the listing ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def folder_for_listings() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
-
-
-@given(
-    paths=st.lists(NAMES, max_size=12),
-    start=st.integers(0, 14),
-    stop=st.none() | st.integers(0, 14),
-    read_bytes=st.integers(1, 64),
-)
-def test_a_listing_gives_its_paths_back_from_anywhere_to_anywhere(
-    folder_for_listings: Path, paths: list[bytes], start: int, stop: int | None, read_bytes: int
-) -> None:
-    files = RunFiles(folder_for_listings)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(listing, "READ_BYTES", read_bytes)
-        freeze_listing(files, paths)
-        assert count_listing(files) == len(paths)
-        found = list(read_listing(files, start, stop))
-    discard(files)
-    expected = [ImageRef(index, path) for index, path in enumerate(paths)]
-    assert found == expected[start:stop]
-
-
-def test_a_long_listing_and_its_records_are_read_in_little_memory(files: RunFiles) -> None:
-    num_images = 30_000
-    names = [b"folder/IMG_%08d.jpg" % number for number in range(num_images)]
-    freeze_listing(files, names)
-    with RecordWriter(files.predictions, 0) as records:
-        records.write([record_of(name, (Prediction("cat", 0, 0.5),)) for name in names])
-    del names
-    tracemalloc.start()
-    try:
-        assert sum(1 for _ in read_listing(files)) == num_images
-        assert find_done(files.predictions, read_paths(files)).num_ok == num_images
-        assert next(read_paths(files, num_images - 1)) == b"folder/IMG_00029999.jpg"
-        assert count_listing(files) == num_images
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 1_000_000  # the listing alone has 750 kB, 2.4 MB as objects
-
-
-def test_whoever_freezes_second_keeps_the_first_listing(files: RunFiles) -> None:
-    freeze_listing(files, [b"a", b"b"])
-    freeze_listing(files, [b"c"])
-    assert [ref.path for ref in read_listing(files)] == [b"a", b"b"]
-    assert not [name for name in os.listdir(files.folder) if name.endswith(".tmp")]
-
-
-def test_a_listing_without_a_run_is_abandoned_once_nobody_is_at_work(tmp_path: Path) -> None:
-    first, second = RunFiles(tmp_path, Shard(0, 2)), RunFiles(tmp_path, Shard(1, 2))
-    with only_writer(first):
-        freeze_listing(first, [b"a"])
-        with only_writer(second):
-            discard_abandoned_listing(second)
-            assert count_listing(first) == 1
-    with only_writer(second):
-        discard_abandoned_listing(second)
-        assert not second.listing.exists()
-
-
-def test_a_shard_leaves_the_listing_of_an_unsharded_run_that_has_just_begun(tmp_path: Path) -> None:
-    whole, shard = RunFiles(tmp_path), RunFiles(tmp_path, Shard(0, 2))
-    with only_writer(whole):
-        freeze_listing(whole, [b"a"])
-        with only_writer(shard):
-            discard_abandoned_listing(shard)
-            assert count_listing(whole) == 1
-    with only_writer(shard):
-        discard_abandoned_listing(shard)
-        assert not shard.listing.exists()
-
-
-def test_a_listing_that_fails_half_way_is_not_there(files: RunFiles) -> None:
-    def paths() -> Iterator[bytes]:
-        yield b"a"
-        raise OSError(5, "Input/output error")
-
-    with pytest.raises(EnvironmentFailed):
-        freeze_listing(files, paths())
-    assert os.listdir(files.folder) == [".lock-listing"]
 
 
 # ---- the folder ----------------------------------------------------------------------------------
@@ -524,9 +426,42 @@ def test_discarding_removes_the_runs_own_files_only(files: RunFiles) -> None:
     kept = files.folder / "notes.txt"
     for path in (*mine, kept):
         path.write_text("x")
-    discard(files)
-    discard(files)
+    discard(files, keep_listing=True)
+    assert sorted(os.listdir(files.folder)) == ["listing.nul", "notes.txt"]
+    discard(files, keep_listing=False)
+    discard(files, keep_listing=False)
     assert os.listdir(files.folder) == ["notes.txt"]
+
+
+def test_what_a_killed_run_left_half_written_is_removed_and_only_its_own(tmp_path: Path) -> None:
+    files, other = RunFiles(tmp_path, Shard(0, 2)), RunFiles(tmp_path, Shard(1, 2))
+    left = [*(temporary_of(path) for path in (files.predictions, files.run)), files.new_draft()]
+    kept = [temporary_of(other.predictions), other.new_draft(), RunFiles(tmp_path).new_draft()]
+    for path in (*left, *kept):
+        path.write_bytes(b"half")
+    remove_leftovers(files)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda path: path.rename(path.with_name("elsewhere")), "is gone"),
+        (lambda path: os.truncate(path, 0), "has 0 bytes, not the"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"more"), "bytes, not the"),
+        (lambda path: (path.unlink(), path.write_bytes(b"x")), "is another file now"),
+    ],
+)
+def test_a_file_that_somebody_else_changes_is_noticed_at_the_next_sync(
+    tmp_path: Path, change: Callable[[Path], object], what: str
+) -> None:
+    path = tmp_path / "predictions.jsonl"
+    writer = RecordWriter(path, 0)
+    writer.write([record_of(b"a.jpg", ())])
+    writer.sync()
+    change(path)
+    with pytest.raises(EnvironmentFailed, match=what):
+        writer.sync()
 
 
 def test_a_folder_that_cannot_be_made_is_the_environments_failure(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from batchclf.run.request import RunOptions
+from batchclf.spec.options import RunOptions
 from tests.tiny import run_here
 
 COMMANDS = {

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from batchclf.run.request import RunOptions
+from batchclf.spec.options import RunOptions
 from tests.conftest import ROOT, command
 from tests.tiny import link_digits, link_images, run_here, write_tiny_job
 
@@ -113,5 +113,5 @@ def test_a_slow_disk_keeps_all_waiting_for_writing(
 def test_a_job_of_one_batch_is_said_to_be_too_short_to_tell(tmp_path: Path) -> None:
     job = write_tiny_job(tmp_path)
     summary = run_here(job, RunOptions(limit=8)).summary
-    assert summary["bottleneck"] in ("decode", "infer", "write")
-    assert summary["bottleneck_why"].startswith("too short to tell")
+    assert summary.bottleneck in ("decode", "infer", "write")
+    assert summary.bottleneck_why.startswith("too short to tell")

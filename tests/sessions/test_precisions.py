@@ -15,7 +15,7 @@ from batchclf.errors import ProviderError
 from batchclf.results.records import PrecisionCheck
 from batchclf.runtime.openvino import require_cpu_precision
 from batchclf.runtime.providers import installed_flavours
-from batchclf.sessions.sample import remembered
+from batchclf.sessions.precision import remembered
 from batchclf.system.machine import cpu_name_and_flags
 from tests.conftest import DATA, MOBILENET_WEIGHTS, PHOTOS, Batchclf, data, read_records, write_job
 

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from batchclf.run.request import Recovery, RunOptions
+from batchclf.run.recovery import Recovery
 from batchclf.spec.job import JobSpec
+from batchclf.spec.options import RunOptions
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,12 @@
 """The parent's side: hold the output, watch the worker, start it again when it dies or hangs.
 
-A worker that died tells, on the board, which images it was decoding. The next one tries these
-alone, each in a process of its own; those that are to blame get a record and are not decoded again.
-When that does not help, decoding moves to processes of its own for good; when that does not help
-either, the worker's death has other reasons, and the job ends.
+What to do otherwise then, run/recovery.py tells.
 """
 
 import os
 import signal
 import time
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol, cast
 
 import batchclf
@@ -21,7 +17,6 @@ from batchclf.engines.local.signals import STOP_SIGNALS
 from batchclf.errors import (
     BatchclfError,
     DeviceLost,
-    EnvironmentFailed,
     OutOfMemory,
     ResumeRefused,
     WorkerFailed,
@@ -31,8 +26,10 @@ from batchclf.results.lock import Lease
 from batchclf.results.records import Failure
 from batchclf.results.run_record import mark_ended
 from batchclf.run.output import hold_output
-from batchclf.run.request import Beginning, Recovery, RunOptions, RunResult
+from batchclf.run.recovery import Beginning, Death, Progress, Recovery, recover
+from batchclf.run.request import RunResult
 from batchclf.spec.job import JobSpec
+from batchclf.spec.options import RunOptions
 from batchclf.system.children import how_it_ended
 from batchclf.system.interrupt import StopRequest
 
@@ -41,12 +38,6 @@ LOOK_S = 0.5
 """How often the worker's progress is looked at."""
 DRAIN_S = 7.0
 """Seconds that a worker has to end after a signal; 8 are promised."""
-MAX_FUTILE = 3
-"""Deaths of a worker in a row, without a record or a culprit between them, that a job survives."""
-ISOLATE_AFTER = 2
-"""Such deaths after which decoding is moved to processes of its own."""
-MANY_GUILTY = 3
-"""Images to blame after which it is moved as well: starting a worker again costs more."""
 BUSY_SHARE = 0.5
 """Of one core: a worker that uses more of it is busy."""
 BUSY_FACTOR = 10
@@ -62,19 +53,6 @@ class Display(Protocol):
     def begin(self, num_images: int, num_done: int) -> None: ...
 
     def update(self, num_images: int, num_errors: int) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Death:
-    """The end of a worker that did not say why it ended."""
-
-    cause: str
-    suspects: tuple[int, ...]
-    """Images, by index in the listing, that it was decoding."""
-    by_kernel: bool = False
-    """Whether it was killed, and not by its parent: as where memory runs out."""
-    by_device: bool = False
-    """Whether its device stopped answering."""
 
 
 class Supervisor:
@@ -124,24 +102,15 @@ class Supervisor:
     def _run(self, job: JobSpec, options: RunOptions, lease: Lease) -> RunResult:
         recovery = Recovery()
         started = batchclf.STARTED
-        num_futile = 0
         while True:
-            num_before, num_guilty = self._board.num_images, len(self._guilty)
             self._worker.send(Setup(job, options, recovery, started))
-            try:
-                death = self._watch(job, lease)
-                if isinstance(death, RunResult):
-                    return death
-                has_progressed = (
-                    self._board.num_images > max(num_before, self._num_resumed)
-                    or len(self._guilty) > num_guilty
-                )
-                num_futile = 0 if has_progressed else num_futile + 1
-                recovery = self._learn(recovery, death, num_futile)
-            except OutOfMemory as error:
-                recovery = self._smaller(recovery, error)
+            ended = self._ended(job, lease)
+            if isinstance(ended, RunResult):
+                return ended
+            recovery, what = recover(recovery, ended, self._progress)
+            self._display.log(what)
             self._stop.raise_if_requested()
-            # What these ask for is done, once records are being written.
+            # What this asks for is done, once records are being written.
             options = replace(options, overwrite=options.overwrite and self._beginning is None)
             started = time.perf_counter()
             self._worker.kill()
@@ -149,53 +118,21 @@ class Supervisor:
             self._num_images = 0
             self._worker = WorkerProcess(self._descriptor)
 
+    def _ended(self, job: JobSpec, lease: Lease) -> RunResult | Death | OutOfMemory:
+        try:
+            return self._watch(job, lease)
+        except OutOfMemory as error:
+            return error
+
+    @property
+    def _progress(self) -> Progress:
+        return Progress(self._board.num_images, self._guilty, self._beginning)
+
     def _mark(self, files: RunFiles, error: BatchclfError) -> None:
         """Say in run.json how a run ended, where its worker no longer could."""
         if self._beginning is None or isinstance(error, ResumeRefused):
             return  # it is another run's, or another process's by now
-        with suppress(EnvironmentFailed):  # the disk that failed the job fails this as well
-            mark_ended(files, error)
-
-    def _learn(self, recovery: Recovery, death: Death, num_futile: int) -> Recovery:
-        """How the next worker is to go on after a death."""
-        if num_futile > MAX_FUTILE:
-            raise _hopeless(death, num_futile)
-        may_be_decoding = num_futile >= ISOLATE_AFTER and not death.by_device
-        isolate = may_be_decoding or len(self._guilty) >= MANY_GUILTY
-        what = "starting it again"
-        if death.suspects:
-            what += f"; images that it was decoding, to be tried alone: {len(death.suspects)}"
-        if isolate and not recovery.isolate:
-            what += "; decoding in processes of its own from now on"
-        self._display.log(f"the worker {death.cause}: {what}")
-        return replace(
-            recovery,
-            suspects=death.suspects,
-            quarantined=dict(self._guilty),
-            isolate=recovery.isolate or isolate,
-            beginning=self._beginning,
-        )
-
-    def _smaller(self, recovery: Recovery, error: OutOfMemory) -> Recovery:
-        if not error.can_be_smaller:
-            raise error
-        half = error.batch_size // 2
-        self._display.log(
-            f"memory does not suffice for batches of {error.batch_size} ({error.cause}): "
-            f"going on with {half} in a new session"
-        )
-        return replace(
-            recovery,
-            suspects=(),
-            quarantined=dict(self._guilty),
-            max_batch_size=half,
-            beginning=self._beginning,
-        )
-
-    @property
-    def _num_resumed(self) -> int:
-        """Records that earlier runs had written."""
-        return 0 if self._beginning is None else self._beginning.num_done
+        mark_ended(files, error)
 
     # ---- watching --------------------------------------------------------------------------------
 
@@ -276,25 +213,6 @@ class Supervisor:
         return Death(
             f"ended ({how_it_ended(returncode)})", suspects, by_kernel=returncode == -signal.SIGKILL
         )
-
-
-def _hopeless(death: Death, number: int) -> BatchclfError:
-    if death.by_kernel:
-        return EnvironmentFailed(
-            f"the worker was killed (SIGKILL) {number} times without getting any further, most "
-            "likely since memory ran out: choose a smaller batch_size, fewer loader.workers or "
-            "runtime.streams, and run again to resume"
-        )
-    if death.by_device:
-        return WorkerFailed(
-            f"the worker {death.cause} {number} times without getting any further: look at the "
-            "device (nvidia-smi, the kernel's log), and run again to resume"
-        )
-    return WorkerFailed(
-        f"the worker {death.cause} {number} times without getting any further, also with decoding "
-        "in processes of its own, so no image is to blame; run again to resume, perhaps with "
-        "another provider, precision or batch_size"
-    )
 
 
 class _Pulse:

@@ -59,18 +59,14 @@ def _import_pipeline() -> str | None:
 
 def _run(setup: Setup, channel: "_Channel") -> Message:
     from batchclf.run.job import run_job
+    from batchclf.run.request import Run
 
     batchclf.STARTED = setup.started
     try:
         with StopRequest(signals=STOP_SIGNALS).installed() as stop:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-            result = run_job(
-                setup.job,
-                setup.options,
-                reporter=channel,
-                stop=stop,
-                recovery=setup.recovery,
-            )
+            run = Run(setup.job, setup.options, channel, stop, setup.recovery)
+            result = run_job(run)
     except BatchclfError as error:
         if error.exit_code == BatchclfError.exit_code and not isinstance(error, DeviceLost):
             channel.log(traceback.format_exc())

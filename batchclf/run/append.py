@@ -1,0 +1,87 @@
+"""Records behind those that are there, durable from time to time."""
+
+import time
+from collections.abc import Sequence
+
+from batchclf.errors import ErrorLimitPassed, Interrupted
+from batchclf.results.files import RunFiles, remove
+from batchclf.results.records import Record
+from batchclf.results.run_record import Durable, RunState
+from batchclf.results.stats import StatsCollector
+from batchclf.results.writer import RecordWriter, append_stats
+from batchclf.run.classify import classify
+from batchclf.run.decide import Append
+from batchclf.run.ready import Begun
+
+INTERVAL_S = 10.0
+SYNC_S = 5.0
+"""Seconds between syncs; a power loss costs as much work, or a batch that takes longer."""
+
+
+class SyncedSink:
+    """A `Sink` into a file: synced every SYNC_S; every INTERVAL_S a line in stats.jsonl."""
+
+    def __init__(
+        self,
+        files: RunFiles,
+        writer: RecordWriter,
+        stats: StatsCollector,
+        state: RunState | None = None,
+    ) -> None:
+        """`state`: where it is noted what is durable; None: it is not yet anything's."""
+        self._files = files
+        self._writer = writer
+        self._stats = stats
+        self._state = state
+        self._next_sync = time.monotonic() + SYNC_S
+        self._next_interval = time.monotonic() + INTERVAL_S
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Append one batch of records."""
+        self._writer.write(records)
+
+    def tick(self) -> None:
+        """Sync, and tell figures, when it is time."""
+        if time.monotonic() >= self._next_sync:
+            self.sync()
+            self._next_sync = time.monotonic() + SYNC_S
+        if time.monotonic() >= self._next_interval:
+            self._next_interval += INTERVAL_S
+            append_stats(self._files, self._stats.snapshot())
+
+    def sync(self) -> None:
+        """Make what is written survive a power loss, and only then note that it does."""
+        self._writer.sync()
+        if self._state is not None:
+            self._state.note_durable(self._writer.num_bytes, self._stats.num_images)
+
+
+def append(begun: Begun, todo: Append, state: RunState) -> None:
+    """Classify what has no record yet, noting what is durable.
+
+    Raises:
+        BatchclfError: as `classify`; what is written is durable then.
+    """
+    files, stats, work = begun.run.files, begun.ready.stats, begun.ready.work
+    previous, before_write = begun.ready.previous, begun.run.reporter.before_write
+    durable = Durable() if previous is None else previous.durable
+    before_write()
+    remove(files.retry)  # of an attempt that was given up
+    with RecordWriter(
+        files.predictions, todo.done.num_bytes, stats.add_write, durable.num_bytes
+    ) as writer:
+        sink = SyncedSink(files, writer, stats, state)
+        sink.sync()
+        if work is None:
+            stats.start(0.0)
+            return
+        first, last = files.shard.bounds(begun.listing.num_images)
+        refs = begun.listing.refs(first + todo.done.num_images, last)
+        try:
+            classify(work, refs, sink)
+        except (Interrupted, ErrorLimitPassed):
+            before_write()
+            sink.sync()
+            raise
+        before_write()
+        sink.sync()

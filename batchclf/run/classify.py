@@ -1,0 +1,149 @@
+"""The flow of images: listing → prefetched batches → streams of inference → records, in order."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from typing import Protocol
+
+import batchclf
+from batchclf.errors import BatchclfError, ErrorLimitPassed
+from batchclf.images.prefetch import Decoding, Prefetcher, noted
+from batchclf.images.processes import open_decoding
+from batchclf.results.records import ImageRef, Record
+from batchclf.results.stats import StatsCollector
+from batchclf.run.blame import explained
+from batchclf.run.plan import Plan, Task
+from batchclf.run.reporter import Reporter
+from batchclf.runtime.classifier import WithinMemory
+from batchclf.runtime.ranking import rank
+from batchclf.runtime.streams import Rank, Streams
+from batchclf.sessions.open import Opened
+from batchclf.spec.job import JobSpec, auto
+from batchclf.system.interrupt import StopRequest
+
+TICK_S = 1.0
+
+
+class Sink(Protocol):
+    """Where records go."""
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Take one batch of records, the next in the order of the listing."""
+
+    def tick(self) -> None:
+        """Do what is to be done from time to time; called after each batch, and every TICK_S."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A plan with open sessions, and who hears of its progress."""
+
+    plan: Plan
+    opened: Opened
+    stats: StatsCollector
+    reporter: Reporter
+    stop: StopRequest
+
+
+def classify(work: Work, refs: Iterator[ImageRef], sink: Sink) -> None:
+    """Classify `refs`, what a task has left, into records in the order of the listing.
+
+    Raises:
+        ErrorLimitPassed: after the batch that passed `errors.max`.
+        Interrupted: after a signal, with everything in flight written.
+        OutOfMemory: for a batch of this size.
+        DeviceLost: the device does not answer any more; another process may find that it does.
+    """
+    task, stats, stop = work.plan.task, work.stats, work.stop
+    classifiers = [WithinMemory(one, work.reporter.log) for one in work.opened.classifiers]
+    work.reporter.begin(task.num_images, stats.num_images)
+    with (
+        explained(task, work.plan.batch_size),
+        stop.drained_by_caller(),
+        _prefetched(work, refs) as (decoding, batches),
+        Streams(batches.next_batch, classifiers, _ranking(task), stats.add_batch) as streams,
+        _stopping(batches),
+    ):
+        stats.start(time.perf_counter() - batchclf.STARTED, len(classifiers))
+        stats.count_cpu(decoding.cpu_seconds)
+        for result in streams.results(TICK_S):
+            work.reporter.before_write()
+            if result is not None:
+                batch, records = result
+                sink.write(records)
+                stats.add_records(records)
+                batches.release(batch)
+                check_error_limit(task.job, stats, task.num_images)
+            if stop.signal_number is not None:
+                batches.stop()
+            sink.tick()
+            work.reporter.update(stats.num_images, stats.num_errors)
+    if stats.num_images < task.num_images:
+        stop.raise_if_requested()
+        raise BatchclfError(  # cannot happen; an incomplete output must never exit 0
+            f"{stats.num_images:,} of {task.num_images:,} records written; run again to resume"
+        )
+
+
+@contextmanager
+def _prefetched(work: Work, refs: Iterator[ImageRef]) -> Iterator[tuple[Decoding, Prefetcher]]:
+    """Batches of `refs`, and what decodes them."""
+    plan, task = work.plan, work.plan.task
+    num_streams = len(work.opened.classifiers)
+    num_slots = num_streams + auto(task.job.loader.prefetch, max(2, num_streams)) + 1
+    batch_shape = (plan.batch_size, *task.model.preprocess.crop, 3)
+    with open_decoding(
+        plan.load,
+        plan.backend,
+        plan.num_workers,
+        num_slots=num_slots,
+        batch_shape=batch_shape,
+        allocate=work.opened.allocate,
+        max_seconds=task.job.loader.max_seconds,
+        beat=work.reporter.beat,
+    ) as decoding:
+        # Processes mind themselves what their images do to them.
+        is_watched = plan.backend == "threads"
+        watched = noted(decoding, work.reporter.decoding) if is_watched else decoding
+        with Prefetcher(refs, watched, num_slots=num_slots, batch_shape=batch_shape) as batches:
+            yield decoding, batches
+
+
+def _ranking(task: Task) -> Rank:
+    """Scores to the predictions that the job asks for."""
+    return partial(
+        rank,
+        labels=task.model.labels,
+        top_k=task.job.top_k,
+        is_probability=task.model.bundle.meta.scores == "probabilities",
+    )
+
+
+@contextmanager
+def _stopping(batches: Prefetcher) -> Iterator[None]:
+    """However the block ends, hand out no further batch, so that the streams end too."""
+    try:
+        yield
+    finally:
+        batches.stop()
+
+
+def check_error_limit(job: JobSpec, stats: StatsCollector, num_images: int) -> None:
+    """End a job in which too many images failed.
+
+    Raises:
+        ErrorLimitPassed: more than `errors.max`.
+    """
+    limit = job.errors.max
+    if limit is None:
+        return
+    # Not as a float: 29% of 100 would be fewer than 29.
+    allowed = Fraction(limit.rstrip("%")) / 100 * num_images if isinstance(limit, str) else limit
+    if stats.num_errors > allowed:
+        raise ErrorLimitPassed(
+            f"{stats.num_errors:,} of {stats.num_images:,} images failed; errors.max is {limit}. "
+            f"The reasons are in the records in {job.output}; raise errors.max to resume"
+        )

@@ -1,0 +1,112 @@
+"""Which job an output belongs to: what its records depend on, and what may change between runs."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+
+from batchclf.errors import ResumeRefused, UsageError
+from batchclf.images.decode import PIXELS_RECIPE
+from batchclf.models.bundle import digest_of
+from batchclf.models.resolve import ResolvedModel
+from batchclf.models.variants import needed_variant, nested_variant
+from batchclf.results.files import RunFiles
+from batchclf.results.identity import Fingerprint, Identity
+from batchclf.results.lines import RECORDS_RECIPE
+from batchclf.results.listing import Listing
+from batchclf.results.run_record import RunRecord, read_run
+from batchclf.spec.job import JobSpec
+
+
+def identity_of(job: JobSpec, model: ResolvedModel, limit: int | None) -> Identity:
+    """What the records depend on; provider, batch size and workers are free to change.
+
+    So are the limits of `loader`, and whether links may lead out of the input: a run with others,
+    and --retry-failed, is how to use them.
+    """
+    exif = bool(job.model.preprocess and job.model.preprocess.exif_transpose)
+    precision = needed_variant(job.provider.name, job.precision)
+    nested = None if precision is None else nested_variant(model.bundle, precision)
+    preprocess = asdict(model.preprocess) | {"exif_transpose": exif, "decode": job.loader.decode}
+    return Identity(
+        recipe={"pixels": PIXELS_RECIPE, "records": RECORDS_RECIPE},
+        model=model.bundle.digest,
+        preprocess=json.loads(json.dumps(preprocess)),  # as it is read back: no tuples
+        labels=digest_of(model.labels),
+        top_k=job.top_k,
+        precision=job.precision,
+        converted=None if nested is None else nested.digest,
+        input=os.fspath(job.input),
+        limit=limit,
+    )
+
+
+def fingerprint_of(identity: Identity, listing: Listing, num_images: int) -> Fingerprint:
+    """The same with the part of a listing that the records are of."""
+    return Fingerprint(**dict(identity), listing=listing.extent, num_images=num_images)
+
+
+def others_of(files: RunFiles) -> Mapping[str, RunRecord]:
+    """The run records of the other shards in an output folder, by the names of their files.
+
+    Raises:
+        ResumeRefused: one is damaged, or of another version of batchclf.
+    """
+    found = {one.run.name: read_run(one) for one in files.of_others()}
+    return {name: record for name, record in found.items() if record is not None}
+
+
+def require_same_job(files: RunFiles, identity: Identity, before: Mapping[str, Identity]) -> None:
+    """Refuse a folder in which something is of another job; `before` names what is there.
+
+    Raises:
+        ResumeRefused: naming the file and what differs.
+    """
+    for name, other in before.items():
+        changed = [
+            f"  {key}: was {getattr(other, key)!r}, is {getattr(identity, key)!r}"
+            for key in Identity.model_fields
+            if getattr(other, key) != getattr(identity, key)
+        ]
+        if changed:
+            raise ResumeRefused(
+                f"output: {files.folder} holds results of a job that differs ({name}):\n"
+                + "\n".join(changed)
+                + "\n  Give another output, or --overwrite to start anew."
+            )
+
+
+def require_same_listing(
+    files: RunFiles, listing: Listing, records: Mapping[str, RunRecord]
+) -> None:
+    """Refuse a listing that is not the one, or extends the one, that records were made of.
+
+    Raises:
+        ResumeRefused: naming the file.
+    """
+    for name, record in records.items():
+        if not listing.continues(record.fingerprint.listing):
+            raise ResumeRefused(
+                f"output: {files.folder}: {name} is of a listing with digest "
+                f"{record.fingerprint.listing.digest[:12]}, and {listing.path.name} has "
+                f"{listing.extent.digest[:12]}: it was removed or changed. Give another output, "
+                "or --overwrite to start anew"
+            )
+
+
+def is_larger(limit: int | None, before: int | None) -> bool:
+    """Whether a run's --limit lets it have more images than an earlier one's."""
+    return before is not None and (limit is None or limit > before)
+
+
+def require_alone(others: Iterable[str], what: str) -> None:
+    """Refuse to add to a listing that is divided among shards.
+
+    Raises:
+        UsageError: their bounds would move.
+    """
+    for name in others:
+        raise UsageError(
+            f"{what}: the output holds shards ({name}), whose bounds would move; give the images "
+            "another output"
+        )

@@ -1,0 +1,113 @@
+"""A run made ready: its sessions opened and proven, its figures begun, its record written up."""
+
+from collections import Counter
+from dataclasses import astuple, dataclass
+
+from batchclf.images.prefetch import Decoding, Load, Quarantine, noted, threads
+from batchclf.results.listing import Listing
+from batchclf.results.records import Pixels
+from batchclf.results.run_record import RunRecord
+from batchclf.results.stats import StatsCollector
+from batchclf.results.writer import sync_records
+from batchclf.run.blame import explained, try_suspects
+from batchclf.run.classify import Work, check_error_limit
+from batchclf.run.decide import Append, Replace
+from batchclf.run.facts import finished, gone_on, record_of, retried
+from batchclf.run.identity import fingerprint_of
+from batchclf.run.look import Found
+from batchclf.run.plan import Plan, Task, make_plan
+from batchclf.run.recovery import Recovery
+from batchclf.run.request import Run
+from batchclf.run.resume import converted_digest, require_same_converted
+from batchclf.sessions.open import Opened, Wanted, open_devices
+from batchclf.sessions.sample import evenly_spread, load_sample
+from batchclf.system.machine import cpu_seconds, peak_rss_mb
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What a run begins with."""
+
+    record: RunRecord
+    """What run.json is to say."""
+    stats: StatsCollector
+    work: Work | None
+    """None: all records are there, and only the last word is missing."""
+    previous: RunRecord | None
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A run that has claimed its output."""
+
+    run: Run
+    listing: Listing
+    ready: Ready
+
+
+def make_ready(found: Found, listing: Listing, todo: Append | Replace) -> Ready:
+    """Open what the job runs on, for what is to be done.
+
+    Raises:
+        ErrorLimitPassed: the errors that are there are too many.
+        BatchclfError: the provider, the model or the sample does not do.
+    """
+    run = found.run
+    num_images = found.num_images(listing)
+    stats = StatsCollector(cpu_seconds, peak_rss_mb)
+    stats.resume(todo.done.num_ok, todo.done.errors_by_code - _codes(todo))
+    go_on_counting(stats, run.recovery)
+    check_error_limit(run.job, stats, num_images)
+    previous = found.record
+    if previous is not None and todo.done.num_images == num_images and not _codes(todo):
+        return Ready(finished(previous, todo.done), stats, None, previous)
+    if isinstance(todo, Replace):  # run.json will say that all records are durable
+        run.reporter.before_write()
+        sync_records(run.files.predictions)
+    task = Task(run.job, found.source(), found.model, num_images)
+    run = try_suspects(run, task, listing.refs())
+    plan = make_plan(run, task)
+    opened = _open(found, plan, listing)
+    require_same_converted(previous, todo.done, opened.bundle)
+    work = Work(plan, opened, stats, run.reporter, run.stop)
+    record = record_of(work, fingerprint_of(found.identity, listing, num_images), listing)
+    if isinstance(todo, Replace):
+        assert previous is not None, "there are records"
+        record = retried(record, previous, todo.done, todo.codes)
+    elif previous is not None:
+        record = gone_on(record, previous, todo.done)
+    return Ready(record, stats, work, previous)
+
+
+def go_on_counting(stats: StatsCollector, recovery: Recovery) -> None:
+    """Let figures be those of the whole run, where it began in another process."""
+    if recovery.beginning is not None:
+        stats.started(*astuple(recovery.beginning))
+
+
+def _codes(todo: Append | Replace) -> Counter[str]:
+    return todo.codes if isinstance(todo, Replace) else Counter()
+
+
+def _open(found: Found, plan: Plan, listing: Listing) -> Opened:
+    """Open a job's sessions; the images of a sample are watched while they are decoded."""
+    run, task = found.run, plan.task
+
+    def decode(load: Load, num_workers: int) -> Decoding:
+        quarantine = Quarantine(load, plan.quarantined)
+        return noted(threads(quarantine, num_workers), run.reporter.decoding)
+
+    def sample() -> Pixels:
+        refs = evenly_spread(listing.refs(), listing.num_images)
+        return load_sample(task.job, task.source, task.model, refs, decode=decode)
+
+    wanted = Wanted(
+        job=task.job,
+        model=task.model,
+        batch_size=plan.batch_size,
+        sample=sample,
+        log=run.reporter.log,
+        used=converted_digest(found.record),
+    )
+    with explained(task, plan.batch_size):
+        return open_devices(wanted, found.settle())

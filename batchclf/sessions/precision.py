@@ -1,0 +1,91 @@
+"""A reduced precision beside fp32, on the job's own images: checked, not trusted.
+
+Array shapes: N images, H rows, W columns, C = 3 (RGB), K classes.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from hashlib import sha256
+
+import numpy as np
+import orjson
+
+from batchclf.errors import PrecisionRefused
+from batchclf.models.bundle import cache_folder, digest_of
+from batchclf.results.records import Pixels, PrecisionCheck, Scores
+from batchclf.runtime.ranking import softmax
+from batchclf.spec.job import JobSpec
+
+
+def require_agreement(check: PrecisionCheck, job: JobSpec) -> None:
+    """Refuse a precision whose answers are not those of fp32 often enough.
+
+    Raises:
+        PrecisionRefused: below `min_agreement`.
+    """
+    if check.top1_agreement < job.min_agreement:
+        raise PrecisionRefused(
+            f"precision: at {job.precision} the top class is that of fp32 on only "
+            f"{check.top1_agreement:.1%} of {check.num_images} of the job's images, and "
+            f"min_agreement is {job.min_agreement:.1%} (largest difference of a score: "
+            f"{check.max_score_difference:.2f}); use precision fp32, or lower min_agreement"
+        )
+
+
+def compare_precisions(
+    reduced: Callable[[Pixels], Scores],
+    full: Callable[[Pixels], Scores],
+    pixels_NHWC: Pixels,
+    batch_size: int,
+    *,
+    is_probability: bool,
+) -> PrecisionCheck:
+    """Run both classifiers over the sample and compare them; images with NaN scores disagree."""
+    num_images = len(pixels_NHWC)
+    num_agreeing = 0
+    largest = 0.0
+    for batch_NHWC in _padded_batches(pixels_NHWC, batch_size):
+        count = min(batch_size, num_images)
+        num_images -= count
+        reduced_NK, full_NK = (classify(batch_NHWC)[:count] for classify in (reduced, full))
+        finite_N = np.isfinite(reduced_NK).all(axis=1) & np.isfinite(full_NK).all(axis=1)
+        same_N = reduced_NK.argmax(axis=1) == full_NK.argmax(axis=1)
+        num_agreeing += int((finite_N & same_N).sum())
+        reduced_NK, full_NK = reduced_NK[finite_N], full_NK[finite_N]
+        if not is_probability:
+            reduced_NK, full_NK = softmax(reduced_NK), softmax(full_NK)
+        largest = max(largest, float(np.abs(reduced_NK - full_NK).max(initial=0)))
+    return PrecisionCheck(
+        len(pixels_NHWC), round(num_agreeing / len(pixels_NHWC), 4), round(largest, 6)
+    )
+
+
+def remembered(
+    what_answers: object, device: str, sample_NHWC: Pixels, compare: Callable[[], PrecisionCheck]
+) -> PrecisionCheck:
+    """The result of `compare`, kept for the next run with the same sessions and pixels.
+
+    Comparing costs seconds at every start of a job otherwise, also when it resumes. The session
+    itself is compared with its reference answers at every start all the same.
+    """
+    key = digest_of((what_answers, device, sample_NHWC.shape, sha256(sample_NHWC.data).hexdigest()))
+    path = cache_folder().parent / "agreement" / f"{key[:24]}.json"
+    with suppress(OSError, ValueError, TypeError):  # none yet, or of another version
+        return PrecisionCheck(**orjson.loads(path.read_bytes()))
+    check = compare()
+    temporary = path.with_suffix(f".{os.getpid()}")
+    with suppress(OSError):  # a cache that can only be read: the next run compares again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(orjson.dumps(asdict(check)))
+        os.replace(temporary, path)
+    return check
+
+
+def _padded_batches(pixels_NHWC: Pixels, size: int) -> Iterator[Pixels]:
+    for start in range(0, len(pixels_NHWC), size):
+        batch_NHWC = np.zeros((size, *pixels_NHWC.shape[1:]), np.uint8)
+        rows = pixels_NHWC[start : start + size]
+        batch_NHWC[: len(rows)] = rows
+        yield batch_NHWC

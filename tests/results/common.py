@@ -1,0 +1,65 @@
+"""An identity, a run record and a listing, as small as they get."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from batchclf.results.files import RunFiles
+from batchclf.results.identity import Extent, Fingerprint, Identity
+from batchclf.results.listing import Listing, drafted, place
+from batchclf.results.records import ActiveProvider
+from batchclf.results.run_record import Durable, RunRecord
+
+IDENTITY = Identity(
+    recipe={"pixels": 1, "records": 1},
+    model="aa",
+    preprocess={"crop": [8, 8]},
+    labels="bb",
+    top_k=5,
+    precision="fp32",
+    converted=None,
+    input="caf\udce9",  # a name that is not UTF-8
+    limit=None,
+)
+
+
+def a_record(**changes: Any) -> RunRecord:
+    """A run that has just begun."""
+    record = RunRecord(
+        job={},
+        fingerprint=Fingerprint(**dict(IDENTITY), listing=Extent(1, "cc"), num_images=1),
+        started_at="2026-01-01T00:00:00+00:00",
+        num_images=1,
+        num_left_out=0,
+        model={"name": "tiny"},
+        converted_model=None,
+        num_streams=1,
+        num_workers=1,
+        backend="threads",
+        jpeg_decoder="simplejpeg",
+        batch_size=8,
+        provider=ActiveProvider("cpu", "CPUExecutionProvider", "CPU", {"x": 1}, ("a b",)),
+        precision="fp32",
+        precision_check=None,
+        decode="exact",
+        versions={},
+        durable=Durable(),
+        segments=(),
+    )
+    return record.model_copy(update=changes)
+
+
+class Entries:
+    """Paths to be listed, of an input with so many others."""
+
+    def __init__(self, paths: Sequence[bytes], num_left_out: int = 0) -> None:
+        self._paths = paths
+        self.num_left_out = num_left_out
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._paths)
+
+
+def placed(files: RunFiles, paths: Sequence[bytes]) -> Listing:
+    """The listing of these paths, in its place, or the one that is there."""
+    with drafted(files, IDENTITY, Entries(paths)) as draft:
+        return place(files, draft)
