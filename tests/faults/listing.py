@@ -71,8 +71,8 @@ class Round:
         return ", ".join(parts)
 
     def environment(self, bench: Bench, number: int, *, is_slow: bool) -> dict[str, str]:
-        slow = self.given if is_slow else None
-        return bench.machines.environment(self.locks, number, slow, self.slow_us)
+        slow = bench.machines.slow_names(self.given, self.slow_us) if is_slow else {}
+        return bench.machines.environment(self.locks, number) | slow
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,9 @@
                     own: it succeeds and locks nobody out, as among machines that share no locks
    MACHINE_NAME     what gethostname and uname say
    MACHINE_BOOT_ID  a file that is read instead of /proc/sys/kernel/random/boot_id
-   MACHINE_SLOW     a folder or a list: to read its names takes longer
-   MACHINE_SLOW_US  so many microseconds for each name, or for each 16 bytes of a list */
+   MACHINE_SLOW     a folder or a list: to read its names takes longer; with a / at its end, to read
+                    from files of that folder does instead
+   MACHINE_SLOW_US  so many microseconds for each name, each 16 bytes of a list, or each read */
 
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -64,16 +65,17 @@ int openat64(int fd, const char *a, int flags, ...) {
     MODE(flags) return opened(fd, a, flags, mode);
 }
 
-static void wait_if_slow(int fd, long num_names) {
+static void wait_if_slow(int fd, long num_bytes) {
     const char *slow = getenv("MACHINE_SLOW"), *each = getenv("MACHINE_SLOW_US");
     char link[64], path[PATH_MAX + 1];
     int before = errno;
-    if (!slow || !each || num_names <= 0) return;
+    if (!slow || !each || num_bytes <= 0) return;
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     ssize_t length = readlink(link, path, PATH_MAX);
     path[length > 0 ? length : 0] = 0;
-    if (!strcmp(path, slow)) {
-        long us = atol(each) * num_names;
+    int is_folder = slow[strlen(slow) - 1] == '/';
+    if (is_folder ? !strncmp(path, slow, strlen(slow)) : !strcmp(path, slow)) {
+        long us = atol(each) * (is_folder ? 1 : (num_bytes + 15) / 16);
         struct timespec delay = {us / 1000000, us % 1000000 * 1000};
         nanosleep(&delay, NULL);
     }
@@ -92,6 +94,6 @@ struct dirent64 *readdir64(DIR *folder) {
 
 ssize_t read(int fd, void *data, size_t length) {
     ssize_t found = syscall(SYS_read, fd, data, length);
-    wait_if_slow(fd, found / 16);
+    wait_if_slow(fd, found);
     return found;
 }

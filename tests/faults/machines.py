@@ -20,16 +20,9 @@ class Machines:
 
     library: Path
 
-    def environment(
-        self, locks: Locks, number: int = 0, slow: Path | None = None, slow_us: int = 0
-    ) -> dict[str, str]:
-        """Of a process, the `number`-th one: where each has a machine of its own, on that one.
-
-        `slow`: a folder or a list whose names take `slow_us` longer to be read, each.
-        """
+    def environment(self, locks: Locks, number: int = 0) -> dict[str, str]:
+        """Of a process, the `number`-th one: where each has a machine of its own, on that one."""
         found = {"LD_PRELOAD": str(self.library)}
-        if slow is not None:
-            found |= {"MACHINE_SLOW": str(slow.resolve()), "MACHINE_SLOW_US": str(slow_us)}
         if locks == "no flock":
             found["MACHINE_FLOCK"] = "none"
         elif locks == "own machines":
@@ -41,6 +34,21 @@ class Machines:
                 "MACHINE_BOOT_ID": str(boot_id),
             }
         return found
+
+    def slow_names(self, given: Path, each_us: int) -> dict[str, str]:
+        """Where each name of a folder or a list takes so long to be read."""
+        return self._slow(str(given.resolve()), each_us)
+
+    def slow_files(self, folder: Path, each_us: int) -> dict[str, str]:
+        """Where each file of a folder takes so long to be read."""
+        return self._slow(f"{folder.resolve()}/", each_us)
+
+    def _slow(self, what: str, each_us: int) -> dict[str, str]:
+        return {
+            "LD_PRELOAD": str(self.library),
+            "MACHINE_SLOW": what,
+            "MACHINE_SLOW_US": str(each_us),
+        }
 
 
 def make_machines(folder: Path) -> Machines:

@@ -1,7 +1,9 @@
 """Shards of one job: started at once, on one machine or several, and of another job."""
 
+import os
 import re
 import shutil
+import signal
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -63,8 +65,9 @@ def test_shards_that_start_while_another_lists_complete_the_job_together(
     listed.write_text("".join(f"images/{path.name}\n" for path in sorted(images.iterdir())))
     run_here(write_tiny_job(tmp_path, input=str(listed), output=str(tmp_path / "undisturbed")))
     job = write_tiny_job(tmp_path, input=str(listed))
-    slowly = [machines.environment(locks, number, listed, slow_us=4_000) for number in range(2)]
-    for code, said in together(job, 2, *slowly, apart_s=0.3):
+    slow = machines.slow_names(listed, 4_000)
+    environments = [machines.environment(locks, number) | slow for number in range(2)]
+    for code, said in together(job, 2, *environments, apart_s=0.3):
         assert code == 0, said
     found = records_of_shards(tmp_path / "out", 2)
     assert len(found) == 600
@@ -92,6 +95,30 @@ def test_shards_that_start_at_once_keep_nothing_of_a_run_that_never_began(
     found = records_of_shards(tmp_path / "out", 2)
     assert [one["path"] for one in found] == sorted(path.name for path in images.iterdir())
     assert {one["status"] for one in found} == {"ok"}
+
+
+@needs_gcc
+@pytest.mark.parametrize("locks", ["flock", "own machines"])
+def test_what_a_shard_left_that_was_killed_while_it_listed_does_not_outlive_its_next_run(
+    machines: Machines, tmp_path: Path, locks: Locks
+) -> None:
+    """Without flock, a killed run's lease holds for 30 s more."""
+    images = link_digits(tmp_path / "images", 600)
+    job = write_tiny_job(tmp_path, input=str(images))
+    out = tmp_path / "out"
+    environments = [machines.environment(locks, number) for number in range(2)]
+    slow = environments[0] | machines.slow_names(images, 10_000)
+    with started(job, "--shard", "0/2", env=slow) as run:
+        run.wait_until(out.exists)
+        time.sleep(2.5)  # of the 6 s that it lists for
+        os.killpg(run.process.pid, signal.SIGKILL)
+        run.process.wait()
+    assert not (out / "listing.nul").exists()
+    for code, said in together(job, 2, *environments):
+        assert code == 0, said
+    assert len(records_of_shards(out, 2)) == 600
+    hidden = {path.name for path in out.iterdir() if path.name.startswith(".")}
+    assert {name for name in hidden if not name.startswith(".lock")} == set()
 
 
 # ---- of another job ------------------------------------------------------------------------------
