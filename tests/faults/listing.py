@@ -88,8 +88,8 @@ class Ended:
         return f"{self.shard.index}/{self.shard.count}"
 
 
-def listing(options: Options, num_images: int = 1_000) -> Report:
-    """`count` rounds of 2 to 8 shards: none loses a record, or keeps one of another job."""
+def listing(options: Options, num_images: int = 1_000, max_shards: int = MAX_SHARDS) -> Report:
+    """`count` rounds of 2 to `max_shards` shards: none loses a record, or has a foreign one."""
     report = options.report(
         "listing", num_rounds=0, num_shards=0, num_refused=0, num_lost=0, num_foreign=0
     )
@@ -100,7 +100,8 @@ def listing(options: Options, num_images: int = 1_000) -> Report:
         for _ in range(count):
             if options.is_over:
                 return
-            one = _round(bench, emptied(options.folder / f"out-{number}"), rng, num_images)
+            num_shards = rng.randint(2, max_shards)
+            one = _round(bench, emptied(options.folder / f"out-{number}"), rng, num_shards)
             _check_round(bench, one, report)
 
     options.lanes(lane)
@@ -148,10 +149,10 @@ def _kind(job: Job, name: str, arguments: tuple[str, ...]) -> Kind:
     return Kind(name, arguments, lines_of(output))
 
 
-def _round(bench: Bench, output: Path, rng: random.Random, num_images: int) -> Round:
+def _round(bench: Bench, output: Path, rng: random.Random, count: int) -> Round:
     given = rng.choice(bench.inputs)
-    count = rng.randint(2, MAX_SHARDS)
-    kinds = [bench.kinds[given.name, ""]] * count
+    plain = bench.kinds[given.name, ""]
+    kinds = [plain] * count
     if rng.random() < 0.5:
         kinds[rng.randrange(count)] = bench.kinds[given.name, rng.choice(CHANGES)]
     return Round(
@@ -160,7 +161,7 @@ def _round(bench: Bench, output: Path, rng: random.Random, num_images: int) -> R
         kinds=kinds,
         starts_s=[rng.uniform(0, WITHIN_S) for _ in range(count)],
         locks=rng.choice(LOCKS),
-        slow_us=round(rng.uniform(0, SLOW_S) / num_images * 1e6),
+        slow_us=round(rng.uniform(0, SLOW_S) / len(plain.lines) * 1e6),
         is_preceded=rng.random() < 0.3,
     )
 

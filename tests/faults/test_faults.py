@@ -101,7 +101,7 @@ def test_a_second_job_is_refused_until_the_first_is_dead(tmp_path: Path) -> None
 
 @needs_gcc
 def test_shards_that_start_at_once_are_one_job(tmp_path: Path) -> None:
-    report = passed(partial(listing.listing, num_images=300), tmp_path, 4)
+    report = passed(partial(listing.listing, num_images=300, max_shards=3), tmp_path, 4)
     assert (report.figures["num_lost"], report.figures["num_foreign"]) == (0, 0)
 
 
