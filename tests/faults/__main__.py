@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.conftest import ROOT
-from tests.faults import bad_input, calls, disks, kill, power, processes, signals
+from tests.faults import bad_input, calls, disks, kill, listing, power, processes, signals
 from tests.faults.report import Options, Report
 
 
@@ -49,6 +49,7 @@ SCENARIOS = {
     "mutations": Scenario(bad_input.mutations, 20_000, num_lanes=1),
     "bad-share": Scenario(partial(bad_input.bad_share, source=PHOTOS), 5, num_lanes=1),
     "stall": Scenario(processes.stall, 20),
+    "listing": Scenario(listing.listing, 200),
     "locks": Scenario(processes.locks, 5, num_lanes=1),
 }
 

@@ -85,11 +85,21 @@ def make_shim(folder: Path, name: str = "shim") -> Shim:
     Raises:
         FileNotFoundError: there is no gcc.
     """
-    library = folder / "shim.so"
+    library = compiled(SOURCE, folder)
+    return Shim(library, folder / f"{name}.state", folder / f"{name}.log")
+
+
+def compiled(source: Path, folder: Path) -> Path:
+    """A library to preload, compiled once per folder.
+
+    Raises:
+        FileNotFoundError: there is no gcc.
+    """
+    library = folder / f"{source.stem}.so"
     if not library.exists():
         compiler = ["gcc", "-O2", "-Wall", "-Werror", "-shared", "-fPIC"]
-        subprocess.run([*compiler, "-o", library, SOURCE, "-ldl"], check=True)
-    return Shim(library, folder / f"{name}.state", folder / f"{name}.log")
+        subprocess.run([*compiler, "-o", library, source, "-ldl"], check=True)
+    return library
 
 
 # ---- where a job is disturbed --------------------------------------------------------------------

@@ -205,10 +205,10 @@ def make_job(folder: Path, images: Path, environment: Mapping[str, str], **keys:
 # ---- what a job wrote ----------------------------------------------------------------------------
 
 
-def lines_of(output: Path) -> list[bytes]:
-    """The lines of predictions.jsonl with their newlines; none without the file."""
+def lines_of(output: Path, name: str = "predictions.jsonl") -> list[bytes]:
+    """The lines of a file of records with their newlines; none without the file."""
     try:
-        return (output / "predictions.jsonl").read_bytes().splitlines(keepends=True)
+        return (output / name).read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return []
 
@@ -230,8 +230,8 @@ def differences(found: Sequence[bytes], expected: Sequence[bytes]) -> list[str]:
     """How lines differ from the expected ones: lost, doubled, changed; scores may by 1e-5."""
     if len(found) == len(expected) and all(map(same_line, found, expected)):
         return []
-    paths = [_path_of(line) for line in found]
-    wanted = [_path_of(line) for line in expected]
+    paths = [path_of(line) for line in found]
+    wanted = [path_of(line) for line in expected]
     num_lost = len(set(wanted) - set(paths))
     num_doubled = len(paths) - len(set(paths))
     changed = [
@@ -269,7 +269,8 @@ def whole_prefix(found: Sequence[bytes], expected: Sequence[bytes]) -> int | Non
     return len(whole)
 
 
-def _path_of(line: bytes) -> str | None:
+def path_of(line: bytes) -> str | None:
+    """The path in a record; None: it is none."""
     try:
         return str(orjson.loads(line)["path"])
     except (orjson.JSONDecodeError, KeyError, TypeError):

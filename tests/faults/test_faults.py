@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.faults import bad_input, calls, disks, kill, power, processes, signals
+from tests.faults import bad_input, calls, disks, kill, listing, power, processes, signals
 from tests.faults.report import Options, Report
 
 needs_root = pytest.mark.skipif(not disks.can_mount(), reason="only root mounts file systems")
@@ -97,6 +97,12 @@ def test_a_worker_that_stands_still_is_replaced(tmp_path: Path) -> None:
 def test_a_second_job_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
     report = passed(partial(processes.locks, num_images=8_000), tmp_path, 1)
     assert report.figures["num_taken_over"] == 1
+
+
+@needs_gcc
+def test_shards_that_start_at_once_are_one_job(tmp_path: Path) -> None:
+    report = passed(partial(listing.listing, num_images=300, max_shards=3), tmp_path, 4)
+    assert (report.figures["num_lost"], report.figures["num_foreign"]) == (0, 0)
 
 
 def test_poison_costs_its_own_records(tmp_path: Path) -> None:
