@@ -5,6 +5,7 @@ kill of the process as soon as they are written, and a power loss once they are 
 notes up to where that is (`Durable` in run_record.py), always after the fact.
 """
 
+import fcntl
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from contextlib import suppress
 from errno import EIO
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 import orjson
 from pydantic import ValidationError
@@ -58,6 +60,8 @@ class RecordWriter:
             try:
                 os.ftruncate(self._descriptor, num_bytes_kept)
                 self._write_again(min(num_bytes_durable, num_bytes_kept))
+                # What somebody else cuts off is then missing at the end, where it is looked for.
+                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, os.O_APPEND)
                 sync_folder(path.parent)
             except BaseException:
                 os.close(self._descriptor)
@@ -258,7 +262,7 @@ def replace_failed(predictions: Path, retry: Path, codes: Collection[str]) -> in
         The bytes that there are now, all of which survive a power loss.
 
     Raises:
-        EnvironmentFailed: disk full, I/O error; the old records then stay.
+        EnvironmentFailed: disk full, I/O error, records missing; the old records then stay.
     """
     try:
         with (
@@ -266,7 +270,10 @@ def replace_failed(predictions: Path, retry: Path, codes: Collection[str]) -> in
             retry.open("rb") as new,
             open_temporary(predictions) as file,
         ):
-            file.writelines(next(new) if failure_code(line) in codes else line for line in old)
+            for line in old:
+                file.write(
+                    (next(new, b"") if failure_code(line) in codes else line) or _gone(retry)
+                )
             file.flush()
             os.fsync(file.fileno())
             num_bytes = file.tell()
@@ -277,6 +284,13 @@ def replace_failed(predictions: Path, retry: Path, codes: Collection[str]) -> in
             temporary_of(predictions).unlink(missing_ok=True)
         raise output_failed(predictions, error) from error
     return num_bytes
+
+
+def _gone(retry: Path) -> NoReturn:
+    raise EnvironmentFailed(
+        f"output: {retry} has fewer records than were written there: another program cut it; see "
+        "what that was, and run the same command to resume"
+    )
 
 
 # ---- starting anew -------------------------------------------------------------------------------
@@ -296,11 +310,11 @@ def discard(files: RunFiles, *, keep_listing: bool) -> None:
         remove(files.listing)
 
 
-def remove_leftovers(files: RunFiles) -> None:
-    """Remove what a run that was killed left half-written.
+def remove_leftovers(files: RunFiles, *, is_complete: bool) -> None:
+    """Remove what a run that was killed left half-written; where the job is complete, a retry too.
 
     Raises:
         EnvironmentFailed: a file cannot be removed.
     """
-    for path in files.leftovers():
+    for path in (*files.leftovers(), *([files.retry] if is_complete else [])):
         remove(path)

@@ -91,7 +91,7 @@ def look(run: Run) -> Found:
     )
     _require_own(found)
     run.reporter.before_write()
-    remove_leftovers(files)
+    remove_leftovers(files, is_complete=record is not None and record.status == "complete")
     return found
 
 

@@ -439,7 +439,10 @@ def test_what_a_killed_run_left_half_written_is_removed_and_only_its_own(tmp_pat
     kept = [temporary_of(other.predictions), other.new_draft(), RunFiles(tmp_path).new_draft()]
     for path in (*left, *kept):
         path.write_bytes(b"half")
-    remove_leftovers(files)
+    files.retry.write_bytes(b"half")
+    remove_leftovers(files, is_complete=False)
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, files.retry])
+    remove_leftovers(files, is_complete=True)
     assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 

@@ -141,7 +141,7 @@ def test_links_are_followed_once_the_job_allows_it_and_the_failed_ones_are_tried
 
 # ---- temporary files of a killed run -------------------------------------------------------------
 
-OWN = (".predictions.jsonl.tmp", ".run.json.tmp", ".retry.jsonl", ".lease.json.tmp")
+OWN = (".predictions.jsonl.tmp", ".run.json.tmp", ".retry.jsonl", "..lease.json.tmp")
 SHARD = "-00001-of-00002"
 OTHERS = (f".predictions{SHARD}.jsonl.tmp", f".run{SHARD}.json.tmp", f".retry{SHARD}.jsonl")
 
