@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from batchclf import STARTED
 from batchclf.cli.options import job_options, json_option, load
 from batchclf.cli.streams import say
 from batchclf.errors import UsageError
@@ -52,31 +53,25 @@ def command(
     part = None if shard is None else _parse_shard(shard)
     only = None if codes is None else _parse_codes(codes)
     with StopRequest().installed() as stop:
-        from batchclf.engines.local.board import Board
-        from batchclf.engines.local.process import WorkerProcess
+        from batchclf.engines.local.process import Workers
 
-        # First of all: it imports what it needs while this process does.
-        descriptor = Board.new_descriptor()
-        worker = WorkerProcess(descriptor)
+        with Workers() as workers:  # the first of all: it imports while this process does
+            from batchclf.cli.progress import Progress
+            from batchclf.engines.local.supervisor import Supervisor
+            from batchclf.results.records import Shard
+            from batchclf.spec.options import RunOptions
 
-        from batchclf.cli.progress import Progress
-        from batchclf.engines.local.supervisor import Supervisor
-        from batchclf.results.records import Shard
-        from batchclf.spec.options import RunOptions
-
-        options = RunOptions(
-            Shard() if part is None else Shard(*part),
-            overwrite=overwrite,
-            extend=extend,
-            retry_failed=retry_failed,
-            codes=only,
-            limit=limit,
-        )
-        with (
-            Progress() as progress,
-            Supervisor(progress, stop, descriptor, worker) as supervisor,
-        ):
-            result = supervisor.run(load(job, sets, direct), options)
+            options = RunOptions(
+                Shard() if part is None else Shard(*part),
+                overwrite=overwrite,
+                extend=extend,
+                retry_failed=retry_failed,
+                codes=only,
+                limit=limit,
+            )
+            with Progress() as progress:
+                supervisor = Supervisor(workers, progress, stop, STARTED)
+                result = supervisor.run(load(job, sets, direct), options)
     if as_json:
         answer = {
             "status": "complete",

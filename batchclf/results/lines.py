@@ -3,15 +3,16 @@
 import base64
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from batchclf.results.files import read_lines
-from batchclf.results.records import Failure, Record
+from batchclf.errors import EnvironmentFailed
+from batchclf.results.files import RunFiles, read_lines
+from batchclf.results.records import Failure, ImageRef, Prediction, Record
 
 RECORDS_RECIPE = 1
 """Counted up when scores come to be written as another line than before."""
@@ -88,6 +89,41 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
         except ValueError:
             return None
     return record if isinstance(record, dict) else None
+
+
+def read_records(files: RunFiles) -> Iterator[Record]:
+    """The records of a finished job, or of a shard of it, in the order of the listing.
+
+    Raises:
+        EnvironmentFailed: they cannot be read, or are not what was written.
+    """
+    for number, line in enumerate(read_lines(files.predictions)):
+        try:
+            yield decode_record(line, number)
+        except (KeyError, TypeError, ValueError) as error:
+            raise EnvironmentFailed(
+                f"output: {files.predictions}:{number + 1}: not a record: {error!r}; run the job "
+                "again to have it written anew"
+            ) from error
+
+
+def decode_record(line: bytes, index: int) -> Record:
+    """The record of one line; `index`: the number of its image.
+
+    Raises:
+        KeyError, TypeError, ValueError: the line holds none.
+    """
+    found = parse_record(line)
+    if found is None:
+        raise ValueError("no JSON object")
+    encoded = found.get("path_b64")
+    path = found["path"].encode() if encoded is None else base64.b64decode(encoded, validate=True)
+    outcome: tuple[Prediction, ...] | Failure
+    if found["status"] == "ok":
+        outcome = tuple(Prediction(**one) for one in found["predictions"])
+    else:
+        outcome = Failure(**found["error"])
+    return Record(ImageRef(index, path), outcome, tuple(found.get("warnings", ())))
 
 
 def find_done(predictions: Path, paths: Iterable[bytes], max_bytes: int | None = None) -> Done:

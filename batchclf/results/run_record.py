@@ -148,7 +148,7 @@ def kept_status(files: RunFiles, record: RunRecord) -> Iterator[RunState]:
     state.write(status="complete", must_last=False, ended_at=now())
 
 
-def mark_ended(files: RunFiles, error: BatchclfError) -> None:
+def mark_ended(files: RunFiles, error: BatchclfError | KeyboardInterrupt) -> None:
     """Say in run.json that a run was stopped whose own process no longer could.
 
     A file that cannot be read or written stays as it is: what failed the job fails this as well.
@@ -156,8 +156,10 @@ def mark_ended(files: RunFiles, error: BatchclfError) -> None:
     with suppress(EnvironmentFailed, ResumeRefused):
         record = read_run(files)
         if record is not None and record.status == "running":
-            status = "interrupted" if isinstance(error, Interrupted) else "failed"
-            RunState(files, record).write(status=status, error=str(error), ended_at=now())
+            stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+            status = "interrupted" if stopped else "failed"
+            why = str(error) or type(error).__name__
+            RunState(files, record).write(status=status, error=why, ended_at=now())
 
 
 def write_run(files: RunFiles, record: RunRecord, *, must_last: bool = True) -> None:

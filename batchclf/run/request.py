@@ -1,8 +1,11 @@
 """What travels together through a run, and what the run gives back."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from batchclf.results.files import RunFiles
+from batchclf.results.lines import read_records
+from batchclf.results.records import Record
 from batchclf.results.stats import Summary
 from batchclf.run.recovery import Recovery
 from batchclf.run.reporter import Reporter
@@ -34,3 +37,11 @@ class RunResult:
     summary: Summary
     was_complete: bool
     """Whether an earlier run had already finished it."""
+
+    def records(self) -> Iterator[Record]:
+        """The record of each image, in the order of the listing, read as they are asked for.
+
+        Raises:
+            EnvironmentFailed: they cannot be read, or are not what was written.
+        """
+        return read_records(self.files)

@@ -55,12 +55,20 @@ class _Document:
     origins: dict[str, str] = field(default_factory=dict)
 
 
-def load_job(path: Path, overrides: Sequence[Override] = ()) -> JobSpec:
+def load_job(
+    path: str | os.PathLike[str], overrides: Sequence[Override] | Mapping[str, object] = ()
+) -> JobSpec:
     """Read and validate a job file.
+
+    `overrides` are keys to replace, dotted, such as `{"loader.workers": 8}`; paths among their
+    values are relative to the current folder.
 
     Raises:
         JobFileError: with every problem found, one a line.
     """
+    if isinstance(overrides, Mapping):
+        overrides = [Override(key, value, f"{key}={value}") for key, value in overrides.items()]
+    path = Path(path)
     document = _parse(path)
     _resolve_paths(document, path.absolute().parent)
     for override in overrides:
@@ -144,7 +152,7 @@ def _apply(document: _Document, override: Override) -> None:
                 f"{override.option}: `{shortened(parent)}` holds a value, not further keys"
             )
         node[parent] = node = child
-    value = override.value
+    value = os.fspath(override.value) if isinstance(override.value, Path) else override.value
     if override.key in PATH_KEYS and isinstance(value, str) and value:
         value = _resolve(override.key, value, Path.cwd(), override.option)
     node[leaf] = value

@@ -7,6 +7,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
+from batchclf.engines.local.board import Board
 from batchclf.engines.local.signals import DUMP_SIGNAL, STOP_SIGNALS
 from batchclf.errors import EnvironmentFailed
 from batchclf.system.children import signals_held, start_python
@@ -21,6 +22,41 @@ END_S = 5.0
 KILL_S = 0.7
 """Seconds that a killed one may take; one that is stuck in the kernel is left behind."""
 _HELD = (*SIGNALS, *STOP_SIGNALS)
+
+
+class Workers:
+    """The worker process of a run, and those that take its place; use as a context manager.
+
+    The first one is started at once: it imports what it needs while this process does.
+    """
+
+    def __init__(self) -> None:
+        """Start the first one.
+
+        Raises:
+            EnvironmentFailed: no process is to be had.
+        """
+        self.board_descriptor = Board.new_descriptor()
+        try:
+            self.current = WorkerProcess(self.board_descriptor)
+        except BaseException:
+            os.close(self.board_descriptor)
+            raise
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.current.kill()
+        os.close(self.board_descriptor)
+
+    def replace(self) -> None:
+        """Start another in the place of one that has ended.
+
+        Raises:
+            EnvironmentFailed: no process is to be had.
+        """
+        self.current = WorkerProcess(self.board_descriptor)
 
 
 class WorkerProcess:

@@ -3,16 +3,15 @@
 What to do otherwise then, run/recovery.py tells.
 """
 
-import os
 import signal
 import time
 from dataclasses import replace
-from typing import Protocol, cast
+from typing import cast
 
-import batchclf
+from batchclf.engines.display import Display
 from batchclf.engines.local.board import Board
 from batchclf.engines.local.messages import Message, Setup
-from batchclf.engines.local.process import WorkerProcess
+from batchclf.engines.local.process import WorkerProcess, Workers
 from batchclf.engines.local.signals import STOP_SIGNALS
 from batchclf.errors import (
     BatchclfError,
@@ -45,39 +44,22 @@ BUSY_FACTOR = 10
 _FORWARDED = {counts_as: number for number, counts_as in STOP_SIGNALS.items()}
 
 
-class Display(Protocol):
-    """What people see of a run."""
-
-    def log(self, text: str) -> None: ...
-
-    def begin(self, num_images: int, num_done: int) -> None: ...
-
-    def update(self, num_images: int, num_errors: int) -> None: ...
-
-
 class Supervisor:
-    """Runs one job in a worker, and in others after it; use as a context manager."""
+    """Runs one job in a worker, and in others after it."""
 
     def __init__(
-        self, display: Display, stop: StopRequest, descriptor: int, worker: WorkerProcess
+        self, workers: Workers, display: Display, stop: StopRequest, started: float
     ) -> None:
-        """Use a first `worker`, which was started on the board behind `descriptor`."""
+        """`started`: time.perf_counter() from which start-up counts."""
+        self._workers = workers
         self._display = display
         self._stop = stop
-        self._descriptor = descriptor
-        self._board = Board(descriptor)
-        self._worker = worker
+        self._started = started
+        self._board = Board(workers.board_descriptor)
         self._beginning: Beginning | None = None
         self._guilty: dict[bytes, Failure] = {}
         self._num_images = 0
         """What this worker works on; 0: it has not begun."""
-
-    def __enter__(self) -> "Supervisor":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._worker.kill()
-        os.close(self._descriptor)
 
     def run(self, job: JobSpec, options: RunOptions) -> RunResult:
         """Run a job to its end, or resume it.
@@ -92,18 +74,18 @@ class Supervisor:
             self._board.renewed()
             try:
                 return self._run(job, options, lease)
-            except BatchclfError as error:
-                self._worker.kill()
+            except (BatchclfError, KeyboardInterrupt) as error:
+                self._workers.current.kill()
                 self._mark(RunFiles(job.output, options.shard), error)
                 raise
             finally:  # before the output is let go of
-                self._worker.kill()
+                self._workers.current.kill()
 
     def _run(self, job: JobSpec, options: RunOptions, lease: Lease) -> RunResult:
         recovery = Recovery()
-        started = batchclf.STARTED
+        started = self._started
         while True:
-            self._worker.send(Setup(job, options, recovery, started))
+            self._workers.current.send(Setup(job, options, recovery, started))
             ended = self._ended(job, lease)
             if isinstance(ended, RunResult):
                 return ended
@@ -113,10 +95,10 @@ class Supervisor:
             # What this asks for is done, once records are being written.
             options = replace(options, overwrite=options.overwrite and self._beginning is None)
             started = time.perf_counter()
-            self._worker.kill()
+            self._workers.current.kill()
             self._board.clear()
             self._num_images = 0
-            self._worker = WorkerProcess(self._descriptor)
+            self._workers.replace()
 
     def _ended(self, job: JobSpec, lease: Lease) -> RunResult | Death | OutOfMemory:
         try:
@@ -128,7 +110,7 @@ class Supervisor:
     def _progress(self) -> Progress:
         return Progress(self._board.num_images, self._guilty, self._beginning)
 
-    def _mark(self, files: RunFiles, error: BatchclfError) -> None:
+    def _mark(self, files: RunFiles, error: BatchclfError | KeyboardInterrupt) -> None:
         """Say in run.json how a run ended, where its worker no longer could."""
         if self._beginning is None or isinstance(error, ResumeRefused):
             return  # it is another run's, or another process's by now
@@ -142,7 +124,7 @@ class Supervisor:
         Raises:
             BatchclfError: what the worker said, or what happened to the output.
         """
-        worker = self._worker
+        worker = self._workers.current
         pulse = _Pulse(self._board, worker, job)
         ends_at = None
         while True:
@@ -189,7 +171,7 @@ class Supervisor:
                 self._num_images = num_images
                 if self._beginning is None:
                     now = time.perf_counter()
-                    self._beginning = Beginning(now, now - batchclf.STARTED, num_done)
+                    self._beginning = Beginning(now, now - self._started, num_done)
                 self._display.begin(num_images, num_done)
             case "guilty":
                 path, failure = cast(tuple[bytes, Failure], what)

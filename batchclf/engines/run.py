@@ -1,0 +1,55 @@
+"""Run a job from a program, on the engine that the job names."""
+
+import os
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from batchclf.engines.display import Bar, ProgramDisplay, ShowProgress
+from batchclf.engines.local.process import Workers
+from batchclf.engines.local.supervisor import Supervisor
+from batchclf.run.request import RunResult
+from batchclf.runtime.providers import require_flavour
+from batchclf.spec.file import load_job
+from batchclf.spec.job import JobSpec
+from batchclf.spec.options import RunOptions
+from batchclf.system.interrupt import StopRequest
+
+
+def run_job(
+    job: JobSpec | str | os.PathLike[str],
+    options: RunOptions | None = None,
+    *,
+    progress: ShowProgress | bool = False,
+    handle_signals: bool = False,
+) -> RunResult:
+    """Run a job to its end, or resume it, as `batchclf run` does; also from a thread.
+
+    The work is done in a process that this one watches and starts again when it dies. Lines for
+    people go to the logger `batchclf`.
+
+    Args:
+        job: what `load_job` gives, or the path of a job file.
+        options: what `batchclf run` takes as options, such as `RunOptions(overwrite=True)`.
+        progress: called with a `Progress` some times a second; True: a bar of tqdm's.
+        handle_signals: let SIGINT, SIGTERM, SIGHUP and SIGUSR1 drain the job and end it with
+            `Interrupted`, as the command does; in the main thread only. Otherwise a
+            KeyboardInterrupt ends it without draining, and what is written can be resumed.
+
+    Raises:
+        BatchclfError: whatever would end the command, with its `exit_code`; run it again to resume.
+    """
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        workers = stack.enter_context(Workers())
+        spec = job if isinstance(job, JobSpec) else load_job(Path(job))
+        require_flavour()
+        stop = StopRequest()
+        if handle_signals:
+            stack.enter_context(stop.installed())
+        bar = Bar()
+        stack.callback(bar.close)
+        display = ProgramDisplay(
+            (bar if progress else None) if isinstance(progress, bool) else progress
+        )
+        return Supervisor(workers, display, stop, started).run(spec, options or RunOptions())
