@@ -86,7 +86,7 @@ def measure(name: str) -> Row:
     started = time.perf_counter()
     outputs: list[Array] = []
 
-    def recording_open(path: Path) -> Callable[[Array], Array]:
+    def recording_open(path: Path, output: str | None = None) -> Callable[[Array], Array]:
         run = open_reference(path)
 
         def record(array: Array) -> Array:

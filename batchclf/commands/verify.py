@@ -75,10 +75,17 @@ class Verified:
 
 
 @dataclass(frozen=True, slots=True)
-class _Measured:
+class _Named:
+    """What a backend is called, and what it computes in."""
+
     name: str
     device: str
     precision: Precision
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    named: _Named
     latencies: Sequence[Latency]
     images_per_s: float
     logits_NK: Scores
@@ -121,13 +128,14 @@ def verify_job(job: JobSpec, num_images: int, log: Log) -> Verified:
         measured.insert(0, _measure_cpu(job, model, pixels_NHWC, batch_size))
     if len(measured) < 2:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
-        raise UsageError(f"verify: there is nothing to compare {measured[0].name} with: {reasons}")
+        name = measured[0].named.name
+        raise UsageError(f"verify: there is nothing to compare {name} with: {reasons}")
     backends = [_compared(one, measured[0].logits_NK, job) for one in measured]
     return Verified(
         model=model.bundle.meta.name,
         num_images=len(pixels_NHWC),
         batch_size=batch_size,
-        reference=measured[0].name,
+        reference=measured[0].named.name,
         tolerances={"tight": TIGHT, "promised": PROMISED},
         backends=backends,
         left_out=left_out,
@@ -139,9 +147,7 @@ def verify_job(job: JobSpec, num_images: int, log: Log) -> Verified:
 
 
 def _measure(
-    name: str,
-    device: str,
-    precision: Precision,
+    named: _Named,
     pixels_NHWC: Pixels,
     runs: Sequence[Run],
     run_one: Run | None,
@@ -154,9 +160,7 @@ def _measure(
     if batch_size > 1:
         latencies.append(measure_latency(runs[0], batch_NHWC))
     return _Measured(
-        name,
-        device,
-        precision,
+        named,
         latencies,
         round(measure_throughput(runs, batch_NHWC).images_per_s, 1),
         np.concatenate(rows)[: len(pixels_NHWC)].astype(np.float32),
@@ -164,7 +168,8 @@ def _measure(
 
 
 def _measure_eager(eager: Run, pixels_NHWC: Pixels, batch_size: int) -> _Measured:
-    return _measure("PyTorch eager", "CPU", "fp32", pixels_NHWC, [eager], eager, batch_size)
+    named = _Named("PyTorch eager", "CPU", "fp32")
+    return _measure(named, pixels_NHWC, [eager], eager, batch_size)
 
 
 def _measure_job(job: JobSpec, opened: Opened, pixels_NHWC: Pixels, batch_size: int) -> _Measured:
@@ -175,10 +180,9 @@ def _measure_job(job: JobSpec, opened: Opened, pixels_NHWC: Pixels, batch_size: 
         target = targets(spec, job)[0]
         target = replace(target, streams=1, threads=target.streams * target.threads)
         run_one = open_classifier(opened.bundle.model_path, target, batch_size=1)
+    name = f"ONNX Runtime {opened.provider.active.removesuffix('ExecutionProvider')}"
     return _measure(
-        f"ONNX Runtime {opened.provider.active.removesuffix('ExecutionProvider')}",
-        opened.provider.device,
-        job.precision,
+        _Named(name, opened.provider.device, job.precision),
         pixels_NHWC,
         opened.classifiers,
         run_one,
@@ -194,7 +198,7 @@ def _measure_cpu(
     target = replace(target, precision="fp32", threads=target.threads * target.streams)
     run = open_classifier(model.bundle.model_path, target)
     one = run if model.bundle.meta.fixed_batch is None else None
-    return _measure("ONNX Runtime CPU", "CPU", "fp32", pixels_NHWC, [run], one, batch_size)
+    return _measure(_Named("ONNX Runtime CPU", "CPU", "fp32"), pixels_NHWC, [run], one, batch_size)
 
 
 def _measure_native(model: ResolvedModel, pixels_NHWC: Pixels, batch_size: int) -> _Measured:
@@ -222,9 +226,9 @@ def _measure_native(model: ResolvedModel, pixels_NHWC: Pixels, batch_size: int) 
             )
         found: dict[str, Any] = json.loads(done.stdout)
         return _Measured(
-            f"native OpenVINO {found['version'].partition('-')[0]}",
-            found["device"],
-            "fp32",
+            _Named(
+                f"native OpenVINO {found['version'].partition('-')[0]}", found["device"], "fp32"
+            ),
             [Latency(**one) for one in found["latencies"]],
             found["images_per_s"],
             np.load(scores),
@@ -243,11 +247,11 @@ def _compared(one: _Measured, reference_NK: Scores, job: JobSpec) -> Backend:
     }
     top1 = float((one.logits_NK.argmax(axis=1) == reference_NK.argmax(axis=1)).mean())
     largest = float(np.abs(one.logits_NK - reference_NK).max())
-    agrees = close["promised"] if one.precision == "fp32" else top1 >= job.min_agreement
+    agrees = close["promised"] if one.named.precision == "fp32" else top1 >= job.min_agreement
     return Backend(
-        name=one.name,
-        device=one.device,
-        precision=one.precision,
+        name=one.named.name,
+        device=one.named.device,
+        precision=one.named.precision,
         latencies=one.latencies,
         images_per_s=one.images_per_s,
         largest_logit_difference=largest if np.isfinite(largest) else None,

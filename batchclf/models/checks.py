@@ -4,7 +4,8 @@ Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 """
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,8 +14,13 @@ from batchclf.results.records import Pixels
 
 Run = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 """A model as a plain function on arrays."""
-OpenReference = Callable[..., Run]
-"""Opens an ONNX file, on the CPU, for one of its outputs: `open_reference(path, output=None)`."""
+
+
+class OpenReference(Protocol):
+    """Opens an ONNX file as a function on arrays, on the CPU, for one of its outputs."""
+
+    def __call__(self, model: Path, output: str | None = None, /) -> Run: ...
+
 
 RTOL = 1e-3
 ATOL = 1e-4

@@ -53,8 +53,7 @@ def resolve_model(
 ) -> ResolvedModel:
     """The bundle for the job's `model`, built if the cache does not hold it.
 
-    `open_reference(path, output=None)` opens an ONNX file on the CPU as a function on arrays; it
-    is what a newly built model is checked with.
+    `open_reference` opens what a newly built model is checked with.
 
     Raises:
         ModelError: the model, its weights, labels or preprocessing do not fit together.
@@ -66,20 +65,8 @@ def resolve_model(
         bundle = open_bundle(spec.bundle)
     else:
         request = _request(spec, labels)
-        build = _build_from_onnx if spec.onnx is not None else _build_from_torchvision
-        bundle = cached_bundle(
-            request,
-            lambda folder: build(
-                spec,
-                folder,
-                request,
-                labels,
-                batch_size=batch_size,
-                open_reference=open_reference,
-                log=log,
-            ),
-            log,
-        )
+        building = _Building(spec, request, labels, batch_size, open_reference, log)
+        bundle = cached_bundle(request, building, log)
     labels = labels or bundle.meta.labels
     require_label_count(labels, len(bundle.meta.labels), origin)
     return ResolvedModel(bundle, labels, _own_preprocess(spec, bundle))
@@ -229,79 +216,80 @@ def _build_torchvision(spec: ModelSpec) -> tuple[ModuleType, Any]:
     return export, model
 
 
-def _build_from_torchvision(
-    spec: ModelSpec,
-    folder: Path,
-    request: Mapping[str, object],
-    labels: tuple[str, ...],
-    *,
-    batch_size: int,
-    open_reference: OpenReference,
-    log: Log,
-) -> BundleMeta:
-    assert spec.name is not None
-    log(f"exporting {spec.name} ({spec.weights}) to ONNX; this is done once")
-    export, model = _build_torchvision(spec)
-    if labels:
-        require_label_count(labels, len(model.labels), spec.labels or "")
-    checked = export.export_torchvision(
-        model, folder, batch_size=batch_size, open_reference=open_reference
-    )
-    sample_NHWC = sample_pixels(*model.preprocess.crop)
-    return BundleMeta(
-        name=spec.name,
-        source={
-            "name": spec.name,
-            "weights": spec.weights_path.name if spec.weights_path else spec.weights,
-            "weights_sha256": str(request["weights"]) if spec.weights_path else None,
-            **versions_of("torch", "torchvision"),
-        },
-        preprocess=model.preprocess,
-        labels=labels or model.labels,
-        scores="logits",
-        verified_batches=checked,
-        files=model_files(folder),
-        golden_sha256=write_golden(folder, open_reference(folder / MODEL_FILE), sample_NHWC),
-    )
+@dataclass(frozen=True, slots=True)
+class _Building:
+    """A bundle to be built, since the cache does not hold it."""
 
+    spec: ModelSpec
+    request: Mapping[str, object]
+    labels: tuple[str, ...]
+    """The job's own; empty: the model's."""
+    batch_size: int
+    open_reference: OpenReference
+    log: Log
 
-def _build_from_onnx(
-    spec: ModelSpec,
-    folder: Path,
-    request: Mapping[str, object],
-    labels: tuple[str, ...],
-    *,
-    batch_size: int,
-    open_reference: OpenReference,
-    log: Log,
-) -> BundleMeta:
-    assert spec.onnx is not None
-    _require_packages(str(spec.onnx), *ONNX_PACKAGES)
-    log(f"preparing {spec.onnx}; this is done once")
-    from batchclf.models import onnx_file
+    def __call__(self, folder: Path) -> BundleMeta:
+        """Write model.onnx and golden.npz into `folder`.
 
-    wrapped = onnx_file.wrap_onnx(
-        spec.onnx, spec, folder, batch_size=batch_size, open_reference=open_reference
-    )
-    if labels:
-        require_label_count(labels, wrapped.num_classes, spec.labels or "")
-    return BundleMeta(
-        name=spec.onnx.stem,
-        source={"onnx": spec.onnx.name, "onnx_sha256": str(request["onnx"])},
-        preprocess=wrapped.preprocess,
-        labels=labels or tuple(str(index) for index in range(wrapped.num_classes)),
-        scores="probabilities" if wrapped.is_probability else "logits",
-        fixed_batch=wrapped.fixed_batch,
-        verified_batches=wrapped.checked_batches,
-        arithmetic=wrapped.arithmetic,
-        files=model_files(folder),
-        golden_sha256=write_golden(
-            folder,
-            open_reference(folder / MODEL_FILE),
-            sample_pixels(*wrapped.preprocess.crop),
-            wrapped.fixed_batch,
-        ),
-    )
+        Raises:
+            ModelError: the model cannot be built, or its parts do not fit together.
+        """
+        return self._from_torchvision(folder) if self.spec.onnx is None else self._from_onnx(folder)
+
+    def _from_torchvision(self, folder: Path) -> BundleMeta:
+        spec = self.spec
+        assert spec.name is not None
+        self.log(f"exporting {spec.name} ({spec.weights}) to ONNX; this is done once")
+        export, model = _build_torchvision(spec)
+        if self.labels:
+            require_label_count(self.labels, len(model.labels), spec.labels or "")
+        checked = export.export_torchvision(
+            model, folder, batch_size=self.batch_size, open_reference=self.open_reference
+        )
+        sample_NHWC = sample_pixels(*model.preprocess.crop)
+        reference = self.open_reference(folder / MODEL_FILE)
+        return BundleMeta(
+            name=spec.name,
+            source={
+                "name": spec.name,
+                "weights": spec.weights_path.name if spec.weights_path else spec.weights,
+                "weights_sha256": str(self.request["weights"]) if spec.weights_path else None,
+                **versions_of("torch", "torchvision"),
+            },
+            preprocess=model.preprocess,
+            labels=self.labels or model.labels,
+            scores="logits",
+            verified_batches=checked,
+            files=model_files(folder),
+            golden_sha256=write_golden(folder, reference, sample_NHWC),
+        )
+
+    def _from_onnx(self, folder: Path) -> BundleMeta:
+        spec = self.spec
+        assert spec.onnx is not None
+        _require_packages(str(spec.onnx), *ONNX_PACKAGES)
+        self.log(f"preparing {spec.onnx}; this is done once")
+        from batchclf.models import onnx_file
+
+        wrapped = onnx_file.wrap_onnx(
+            spec.onnx, spec, folder, batch_size=self.batch_size, open_reference=self.open_reference
+        )
+        if self.labels:
+            require_label_count(self.labels, wrapped.num_classes, spec.labels or "")
+        sample_NHWC = sample_pixels(*wrapped.preprocess.crop)
+        reference = self.open_reference(folder / MODEL_FILE)
+        return BundleMeta(
+            name=spec.onnx.stem,
+            source={"onnx": spec.onnx.name, "onnx_sha256": str(self.request["onnx"])},
+            preprocess=wrapped.preprocess,
+            labels=self.labels or tuple(str(index) for index in range(wrapped.num_classes)),
+            scores="probabilities" if wrapped.is_probability else "logits",
+            fixed_batch=wrapped.fixed_batch,
+            verified_batches=wrapped.checked_batches,
+            arithmetic=wrapped.arithmetic,
+            files=model_files(folder),
+            golden_sha256=write_golden(folder, reference, sample_NHWC, wrapped.fixed_batch),
+        )
 
 
 def _own_preprocess(spec: ModelSpec, bundle: Bundle) -> Preprocess:

@@ -19,7 +19,7 @@ from batchclf.images.load import loader_of
 from batchclf.images.prefetch import Prefetcher
 from batchclf.images.processes import open_decoding
 from batchclf.images.source import Source
-from batchclf.models.resolve import ResolvedModel
+from batchclf.models.resolve import Log, ResolvedModel
 from batchclf.results.files import RunFiles
 from batchclf.results.records import DecodeMode, ImageRef, Pixels, Record
 from batchclf.results.stats import StatsCollector
@@ -49,9 +49,12 @@ class Bench:
     source: Source
     model: ResolvedModel
     refs: Sequence[ImageRef]
+    num_listed: int
+    """Images of the job, as far as they were listed."""
     folder: Path
     """Where the records of trials go; its disk is part of what is measured."""
     stop: StopRequest
+    log: Log
 
 
 def job_with(job: JobSpec, settings: Settings) -> JobSpec:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from batchclf.images.prefetch import Allocate
-from batchclf.models.resolve import Log
 from batchclf.results.records import Pixels, Precision
 from batchclf.runtime.providers import PROVIDERS
 from batchclf.runtime.sessions import Target
@@ -17,14 +16,11 @@ from batchclf.tuning.records import Session, Settings
 class Sessions:
     """Holds the sessions of one combination at a time, so that memory need not hold two."""
 
-    def __init__(
-        self, bench: Bench, sample: Callable[[], Pixels], fallback: str | None, log: Log
-    ) -> None:
+    def __init__(self, bench: Bench, sample: Callable[[], Pixels], fallback: str | None) -> None:
         """`sample`: images of the job, uint8 NHWC, to convert and to compare precisions on."""
         self._bench = bench
         self._sample = sample
         self._fallback = fallback
-        self._log = log
         self._spec = bench.job.provider if fallback is None else ProviderSpec(name="cpu")
         self._proven: dict[Precision, Opened] = {}
         """The first of each precision, without its classifiers."""
@@ -79,7 +75,7 @@ class Sessions:
                 for classify in open_target(proven.bundle, target, session.batch_size)
             ]
             return replace(proven, classifiers=classifiers)
-        wanted = Wanted(job, self._bench.model, session.batch_size, self._sample, self._log)
+        wanted = Wanted(job, self._bench.model, session.batch_size, self._sample, self._bench.log)
         opened = open_devices(wanted, self._fallback)
         if opened.provider.active != PROVIDERS[self._spec.name].execution_provider:
             self._spec = ProviderSpec(name="cpu")

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from batchclf.errors import BatchclfError, PrecisionRefused, UsageError
-from batchclf.models.resolve import Log
 from batchclf.results.records import DecodeMode, Pixels, Precision
 from batchclf.run.plan import fitting_batch_size
 from batchclf.runtime.faults import is_out_of_memory
@@ -103,20 +102,18 @@ class Tuning:
     def __init__(
         self,
         bench: Bench,
-        num_listed: int,
         sessions: Sessions,
         options: TuneOptions,
         clock: Clock,
         record: Callable[[DecodeLimit | InferLimit | Trial], None],
-        log: Log,
     ) -> None:
         self._bench = bench
-        self._num_listed = num_listed
+        self._num_listed = bench.num_listed
         self._sessions = sessions
         self._options = options
         self._clock = clock
         self._record = record
-        self._log = log
+        self._log = bench.log
         self._num_cores = usable_cores()
         self._pixels_NHWC: Pixels | None = None
         self._decode: dict[tuple[DecodeMode, int], DecodeLimit] = {}

@@ -64,20 +64,14 @@ def tune_job(job: JobSpec, options: TuneOptions, *, log: Log, stop: StopRequest)
         if not is_whole:
             log(f"the sample is of the first {num_listed:,} images: no time to list more")
         with tempfile.TemporaryDirectory(dir=job.output, prefix=".tune-") as folder:
-            bench = Bench(job, source, model, refs, Path(folder), stop)
+            bench = Bench(job, source, model, refs, num_listed, Path(folder), stop, log)
             # Where the listing was whole, the sample is a run's: int8 then is converted once.
             sampled = starmap(ImageRef, enumerate(list_paths(source))) if is_whole else refs
             num_sampled = num_listed if is_whole else len(refs)
             sample = partial(load_sample, job, source, model, evenly_spread(sampled, num_sampled))
-            sessions = Sessions(bench, cache(sample), fallback, log)
+            sessions = Sessions(bench, cache(sample), fallback)
             tuned = Tuning(
-                bench,
-                num_listed,
-                sessions,
-                options,
-                clock,
-                lambda record: lines.append(as_line(record)),
-                log,
+                bench, sessions, options, clock, lambda record: lines.append(as_line(record))
             ).run()
         lines.append({"type": "best", **as_facts(tuned.best), "keys": tuned.keys})
         from batchclf.tuning.plot import draw  # late: matplotlib starts slowly

@@ -216,7 +216,8 @@ class Bench:
         for mode, backend in itertools.product(get_args(DecodeMode), get_args(DecodeBackend)):
             loader = job.loader.model_copy(update={"backend": backend})
             job = job.model_copy(update={"loader": loader})
-            bench = measure.Bench(job, source, model, refs, self.work, StopRequest())
+            size = len(refs)
+            bench = measure.Bench(job, source, model, refs, size, self.work, StopRequest(), print)
             limit = measure.measure_decoding(bench, mode, usable_cores(), self.arguments.decode_s)
             found[f"{mode} {backend}"] = round(limit.images_per_s, 1)
         return found

@@ -39,7 +39,7 @@ def main() -> None:
     )
     source = open_source(job.input)
     refs = [ImageRef(index, path) for index, path in enumerate(list_paths(source))]
-    bench = Bench(job, source, model, refs, job.output, StopRequest())
+    bench = Bench(job, source, model, refs, len(refs), job.output, StopRequest(), print)
     workers = auto(job.loader.workers, usable_cores())
     decoding = measure_decoding(bench, job.loader.decode, workers, arguments.seconds)
     sample = partial(sample_input, job, model)

@@ -72,9 +72,9 @@ def sweep(
     refs, num_listed, _ = spread(list_paths(source), SAMPLE_SIZE, lambda: False)
     rates: dict[Settings, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(job, source, model, refs, Path(folder), silent)
+        bench = Bench(job, source, model, refs, len(refs), Path(folder), silent, print)
         sample = partial(sample_input, job, model)
-        sessions = Sessions(bench, sample, None, lambda text: None)
+        sessions = Sessions(bench, sample, None)
         automatic = sessions.target(RuntimeSpec()).streams
         counts = stream_counts(
             automatic, own.session.streams, usable_cores(), on_cpu=sessions.on_cpu

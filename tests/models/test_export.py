@@ -233,7 +233,7 @@ def test_an_export_that_answers_otherwise_at_any_size_is_refused(
     model = small_model()
     monkeypatch.setattr(export, "_export", lambda *arguments, **options: None)
 
-    def open_spoilt(path: Path) -> Callable[[Array], Array]:
+    def open_spoilt(path: Path, output: str | None = None) -> Callable[[Array], Array]:
         return lambda pixels_NHWC: spoil(pytorch_logits(model, pixels_NHWC))
 
     with pytest.raises(ModelError, match=message):
