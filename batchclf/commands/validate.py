@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from batchclf.images.source import open_source, require_images
+from batchclf.images.source import open_source
+from batchclf.images.store import list_paths, require_images
 from batchclf.models.resolve import Log, check_model
 from batchclf.run.output import require_separate_output
 from batchclf.runtime.providers import PROVIDERS, installed_flavours
@@ -32,8 +33,9 @@ def check_job(job: JobSpec, log: Log) -> Checked:
     source = open_source(job.input, allow_outside_links=job.loader.allow_outside_links)
     require_images(source)
     model = check_model(job.model)
-    num_images = sum(1 for _ in source.paths())
+    paths = list_paths(source)
+    num_images = sum(1 for _ in paths)
     flavours = ", ".join(f"{name} {version}" for name, version in installed_flavours().items())
     return Checked(
-        num_images, source.num_left_out, f"{provider.execution_provider} of {flavours}", model
+        num_images, paths.num_left_out, f"{provider.execution_provider} of {flavours}", model
     )

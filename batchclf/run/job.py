@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, partial
 from itertools import starmap
@@ -27,7 +27,8 @@ from batchclf.errors import (
 )
 from batchclf.images.prefetch import Decoding, Load, Prefetcher, Quarantine, noted, threads
 from batchclf.images.processes import open_decoding
-from batchclf.images.source import Source, open_source, require_images
+from batchclf.images.source import Source, open_source
+from batchclf.images.store import list_paths, require_images
 from batchclf.models.resolve import Log, resolve_model
 from batchclf.results.files import RunFiles, remove
 from batchclf.results.lines import Done
@@ -191,9 +192,10 @@ def _begin(
         plan = planned(count_listing(files), model, recovery, _silent)
         require_extendable(plan, previous, fingerprint(plan, options.limit))
     reporter.before_write()
-    list_s = freeze(source, files, options.limit, reporter.log, extend=options.extend)
+    list_s, num_left_out = freeze(source, files, options.limit, reporter.log, extend=options.extend)
     recovery = try_suspects(job, source, model, recovery, read_listing(files), reporter)
     plan = planned(count_listing(files), model, recovery, reporter.log)
+    plan = replace(plan, num_left_out=num_left_out)
     wanted = fingerprint(plan, options.limit)
     done = resume(plan, previous, wanted, reporter.log)
     return _Begun(plan, previous, wanted, done, was_listed, list_s, opened)
@@ -231,7 +233,7 @@ def _silent(text: str) -> None:
 
 def _would_be_listed(source: Source, limit: int | None) -> Iterator[ImageRef]:
     """The entries of a listing that is still to be frozen."""
-    return starmap(ImageRef, enumerate(limited(source.paths(), limit)))
+    return starmap(ImageRef, enumerate(limited(list_paths(source), limit)))
 
 
 def _source(job: JobSpec, *, is_complete: bool) -> Source:
@@ -242,7 +244,7 @@ def _source(job: JobSpec, *, is_complete: bool) -> Source:
     except NoImagesError:
         if not is_complete:
             raise
-        return Source(os.fsencode(job.input), confined=True, paths=lambda: iter(()))
+        return Source(job.input, "folder", os.fsencode(job.input), confined=True)
     return source
 
 
@@ -386,7 +388,7 @@ def _tell_of_new_files(plan: Plan, options: RunOptions, log: Log) -> None:
     if options.limit is not None or options.shard.count > 1:
         return
     try:
-        num_new = sum(1 for _ in new_paths(plan.files, plan.source.paths()))
+        num_new = sum(1 for _ in new_paths(plan.files, list_paths(plan.source)))
     except (EnvironmentFailed, UsageError) as error:  # a finished job stays finished
         log(f"whether files appeared since the input was listed cannot be told: {error}")
         return

@@ -1,12 +1,13 @@
 """What a run is going to do: the model resolved, the listing frozen, the work divided up."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from batchclf.images.load import loader_of
 from batchclf.images.prefetch import Load, Quarantine
 from batchclf.images.source import Source
+from batchclf.images.store import list_paths
 from batchclf.models.resolve import Log, ResolvedModel
 from batchclf.results.files import RunFiles
 from batchclf.results.listing import (
@@ -39,6 +40,8 @@ class Plan:
     backend: DecodeBackend
     quarantined: Mapping[bytes, Failure] = field(default_factory=dict)
     """Images, by their paths in the listing, that crash or hang whoever decodes them."""
+    num_left_out: int = 0
+    """Of the input, where it was listed now."""
 
     @property
     def num_images(self) -> int:
@@ -88,22 +91,27 @@ def fitting_batch_size(job: JobSpec, model: ResolvedModel, num_images: int) -> i
 
 def freeze(
     source: Source, files: RunFiles, limit: int | None, log: Log, *, extend: bool = False
-) -> float:
-    """List the input once per job, or `extend` its listing; returns the seconds it took."""
+) -> tuple[float, int]:
+    """List the input once per job, or `extend` its listing.
+
+    Returns:
+        The seconds it took, and how many entries were left out of a new listing.
+    """
     started = time.perf_counter()
     discard_abandoned_listing(files)
     if files.listing.exists():
         if extend:
-            num_new = extend_listing(files, source.paths())
+            num_new = extend_listing(files, list_paths(source))
             log(f"--extend: {num_new:,} new images in the listing")
-        return time.perf_counter() - started if extend else 0.0
-    freeze_listing(files, limited(source.paths(), limit))
-    if source.num_left_out:
-        log(f"input: left out {source.num_left_out:,} hidden or repeated entries")
-    return time.perf_counter() - started
+        return (time.perf_counter() - started if extend else 0.0), 0
+    paths = list_paths(source)
+    freeze_listing(files, limited(paths, limit))
+    if paths.num_left_out:
+        log(f"input: left out {paths.num_left_out:,} hidden or repeated entries")
+    return time.perf_counter() - started, paths.num_left_out
 
 
-def limited(paths: Iterator[bytes], limit: int | None) -> Iterator[bytes]:
+def limited(paths: Iterable[bytes], limit: int | None) -> Iterator[bytes]:
     """The first `limit` paths; None: all."""
     for number, path in enumerate(paths):
         if limit is not None and number >= limit:

@@ -249,7 +249,7 @@ def run_facts(
         "started_at": now(),
         "num_images": plan.num_images,
         # listed then, not now
-        "num_left_out": (previous or {}).get("num_left_out", plan.source.num_left_out),
+        "num_left_out": (previous or {}).get("num_left_out", plan.num_left_out),
         "model": {"name": plan.model.bundle.meta.name, **plan.model.bundle.meta.source},
         "converted_model": None
         if opened.bundle.digest == plan.model.bundle.digest

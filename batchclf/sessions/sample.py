@@ -15,7 +15,8 @@ import orjson
 from batchclf.errors import NoImagesError, PrecisionRefused
 from batchclf.images.load import loader_of
 from batchclf.images.prefetch import Decoding, Load, Prefetcher, threads
-from batchclf.images.source import Source, open_source, require_images
+from batchclf.images.source import Source, open_source
+from batchclf.images.store import list_paths, require_images
 from batchclf.models.bundle import cache_folder, digest_of
 from batchclf.models.resolve import ResolvedModel
 from batchclf.results.records import ImageRef, Pixels, PrecisionCheck, Scores
@@ -63,7 +64,7 @@ def sample_input(job: JobSpec, model: ResolvedModel, *, size: int = SAMPLE_SIZE)
     """
     source = open_source(job.input, allow_outside_links=job.loader.allow_outside_links)
     require_images(source)
-    refs = [ImageRef(index, path) for index, path in enumerate(source.paths())]
+    refs = [ImageRef(index, path) for index, path in enumerate(list_paths(source))]
     return sample_listing(job, source, model, refs, len(refs), size=size)
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import orjson
 
 from batchclf.errors import UsageError
-from batchclf.images.source import open_source, require_images
+from batchclf.images.source import open_source
+from batchclf.images.store import list_paths, require_images
 from batchclf.models.resolve import Log, resolve_model
 from batchclf.results.files import replace_file
 from batchclf.results.records import ImageRef
@@ -58,14 +59,14 @@ def tune_job(job: JobSpec, options: TuneOptions, *, log: Log, stop: StopRequest)
         )
         clock.prepared()
         refs, num_listed, is_whole = spread(
-            source.paths(), SAMPLE_SIZE, lambda: clock.left_s(LISTING_SHARE) <= 0
+            list_paths(source), SAMPLE_SIZE, lambda: clock.left_s(LISTING_SHARE) <= 0
         )
         if not is_whole:
             log(f"the sample is of the first {num_listed:,} images: no time to list more")
         with tempfile.TemporaryDirectory(dir=job.output, prefix=".tune-") as folder:
             bench = Bench(job, source, model, refs, Path(folder), stop)
             # Where the listing was whole, the sample is a run's: int8 then is converted once.
-            sampled = starmap(ImageRef, enumerate(source.paths())) if is_whole else refs
+            sampled = starmap(ImageRef, enumerate(list_paths(source))) if is_whole else refs
             num_sampled = num_listed if is_whole else len(refs)
             sample = partial(sample_listing, job, source, model, sampled, num_sampled)
             sessions = Sessions(bench, cache(sample), fallback, log)

@@ -31,6 +31,7 @@ import orjson
 from batchclf.errors import BatchclfError
 from batchclf.images.prefetch import zeroed_pixels
 from batchclf.images.source import open_source
+from batchclf.images.store import list_paths
 from batchclf.models.resolve import resolve_model
 from batchclf.models.variants import needed_variant, resolve_variant
 from batchclf.results.records import DecodeBackend, DecodeMode, ImageRef
@@ -218,7 +219,7 @@ class Bench:
         job = load_job(self.job(self.arguments.models[0]))
         model = resolve_model(job.model, batch_size=64, open_reference=open_reference, log=log)
         source = open_source(job.input, allow_outside_links=False)
-        refs = [ImageRef(number, path) for number, path in enumerate(source.paths())]
+        refs = [ImageRef(number, path) for number, path in enumerate(list_paths(source))]
         found = {}
         for mode, backend in itertools.product(get_args(DecodeMode), get_args(DecodeBackend)):
             loader = job.loader.model_copy(update={"backend": backend})

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from batchclf.images.source import open_source
+from batchclf.images.store import list_paths
 from batchclf.models.resolve import resolve_model
 from batchclf.results.records import ImageRef
 from batchclf.runtime.classifier import open_reference
@@ -37,7 +38,7 @@ def main() -> None:
         job.model, batch_size=job.batch_size, open_reference=open_reference, log=log
     )
     source = open_source(job.input)
-    refs = [ImageRef(index, path) for index, path in enumerate(source.paths())]
+    refs = [ImageRef(index, path) for index, path in enumerate(list_paths(source))]
     bench = Bench(job, source, model, refs, job.output, StopRequest())
     workers = auto(job.loader.workers, usable_cores())
     decoding = measure_decoding(bench, job.loader.decode, workers, arguments.seconds)

@@ -30,7 +30,8 @@ import batchclf.run.plan
 from batchclf.images.decode import Decoder
 from batchclf.images.load import loader_of
 from batchclf.images.prefetch import Load, zeroed_pixels
-from batchclf.images.source import open_source, read_image_file
+from batchclf.images.source import open_source
+from batchclf.images.store import list_paths, read_image_file
 from batchclf.models.resolve import ResolvedModel, resolve_model
 from batchclf.results.files import RunFiles
 from batchclf.results.lines import encode_record
@@ -132,13 +133,13 @@ def whole(
     job = job.model_copy(update={"loader": loader})
     source = open_source(job.input)
     files = RunFiles(Path(tempfile.mkdtemp(dir=folder)))
-    freeze_listing(files, source.paths())
+    freeze_listing(files, list_paths(source))
     plan = make_plan(job, source, files, num_images, model, Recovery(), Log().log)
     null = cast(OnnxClassifier, NullModel())
     opened = Opened([null], ActiveProvider("cpu", "cpu", "CPU"), model.bundle, zeroed_pixels, None)
     stats = StatsCollector(cpu_seconds, peak_rss_mb, list_s=0.0)
     watch = _Stopwatch()
-    refs = (ImageRef(index, path) for index, path in enumerate(source.paths()))
+    refs = (ImageRef(index, path) for index, path in enumerate(list_paths(source)))
     with RecordWriter(files.predictions, 0) as writer, _slower_decoding(outside_ms / 1000):
         classify_shard(plan, opened, refs, writer, stats=stats, reporter=watch, stop=StopRequest())
     return {
@@ -181,7 +182,7 @@ def parts(folder: Path, num_images: int, decode: DecodeMode) -> Iterator[dict[st
     """CPU microseconds per image of each step alone, on one thread."""
     job, model = prepare(folder, num_images, decode)
     source = open_source(job.input)
-    refs = [ImageRef(index, path) for index, path in enumerate(source.paths())]
+    refs = [ImageRef(index, path) for index, path in enumerate(list_paths(source))]
     data = (folder / "originals" / "0.jpg").read_bytes()
     decoder = Decoder(model.preprocess, mode=decode)
     slot_HWC = np.zeros((EDGE, EDGE, 3), np.uint8)
@@ -197,7 +198,7 @@ def parts(folder: Path, num_images: int, decode: DecodeMode) -> Iterator[dict[st
         refs[:BATCH_SIZE], loaded, rank(scores_NK, labels, 5, is_probability=False)
     )
     for name, call, per_call in (
-        ("read", lambda: read_image_file(source.root, refs[0].path, confined=True), 1),
+        ("read", lambda: read_image_file(source, refs[0].path), 1),
         ("decode", lambda: decoder(data, b"0.jpg", slot_HWC), 1),
         ("rank", ranked, BATCH_SIZE),
         ("encode", lambda: b"".join(map(encode_record, records)), BATCH_SIZE),

@@ -41,6 +41,7 @@ import psutil
 
 from batchclf.images.load import loader_of
 from batchclf.images.source import open_source
+from batchclf.images.store import list_paths
 from batchclf.models.resolve import open_eager, resolve_model
 from batchclf.results.records import ImageRef
 from batchclf.runtime.classifier import open_reference
@@ -292,7 +293,7 @@ def pytorch_top1(job_file: Path) -> Top1:
     slot_NHWC = np.zeros((1, *model.preprocess.crop, 3), np.uint8)
     by_file: dict[int, int] = {}
     found: dict[str, int] = {}
-    for index, path in enumerate(source.paths()):
+    for index, path in enumerate(list_paths(source)):
         inode = os.stat(os.path.join(source.root, path)).st_ino
         if inode not in by_file:
             load(ImageRef(index, path), slot_NHWC[0])
