@@ -3,17 +3,28 @@
 import base64
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
+from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from batchclf.errors import UsageError
 from batchclf.system.paths import refusal
 
 MAX_LINE_BYTES = 65536
 """Of a list: a path of 4,096 bytes, each escaped as JSON has it, and other keys beside it."""
+CHUNK_PATHS = 16_384
+"""Of a list, looked up at once among those before; fewer at first, so that the first come soon."""
+NUM_SHELVES = 16
+_DIGEST_BYTES = 16
+_Digests = NDArray[np.bytes_]
+"""16 bytes each, however long the path; two of a million are equal in one of 10^26 lists."""
+_FIRST_OF_SHELF = np.array([bytes([256 // NUM_SHELVES * n]) for n in range(1, NUM_SHELVES)], "S16")
 
 
 def read_list(spec: Path) -> Iterator[bytes]:
@@ -38,6 +49,49 @@ def read_list(spec: Path) -> Iterator[bytes]:
         if not path or b"\0" in path:
             raise UsageError(f"input: {spec}:{number}: found no usable path: {path[:80]!r}")
         yield path
+
+
+def mark_repeated(paths: Iterable[bytes]) -> Iterator[tuple[list[bytes], NDArray[np.bool_]]]:
+    """The paths in the same order, some at a time, and of each whether it stood there before.
+
+    Costs 16 bytes of memory per path, and hardly more.
+    """
+    shelves: list[list[_Digests]] = [[] for _ in range(NUM_SHELVES)]
+    iterator = iter(paths)
+    num_paths = 1
+    while chunk := list(islice(iterator, num_paths)):
+        num_paths = min(2 * num_paths, CHUNK_PATHS)
+        digests = b"".join(blake2b(path, digest_size=_DIGEST_BYTES).digest() for path in chunk)
+        # Sorted, with the place of the first of each. All have 16 bytes, so that NumPy, to which
+        # NUL bytes at the end of a text are nothing, compares them right.
+        unique, first = np.unique(np.frombuffer(digests, "S16"), return_index=True)
+        is_repeated = np.ones(len(chunk), np.bool_)
+        borders = np.searchsorted(unique, _FIRST_OF_SHELF)
+        for shelf, some, places in zip(
+            shelves, np.split(unique, borders), np.split(first, borders), strict=True
+        ):
+            is_new = _put(shelf, some)
+            is_repeated[places[is_new]] = False
+        yield chunk, is_repeated
+
+
+def _put(shelf: list[_Digests], digests: _Digests) -> NDArray[np.bool_]:
+    """Put sorted digests on a shelf; returns which of them were not there.
+
+    A shelf is of sorted arrays, each more than twice as long as the next: they are few, and each
+    digest is merged into a longer one a few times only.
+    """
+    is_new = np.ones(len(digests), np.bool_)
+    for known in shelf:
+        places = np.searchsorted(known, digests)
+        is_new &= known[np.minimum(places, len(known) - 1)] != digests
+    merged = digests[is_new]
+    while shelf and len(shelf[-1]) <= 2 * len(merged):
+        merged = np.concatenate((shelf.pop(), merged))
+        merged.sort(kind="stable")
+    if len(merged):
+        shelf.append(merged)
+    return is_new
 
 
 def _lines(spec: Path) -> Iterator[bytes]:

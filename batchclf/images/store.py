@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
-from hashlib import blake2b
+from itertools import compress
 from typing import TypeVar
 
 from batchclf.errors import EnvironmentFailed, NoImagesError
 from batchclf.images.formats import looks_like_image, suffix_format
-from batchclf.images.lists import read_list
+from batchclf.images.lists import mark_repeated, read_list
 from batchclf.images.source import Source, selector
 from batchclf.results.records import Failure
 from batchclf.system.paths import reason, refusal
@@ -51,14 +51,9 @@ class Paths:
         return self._listed() if self.source.kind == "list" else self._walked()
 
     def _listed(self) -> Iterator[bytes]:
-        seen: set[bytes] = set()
-        for path in read_list(self.source.spec):
-            digest = blake2b(path, digest_size=16).digest()
-            if digest in seen:
-                self.num_left_out += 1
-                continue
-            seen.add(digest)
-            yield path
+        for paths, is_repeated in mark_repeated(read_list(self.source.spec)):
+            self.num_left_out += int(is_repeated.sum())
+            yield from compress(paths, ~is_repeated)
 
     def _walked(self) -> Iterator[bytes]:
         return filter(selector(self.source), _walk(self))

@@ -17,6 +17,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -24,7 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchclf.errors import BatchclfError, EnvironmentFailed, NoImagesError, UsageError
+from batchclf.images import lists
 from batchclf.images.decode import Decoder
+from batchclf.images.lists import mark_repeated
 from batchclf.images.load import Loader
 from batchclf.images.source import Source, open_source
 from batchclf.images.store import list_paths, read_image_file, require_images
@@ -171,16 +174,20 @@ def test_the_files_of_a_large_folder_are_held_as_bare_names(tmp_path: Path) -> N
     assert peak / num_files < 90  # 16 of the name, 33 of an object, 8 of a pointer, 8 spare
 
 
-def test_a_long_list_costs_no_more_memory_where_its_paths_are_long(tmp_path: Path) -> None:
-    lines = [b"%0500d.jpg\n" % number for number in range(2000)]
-    source = list_of(tmp_path, b"".join(lines))
+@pytest.mark.parametrize(
+    ("num_lines", "line", "limit"), [(200_000, b"%d\n", 45), (100_000, b"%0500d\n", 300)]
+)
+def test_a_long_list_costs_few_bytes_a_line_however_long_its_paths_are(
+    tmp_path: Path, num_lines: int, line: bytes, limit: int
+) -> None:
+    source = list_of(tmp_path, b"".join(line % number for number in range(num_lines)))
     tracemalloc.start()
     try:
-        assert sum(1 for _ in list_paths(source)) == len(lines)
+        assert sum(1 for _ in list_paths(source)) == num_lines
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak / len(lines) < 250
+    assert peak / num_lines < limit  # 16 of the digest, and what is held of the list at once
 
 
 @pytest.mark.parametrize("spec", [".", "*/*.jpg", "list.txt"])
@@ -753,6 +760,33 @@ def test_a_list_is_taken_line_by_line(
     for _ in range(2):
         assert list(paths) == expected
         assert paths.num_left_out == num_left_out
+
+
+@settings(max_examples=200, deadline=None)
+@given(numbers=st.lists(st.integers(0, 60)), chunk=st.integers(1, 40))
+def test_of_a_path_that_a_list_names_again_the_first_counts(numbers: list[int], chunk: int) -> None:
+    paths = [b"%d.jpg" % number for number in numbers]
+    with patch.object(lists, "CHUNK_PATHS", chunk):
+        marked = [
+            pair for some, marks in mark_repeated(paths) for pair in zip(some, marks, strict=True)
+        ]
+    assert [path for path, _ in marked] == paths
+    assert [path for path, repeated in marked if not repeated] == list(dict.fromkeys(paths))
+
+
+def test_the_first_paths_of_a_list_come_before_its_last_lines_are_read(tmp_path: Path) -> None:
+    paths = iter(list_paths(list_of(tmp_path, b'"a.jpg"\n"b.jpg"\n"c.jpg"\n{}\n', "list.jsonl")))
+    assert [next(paths), next(paths), next(paths)] == [b"a.jpg", b"b.jpg", b"c.jpg"]
+    with pytest.raises(UsageError, match=r"list\.jsonl:4"):
+        next(paths)
+
+
+def test_a_list_with_many_lines_twice_is_taken_without_the_second_ones(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    paths = [b"%d.jpg" % number for number in rng.integers(0, 60_000, 100_000)]
+    found = list_paths(list_of(tmp_path, b"\n".join(paths)))
+    assert list(found) == list(dict.fromkeys(paths))
+    assert found.num_left_out == len(paths) - len(set(paths))
 
 
 def test_paths_in_a_list_are_relative_to_its_folder_or_absolute(
