@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from batchclf.errors import NoImagesError, UsageError
+from batchclf.system.paths import kind_of
 
 LIST_SUFFIXES = (".txt", ".jsonl")
 Selects = Callable[[bytes], bool]
@@ -39,11 +40,13 @@ def open_source(spec: Path, *, allow_outside_links: bool = False) -> Source:
     Raises:
         NoImagesError: nothing is there.
         UsageError: the input is neither a folder, a glob nor a list.
+        EnvironmentFailed: what is there cannot be looked at.
     """
     confined = not allow_outside_links
-    if spec.is_dir():
+    kind = kind_of(spec, "input")
+    if kind == "folder":
         return Source(spec, "folder", os.fsencode(spec), confined)
-    if spec.is_file():
+    if kind == "file":
         if spec.suffix.lower() in LIST_SUFFIXES:
             return Source(spec, "list", os.fsencode(spec.parent), confined=False)
         raise UsageError(
@@ -53,14 +56,18 @@ def open_source(spec: Path, *, allow_outside_links: bool = False) -> Source:
     root, names = _split_glob(spec)
     if not names:
         raise NoImagesError(f"input: {spec}: found 0 images: no such folder or file")
-    if not root.is_dir():
+    if kind_of(root, "input") != "folder":
         raise NoImagesError(f"input: {spec}: found 0 images: {root} is not a folder")
     return Source(spec, "glob", os.fsencode(root), confined, names)
 
 
 def would_list(spec: Path, path: Path) -> bool:
-    """Whether the listing of `spec`, a folder or a glob, would hold a file at `path`."""
-    if spec.is_dir():
+    """Whether the listing of `spec`, a folder or a glob, would hold a file at `path`.
+
+    Raises:
+        UsageError, EnvironmentFailed: as `open_source`, but where nothing is there.
+    """
+    if kind_of(spec, "input") == "folder":
         return path.is_relative_to(spec)
     root, names = _split_glob(spec)
     if not names or not path.is_relative_to(root):

@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 
 from batchclf.errors import JobFileError
 from batchclf.spec.job import JobSpec, is_weights_path
+from batchclf.system.paths import require_readable
 
 MAX_JOB_FILE_BYTES = 1_000_000
 MAX_DEPTH = 20
@@ -60,6 +61,7 @@ def load_job(path: Path, overrides: Sequence[Override] = ()) -> JobSpec:
 
     Raises:
         JobFileError: with every problem found, one a line.
+        UsageError, EnvironmentFailed: the file cannot even be looked at.
     """
     document = _parse(path)
     _resolve_paths(document, path.absolute().parent)
@@ -204,6 +206,7 @@ class _JobLoader(yaml.SafeLoader):
 
 def _parse(path: Path) -> _Document:
     name = str(path)
+    require_readable(path, "JOB")
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_JOB_FILE_BYTES + 1)
