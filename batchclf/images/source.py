@@ -7,12 +7,12 @@ import fnmatch
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from batchclf.errors import NoImagesError, UsageError
-from batchclf.system.paths import kind_of
+from batchclf.errors import EnvironmentFailed, NoImagesError, UsageError
+from batchclf.system.paths import kind_of, reason, refusal
 
 LIST_SUFFIXES = (".txt", ".jsonl")
 Selects = Callable[[bytes], bool]
@@ -32,6 +32,9 @@ class Source:
     """Whether links that lead out of `root` are refused; lists name their files themselves."""
     names: tuple[str, ...] = ()
     """Of a glob: the names below `root`, from the first with a wildcard on."""
+    identity: tuple[int, int] | None = None
+    """Device and number (inode) of the folder that `root` was when the source was opened; None: it
+    was not there, which only a job that needs no more images survives."""
 
 
 def open_source(spec: Path, *, allow_outside_links: bool = False) -> Source:
@@ -45,10 +48,10 @@ def open_source(spec: Path, *, allow_outside_links: bool = False) -> Source:
     confined = not allow_outside_links
     kind = kind_of(spec, "input")
     if kind == "folder":
-        return Source(spec, "folder", os.fsencode(spec), confined)
+        return _identified(Source(spec, "folder", os.fsencode(spec), confined))
     if kind == "file":
         if spec.suffix.lower() in LIST_SUFFIXES:
-            return Source(spec, "list", os.fsencode(spec.parent), confined=False)
+            return _identified(Source(spec, "list", os.fsencode(spec.parent), confined=False))
         raise UsageError(
             f"input: {spec}: found a single file; "
             "give a folder, a glob such as photos/*.jpg, or a .txt or .jsonl list of paths"
@@ -58,7 +61,25 @@ def open_source(spec: Path, *, allow_outside_links: bool = False) -> Source:
         raise NoImagesError(f"input: {spec}: found 0 images: no such folder or file")
     if kind_of(root, "input") != "folder":
         raise NoImagesError(f"input: {spec}: found 0 images: {root} is not a folder")
-    return Source(spec, "glob", os.fsencode(root), confined, names)
+    return _identified(Source(spec, "glob", os.fsencode(root), confined, names))
+
+
+def require_still_there(source: Source) -> None:
+    """Refuse to take an image for missing where its whole input has gone, or another is there.
+
+    Raises:
+        EnvironmentFailed: the input is not the folder that was opened.
+    """
+    try:
+        now = _identity(source)
+        why = "another folder is there now"
+    except OSError as error:
+        now, why = None, reason(error)
+    if now is None or now != source.identity:
+        raise EnvironmentFailed(
+            f"input: {os.fsdecode(source.root)}: is no longer the folder that the job began with: "
+            f"{why}; put it back (is it mounted?) and run the same command to resume"
+        )
 
 
 def would_list(spec: Path, path: Path) -> bool:
@@ -78,6 +99,18 @@ def would_list(spec: Path, path: Path) -> bool:
 def selector(source: Source) -> Selects:
     """Which of the paths below its root a folder or a glob selects."""
     return _glob(source.names) if source.kind == "glob" else lambda path: True
+
+
+def _identified(source: Source) -> Source:
+    try:
+        return replace(source, identity=_identity(source))
+    except OSError as error:
+        raise refusal("input", os.fsdecode(source.root), error, "looked at") from error
+
+
+def _identity(source: Source) -> tuple[int, int]:
+    found = os.stat(source.root)
+    return found.st_dev, found.st_ino
 
 
 def _split_glob(spec: Path) -> tuple[Path, tuple[str, ...]]:

@@ -18,7 +18,7 @@ from typing import TypeVar
 from batchclf.errors import EnvironmentFailed, NoImagesError
 from batchclf.images.formats import looks_like_image, suffix_format
 from batchclf.images.lists import mark_repeated, read_list
-from batchclf.images.source import Source, selector
+from batchclf.images.source import Source, require_still_there, selector
 from batchclf.results.records import Failure
 from batchclf.system.paths import reason, refusal
 
@@ -113,8 +113,9 @@ def _walk(paths: Paths) -> Iterator[bytes]:
     of the root) is yielded as an entry of its own, so that reading it records why.
 
     Raises:
-        EnvironmentFailed: a folder cannot be listed for a cause that may pass, such as EIO. The
-            listing is frozen: to go on without the folder would lose its images for good.
+        EnvironmentFailed: a folder cannot be listed for a cause that may pass, such as EIO, or the
+            whole input has gone. The listing is frozen: to go on without the folder would lose its
+            images for good.
     """
     top = _insisting(paths.source, b"", partial(_enter, paths, b"", frozenset()))
     stack = [top] if top else []
@@ -145,6 +146,7 @@ def _insisting(
         return _insist(enter)
     except OSError as error:
         if path and error.errno in _LASTING:
+            require_still_there(source)
             return None
         raise refusal("input", os.fsdecode(os.path.join(source.root, path)), error) from error
 
@@ -210,7 +212,7 @@ def read_image_file(
     Nothing but a regular file is read, and opening never blocks (a FIFO named x.jpg would).
 
     Raises:
-        EnvironmentFailed: this process, or the machine, has no descriptor left to open it with.
+        EnvironmentFailed: the whole input has gone, or no descriptor is left to open it with.
     """
     full = os.path.join(source.root, path)
     try:
@@ -218,7 +220,7 @@ def read_image_file(
     except MemoryError:
         return Failure("oom", OUT_OF_MEMORY)
     except OSError as error:
-        return _failure(error, full)
+        return _failure(source, error, full)
 
 
 def _insist(action: Callable[[], _Found]) -> _Found:
@@ -268,7 +270,8 @@ def _refuse_link(source: Source, full: bytes) -> Failure | None:
     return None
 
 
-def _failure(error: OSError, full: bytes) -> Failure:
+def _failure(source: Source, error: OSError, full: bytes) -> Failure:
+    require_still_there(source)
     match error.errno:
         case errno.ENOENT | errno.ENOTDIR:
             if os.path.islink(full):
@@ -284,6 +287,8 @@ def _failure(error: OSError, full: bytes) -> Failure:
             return Failure("not_regular_file", "not a regular file")
         case errno.ENOMEM:
             return Failure("oom", OUT_OF_MEMORY)
+        case errno.ENOTCONN:  # of a file in a list, which may lie anywhere
+            raise refusal("input", os.fsdecode(full), error) from error
         case errno.EMFILE | errno.ENFILE:
             raise EnvironmentFailed(
                 f"input: {os.fsdecode(full)}: cannot be opened: {reason(error)}; raise the limit "

@@ -1,6 +1,5 @@
 """Paths that cannot even be looked at: every command names the key, the path and the cause."""
 
-import ctypes
 import errno
 import json
 import os
@@ -8,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 from batchclf.errors import EnvironmentFailed, UsageError
 from batchclf.system.paths import kind_of, require_readable
 from tests.conftest import ROOT
+from tests.mounts import dead_mount
 from tests.tiny import link_digits, tiny_model
 
 MODEL_KEYS = ("model.onnx", "model.bundle", "model.weights", "model.labels")
@@ -61,7 +61,6 @@ def faulty(tmp_path: Path, fault: str) -> Iterator[Callable[[str], Path]]:
     """A path with a fault, for each key."""
     folder = tmp_path / "faulty"
     folder.mkdir()
-    undo: Callable[[], object] = lambda: None  # noqa: E731
     name = "x" * 300 if fault == "too long" else "x"
     paths = {key: folder / f"{name}{SUFFIXES.get(key, '')}" for key in ALL_KEYS}
     for path in set(paths.values()):
@@ -72,33 +71,15 @@ def faulty(tmp_path: Path, fault: str) -> Iterator[Callable[[str], Path]]:
             _lock(path)
     if fault == "forbidden":
         _lock(folder)
-        undo = partial(folder.chmod, 0o755)
-    elif fault == "dead mount":
-        undo = _dead_mount(folder)
-    yield paths.__getitem__
-    undo()
+    with dead_mount(folder) if fault == "dead mount" else nullcontext():
+        yield paths.__getitem__
+    folder.chmod(0o755)  # so that pytest can remove it
 
 
 def _lock(path: Path) -> None:
     path.chmod(0o000)
     if os.geteuid() == 0:  # which owns it otherwise
         os.chown(path, NOBODY, NOBODY)
-
-
-def _dead_mount(folder: Path) -> Callable[[], object]:
-    """Mount a FUSE file system whose server has gone; returns what unmounts it."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    try:
-        server = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        pytest.skip(f"no FUSE here: {error}")
-    options = f"fd={server},rootmode=40000,user_id=0,group_id=0".encode()
-    failed = libc.mount(b"dead", os.fsencode(folder), b"fuse", 0, options)
-    os.close(server)
-    if failed:
-        pytest.skip(f"not allowed to mount: {os.strerror(ctypes.get_errno())}")
-    detached = 2
-    return lambda: libc.umount2(os.fsencode(folder), detached)
 
 
 def unprivileged(command: list[str]) -> list[str]:

@@ -34,6 +34,7 @@ from batchclf.images.store import list_paths, read_image_file, require_images
 from batchclf.results.records import Failure, ImageRef, Loaded, Preprocess
 from tests.conftest import ROOT
 from tests.images.common import decode, encode, picture
+from tests.mounts import dead_mount
 
 JPEG = encode(picture(40, 30), "JPEG")
 
@@ -539,6 +540,36 @@ def test_a_file_or_folder_gone_since_the_listing_is_recorded_as_vanished(tmp_pat
     shutil.rmtree(tmp_path / "c")
     (tmp_path / "c").write_bytes(JPEG)
     assert [code(source, path) for path in paths] == ["vanished"] * 3
+
+
+def test_a_listing_does_not_end_early_where_its_input_goes_away_meanwhile(tmp_path: Path) -> None:
+    write(tmp_path, "in/a/1.jpg", "in/b/1.jpg")
+    paths = iter(list_paths(open_source(tmp_path / "in")))
+    assert next(paths) == b"a/1.jpg"
+    (tmp_path / "in").rename(tmp_path / "elsewhere")
+    with pytest.raises(EnvironmentFailed, match=r"input: .*/in: is no longer the folder"):
+        list(paths)
+
+
+def test_an_image_is_not_taken_for_vanished_where_its_input_is_another_folder(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, "in/1.jpg", "in/2.jpg")
+    write(tmp_path, "in/list.txt", content=b"1.jpg\n2.jpg\n")
+    sources = [open_source(tmp_path / "in" / spec) for spec in (".", "*.jpg", "list.txt")]
+    (tmp_path / "in").rename(tmp_path / "elsewhere")
+    write(tmp_path, "in/2.jpg")
+    for source in sources:
+        with pytest.raises(EnvironmentFailed, match="another folder is there now"):
+            read_image_file(source, b"1.jpg")
+        assert read_image_file(source, b"2.jpg") == JPEG, "as after a file system is mounted again"
+
+
+def test_an_image_on_a_dead_mount_ends_the_job_wherever_its_list_lies(tmp_path: Path) -> None:
+    (tmp_path / "mount").mkdir()
+    source = list_of(tmp_path, b"mount/1.jpg\n")
+    with dead_mount(tmp_path / "mount"), pytest.raises(EnvironmentFailed, match="ENOTCONN"):
+        read_image_file(source, b"mount/1.jpg")
 
 
 def _grow(path: Path) -> None:
