@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from batchclf.errors import EnvironmentFailed, UsageError
+from batchclf.results.files import RunFiles
+from batchclf.results.lock import only_writer
 from batchclf.system.paths import kind_of, require_readable
 from tests.conftest import ROOT
 from tests.mounts import dead_mount
@@ -146,6 +148,15 @@ def test_a_path_that_cannot_be_looked_at_is_named_with_its_key_and_the_cause(
         assert (code, answer["exit_code"]) == (exit_code, exit_code), (key, answer)
         assert answer["error"].startswith(f"{key.split(' ')[0]}: {faulty(key)}"), answer
         assert errno.errorcode[number] in answer["error"]
+
+
+def test_whoever_holds_an_output_is_told_the_same(tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    with (
+        pytest.raises(UsageError, match=r"^output: .*/circle: .*ELOOP"),
+        only_writer(RunFiles(tmp_path / "circle")),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT])
