@@ -10,7 +10,7 @@ from batchclf.cli.options import job_options, json_option, load
 
 @click.command("export")
 @job_options
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path, readable=False))
 @json_option("Print what was written as one JSON object.")
 def command(job: Path, folder: Path, sets: tuple[str, ...], as_json: bool, **direct: Any) -> None:
     """Write the model of JOB as a bundle into FOLDER.

@@ -35,7 +35,8 @@ def job_options(command: Command) -> Command:
         metavar="KEY=VALUE",
         help="Override any key of the job file, such as loader.workers=8; may be repeated.",
     )(command)
-    return click.argument("job", type=click.Path(path_type=Path))(command)
+    # What cannot be read is told as every other path of the job is, and as JSON where asked for.
+    return click.argument("job", type=click.Path(path_type=Path, readable=False))(command)
 
 
 def json_option(text: str) -> Callable[[Command], Command]:

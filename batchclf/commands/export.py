@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from batchclf.models.bundle import Bundle, copy_bundle
+from batchclf.models.bundle import Bundle, copy_bundle, require_place
 from batchclf.models.resolve import Log, resolve_model
 from batchclf.models.variants import needed_variant, resolve_variant
 from batchclf.runtime.classifier import open_reference
@@ -19,6 +19,7 @@ def export_job(job: JobSpec, folder: Path, log: Log) -> Bundle:
     Raises:
         BatchclfError: the model cannot be built, converted or written.
     """
+    require_place(folder)
     require_precision(job.provider.name, job.precision)
     require_provider("cpu")  # what the exported model is checked with
     model = resolve_model(

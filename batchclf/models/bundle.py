@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from batchclf.errors import EnvironmentFailed, ModelError
 from batchclf.models.onnx_guard import check_onnx
 from batchclf.results.records import Preprocess
+from batchclf.system.paths import kind_of
 
 MODEL_FILE = "model.onnx"
 META_FILE = "model.json"
@@ -324,6 +325,18 @@ def cached_folder(request: Mapping[str, object]) -> Path:
     return cache_folder() / f"{stem}-{digest_of(versions)[:8]}"
 
 
+def require_place(target: Path) -> None:
+    """Refuse a folder for a bundle in which something else is.
+
+    Raises:
+        ModelError: something else is at `target`.
+        UsageError, EnvironmentFailed: what is there cannot be looked at.
+    """
+    kinds = [kind_of(path, "FOLDER") for path in (target, target / META_FILE)]
+    if kinds[0] != "nothing" and kinds[1] == "nothing":
+        raise ModelError(f"{target}: exists and is no model bundle; give another folder")
+
+
 def copy_bundle(
     bundle: Bundle,
     target: Path,
@@ -340,8 +353,7 @@ def copy_bundle(
         ModelError: something else is at `target`.
         EnvironmentFailed: `target` cannot be written.
     """
-    if target.exists() and not (target / META_FILE).exists():
-        raise ModelError(f"{target}: exists and is no model bundle; give another folder")
+    require_place(target)
 
     def build(folder: Path) -> BundleMeta:
         _copy_members(bundle, folder)

@@ -14,6 +14,8 @@ import numpy as np
 
 from batchclf.errors import ModelError, UsageError
 from batchclf.models.bundle import (
+    CACHE_VARIABLE,
+    META_FILE,
     MODEL_FILE,
     Bundle,
     BundleMeta,
@@ -32,6 +34,7 @@ from batchclf.models.labels import imagenet_labels, read_labels, require_label_c
 from batchclf.models.onnx_guard import check_onnx
 from batchclf.results.records import Pixels, Preprocess, Scores
 from batchclf.spec.job import ModelSpec, PreprocessSpec
+from batchclf.system.paths import kind_of, require_readable
 
 TORCH_PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "safetensors")
 ONNX_PACKAGES = ("onnx",)
@@ -58,8 +61,9 @@ def resolve_model(
     Raises:
         ModelError: the model, its weights, labels or preprocessing do not fit together.
         WeightsUnavailable: pretrained weights could not be downloaded.
-        EnvironmentFailed: the cache cannot be written.
+        EnvironmentFailed: the cache cannot be written, or a file that the job names not be read.
     """
+    _require_readable(spec)
     labels, origin = _own_labels(spec)
     if spec.bundle is not None:
         bundle = open_bundle(spec.bundle)
@@ -77,12 +81,13 @@ def check_model(spec: ModelSpec) -> str:
 
     Raises:
         ModelError: unknown name, missing file, or labels that cannot be read.
-        EnvironmentFailed: the cached model may be anybody's.
+        EnvironmentFailed: the cached model may be anybody's, or a file cannot be read.
         UsageError: it has to be built, and what builds it is not installed.
     """
+    _require_readable(spec)
     labels, origin = _own_labels(spec)
     folder = spec.bundle or cached_folder(_request(spec, labels))
-    if spec.bundle is not None or folder.exists():
+    if spec.bundle is not None or kind_of(folder, CACHE_VARIABLE) != "nothing":
         bundle = open_bundle(folder) if spec.bundle is not None else open_cached(folder)
         require_label_count(labels or bundle.meta.labels, len(bundle.meta.labels), origin)
         _own_preprocess(spec, bundle)
@@ -133,6 +138,23 @@ def confirm_batch_size(
         found_NK, tiled(expected_NK, batch_size), f"{bundle.meta.name}, batch of {batch_size}"
     )
     remember_batch_size(bundle, batch_size)
+
+
+def _require_readable(spec: ModelSpec) -> None:
+    """Tell what cannot even be looked at from what is not there, or is no model.
+
+    Raises:
+        UsageError, EnvironmentFailed: naming the key, the path and the cause.
+    """
+    named = {
+        "model.onnx": spec.onnx,
+        "model.bundle": spec.bundle and spec.bundle / META_FILE,
+        "model.weights": spec.weights_path,
+        "model.labels": spec.labels_path,
+    }
+    for key, path in named.items():
+        if path is not None:
+            require_readable(path, key)
 
 
 def _own_labels(spec: ModelSpec) -> tuple[tuple[str, ...], str]:

@@ -31,6 +31,7 @@ from batchclf.results.files import (
     temporary_of,
 )
 from batchclf.system.machine import boot_id
+from batchclf.system.paths import kind_of
 
 LOCK_S = 0.2
 POLL_S = 0.05
@@ -49,9 +50,10 @@ def only_writer(files: RunFiles, renewed: Callable[[], None] = lambda: None) -> 
 
     Raises:
         ResumeRefused: another process holds it; its host and pid are named.
-        EnvironmentFailed: the folder cannot be created or written.
+        EnvironmentFailed: the folder cannot be looked at, created or written.
+        UsageError: its path is too long, or its links lead in a circle.
     """
-    is_new = not files.folder.exists()
+    is_new = kind_of(files.folder, "output") == "nothing"
     try:
         files.folder.mkdir(parents=True, exist_ok=True)
         if is_new:

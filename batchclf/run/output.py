@@ -11,6 +11,7 @@ from batchclf.results.files import RunFiles
 from batchclf.results.lock import Lease, only_writer
 from batchclf.results.records import Shard
 from batchclf.spec.job import JobSpec
+from batchclf.system.paths import kind_of
 
 
 def require_separate_output(job: JobSpec) -> None:
@@ -21,20 +22,22 @@ def require_separate_output(job: JobSpec) -> None:
 
     Raises:
         UsageError: also when the output is a file.
+        EnvironmentFailed: one of them cannot be looked at.
     """
+    kind = kind_of(job.input, "input")
+    if kind_of(job.output, "output") not in ("folder", "nothing"):
+        raise UsageError(f"output: {job.output} is a file; give a folder")
     # Path.resolve raises RuntimeError at a link that leads to itself.
     source, output = Path(os.path.realpath(job.input)), Path(os.path.realpath(job.output))
     if would_list(source, output / "predictions.jsonl"):
         raise UsageError(
             f"output: {job.output} lies inside the input {job.input}; give a folder outside it"
         )
-    if job.input.is_file() and source.is_relative_to(output):
+    if kind == "file" and source.is_relative_to(output):
         raise UsageError(
             f"output: {job.output} holds the input {job.input}, which a run could overwrite; "
             "give another folder"
         )
-    if job.output.exists() and not job.output.is_dir():
-        raise UsageError(f"output: {job.output} is a file; give a folder")
 
 
 @contextmanager

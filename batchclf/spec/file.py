@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 
 from batchclf.errors import JobFileError
 from batchclf.spec.job import JobSpec, is_weights_path
+from batchclf.system.paths import require_readable
 
 MAX_JOB_FILE_BYTES = 1_000_000
 MAX_DEPTH = 20
@@ -65,6 +66,7 @@ def load_job(
 
     Raises:
         JobFileError: with every problem found, one a line.
+        UsageError, EnvironmentFailed: the file cannot even be looked at.
     """
     if isinstance(overrides, Mapping):
         overrides = [Override(key, value, f"{key}={value}") for key, value in overrides.items()]
@@ -212,6 +214,7 @@ class _JobLoader(yaml.SafeLoader):
 
 def _parse(path: Path) -> _Document:
     name = str(path)
+    require_readable(path, "JOB")
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_JOB_FILE_BYTES + 1)

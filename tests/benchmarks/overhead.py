@@ -30,8 +30,8 @@ import batchclf.run.plan
 from batchclf.images.decode import Decoder
 from batchclf.images.load import loader_of
 from batchclf.images.prefetch import Load, zeroed_pixels
-from batchclf.images.source import open_source, read_image_file
-from batchclf.images.store import list_paths
+from batchclf.images.source import open_source
+from batchclf.images.store import list_paths, read_image_file
 from batchclf.models.resolve import ResolvedModel, resolve_model
 from batchclf.results.files import RunFiles
 from batchclf.results.lines import encode_record
@@ -200,7 +200,7 @@ def parts(folder: Path, num_images: int, decode: DecodeMode) -> Iterator[dict[st
         refs[:BATCH_SIZE], loaded, rank(scores_NK, labels, 5, is_probability=False)
     )
     for name, call, per_call in (
-        ("read", lambda: read_image_file(source.root, refs[0].path, confined=True), 1),
+        ("read", lambda: read_image_file(source, refs[0].path), 1),
         ("decode", lambda: decoder(data, b"0.jpg", slot_HWC), 1),
         ("rank", ranked, BATCH_SIZE),
         ("encode", lambda: b"".join(map(encode_record, records)), BATCH_SIZE),

@@ -1,9 +1,10 @@
-"""source.py: which files, in which order, and reading one without ever being led astray."""
+"""Which files an input holds, in which order; reading one without ever being led astray."""
 
 import base64
 import glob
 import json
 import os
+import pickle
 import shutil
 import socket
 import stat
@@ -16,16 +17,24 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchclf.errors import BatchclfError, EnvironmentFailed, NoImagesError, UsageError
-from batchclf.images.source import Source, open_source, read_image_file, require_images
-from batchclf.results.records import Failure, Loaded
+from batchclf.images import lists
+from batchclf.images.decode import Decoder
+from batchclf.images.lists import mark_repeated
+from batchclf.images.load import Loader
+from batchclf.images.source import Source, open_source
+from batchclf.images.store import list_paths, read_image_file, require_images
+from batchclf.results.records import Failure, ImageRef, Loaded, Preprocess
 from tests.conftest import ROOT
 from tests.images.common import decode, encode, picture
+from tests.mounts import dead_mount
 
 JPEG = encode(picture(40, 30), "JPEG")
 
@@ -40,7 +49,7 @@ def write(root: Path, *names: str | bytes, content: bytes = JPEG) -> None:
 
 
 def listed(source: Source) -> list[bytes]:
-    return list(source.paths())
+    return list(list_paths(source))
 
 
 def read(source: Source, path: bytes, timeout_s: float = 10.0) -> bytes | Failure:
@@ -48,7 +57,7 @@ def read(source: Source, path: bytes, timeout_s: float = 10.0) -> bytes | Failur
     found: list[bytes | Failure] = []
 
     def work() -> None:
-        found.append(read_image_file(source.root, path, confined=source.confined))
+        found.append(read_image_file(source, path))
 
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
@@ -104,9 +113,10 @@ def test_the_listing_is_depth_first_with_names_in_the_order_of_their_bytes(tree:
         source = open_source(Path(folder))
         # Depth first with sorted names is the order of the paths taken as lists of names.
         expected = sorted(files, key=lambda path: path.split(b"/"))
-        assert listed(source) == expected
-        assert listed(source) == expected, "and again"
-        assert source.num_left_out == 0
+        paths = list_paths(source)
+        assert list(paths) == expected
+        assert list(paths) == expected, "and again"
+        assert paths.num_left_out == 0
 
 
 def test_a_folder_comes_before_a_file_whose_name_goes_on_where_its_own_ends(
@@ -145,9 +155,10 @@ def test_hidden_folders_and_hidden_files_that_are_no_images_are_left_out_and_cou
     write(tmp_path, "b/.hidden.png", "b/.jpg", "notes.txt")
     source = open_source(tmp_path)
     expected = [b".a.jpg", b"a.jpg", b"b/.hidden.png", b"b/.jpg", b"notes.txt"]
+    paths = list_paths(source)
     for _ in range(2):
-        assert listed(source) == expected
-        assert source.num_left_out == 3
+        assert list(paths) == expected
+        assert paths.num_left_out == 3
 
 
 def test_the_files_of_a_large_folder_are_held_as_bare_names(tmp_path: Path) -> None:
@@ -157,23 +168,66 @@ def test_the_files_of_a_large_folder_are_held_as_bare_names(tmp_path: Path) -> N
     source = open_source(tmp_path)
     tracemalloc.start()
     try:
-        assert sum(1 for _ in source.paths()) == num_files
+        assert sum(1 for _ in list_paths(source)) == num_files
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak / num_files < 90  # 16 of the name, 33 of an object, 8 of a pointer, 8 spare
 
 
-def test_a_long_list_costs_no_more_memory_where_its_paths_are_long(tmp_path: Path) -> None:
-    lines = [b"%0500d.jpg\n" % number for number in range(2000)]
-    source = list_of(tmp_path, b"".join(lines))
+@pytest.mark.parametrize(
+    ("num_lines", "line", "limit"), [(200_000, b"%d\n", 45), (100_000, b"%0500d\n", 300)]
+)
+def test_a_long_list_costs_few_bytes_a_line_however_long_its_paths_are(
+    tmp_path: Path, num_lines: int, line: bytes, limit: int
+) -> None:
+    source = list_of(tmp_path, b"".join(line % number for number in range(num_lines)))
     tracemalloc.start()
     try:
-        assert sum(1 for _ in source.paths()) == len(lines)
+        assert sum(1 for _ in list_paths(source)) == num_lines
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak / len(lines) < 250
+    assert peak / num_lines < limit  # 16 of the digest, and what is held of the list at once
+
+
+@pytest.mark.parametrize("spec", [".", "*/*.jpg", "list.txt"])
+def test_an_input_is_data_that_lists_and_loads_the_same_in_another_process(
+    tmp_path: Path, spec: str
+) -> None:
+    write(tmp_path, "a/1.jpg", "a/2.jpg", "b/.hidden", "b/x.png", "list.txt", content=JPEG)
+    (tmp_path / "list.txt").write_bytes(b"b/x.png\na/1.jpg\ngone.jpg\nb/x.png\n")
+    source = open_source(tmp_path / spec)
+    loader = Loader(source, Decoder(Preprocess(8, (8, 8), "bilinear", None, None)))
+    paths = list_paths(source)
+    expected = list(paths), paths.num_left_out, [load(loader, path) for path in paths]
+    assert len(expected[0]) > 1
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE],
+        input=pickle.dumps((source, loader)),
+        cwd=ROOT,
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    assert pickle.loads(done.stdout) == expected
+    assert pickle.loads(pickle.dumps(source)) == source
+
+
+ELSEWHERE = """
+import pickle, sys
+from batchclf.images.store import list_paths
+from tests.images.test_source import load
+source, loader = pickle.load(sys.stdin.buffer)
+paths = list_paths(source)
+found = list(paths), paths.num_left_out, [load(loader, path) for path in paths]
+sys.stdout.buffer.write(pickle.dumps(found))
+"""
+
+
+def load(loader: Loader, path: bytes) -> tuple[Loaded, bytes]:
+    slot_HWC = np.zeros((8, 8, 3), np.uint8)
+    return loader(ImageRef(0, path), slot_HWC), slot_HWC.tobytes()
 
 
 # ---- names ---------------------------------------------------------------------------------------
@@ -488,6 +542,36 @@ def test_a_file_or_folder_gone_since_the_listing_is_recorded_as_vanished(tmp_pat
     assert [code(source, path) for path in paths] == ["vanished"] * 3
 
 
+def test_a_listing_does_not_end_early_where_its_input_goes_away_meanwhile(tmp_path: Path) -> None:
+    write(tmp_path, "in/a/1.jpg", "in/b/1.jpg")
+    paths = iter(list_paths(open_source(tmp_path / "in")))
+    assert next(paths) == b"a/1.jpg"
+    (tmp_path / "in").rename(tmp_path / "elsewhere")
+    with pytest.raises(EnvironmentFailed, match=r"input: .*/in: is no longer the folder"):
+        list(paths)
+
+
+def test_an_image_is_not_taken_for_vanished_where_its_input_is_another_folder(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, "in/1.jpg", "in/2.jpg")
+    write(tmp_path, "in/list.txt", content=b"1.jpg\n2.jpg\n")
+    sources = [open_source(tmp_path / "in" / spec) for spec in (".", "*.jpg", "list.txt")]
+    (tmp_path / "in").rename(tmp_path / "elsewhere")
+    write(tmp_path, "in/2.jpg")
+    for source in sources:
+        with pytest.raises(EnvironmentFailed, match="another folder is there now"):
+            read_image_file(source, b"1.jpg")
+        assert read_image_file(source, b"2.jpg") == JPEG, "as after a file system is mounted again"
+
+
+def test_an_image_on_a_dead_mount_ends_the_job_wherever_its_list_lies(tmp_path: Path) -> None:
+    (tmp_path / "mount").mkdir()
+    source = list_of(tmp_path, b"mount/1.jpg\n")
+    with dead_mount(tmp_path / "mount"), pytest.raises(EnvironmentFailed, match="ENOTCONN"):
+        read_image_file(source, b"mount/1.jpg")
+
+
 def _grow(path: Path) -> None:
     with path.open("ab") as file:
         file.write(b"more")
@@ -526,7 +610,7 @@ def test_a_file_that_changes_while_it_is_read_is_recorded_as_changed(
         return found
 
     monkeypatch.setattr(os, "read", read_and_change)
-    found = read_image_file(os.fsencode(tmp_path), b"x.jpg", confined=True)
+    found = read_image_file(open_source(tmp_path), b"x.jpg")
     assert found == Failure("changed", "changed while it was read")
     assert num_reads >= after_reads
 
@@ -544,8 +628,8 @@ def test_a_file_replaced_while_it_is_read_gives_one_whole_version(
         (tmp_path / "new").replace(path)
         return descriptor
 
-    monkeypatch.setattr("batchclf.images.source.os.open", open_and_replace)
-    found = read_image_file(os.fsencode(tmp_path), b"x.jpg", confined=True)
+    monkeypatch.setattr("batchclf.images.store.os.open", open_and_replace)
+    found = read_image_file(open_source(tmp_path), b"x.jpg")
     assert found == JPEG
 
 
@@ -553,7 +637,7 @@ def test_a_file_replaced_while_it_is_read_gives_one_whole_version(
 def test_a_file_of_any_size_is_read_whole(tmp_path: Path, num_bytes: int) -> None:
     content = bytes(number % 251 for number in range(1000)) * (num_bytes // 1000 + 1)
     (tmp_path / "x").write_bytes(content[:num_bytes])
-    assert read_image_file(os.fsencode(tmp_path), b"x", confined=True) == content[:num_bytes]
+    assert read_image_file(open_source(tmp_path), b"x") == content[:num_bytes]
 
 
 def test_reading_leaves_no_descriptor_open(tmp_path: Path) -> None:
@@ -561,18 +645,18 @@ def test_reading_leaves_no_descriptor_open(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "fifo")
-    root = os.fsencode(tmp_path)
+    source = open_source(tmp_path)
     before = len(os.listdir("/proc/self/fd"))
     for path in (b"a.jpg", b"d", b"loop", b"fifo", b"gone") * 20:
-        read_image_file(root, path, confined=True)
+        read_image_file(source, path)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_file_of_more_bytes_than_the_job_allows_is_not_read(tmp_path: Path) -> None:
     write(tmp_path, "x.jpg", content=b"12345")
-    root = os.fsencode(tmp_path)
-    assert read_image_file(root, b"x.jpg", confined=True, max_bytes=5) == b"12345"
-    found = read_image_file(root, b"x.jpg", confined=True, max_bytes=4)
+    source = open_source(tmp_path)
+    assert read_image_file(source, b"x.jpg", max_bytes=5) == b"12345"
+    found = read_image_file(source, b"x.jpg", max_bytes=4)
     assert found == Failure("too_large_bytes", "5 bytes; loader.max_bytes allows 4")
 
 
@@ -586,12 +670,14 @@ def test_a_sparse_file_of_a_terabyte_is_refused_at_once(tmp_path: Path) -> None:
 
 READ = """
 import os, sys
-from batchclf.images.source import open_source, read_image_file
+from batchclf.images.source import open_source
+from batchclf.images.store import list_paths, read_image_file
 from pathlib import Path
 folder = Path(sys.argv[1])
 source = open_source(folder)
-print(list(source.paths()), source.num_left_out)
-found = read_image_file(source.root, b"x.jpg", confined=True)
+paths = list_paths(source)
+print(list(paths), paths.num_left_out)
+found = read_image_file(source, b"x.jpg")
 print(len(found) if isinstance(found, bytes) else (found.code, found.message))
 """
 
@@ -701,10 +787,37 @@ def list_of(tmp_path: Path, content: bytes, name: str = "list.txt") -> Source:
 def test_a_list_is_taken_line_by_line(
     tmp_path: Path, content: bytes, expected: list[bytes], num_left_out: int
 ) -> None:
-    source = list_of(tmp_path, content)
+    paths = list_paths(list_of(tmp_path, content))
     for _ in range(2):
-        assert listed(source) == expected
-        assert source.num_left_out == num_left_out
+        assert list(paths) == expected
+        assert paths.num_left_out == num_left_out
+
+
+@settings(max_examples=200, deadline=None)
+@given(numbers=st.lists(st.integers(0, 60)), chunk=st.integers(1, 40))
+def test_of_a_path_that_a_list_names_again_the_first_counts(numbers: list[int], chunk: int) -> None:
+    paths = [b"%d.jpg" % number for number in numbers]
+    with patch.object(lists, "CHUNK_PATHS", chunk):
+        marked = [
+            pair for some, marks in mark_repeated(paths) for pair in zip(some, marks, strict=True)
+        ]
+    assert [path for path, _ in marked] == paths
+    assert [path for path, repeated in marked if not repeated] == list(dict.fromkeys(paths))
+
+
+def test_the_first_paths_of_a_list_come_before_its_last_lines_are_read(tmp_path: Path) -> None:
+    paths = iter(list_paths(list_of(tmp_path, b'"a.jpg"\n"b.jpg"\n"c.jpg"\n{}\n', "list.jsonl")))
+    assert [next(paths), next(paths), next(paths)] == [b"a.jpg", b"b.jpg", b"c.jpg"]
+    with pytest.raises(UsageError, match=r"list\.jsonl:4"):
+        next(paths)
+
+
+def test_a_list_with_many_lines_twice_is_taken_without_the_second_ones(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    paths = [b"%d.jpg" % number for number in rng.integers(0, 60_000, 100_000)]
+    found = list_paths(list_of(tmp_path, b"\n".join(paths)))
+    assert list(found) == list(dict.fromkeys(paths))
+    assert found.num_left_out == len(paths) - len(set(paths))
 
 
 def test_paths_in_a_list_are_relative_to_its_folder_or_absolute(
@@ -737,8 +850,9 @@ def test_a_jsonl_list_holds_texts_or_objects_with_a_path(tmp_path: Path) -> None
         '{"path": "a.jpg"}',
     ]
     source = list_of(tmp_path, "\ufeff".encode() + "\r\n".join(lines).encode(), "list.JSONL")
-    assert listed(source) == [b"a.jpg", b"b/1.jpg", "café.jpg".encode(), b"caf\xe9.jpg"]
-    assert source.num_left_out == 1
+    paths = list_paths(source)
+    assert list(paths) == [b"a.jpg", b"b/1.jpg", "café.jpg".encode(), b"caf\xe9.jpg"]
+    assert paths.num_left_out == 1
 
 
 @pytest.mark.parametrize(
@@ -951,7 +1065,8 @@ def test_an_image_behind_a_link_to_a_folder_is_enough(tmp_path: Path) -> None:
 
 def test_looking_for_an_image_does_not_block_on_a_fifo(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    code_ = "from batchclf.images.source import *; import sys, pathlib\n"
+    code_ = "from batchclf.images.source import *; import pathlib, sys\n"
+    code_ += "from batchclf.images.store import require_images\n"
     code_ += "require_images(open_source(pathlib.Path(sys.argv[1])))"
     done = subprocess.run(
         [sys.executable, "-c", code_, tmp_path],
