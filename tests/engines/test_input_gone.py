@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from batchclf.errors import EnvironmentFailed
+from batchclf.errors import NoImagesError
 from batchclf.spec.options import RunOptions
 from tests.conftest import read_records
 from tests.engines.common import (
@@ -88,7 +88,7 @@ def test_a_finished_job_whose_input_is_gone_keeps_its_records(
     job = finished_job(tmp_path)
     before = read_records(tmp_path / "out")
     assert run_here(job).was_complete
-    with pytest.raises(EnvironmentFailed, match=r"^input: "):
+    with pytest.raises(NoImagesError, match=r"^input: "):
         run_here(job, options)
     assert read_records(tmp_path / "out") == before
 
@@ -96,7 +96,7 @@ def test_a_finished_job_whose_input_is_gone_keeps_its_records(
 def test_records_that_are_lost_with_their_input_are_not_made_up(tmp_path: Path) -> None:
     job = finished_job(tmp_path)
     (tmp_path / "out" / "predictions.jsonl").unlink()
-    with pytest.raises(EnvironmentFailed, match=r"^input: "):
+    with pytest.raises(NoImagesError, match=r"^input: "):
         run_here(job)
     assert read_records(tmp_path / "out") == []
 
