@@ -50,7 +50,7 @@ def command(
     _require_compatible(overwrite, extend, retry_failed, codes, limit, shard)
     part = None if shard is None else _parse_shard(shard)
     only = None if codes is None else _parse_codes(codes)
-    with StopRequest().installed() as stop:
+    with StopRequest().installed(is_last=True) as stop:
         from batchclf.engines.local.board import Board
         from batchclf.engines.local.process import WorkerProcess
 

@@ -60,7 +60,7 @@ def command(
     more_precisions = _names("--precisions", precisions, get_args(Precision))
     more_decodes = _names("--decodes", decodes, get_args(DecodeMode))
     request = StopRequest("nothing was chosen; run the same command to start over")
-    with request.installed() as stop, Progress() as progress:
+    with request.installed(is_last=True) as stop, Progress() as progress:
         spec = load(job, sets, direct)
         if is_applied:
             _require_editable(job)

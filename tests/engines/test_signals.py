@@ -11,7 +11,7 @@ import pytest
 from batchclf.errors import Interrupted
 from batchclf.results.files import RunFiles
 from batchclf.results.lock import only_writer
-from batchclf.system.interrupt import StopRequest
+from batchclf.system.interrupt import REPEAT_S, StopRequest
 from tests.conftest import read_records
 from tests.engines.common import (
     Run,
@@ -176,13 +176,42 @@ def test_what_does_not_end_after_a_signal_is_dropped(tmp_path: Path) -> None:
     assert_as_undisturbed(tmp_path, but={name: "timeout"})
 
 
+@pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGINT], ids=["same", "other"])
+def test_a_signal_that_is_repeated_at_once_counts_once(tmp_path: Path, again: int) -> None:
+    job = write_job(tmp_path, 200, slow=True)
+    # A second for the test's own delays.
+    program = "def change(module):\n    module.REPEAT_S = 30.0\n"
+    with started(job, env=fault(tmp_path, program, "batchclf.system.interrupt")) as run:
+        run.wait_until(has_records(tmp_path / "out"))
+        run.process.terminate()
+        time.sleep(0.05)
+        run.process.send_signal(again)
+        assert_stopped(run)
+    assert run_json(tmp_path / "out")["status"] == "interrupted"
+    exit_code, said = finished(job)
+    assert exit_code == 0, said
+    assert_as_undisturbed(tmp_path)
+
+
+def test_the_timeout_command_which_signals_twice_is_heard_once(tmp_path: Path) -> None:
+    job = write_job(tmp_path, 400, slow=True)
+    for num_records in (1, 101, 201):
+        with started(job, through=("timeout", "--preserve-status", "1000")) as run:
+            run.wait_until(has_records(tmp_path / "out", num_records))
+            run.process.terminate()  # which it passes on as it does its own
+            assert_stopped(run)
+        assert run_json(tmp_path / "out")["status"] == "interrupted"
+    assert finished(job)[0] == 0
+    assert_as_undisturbed(tmp_path)
+
+
 def test_a_second_signal_ends_all_processes_at_once(tmp_path: Path) -> None:
-    job = write_job(tmp_path, 24, loader={"workers": 2, "backend": "processes"})
+    job = write_job(tmp_path, 24)
     hang(tmp_path, "hang")
     with started(job, env=poisoned_environment()) as run:
         run.wait_until(has_records(tmp_path / "out", 8))
         run.process.terminate()
-        time.sleep(0.2)
+        time.sleep(REPEAT_S + 0.2)
         run.process.send_signal(signal.SIGINT)
         assert run.end(timeout=5) == 130, run.stderr
         assert "did not end in time" not in run.stderr
