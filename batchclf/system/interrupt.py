@@ -1,7 +1,9 @@
-"""SIGINT, SIGTERM, SIGUSR1: ask the job to drain, commit and end; a second one ends it at once.
+"""SIGINT, SIGTERM, SIGHUP, SIGUSR1: have the job drain, commit and end; a second ends it at once.
 
-SIGUSR1 is what Slurm sends before the time is up (sbatch --signal); it counts as SIGTERM. Who asks
-once may be heard twice: coreutils' `timeout` signals its child and then the group that this is in.
+SIGHUP comes when a terminal closes or its connection drops; where it is ignored from the start, as
+by `nohup`, it stays so. SIGUSR1 is what Slurm sends before the time is up (sbatch --signal); it
+counts as SIGTERM. Who asks once may be heard twice: coreutils' `timeout` signals its child and then
+the group that this is in.
 """
 
 import os
@@ -16,9 +18,10 @@ from batchclf.errors import Interrupted
 SIGNALS: Mapping[int, int] = {
     signal.SIGINT: signal.SIGINT,
     signal.SIGTERM: signal.SIGTERM,
+    signal.SIGHUP: signal.SIGHUP,
     signal.SIGUSR1: signal.SIGTERM,
 }
-"""What ends a job, and which of the two signals it counts as."""
+"""What ends a job, and which signal it counts as."""
 REPEAT_S = 1.0
 """Signals within so many seconds of the first are the same request."""
 
@@ -64,8 +67,8 @@ class _StopNow(BaseException):
 class StopRequest:
     """Whether a signal came; while nothing is in flight, it ends the job right away.
 
-    `advice` is what its message says to do then; `signals`, which signals there are, and which of
-    SIGINT and SIGTERM each counts as.
+    `advice` is what its message says to do then; `signals`, which signals there are, and which one
+    each counts as.
     """
 
     def __init__(
@@ -114,7 +117,11 @@ class StopRequest:
         Raises:
             Interrupted: a signal ended what was going on.
         """
-        previous = {number: signal.signal(number, self._handle) for number in self._signals}
+        previous = {
+            number: signal.signal(number, self._handle)
+            for number in self._signals
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+        }
         try:
             yield self
         except BaseException as error:

@@ -1,9 +1,15 @@
 """Signals at every stage of a run, and a parent that dies: what is left, and what is resumable."""
 
+import fcntl
+import json
 import os
 import signal
+import subprocess
+import termios
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -11,7 +17,7 @@ import pytest
 from batchclf.errors import Interrupted
 from batchclf.results.files import RunFiles
 from batchclf.results.lock import only_writer
-from batchclf.system.interrupt import REPEAT_S, StopRequest
+from batchclf.system.interrupt import REPEAT_S, SIGNALS, StopRequest
 from tests.conftest import read_records
 from tests.engines.common import (
     Run,
@@ -39,10 +45,18 @@ def change(module):
 """
 
 
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """What a test starts hears SIGHUP, also where the tests themselves run under `nohup`."""
+    before = signal.signal(signal.SIGHUP, lambda *_: None)  # unlike SIG_IGN, not inherited
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def assert_stopped(run: Run, number: int = signal.SIGTERM) -> None:
     """It ends as promised and leaves no process; whether in 8 s, the fault harness measures."""
     exit_code = run.end(timeout=20)
-    counts_as = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+    counts_as = signal.Signals(SIGNALS[number])
     assert exit_code == 128 + counts_as, run.stderr
     assert f"stopped by {counts_as.name}; run the same command to resume" in run.stderr
     assert run.stderr.count("stopped by") == 1
@@ -59,7 +73,7 @@ def hang(folder: Path, kind: str) -> str:
 # ---- signals -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize(
     "module", ["click", "batchclf.cli.run", "batchclf.engines.local.supervisor"]
 )
@@ -76,7 +90,7 @@ def change(module):
         os.kill(os.getpid(), {number:d})
 """
     exit_code, said = finished(job, env=fault(tmp_path, program, module))
-    assert exit_code == (130 if number == signal.SIGINT else 143), said
+    assert exit_code == 128 + SIGNALS[number], said
     assert "Traceback" not in said
 
 
@@ -122,12 +136,12 @@ def test_a_signal_while_the_model_is_prepared_ends_that(tmp_path: Path) -> None:
     assert_as_undisturbed(tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_to_all_processes_counts_once_and_what_is_in_flight_is_committed(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    """As the Ctrl-C of a terminal, and as Slurm's signals, which may go to all."""
-    backend = "processes" if number == signal.SIGINT else "threads"
+    """As the Ctrl-C and the end of a terminal, and as Slurm's signals, which may go to all."""
+    backend = "threads" if number == signal.SIGUSR1 else "processes"
     job = write_job(tmp_path, 200, slow=True, loader={"workers": 2, "backend": backend})
     with started(job) as run:
         run.wait_until(has_records(tmp_path / "out"))
@@ -140,6 +154,45 @@ def test_a_signal_to_all_processes_counts_once_and_what_is_in_flight_is_committe
     exit_code, said = finished(job)
     assert exit_code == 0, said
     assert f"resuming after {num_done} of 200" in said
+    assert_as_undisturbed(tmp_path)
+
+
+def test_a_terminal_that_closes_stops_a_run(tmp_path: Path) -> None:
+    job = write_job(tmp_path, 200, slow=True)
+    ours, theirs = os.openpty()
+    streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    with started(job, **streams, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY)) as run:
+        os.close(theirs)
+        run.wait_until(has_records(tmp_path / "out"))
+        os.close(ours)
+        assert run.end(timeout=20) == 129
+    state = run_json(tmp_path / "out")
+    assert (state["status"], state["error"][:17]) == ("interrupted", "stopped by SIGHUP")
+    exit_code, said = finished(job)
+    assert (exit_code, "resuming after" in said) == (0, True), said
+    assert_as_undisturbed(tmp_path)
+
+
+def test_a_failure_that_is_printed_says_that_a_closed_terminal_interrupted_it(
+    tmp_path: Path,
+) -> None:
+    job = write_job(tmp_path, 200, slow=True)
+    with started(job, "--json", stdout=subprocess.PIPE) as run:
+        run.wait_until(has_records(tmp_path / "out"))
+        run.process.send_signal(signal.SIGHUP)
+        assert_stopped(run, signal.SIGHUP)
+        assert run.process.stdout is not None
+        answer = json.loads(run.process.stdout.read())
+        run.process.stdout.close()
+    assert (answer["status"], answer["exit_code"]) == ("interrupted", 129)
+
+
+def test_under_nohup_a_run_goes_on_when_its_terminal_closes(tmp_path: Path) -> None:
+    job = write_job(tmp_path, 200, slow=True, loader={"workers": 2, "backend": "processes"})
+    with started(job, through=("nohup",)) as run:
+        run.wait_until(has_records(tmp_path / "out"))
+        os.killpg(run.process.pid, signal.SIGHUP)
+        assert run.end() == 0, run.stderr
     assert_as_undisturbed(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 at random moments, from the first instant of a job to its last.
+"""SIGTERM, SIGINT, SIGHUP and SIGUSR1 at random moments, from a job's first instant to its last.
 
 A job ends with 128 and the signal's number within 8 s, and the same command finishes it; a repeat
 within a moment changes nothing, a second one after REPEAT_S ends it at once. SIGUSR1 counts as
@@ -21,7 +21,7 @@ KEYS = {"batch_size": 16}
 MAX_S = 8.0
 MAX_SECOND_S = 2.0
 """A second signal ends a job at once; the rest is a busy machine's."""
-SIGNALS = (*[signal.SIGTERM] * 6, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (*[signal.SIGTERM] * 6, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """One of them each time."""
 COLD = 8
 """Every so many starts, the model has to be prepared again."""
