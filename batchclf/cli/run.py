@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from batchclf.cli.options import job_options, json_option, load
-from batchclf.cli.streams import say
+from batchclf.cli.streams import print_result, say
 from batchclf.errors import UsageError
 from batchclf.system.interrupt import StopRequest
 
@@ -76,6 +76,8 @@ def command(
             Supervisor(progress, stop, descriptor, worker) as supervisor,
         ):
             result = supervisor.run(load(job, sets, direct), options)
+    if not result.was_complete:
+        _print_summary(result.summary, result.files.predictions)
     if as_json:
         answer = {
             "status": "complete",
@@ -84,9 +86,7 @@ def command(
             "predictions": str(result.files.predictions),
             **result.summary,
         }
-        click.echo(json.dumps(answer))
-    if not result.was_complete:
-        _print_summary(result.summary, result.files.predictions)
+        print_result(json.dumps(answer), f"the job is complete: {result.files.predictions}")
 
 
 def _require_compatible(
