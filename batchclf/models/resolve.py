@@ -108,7 +108,7 @@ def check_model(spec: ModelSpec) -> str:
     return f"{spec.name} ({spec.weights}), to be exported at the first run"
 
 
-def open_eager(spec: ModelSpec, threads: int) -> Run | str:
+def open_eager(spec: ModelSpec, threads: int, log: Log) -> Run | str:
     """The job's model in PyTorch itself, uint8 pixels NHWC to logits NK, or why there is none.
 
     Raises:
@@ -120,7 +120,7 @@ def open_eager(spec: ModelSpec, threads: int) -> Run | str:
         return f"the job names {given}, not a torchvision model"
     if missing := _missing(*TORCH_PACKAGES):
         return f"{', '.join(missing)} not installed: pip install 'batchclf[export]'"
-    export, model = _build_torchvision(spec)
+    export, model = _build_torchvision(spec, log)
     run: Run = export.eager(model, threads)
     return run
 
@@ -215,7 +215,7 @@ def _import_export(name: str) -> ModuleType:
     return export
 
 
-def _build_torchvision(spec: ModelSpec) -> tuple[ModuleType, Any]:
+def _build_torchvision(spec: ModelSpec, log: Log) -> tuple[ModuleType, Any]:
     """The module that holds torch, and the model it built."""
     assert spec.name is not None
     export = _import_export(spec.name)
@@ -225,6 +225,7 @@ def _build_torchvision(spec: ModelSpec) -> tuple[ModuleType, Any]:
         weights_path=spec.weights_path,
         num_classes=spec.num_classes,
         overrides=spec.preprocess,
+        log=log,
     )
     return export, model
 
@@ -241,7 +242,7 @@ def _build_from_torchvision(
 ) -> BundleMeta:
     assert spec.name is not None
     log(f"exporting {spec.name} ({spec.weights}) to ONNX; this is done once")
-    export, model = _build_torchvision(spec)
+    export, model = _build_torchvision(spec, log)
     if labels:
         require_label_count(labels, len(model.labels), spec.labels or "")
     checked = export.export_torchvision(

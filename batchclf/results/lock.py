@@ -31,6 +31,7 @@ from batchclf.results.files import (
     sync_folder,
     temporary_of,
 )
+from batchclf.system.alive import alive
 from batchclf.system.machine import boot_id
 
 LOCK_S = 0.2
@@ -129,6 +130,7 @@ def _lock(path: Path, seconds: float) -> int | None:
         os.close(descriptor)
         if time.monotonic() > ends_at:
             raise TimeoutError
+        alive()  # as its holder, whom the kernel watches
         time.sleep(POLL_S)
 
 

@@ -163,8 +163,8 @@ def test_tuned_settings_are_applied_whoever_reads_of_them(
 ) -> None:
     job = write_job(tmp_path, 8)
     before = job.read_text()
-    line = ("tune", job, "--budget", "20", "--apply", *options)
-    exit_code, said = with_stdout("/dev/full", gone, *line)
+    line = ("--budget", "20", "--apply", *options)
+    exit_code, said = with_stdout("/dev/full", gone, "tune", job, *line)
     assert exit_code == 5, said
     assert job.read_text() != before
     (error,) = (one for one in said if "stdout" in one)
