@@ -8,6 +8,7 @@ import subprocess
 import termios
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from batchclf.errors import Interrupted
 from batchclf.results.files import RunFiles
-from batchclf.results.lock import only_writer
+from batchclf.results.lock import RENEW_S, only_writer
 from batchclf.system.interrupt import REPEAT_S, SIGNALS, StopRequest
 from tests.conftest import read_records
 from tests.engines.common import (
@@ -31,6 +32,7 @@ from tests.engines.common import (
     write_job,
 )
 from tests.faults.poison import poisoned_environment, write_poison
+from tests.tiny import assert_same_records
 
 LATE = """
 if IS_WORKER:
@@ -201,7 +203,7 @@ def test_a_signal_while_a_suspect_is_tried_alone_ends_that(tmp_path: Path) -> No
     name = hang(tmp_path, "loop")
     with started(job, env=poisoned_environment()) as run:
         run.wait_to_say("to be tried alone")
-        run.wait_until(lambda: len(run.members()) == 3)
+        run.wait_until(lambda: len(run.members()) == 4)
         run.process.terminate()
         assert_stopped(run)
     assert run_json(tmp_path / "out")["status"] == "interrupted"
@@ -283,6 +285,52 @@ def test_as_the_first_process_of_a_container_a_job_is_stopped_as_well(tmp_path: 
     assert run_json(tmp_path / "out")["status"] == "interrupted"
 
 
+# ---- a file system that hangs --------------------------------------------------------------------
+
+
+@contextmanager
+def disk(folder: Path) -> Iterator[Path]:
+    """A file system of its own, which may be frozen within; a skip where none is to be had."""
+    image = folder / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    place = folder / "disk"
+    place.mkdir()
+    try:
+        subprocess.run(["mkfs.ext4", "-q", image], check=True)
+        subprocess.run(["mount", "-o", "loop", image, place], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["fsfreeze", "--unfreeze", place], check=False)
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@pytest.mark.parametrize("waits_s", [0.0, RENEW_S + 1], ids=["soon", "while the lease is renewed"])
+def test_a_run_whose_output_is_frozen_ends_at_a_signal_all_the_same(
+    tmp_path: Path, waits_s: float
+) -> None:
+    job = write_job(tmp_path, 2000, slow=True)
+    with disk(tmp_path) as place, started(job, "-o", str(place / "out")) as run:
+        run.wait_until(has_records(place / "out"))
+        subprocess.run(["fsfreeze", "--freeze", place], check=True)
+        time.sleep(waits_s)
+        sent = time.monotonic()
+        run.process.terminate()
+        assert run.process.wait(20) == 143, run.stderr
+        print(f"ended {time.monotonic() - sent:.1f} s after the signal")
+        assert "Traceback" not in run.stderr
+        subprocess.run(["fsfreeze", "--unfreeze", place], check=True)
+        assert run.end() == 143
+        exit_code, said = finished(job, "-o", str(place / "out"))
+        assert exit_code == 0, said
+        assert run_json(place / "out")["status"] == "complete"
+        expected = read_records(tmp_path / "undisturbed")
+        assert_same_records(read_records(place / "out"), expected)
+
+
 # ---- a parent that dies --------------------------------------------------------------------------
 
 
@@ -296,7 +344,7 @@ def test_nothing_outlives_a_killed_parent_even_in_an_endless_loop(
         run.wait_until((tmp_path / "out" / "run.json").exists)
         time.sleep(1)  # to be at that image
         members = run.members()
-        assert len(members) == {"threads": 2, "processes": 4}[backend]
+        assert len(members) == {"threads": 3, "processes": 5}[backend]
         run.process.kill()
         run.process.wait()
         assert_gone(members[1:])

@@ -39,8 +39,11 @@ from batchclf.system.interrupt import StopRequest
 TICK_S = 0.1
 LOOK_S = 0.5
 """How often the worker's progress is looked at."""
-DRAIN_S = 7.0
+DRAIN_S = 5.8
 """Seconds that a worker has to end after a signal; 8 are promised."""
+MARK_S = 10.0
+MARK_STOPPED_S = 1.0
+"""Seconds that run.json may take to be written at the end, and after a signal."""
 MAX_FUTILE = 3
 """Deaths of a worker in a row, without a record or a culprit between them, that a job survives."""
 ISOLATE_AFTER = 2
@@ -116,7 +119,7 @@ class Supervisor:
                 return self._run(job, options, lease)
             except BatchclfError as error:
                 self._worker.kill()
-                self._mark(RunFiles(job.output, options.shard), error)
+                self._mark(RunFiles(job.output, options.shard), error, lease)
                 raise
             finally:  # before the output is let go of
                 self._worker.kill()
@@ -149,12 +152,13 @@ class Supervisor:
             self._num_images = 0
             self._worker = WorkerProcess(self._descriptor)
 
-    def _mark(self, files: RunFiles, error: BatchclfError) -> None:
+    def _mark(self, files: RunFiles, error: BatchclfError, lease: Lease) -> None:
         """Say in run.json how a run ended, where its worker no longer could."""
         if self._beginning is None or isinstance(error, ResumeRefused):
             return  # it is another run's, or another process's by now
-        with suppress(EnvironmentFailed):  # the disk that failed the job fails this as well
-            mark_ended(files, error)
+        seconds = MARK_S if self._stop.signal_number is None else MARK_STOPPED_S
+        with suppress(EnvironmentFailed, OSError):  # what failed the job fails this as well
+            lease.apart.do(seconds, mark_ended, files, error)
 
     def _learn(self, recovery: Recovery, death: Death, num_futile: int) -> Recovery:
         """How the next worker is to go on after a death."""
