@@ -48,9 +48,8 @@ class Apart:
 
     def __exit__(self, *exception: object) -> None:
         self._connection.close()
-        if not self._is_left:
-            with suppress(TimeoutExpired):
-                self._process.wait(END_S)
+        with suppress(TimeoutExpired):
+            self._process.wait(TICK_S if self._is_left else END_S)
 
     def do(
         self, seconds: float, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs

@@ -290,7 +290,7 @@ def test_as_the_first_process_of_a_container_a_job_is_stopped_as_well(tmp_path: 
 
 @contextmanager
 def disk(folder: Path) -> Iterator[Path]:
-    """A file system of its own, which may be frozen within; a skip where none is to be had."""
+    """A file system of its own; a skip where none is to be had."""
     image = folder / "disk.img"
     with image.open("wb") as file:
         file.truncate(64 << 20)
@@ -304,8 +304,17 @@ def disk(folder: Path) -> Iterator[Path]:
     try:
         yield place
     finally:
-        subprocess.run(["fsfreeze", "--unfreeze", place], check=False)
         subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@contextmanager
+def frozen(place: Path) -> Iterator[None]:
+    """Within, whoever writes to a file system is stuck in the kernel, and cannot be killed."""
+    subprocess.run(["fsfreeze", "--freeze", place], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["fsfreeze", "--unfreeze", place], check=True)
 
 
 @pytest.mark.parametrize("waits_s", [0.0, RENEW_S + 1], ids=["soon", "while the lease is renewed"])
@@ -315,14 +324,13 @@ def test_a_run_whose_output_is_frozen_ends_at_a_signal_all_the_same(
     job = write_job(tmp_path, 2000, slow=True)
     with disk(tmp_path) as place, started(job, "-o", str(place / "out")) as run:
         run.wait_until(has_records(place / "out"))
-        subprocess.run(["fsfreeze", "--freeze", place], check=True)
-        time.sleep(waits_s)
-        sent = time.monotonic()
-        run.process.terminate()
-        assert run.process.wait(20) == 143, run.stderr
-        print(f"ended {time.monotonic() - sent:.1f} s after the signal")
-        assert "Traceback" not in run.stderr
-        subprocess.run(["fsfreeze", "--unfreeze", place], check=True)
+        with frozen(place):
+            time.sleep(waits_s)
+            sent = time.monotonic()
+            run.process.terminate()
+            assert run.process.wait(20) == 143, run.stderr
+            print(f"ended {time.monotonic() - sent:.1f} s after the signal")
+            assert "Traceback" not in run.stderr
         assert run.end() == 143
         exit_code, said = finished(job, "-o", str(place / "out"))
         assert exit_code == 0, said

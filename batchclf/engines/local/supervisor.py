@@ -39,10 +39,10 @@ from batchclf.system.interrupt import StopRequest
 TICK_S = 0.1
 LOOK_S = 0.5
 """How often the worker's progress is looked at."""
-DRAIN_S = 5.8
+DRAIN_S = 5.5
 """Seconds that a worker has to end after a signal; 8 are promised."""
 MARK_S = 10.0
-MARK_STOPPED_S = 1.0
+MARK_STOPPED_S = 0.8
 """Seconds that run.json may take to be written at the end, and after a signal."""
 MAX_FUTILE = 3
 """Deaths of a worker in a row, without a record or a culprit between them, that a job survives."""
