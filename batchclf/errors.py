@@ -14,7 +14,7 @@ BatchclfError                 1  unexpected; also the root of the tree
 │   └── PrecisionRefused         a reduced precision agrees too seldom with fp32
 ├── WorkerFailed              1  the job's process met a bug, or died or hung again and again
 ├── DeviceLost                1  the device does not answer any more
-└── Interrupted        130, 143  SIGINT or SIGTERM: drained, committed, resumable
+└── Interrupted   129, 130, 143  SIGHUP, SIGINT or SIGTERM: drained, committed, resumable
 
 A bad image is none of these: it is a `Failure` record (results/records.py).
 """

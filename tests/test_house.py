@@ -20,6 +20,7 @@ ROOMS = ("images", "models", "runtime", "results")
 SHARED = (
     *("batchclf", "batchclf.errors", "batchclf.spec.job", "batchclf.results.records"),
     *("batchclf.system.machine", "batchclf.system.children", "batchclf.system.paths"),
+    *("batchclf.system.alive", "batchclf.system.apart"),
 )
 """What every room may import: the version, the words that pass between rooms, the spec, and what
 this machine and the processes on it are."""

@@ -7,13 +7,14 @@ import importlib
 import json
 import sys
 import traceback
+from contextlib import suppress
 from typing import Any
 
 import click
 
 from batchclf import __version__
-from batchclf.cli.streams import open_standard_streams, say
-from batchclf.errors import BatchclfError, Interrupted, WorkerFailed
+from batchclf.cli.streams import open_standard_streams, print_result, say
+from batchclf.errors import BatchclfError, EnvironmentFailed, Interrupted, WorkerFailed
 from batchclf.system.interrupt import end_as_usual
 
 AS_JSON = "json"
@@ -59,7 +60,8 @@ class LazyGroup(click.Group):
             if ctx.obj == AS_JSON:
                 status = "interrupted" if isinstance(error, Interrupted) else "failed"
                 answer = {"status": status, "exit_code": error.exit_code, "error": str(error)}
-                click.echo(json.dumps(answer))
+                with suppress(EnvironmentFailed):  # stderr says more
+                    print_result(json.dumps(answer))
             say(f"batchclf: {error}")
             for note in getattr(error, "__notes__", ()):
                 say(f"batchclf: {note}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from batchclf.cli.options import json_option
-from batchclf.cli.streams import printable
+from batchclf.cli.streams import as_lines, print_result
 
 if TYPE_CHECKING:
     from batchclf.commands.doctor import Diagnosis
@@ -27,10 +27,9 @@ def command(as_json: bool) -> None:
 
     found = diagnose()
     if as_json:
-        click.echo(orjson.dumps(asdict(found)).decode())
-        return
-    for line in _lines(found):
-        click.echo(printable(line))
+        print_result(orjson.dumps(asdict(found)).decode())
+    else:
+        print_result(as_lines(*_lines(found)))
 
 
 def _lines(found: "Diagnosis") -> list[str]:

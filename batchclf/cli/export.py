@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from batchclf.cli.options import job_options, json_option, load
+from batchclf.cli.streams import print_result
 
 
 @click.command("export")
@@ -35,4 +36,4 @@ def command(job: Path, folder: Path, sets: tuple[str, ...], as_json: bool, **dir
         progress.log(f"bundle: {folder}: {bundle.meta.name}, {len(bundle.meta.labels):,} classes")
     if as_json:
         found = {"bundle": str(folder), "name": bundle.meta.name, "digest": bundle.digest}
-        click.echo(json.dumps(found))
+        print_result(json.dumps(found), f"the bundle is complete: {folder}")

@@ -9,7 +9,7 @@ import click
 
 from batchclf import STARTED
 from batchclf.cli.options import job_options, json_option, load
-from batchclf.cli.streams import say
+from batchclf.cli.streams import print_result, say
 from batchclf.errors import UsageError
 from batchclf.system.interrupt import StopRequest
 
@@ -52,7 +52,7 @@ def command(
     """
     part = None if shard is None else _parse_shard(shard)
     only = None if codes is None else _parse_codes(codes)
-    with StopRequest().installed() as stop:
+    with StopRequest().installed(is_last=True) as stop:
         from batchclf.engines.local.process import Workers
 
         with Workers() as workers:  # the first of all: it imports while this process does
@@ -72,6 +72,8 @@ def command(
             with Progress() as progress:
                 supervisor = Supervisor(workers, progress, stop, STARTED)
                 result = supervisor.run(load(job, sets, direct), options)
+    if not result.was_complete:
+        _print_summary(result.summary, result.files.predictions)
     if as_json:
         answer = {
             "status": "complete",
@@ -81,9 +83,7 @@ def command(
             "type": "summary",
             **result.summary.model_dump(mode="json"),
         }
-        click.echo(json.dumps(answer))
-    if not result.was_complete:
-        _print_summary(result.summary, result.files.predictions)
+        print_result(json.dumps(answer), f"the job is complete: {result.files.predictions}")
 
 
 def _parse_codes(text: str) -> frozenset[str]:

@@ -2,6 +2,8 @@
 
 import click
 
+from batchclf.cli.streams import print_result
+
 
 @click.command("schema")
 def command() -> None:
@@ -16,4 +18,4 @@ def command() -> None:
 
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     schema |= JobSpec.model_json_schema()
-    click.echo(orjson.dumps(schema, option=orjson.OPT_INDENT_2).decode())
+    print_result(orjson.dumps(schema, option=orjson.OPT_INDENT_2).decode())

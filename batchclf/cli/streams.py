@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from batchclf.errors import EnvironmentFailed
+
 STDERR = 2
 PATIENCE_S = 0.2
 """Seconds that whoever reads a pipe or a terminal may take to make room for a line."""
@@ -22,6 +24,28 @@ def open_standard_streams() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - until the end
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def print_result(text: str, done: str = "") -> None:
+    """What a command was asked for, on stdout; `done` says what is complete, though it is not read.
+
+    Where the reader is gone, no error comes of it: the command ends as its work did.
+
+    Raises:
+        EnvironmentFailed: stdout cannot be written.
+    """
+    data = f"{text}\n".encode(sys.stdout.encoding, "backslashreplace")
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        _to_nowhere(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            return
+        raise EnvironmentFailed(
+            f"stdout cannot be written: {error.strerror}; the result is not printed"
+            + (f", but {done}" if done else "")
+        ) from error
 
 
 def say(text: str) -> None:
@@ -54,9 +78,19 @@ def unless_gone(stream: TextIO) -> Iterator[None]:
     try:
         yield
     except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        _to_nowhere(stream)
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    """What is printed there from now on, and what is left in its buffer, goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def as_lines(*lines: str) -> str:
+    """Lines for people, each made `printable`."""
+    return "\n".join(map(printable, lines))
 
 
 def printable(text: str) -> str:

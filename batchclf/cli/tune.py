@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from batchclf.cli.options import job_options, json_option, load
-from batchclf.cli.streams import printable, say
+from batchclf.cli.streams import as_lines, print_result, say
 from batchclf.errors import UsageError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def command(
     more_precisions = _names("--precisions", precisions, get_args(Precision))
     more_decodes = _names("--decodes", decodes, get_args(DecodeMode))
     request = StopRequest("nothing was chosen; run the same command to start over")
-    with request.installed() as stop, Progress() as progress:
+    with request.installed(is_last=True) as stop, Progress() as progress:
         spec = load(job, sets, direct)
         if is_applied:
             _require_editable(job)
@@ -69,20 +69,22 @@ def command(
 
         options = TuneOptions(budget, sizes, more_precisions, more_decodes)
         tuned = tune_job(spec, options, log=progress.log, stop=stop)
-    if not as_json:
-        for line in (*_table(tuned), *_conclusion(tuned)):
-            click.echo(printable(line))
-    if is_applied:
-        from batchclf.spec.edit import write_settings
+    files = f"{spec.output / 'tune.jsonl'}, {spec.output / 'tune.png'}"
+    done = f"tuning is complete: {files}"
+    try:
+        if not as_json:
+            print_result(as_lines(*_table(tuned), *_conclusion(tuned)), done)
+    finally:  # whoever reads it
+        if is_applied:
+            from batchclf.spec.edit import write_settings
 
-        write_settings(job, tuned.keys)
+            write_settings(job, tuned.keys)
     if as_json:
-        click.echo(json.dumps(_answer(tuned, spec.output, is_applied)))
+        print_result(json.dumps(_answer(tuned, spec.output, is_applied)), done)
         return
     if is_applied:
         say(f"batchclf: written into {job}")
-    files = f"batchclf: {spec.output / 'tune.jsonl'}, {spec.output / 'tune.png'}"
-    say(files)
+    say(f"batchclf: {files}")
 
 
 def _require_editable(job: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from batchclf.cli.options import job_options, json_option, load
-from batchclf.cli.streams import printable, say
+from batchclf.cli.streams import as_lines, print_result, say
 
 
 @click.command("validate")
@@ -26,13 +26,13 @@ def command(job: Path, sets: tuple[str, ...], as_json: bool, **direct: Any) -> N
 
     checked = check_job(spec, log=lambda text: say(f"batchclf: {text}"))
     if as_json:
-        click.echo(json.dumps({"valid": True, **asdict(checked)}))
-        return
-    left_out = f" ({checked.num_left_out:,} left out)" if checked.num_left_out else ""
-    for line in (
-        f"images:   {checked.num_images:,}{left_out} in {spec.input}",
-        f"model:    {checked.model}",
-        f"provider: {checked.provider}",
-        f"output:   {spec.output}",
-    ):
-        click.echo(printable(line))
+        text = json.dumps({"valid": True, **asdict(checked)})
+    else:
+        left_out = f" ({checked.num_left_out:,} left out)" if checked.num_left_out else ""
+        text = as_lines(
+            f"images:   {checked.num_images:,}{left_out} in {spec.input}",
+            f"model:    {checked.model}",
+            f"provider: {checked.provider}",
+            f"output:   {spec.output}",
+        )
+    print_result(text, f"{job} is valid")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchclf.cli.options import job_options, json_option, load
-from batchclf.cli.streams import printable
+from batchclf.cli.streams import as_lines, print_result
 
 if TYPE_CHECKING:
     from batchclf.commands.verify import Backend, Verified
@@ -46,11 +46,9 @@ def command(
 
     with Progress() as progress:
         found = verify_job(spec, num_images, progress.log)
-    if as_json:
-        click.echo(json.dumps(asdict(found)))
-    else:
-        for line in _table(found):
-            click.echo(printable(line))
+    text = json.dumps(asdict(found)) if as_json else as_lines(*_table(found))
+    verdict = "they agree" if found.agree else "they disagree"
+    print_result(text, f"the comparison is complete: {verdict}")
     if not found.agree:
         sys.exit(1)
 

@@ -109,7 +109,7 @@ def verify_job(job: JobSpec, num_images: int, log: Log) -> Verified:
     opened = open_devices(wanted, fallback)
     measured: list[_Measured] = []
     left_out: dict[str, str] = {}
-    eager = open_eager(job.model, usable_cores())
+    eager = open_eager(job.model, usable_cores(), log)
     if isinstance(eager, str):
         left_out["PyTorch eager"] = eager
     else:

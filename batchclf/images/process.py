@@ -37,7 +37,7 @@ END_S = 5.0
 """Seconds a killed process may take to end; one that is stuck in the kernel is left behind."""
 Beat = Callable[[], None]
 """Told that there is progress, though no image is finished: a process was ended over one."""
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """The parent drains, and ends the processes."""
 
 

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from batchclf.errors import EnvironmentFailed, ModelError
 from batchclf.models.onnx_guard import check_onnx
 from batchclf.results.records import Preprocess
+from batchclf.system.alive import alive
 from batchclf.system.paths import kind_of
 
 MODEL_FILE = "model.onnx"
@@ -36,6 +37,8 @@ MAX_PROTOBUF_BYTES = 1_900_000_000
 MAX_META_BYTES = 64_000_000
 """A million labels, twice over."""
 CACHE_VARIABLE = "BATCHCLF_CACHE_DIR"
+BEAT_S = 0.5
+"""How often who waits for another process tells that it is alive."""
 _AGAIN = "write it again with `batchclf export`"
 
 MemberName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}$")]
@@ -202,7 +205,10 @@ def cached_bundle(
             lock.acquire(timeout=0)
         except Timeout:
             log("another process is building this model; waiting for it")
-            lock.acquire()
+            while not lock.is_locked:
+                alive()  # so is the other process, or the kernel would free the lock
+                with suppress(Timeout):
+                    lock.acquire(timeout=BEAT_S)
     except OSError as error:
         raise EnvironmentFailed(
             f"{cache_folder()}: the model cache cannot be written: {error.strerror}; "

@@ -14,11 +14,10 @@ import math
 import os
 import pickle
 import re
-import sys
 import urllib.error
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from torchvision import models as zoo
 from batchclf.errors import ModelError, WeightsUnavailable
 from batchclf.models.bundle import MAX_PROTOBUF_BYTES, MODEL_FILE, sha256_of
 from batchclf.models.checks import OpenReference, Run, assert_same_scores, sample_pixels, tiled
+from batchclf.models.download import downloaded
 from batchclf.results.records import Interpolation, Preprocess
 from batchclf.spec.job import PreprocessSpec
 
@@ -73,6 +73,7 @@ def build_torchvision(
     weights_path: Path | None,
     num_classes: int | None,
     overrides: PreprocessSpec | None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> TorchvisionModel:
     """Build a torchvision classification model with pretrained, own or random weights.
 
@@ -82,6 +83,7 @@ def build_torchvision(
         weights_path: a .pth (state dict, read with `weights_only=True`) or .safetensors file.
         num_classes: classes of the head; inferred from the file when None.
         overrides: parts of the preprocessing to replace.
+        log: told of a download.
 
     Raises:
         ModelError: unknown model or weights, or a file that does not fit the model.
@@ -107,7 +109,7 @@ def build_torchvision(
                 f"model.num_classes: found {num_classes}, but {member} has "
                 f"{len(member.meta['categories'])}; it goes with weights from a file, or none"
             )
-        module = _build_pretrained(name, member)
+        module = _build_pretrained(name, member, log)
         labels = tuple(member.meta["categories"])
     module = module.eval().float()
     preprocess = _preprocess(member, overrides)
@@ -191,13 +193,15 @@ def _bare(name: str, num_classes: int, **options: object) -> nn.Module:
     return module
 
 
-def _build_pretrained(name: str, member: zoo.WeightsEnum) -> nn.Module:
+def _build_pretrained(name: str, member: zoo.WeightsEnum, log: Callable[[str], None]) -> nn.Module:
     _require_safe_torch(f"weights {member}")
     path = Path(torch.hub.get_dir(), "checkpoints", Path(member.url).name)
     try:
-        # torch.hub prints what it downloads.
-        with contextlib.redirect_stdout(sys.stderr), _tensors_only():
-            _require_hash(path)
+        with _tensors_only():
+            if path.exists():
+                _require_hash(path, path.name)
+            else:
+                _download(member.url, path, log)
             module: nn.Module = zoo.get_model(name, weights=member)
         return module
     except (
@@ -237,10 +241,18 @@ def _tensors_only() -> Iterator[None]:
             os.environ[_FORCE_WEIGHTS_ONLY] = before
 
 
-def _require_hash(path: Path) -> None:
-    """torch.hub compares the hash of what it downloads, but not of a file that is there already."""
-    expected = _HASH_IN_NAME.search(path.name)
-    if expected and path.exists() and not sha256_of(path).startswith(expected[1]):
+def _download(url: str, path: Path, log: Callable[[str], None]) -> None:
+    """Put weights where torch.hub looks for them, whose own download may wait for ever."""
+    log(f"downloading {url}")
+    with downloaded(url, path.parent) as partial:
+        _require_hash(partial, path.name)
+        os.replace(partial, path)
+
+
+def _require_hash(path: Path, name: str) -> None:
+    """torch.hub takes a file that is there as it is."""
+    expected = _HASH_IN_NAME.search(name)
+    if expected and not sha256_of(path).startswith(expected[1]):
         raise RuntimeError(f"invalid hash value of {path}")
 
 

@@ -100,7 +100,7 @@ def check_model(spec: ModelSpec) -> str:
     return f"{spec.name} ({spec.weights}), to be exported at the first run"
 
 
-def open_eager(spec: ModelSpec, threads: int) -> Run | str:
+def open_eager(spec: ModelSpec, threads: int, log: Log) -> Run | str:
     """The job's model in PyTorch itself, uint8 pixels NHWC to logits NK, or why there is none.
 
     Raises:
@@ -112,7 +112,7 @@ def open_eager(spec: ModelSpec, threads: int) -> Run | str:
         return f"the job names {given}, not a torchvision model"
     if missing := _missing(*TORCH_PACKAGES):
         return f"{', '.join(missing)} not installed: pip install 'batchclf[export]'"
-    export, model = _build_torchvision(spec)
+    export, model = _build_torchvision(spec, log)
     run: Run = export.eager(model, threads)
     return run
 
@@ -224,7 +224,7 @@ def _import_export(name: str) -> ModuleType:
     return export
 
 
-def _build_torchvision(spec: ModelSpec) -> tuple[ModuleType, Any]:
+def _build_torchvision(spec: ModelSpec, log: Log) -> tuple[ModuleType, Any]:
     """The module that holds torch, and the model it built."""
     assert spec.name is not None
     export = _import_export(spec.name)
@@ -234,6 +234,7 @@ def _build_torchvision(spec: ModelSpec) -> tuple[ModuleType, Any]:
         weights_path=spec.weights_path,
         num_classes=spec.num_classes,
         overrides=spec.preprocess,
+        log=log,
     )
     return export, model
 
@@ -262,7 +263,7 @@ class _Building:
         spec = self.spec
         assert spec.name is not None
         self.log(f"exporting {spec.name} ({spec.weights}) to ONNX; this is done once")
-        export, model = _build_torchvision(spec)
+        export, model = _build_torchvision(spec, self.log)
         if self.labels:
             require_label_count(self.labels, len(model.labels), spec.labels or "")
         checked = export.export_torchvision(

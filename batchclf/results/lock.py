@@ -4,11 +4,13 @@ On one machine the lock decides (flock). Other machines that share the folder ma
 them the holder renews its lease, a small file, every few seconds, and a lease that is not renewed
 any more is taken over. Its age is told by the clock of the file system alone, so clocks that differ
 do not matter. A holder that was itself stopped for long must look whether the lease is still its
-own before it writes on: `Lease.check`.
+own before it writes on: `Lease.check`. While it is held, its files are touched in a process apart:
+the holder ends in time also where their file system hangs.
 """
 
 import fcntl
 import json
+import math
 import os
 import secrets
 import socket
@@ -17,11 +19,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from errno import ENOENT, ENOLCK, ENOSYS, EOPNOTSUPP
+from errno import ENOLCK, ENOSYS, EOPNOTSUPP
 from pathlib import Path
 from typing import Any
 
-from batchclf.errors import BatchclfError, ResumeRefused
+from batchclf.errors import BatchclfError, EnvironmentFailed, ResumeRefused
+from batchclf.results.claim import give_back, is_ours, remove_if_unused, renew
 from batchclf.results.files import (
     RunFiles,
     open_temporary,
@@ -30,6 +33,7 @@ from batchclf.results.files import (
     sync_folder,
     temporary_of,
 )
+from batchclf.system.apart import Apart, LeftBehind
 from batchclf.system.machine import boot_id
 from batchclf.system.paths import kind_of
 
@@ -40,6 +44,8 @@ LEASE_S = 30.0
 """A lease that was not renewed for so long is given up."""
 RENEW_S = 5.0
 SETTLE_S = 0.5
+DROP_S = 0.5
+"""Seconds that a lease may take to be given back."""
 
 
 @contextmanager
@@ -64,11 +70,16 @@ def only_writer(files: RunFiles, renewed: Callable[[], None] = lambda: None) -> 
     except OSError as error:
         raise output_failed(files.folder, error) from error
     try:
-        with _leased(files, is_locked=lock is not None, renewed=renewed) as lease:
-            yield lease
+        with _started(files) as apart:
+            lease = Lease(files, renewed, apart)
+            try:
+                with _leased(files, lease, is_locked=lock is not None):
+                    yield lease
+            finally:
+                if is_new:
+                    with suppress(OSError):
+                        apart.do(DROP_S, remove_if_unused, files.lock)
     finally:
-        if is_new:
-            _remove_if_unused(files)
         if lock is not None:
             os.close(lock)
 
@@ -103,7 +114,8 @@ def _lock(path: Path, seconds: float) -> int | None:
 class Lease:
     """This process's claim on an output, renewed by a thread of its own."""
 
-    def __init__(self, files: RunFiles, renewed: Callable[[], None]) -> None:
+    def __init__(self, files: RunFiles, renewed: Callable[[], None], apart: Apart) -> None:
+        self.apart = apart
         self._path = files.lease
         self._renewed = renewed
         self._token = secrets.token_hex(8)
@@ -146,17 +158,16 @@ class Lease:
         os.replace(temporary, self._path)
         if holder is not None and not (is_locked and holder.get("boot_id") == boot_id()):
             time.sleep(SETTLE_S)  # another machine may be taking it over as well
-            if not self._is_ours():
+            if not is_ours(self._path, self._token):
                 raise _refused_by_lease(self._path.parent, read_json(self._path) or {})
         self._thread.start()
 
     def drop(self) -> None:
-        """Give the lease back."""
+        """Give the lease back; where its file system hangs, it stays."""
         self._ended.set()
+        with suppress(OSError):
+            self.apart.do(DROP_S, give_back, self._path, self._token)
         self._thread.join()
-        with suppress(OSError):  # if it stays, the lock tells that it is stale
-            if self._is_ours():
-                self._path.unlink()
 
     def _keep(self) -> None:
         # Soon at first: another machine may have found no lease either.
@@ -167,34 +178,37 @@ class Lease:
 
     def _renew(self) -> None:
         try:
-            if not self._path.parent.exists():
-                self._failure = output_failed(self._path, OSError(ENOENT, os.strerror(ENOENT)))
-                return
-            if not self._is_ours():
-                self._failure = ResumeRefused(
-                    f"output: {self._path.parent}: another process took it over, since this one "
-                    "was stopped for long, or somebody removed its lease; it goes no further"
-                )
-                return
-            os.utime(self._path)
+            is_ours = self.apart.do(math.inf, renew, self._path, self._token)
+        except LeftBehind:  # it was left behind: the job is ending
+            self._ended.set()
+            return
         except OSError as error:
-            if time.monotonic() - self._renewed_at > LEASE_S:
+            is_gone = isinstance(error, FileNotFoundError)
+            if is_gone or time.monotonic() - self._renewed_at > LEASE_S:
                 self._failure = output_failed(self._path, error)
+            return
+        if not is_ours:
+            self._failure = ResumeRefused(
+                f"output: {self._path.parent}: another process took it over, since this one "
+                "was stopped for long, or somebody removed its lease; it goes no further"
+            )
             return
         self._renewed_at = time.monotonic()
         self._renewed()
 
-    def _is_ours(self) -> bool:
-        try:
-            found = json.loads(self._path.read_bytes())
-        except (FileNotFoundError, ValueError):
-            return False
-        return isinstance(found, dict) and found.get("token") == self._token
+
+def _started(files: RunFiles) -> Apart:
+    try:
+        return Apart()
+    except OSError as error:
+        raise EnvironmentFailed(
+            f"output: {files.folder}: no process is to be had that keeps it: {error}; "
+            "run the same command later"
+        ) from error
 
 
 @contextmanager
-def _leased(files: RunFiles, *, is_locked: bool, renewed: Callable[[], None]) -> Iterator[Lease]:
-    lease = Lease(files, renewed)
+def _leased(files: RunFiles, lease: Lease, *, is_locked: bool) -> Iterator[None]:
     try:
         lease.take(is_locked=is_locked)
     except OSError as error:
@@ -202,7 +216,7 @@ def _leased(files: RunFiles, *, is_locked: bool, renewed: Callable[[], None]) ->
             temporary_of(files.lease).unlink(missing_ok=True)
         raise output_failed(files.lease, error) from error
     try:
-        yield lease
+        yield
     finally:
         lease.drop()
 
@@ -240,11 +254,3 @@ def _named(holder: dict[str, Any] | None) -> str:
         return ""
     host, pid, since = (holder.get(key) for key in ("host", "pid", "since"))
     return f" (pid {pid} on host {host}, since {since})"
-
-
-def _remove_if_unused(files: RunFiles) -> None:
-    """Leave no folder of our own making behind a run that ended before it wrote anything."""
-    with suppress(OSError):  # somebody was faster
-        if {entry.name for entry in files.folder.iterdir()} <= {files.lock.name}:
-            files.lock.unlink(missing_ok=True)
-            files.folder.rmdir()

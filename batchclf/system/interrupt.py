@@ -1,10 +1,14 @@
-"""SIGINT, SIGTERM, SIGUSR1: ask the job to drain, commit and end; a second one ends it at once.
+"""SIGINT, SIGTERM, SIGHUP, SIGUSR1: have the job drain, commit and end; a second ends it at once.
 
-SIGUSR1 is what Slurm sends before the time is up (sbatch --signal); it counts as SIGTERM.
+SIGHUP comes when a terminal closes or its connection drops; where it is ignored from the start, as
+by `nohup`, it stays so. SIGUSR1 is what Slurm sends before the time is up (sbatch --signal); it
+counts as SIGTERM. Who asks once may be heard twice: coreutils' `timeout` signals its child and then
+the group that this is in.
 """
 
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -14,9 +18,12 @@ from batchclf.errors import Interrupted
 SIGNALS: Mapping[int, int] = {
     signal.SIGINT: signal.SIGINT,
     signal.SIGTERM: signal.SIGTERM,
+    signal.SIGHUP: signal.SIGHUP,
     signal.SIGUSR1: signal.SIGTERM,
 }
-"""What ends a job, and which of the two signals it counts as."""
+"""What ends a job, and which signal it counts as."""
+REPEAT_S = 1.0
+"""Signals within so many seconds of the first are the same request."""
 
 
 def end_at_once() -> None:
@@ -60,8 +67,8 @@ class _StopNow(BaseException):
 class StopRequest:
     """Whether a signal came; while nothing is in flight, it ends the job right away.
 
-    `advice` is what its message says to do then; `signals`, which signals there are, and which of
-    SIGINT and SIGTERM each counts as.
+    `advice` is what its message says to do then; `signals`, which signals there are, and which one
+    each counts as.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class StopRequest:
         self._advice = advice
         self._signals = signals
         self.signal_number: int | None = None
+        self._heard_at = 0.0
         self._in_flight = False
 
     @contextmanager
@@ -91,19 +99,29 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is not None:
-            os._exit(128 + self._signals[number])  # the second: what is written can be resumed
+            if time.monotonic() - self._heard_at > REPEAT_S:
+                os._exit(128 + self._signals[number])  # what is written can be resumed
+            return
+        self._heard_at = time.monotonic()
         self.signal_number = self._signals[number]
         if not self._in_flight:
             raise _StopNow
 
     @contextmanager
-    def installed(self) -> Iterator["StopRequest"]:
+    def installed(self, *, is_last: bool = False) -> Iterator["StopRequest"]:
         """Handle the signals within; only the main thread may do so.
+
+        `is_last`: this process ends after the block, so where a signal came, the handlers stay:
+        a repeat of it is not to end the process before it has told of the first.
 
         Raises:
             Interrupted: a signal ended what was going on.
         """
-        previous = {number: signal.signal(number, self._handle) for number in self._signals}
+        previous = {
+            number: signal.signal(number, self._handle)
+            for number in self._signals
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+        }
         try:
             yield self
         except BaseException as error:
@@ -111,8 +129,9 @@ class StopRequest:
                 self.raise_if_requested()
             raise
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            if self.signal_number is None or not is_last:
+                for number, handler in previous.items():
+                    signal.signal(number, handler)
 
 
 def _is_stop(error: BaseException | None) -> bool:

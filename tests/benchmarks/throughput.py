@@ -285,7 +285,7 @@ def pytorch_top1(job_file: Path) -> Top1:
     """The classes that PyTorch finds in the images of a job, by name; links are inferred once."""
     job = load_job(job_file)
     model = resolve_model(job.model, batch_size=1, open_reference=open_reference, log=log)
-    run = open_eager(job.model, usable_cores())
+    run = open_eager(job.model, usable_cores(), print)
     if isinstance(run, str):
         sys.exit(run)
     source = open_source(job.input)

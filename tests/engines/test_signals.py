@@ -1,17 +1,24 @@
 """Signals at every stage of a run, and a parent that dies: what is left, and what is resumable."""
 
+import fcntl
+import json
 import os
 import signal
+import subprocess
+import termios
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from batchclf.errors import Interrupted
 from batchclf.results.files import RunFiles
-from batchclf.results.lock import only_writer
-from batchclf.system.interrupt import StopRequest
+from batchclf.results.lock import RENEW_S, only_writer
+from batchclf.system.interrupt import REPEAT_S, SIGNALS, StopRequest
 from tests.conftest import read_records
 from tests.engines.common import (
     Run,
@@ -25,6 +32,7 @@ from tests.engines.common import (
     write_job,
 )
 from tests.faults.poison import poisoned_environment, write_poison
+from tests.tiny import assert_same_records
 
 LATE = """
 if IS_WORKER:
@@ -39,10 +47,18 @@ def change(module):
 """
 
 
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """What a test starts hears SIGHUP, also where the tests themselves run under `nohup`."""
+    before = signal.signal(signal.SIGHUP, lambda *_: None)  # unlike SIG_IGN, not inherited
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def assert_stopped(run: Run, number: int = signal.SIGTERM) -> None:
     """It ends as promised and leaves no process; whether in 8 s, the fault harness measures."""
     exit_code = run.end(timeout=20)
-    counts_as = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+    counts_as = signal.Signals(SIGNALS[number])
     assert exit_code == 128 + counts_as, run.stderr
     assert f"stopped by {counts_as.name}; run the same command to resume" in run.stderr
     assert run.stderr.count("stopped by") == 1
@@ -59,7 +75,7 @@ def hang(folder: Path, kind: str) -> str:
 # ---- signals -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize(
     "module", ["click", "batchclf.cli.run", "batchclf.engines.local.supervisor"]
 )
@@ -76,7 +92,7 @@ def change(module):
         os.kill(os.getpid(), {number:d})
 """
     exit_code, said = finished(job, env=fault(tmp_path, program, module))
-    assert exit_code == (130 if number == signal.SIGINT else 143), said
+    assert exit_code == 128 + SIGNALS[number], said
     assert "Traceback" not in said
 
 
@@ -122,12 +138,12 @@ def test_a_signal_while_the_model_is_prepared_ends_that(tmp_path: Path) -> None:
     assert_as_undisturbed(tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_to_all_processes_counts_once_and_what_is_in_flight_is_committed(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    """As the Ctrl-C of a terminal, and as Slurm's signals, which may go to all."""
-    backend = "processes" if number == signal.SIGINT else "threads"
+    """As the Ctrl-C and the end of a terminal, and as Slurm's signals, which may go to all."""
+    backend = "threads" if number == signal.SIGUSR1 else "processes"
     job = write_job(tmp_path, 200, slow=True, loader={"workers": 2, "backend": backend})
     with started(job) as run:
         run.wait_until(has_records(tmp_path / "out"))
@@ -143,12 +159,51 @@ def test_a_signal_to_all_processes_counts_once_and_what_is_in_flight_is_committe
     assert_as_undisturbed(tmp_path)
 
 
+def test_a_terminal_that_closes_stops_a_run(tmp_path: Path) -> None:
+    job = write_job(tmp_path, 200, slow=True)
+    ours, theirs = os.openpty()
+    streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    with started(job, **streams, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY)) as run:
+        os.close(theirs)
+        run.wait_until(has_records(tmp_path / "out"))
+        os.close(ours)
+        assert run.end(timeout=20) == 129
+    state = run_json(tmp_path / "out")
+    assert (state["status"], state["error"][:17]) == ("interrupted", "stopped by SIGHUP")
+    exit_code, said = finished(job)
+    assert (exit_code, "resuming after" in said) == (0, True), said
+    assert_as_undisturbed(tmp_path)
+
+
+def test_a_failure_that_is_printed_says_that_a_closed_terminal_interrupted_it(
+    tmp_path: Path,
+) -> None:
+    job = write_job(tmp_path, 200, slow=True)
+    with started(job, "--json", stdout=subprocess.PIPE) as run:
+        run.wait_until(has_records(tmp_path / "out"))
+        run.process.send_signal(signal.SIGHUP)
+        assert_stopped(run, signal.SIGHUP)
+        assert run.process.stdout is not None
+        answer = json.loads(run.process.stdout.read())
+        run.process.stdout.close()
+    assert (answer["status"], answer["exit_code"]) == ("interrupted", 129)
+
+
+def test_under_nohup_a_run_goes_on_when_its_terminal_closes(tmp_path: Path) -> None:
+    job = write_job(tmp_path, 200, slow=True, loader={"workers": 2, "backend": "processes"})
+    with started(job, through=("nohup",)) as run:
+        run.wait_until(has_records(tmp_path / "out"))
+        os.killpg(run.process.pid, signal.SIGHUP)
+        assert run.end() == 0, run.stderr
+    assert_as_undisturbed(tmp_path)
+
+
 def test_a_signal_while_a_suspect_is_tried_alone_ends_that(tmp_path: Path) -> None:
     job = write_job(tmp_path, 24, loader={"workers": 2, "max_seconds": 2})
     name = hang(tmp_path, "loop")
     with started(job, env=poisoned_environment()) as run:
         run.wait_to_say("to be tried alone")
-        run.wait_until(lambda: len(run.members()) == 3)
+        run.wait_until(lambda: len(run.members()) == 4)
         run.process.terminate()
         assert_stopped(run)
     assert run_json(tmp_path / "out")["status"] == "interrupted"
@@ -176,13 +231,42 @@ def test_what_does_not_end_after_a_signal_is_dropped(tmp_path: Path) -> None:
     assert_as_undisturbed(tmp_path, but={name: "timeout"})
 
 
+@pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGINT], ids=["same", "other"])
+def test_a_signal_that_is_repeated_at_once_counts_once(tmp_path: Path, again: int) -> None:
+    job = write_job(tmp_path, 200, slow=True)
+    # A second for the test's own delays.
+    program = "def change(module):\n    module.REPEAT_S = 30.0\n"
+    with started(job, env=fault(tmp_path, program, "batchclf.system.interrupt")) as run:
+        run.wait_until(has_records(tmp_path / "out"))
+        run.process.terminate()
+        time.sleep(0.05)
+        run.process.send_signal(again)
+        assert_stopped(run)
+    assert run_json(tmp_path / "out")["status"] == "interrupted"
+    exit_code, said = finished(job)
+    assert exit_code == 0, said
+    assert_as_undisturbed(tmp_path)
+
+
+def test_the_timeout_command_which_signals_twice_is_heard_once(tmp_path: Path) -> None:
+    job = write_job(tmp_path, 400, slow=True)
+    for num_records in (1, 101, 201):
+        with started(job, through=("timeout", "--preserve-status", "1000")) as run:
+            run.wait_until(has_records(tmp_path / "out", num_records))
+            run.process.terminate()  # which it passes on as it does its own
+            assert_stopped(run)
+        assert run_json(tmp_path / "out")["status"] == "interrupted"
+    assert finished(job)[0] == 0
+    assert_as_undisturbed(tmp_path)
+
+
 def test_a_second_signal_ends_all_processes_at_once(tmp_path: Path) -> None:
-    job = write_job(tmp_path, 24, loader={"workers": 2, "backend": "processes"})
+    job = write_job(tmp_path, 24)
     hang(tmp_path, "hang")
     with started(job, env=poisoned_environment()) as run:
         run.wait_until(has_records(tmp_path / "out", 8))
         run.process.terminate()
-        time.sleep(0.2)
+        time.sleep(REPEAT_S + 0.2)
         run.process.send_signal(signal.SIGINT)
         assert run.end(timeout=5) == 130, run.stderr
         assert "did not end in time" not in run.stderr
@@ -201,6 +285,60 @@ def test_as_the_first_process_of_a_container_a_job_is_stopped_as_well(tmp_path: 
     assert run_json(tmp_path / "out")["status"] == "interrupted"
 
 
+# ---- a file system that hangs --------------------------------------------------------------------
+
+
+@contextmanager
+def disk(folder: Path) -> Iterator[Path]:
+    """A file system of its own; a skip where none is to be had."""
+    image = folder / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    place = folder / "disk"
+    place.mkdir()
+    try:
+        subprocess.run(["mkfs.ext4", "-q", image], check=True)
+        subprocess.run(["mount", "-o", "loop", image, place], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@contextmanager
+def frozen(place: Path) -> Iterator[None]:
+    """Within, whoever writes to a file system is stuck in the kernel, and cannot be killed."""
+    subprocess.run(["fsfreeze", "--freeze", place], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["fsfreeze", "--unfreeze", place], check=True)
+
+
+@pytest.mark.parametrize("waits_s", [0.0, RENEW_S + 1], ids=["soon", "while the lease is renewed"])
+def test_a_run_whose_output_is_frozen_ends_at_a_signal_all_the_same(
+    tmp_path: Path, waits_s: float
+) -> None:
+    job = write_job(tmp_path, 2000, slow=True)
+    with disk(tmp_path) as place, started(job, "-o", str(place / "out")) as run:
+        run.wait_until(has_records(place / "out"))
+        with frozen(place):
+            time.sleep(waits_s)
+            sent = time.monotonic()
+            run.process.terminate()
+            assert run.process.wait(20) == 143, run.stderr
+            print(f"ended {time.monotonic() - sent:.1f} s after the signal")
+            assert "Traceback" not in run.stderr
+        assert run.end() == 143
+        exit_code, said = finished(job, "-o", str(place / "out"))
+        assert exit_code == 0, said
+        assert run_json(place / "out")["status"] == "complete"
+        expected = read_records(tmp_path / "undisturbed")
+        assert_same_records(read_records(place / "out"), expected)
+
+
 # ---- a parent that dies --------------------------------------------------------------------------
 
 
@@ -214,7 +352,7 @@ def test_nothing_outlives_a_killed_parent_even_in_an_endless_loop(
         run.wait_until((tmp_path / "out" / "run.json").exists)
         time.sleep(1)  # to be at that image
         members = run.members()
-        assert len(members) == {"threads": 2, "processes": 4}[backend]
+        assert len(members) == {"threads": 3, "processes": 5}[backend]
         run.process.kill()
         run.process.wait()
         assert_gone(members[1:])

@@ -386,7 +386,9 @@ def fail(size):
 if IS_WORKER:
     import atexit
     mine = Path("/proc", str(os.getppid()), "task", str(os.getppid()), "children")
-    (FOLDER / f"workers-{{os.getpid()}}").write_text(mine.read_text())
+    lines = {{pid: Path("/proc", pid, "cmdline").read_bytes() for pid in mine.read_text().split()}}
+    workers = [pid for pid, line in lines.items() if b"engines.local.worker" in line]
+    (FOLDER / f"workers-{{os.getpid()}}").write_text(" ".join(workers))
 """
     assert finished(job, env=fault(tmp_path, program, CLASSIFIER))[0] == 0
     seen: list[Any] = [one.read_text().split() for one in (tmp_path / "fault").glob("workers-*")]

@@ -1,7 +1,8 @@
-"""SIGTERM, SIGINT and SIGUSR1 at random moments, from the first instant of a job to its last.
+"""SIGTERM, SIGINT, SIGHUP and SIGUSR1 at random moments, from a job's first instant to its last.
 
-A job ends with 128 and the signal's number within 8 s, and the same command finishes it. SIGUSR1
-counts as SIGTERM, once the job has begun to listen. A job that has nothing left to do when the
+A job ends with 128 and the signal's number within 8 s, and the same command finishes it; a repeat
+within a moment changes nothing, a second one after REPEAT_S ends it at once. SIGUSR1 counts as
+SIGTERM, once the job has begun to listen. A job that has nothing left to do when the
 signal comes ends with 0.
 """
 
@@ -11,6 +12,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from batchclf.system.interrupt import REPEAT_S
 from tests.faults.jobs import Job, Start, children_of, lines_of, make_job, state_of, whole_prefix
 from tests.faults.report import Options, Report, emptied
 from tests.tiny import link_digits
@@ -19,7 +21,7 @@ KEYS = {"batch_size": 16}
 MAX_S = 8.0
 MAX_SECOND_S = 2.0
 """A second signal ends a job at once; the rest is a busy machine's."""
-SIGNALS = (*[signal.SIGTERM] * 6, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (*[signal.SIGTERM] * 6, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """One of them each time."""
 COLD = 8
 """Every so many starts, the model has to be prepared again."""
@@ -61,9 +63,12 @@ def _disturb(
             report.check(exit_code == 0, f"ended with {exit_code}: {start.stderr[-400:]}")
             return None
         start.send(number, to_group=to_group)
-        is_double = rng.random() < 0.2
-        if is_double:
+        is_repeated, is_double = rng.random() < 0.3, rng.random() < 0.2
+        if is_repeated:
             time.sleep(rng.uniform(0, 0.2))
+            start.send(number, to_group=to_group)
+        if is_double:
+            time.sleep(REPEAT_S + rng.uniform(0, 0.2))
             start.send(number, to_group=to_group)
         exit_code = _check_end(start, number, MAX_SECOND_S if is_double else MAX_S, report)
     if exit_code == 0 and not is_double:

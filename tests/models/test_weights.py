@@ -27,6 +27,7 @@ from batchclf.models.resolve import resolve_model
 from batchclf.runtime.classifier import open_reference
 from batchclf.spec.job import ModelSpec
 from tests.conftest import DATA, DIGITS_MODEL, MOBILENET_WEIGHTS, Batchclf, data, write_job
+from tests.engines.common import fault, finished, started
 
 torch = pytest.importorskip("torch")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -699,3 +700,73 @@ def test_without_a_network_a_run_ends_at_once_with_5(batchclf: Batchclf, tmp_pat
     assert done.stdout.count("\n") == 1, "stdout is for the one JSON object"
     assert done.json["exit_code"] == 5
     assert files_under(tmp_path / "torch") == files_under(tmp_path / "cache") == []
+
+
+# ---- downloads that stall, or take long ----------------------------------------------------------
+
+FROM_HERE = """
+def change(module):
+    import batchclf.models.download
+    batchclf.models.download.TIMEOUT_S = 4.0
+    member = module.zoo.MobileNet_V2_Weights.DEFAULT
+    value = member.value
+    member._value_ = type(value)(url={url!r}, transforms=value.transforms, meta=value.meta)
+"""
+
+
+def slow_job(folder: Path, url: str) -> tuple[Path, dict[str, str]]:
+    """A job with less patience than its download from `url` needs, and its environment."""
+    folder.mkdir(exist_ok=True)
+    environment = {
+        **fault(folder, FROM_HERE.format(url=url), "batchclf.models.export"),
+        **dict.fromkeys(("no_proxy", "NO_PROXY"), "*"),
+        "TORCH_HOME": str(folder / "torch"),
+        "BATCHCLF_CACHE_DIR": str(folder / "cache"),
+    }
+    return write_job(folder, model={"name": "mobilenet_v2"}, stall_timeout=2), environment
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["never answers", "stops in the middle"])
+def test_a_download_that_stalls_is_given_up_in_time(tmp_path: Path, begun: bool) -> None:
+    is_over = threading.Event()
+
+    def stall(request: http.server.BaseHTTPRequestHandler) -> None:
+        if begun:
+            sending(bytes(1_000_000), length=14_000_000)(request)
+        is_over.wait()
+
+    with serving(stall) as (url, asked):
+        try:
+            job, environment = slow_job(tmp_path / "one", f"{url}/mobilenet_v2-b0353104.pth")
+            exit_code, said = finished(job, env=environment)
+        finally:
+            is_over.set()
+    assert exit_code == 5, said
+    assert len(asked) == 1, "one process asked once"
+    assert "cannot be downloaded: no byte came for 4 s" in said
+    assert "Check the network and the proxy" in said
+    assert "no progress" not in said
+    assert files_under(tmp_path / "one" / "torch") == files_under(tmp_path / "one" / "cache") == []
+
+
+def test_a_download_and_a_wait_for_it_may_take_longer_than_a_stall(tmp_path: Path) -> None:
+    body, name = weights_file()
+
+    def trickle(request: http.server.BaseHTTPRequestHandler) -> None:
+        sending(body[:100], length=len(body))(request)
+        for first in range(100, 1000, 100):
+            time.sleep(1)
+            request.wfile.write(body[first : first + 100])
+        request.wfile.write(body[1000:])
+
+    with serving(trickle) as (url, asked):
+        job, environment = slow_job(tmp_path / "one", f"{url}/{name}")
+        with started(job, "--limit", "2", env=environment) as first:
+            first.wait_to_say("downloading")
+            other = ("--limit", "2", "-o", str(tmp_path / "other"))
+            with started(job, *other, env=environment) as second:
+                second.wait_to_say("another process is building this model")
+                assert first.end(300) == 0, first.stderr
+                assert second.end(300) == 0, second.stderr
+    assert len(asked) == 1
+    assert "no progress" not in first.stderr + second.stderr

@@ -18,11 +18,24 @@ from batchclf.results import lock
 from batchclf.results.files import RunFiles
 from batchclf.results.lock import LEASE_S, Lease, only_writer
 from batchclf.system.machine import boot_id
+from tests.engines.common import fault
 
 ELSEWHERE = {"host": "node-17", "boot_id": "another-machine", "pid": 4711}
 OTHER_BOOT = {"host": socket.gethostname(), "boot_id": "another-boot"}
 UPTIME_S = 15.0
 HERE = {"host": socket.gethostname(), "boot_id": boot_id()}
+
+
+FAILING_DISK = """
+touch = os.utime
+
+def touch_or_fail(path):
+    if (FOLDER / "broken").exists():
+        raise OSError(5, "Input/output error")
+    touch(path)
+
+os.utime = touch_or_fail
+"""
 
 
 @pytest.fixture
@@ -179,13 +192,13 @@ def test_a_folder_that_is_removed_is_the_environments_failure(tmp_path: Path) ->
 
 @pytest.mark.usefixtures("hasty")
 def test_a_lease_that_cannot_be_renewed_is_given_up_after_its_time(
-    files: RunFiles, monkeypatch: pytest.MonkeyPatch
+    files: RunFiles, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(path: Path) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
+    folder = tmp_path_factory.mktemp("fault")
+    for name, value in fault(folder, FAILING_DISK).items():
+        monkeypatch.setenv(name, value)
     with only_writer(files) as lease:
-        monkeypatch.setattr(os, "utime", fail)
+        (folder / "fault" / "broken").touch()
         time.sleep(0.3)
         lease.check()
         error = failure_of(lease)

@@ -2,7 +2,11 @@
 
 import signal
 
-STOP_SIGNALS = {signal.SIGRTMIN + 1: signal.SIGINT, signal.SIGRTMIN + 2: signal.SIGTERM}
+STOP_SIGNALS = {
+    signal.SIGRTMIN + 1: signal.SIGINT,
+    signal.SIGRTMIN + 2: signal.SIGTERM,
+    signal.SIGRTMIN + 3: signal.SIGHUP,
+}
 """How the parent passes a signal on. The worker hears no other: a terminal's Ctrl-C goes to both
 processes, and would count twice."""
 DUMP_SIGNAL = signal.SIGUSR2

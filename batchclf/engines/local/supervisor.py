@@ -5,6 +5,7 @@ What to do otherwise then, run/recovery.py tells.
 
 import signal
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import cast
 
@@ -16,6 +17,7 @@ from batchclf.engines.local.signals import STOP_SIGNALS
 from batchclf.errors import (
     BatchclfError,
     DeviceLost,
+    EnvironmentFailed,
     OutOfMemory,
     ResumeRefused,
     WorkerFailed,
@@ -35,8 +37,11 @@ from batchclf.system.interrupt import StopRequest
 TICK_S = 0.1
 LOOK_S = 0.5
 """How often the worker's progress is looked at."""
-DRAIN_S = 7.0
+DRAIN_S = 5.5
 """Seconds that a worker has to end after a signal; 8 are promised."""
+MARK_S = 10.0
+MARK_STOPPED_S = 0.8
+"""Seconds that run.json may take to be written at the end, and after a signal."""
 BUSY_SHARE = 0.5
 """Of one core: a worker that uses more of it is busy."""
 BUSY_FACTOR = 10
@@ -76,7 +81,7 @@ class Supervisor:
                 return self._run(job, options, lease)
             except (BatchclfError, KeyboardInterrupt) as error:
                 self._workers.current.kill()
-                self._mark(RunFiles(job.output, options.shard), error)
+                self._mark(RunFiles(job.output, options.shard), error, lease)
                 raise
             finally:  # before the output is let go of
                 self._workers.current.kill()
@@ -110,11 +115,15 @@ class Supervisor:
     def _progress(self) -> Progress:
         return Progress(self._board.num_images, self._guilty, self._beginning)
 
-    def _mark(self, files: RunFiles, error: BatchclfError | KeyboardInterrupt) -> None:
+    def _mark(
+        self, files: RunFiles, error: BatchclfError | KeyboardInterrupt, lease: Lease
+    ) -> None:
         """Say in run.json how a run ended, where its worker no longer could."""
         if self._beginning is None or isinstance(error, ResumeRefused):
             return  # it is another run's, or another process's by now
-        mark_ended(files, error)
+        seconds = MARK_S if self._stop.signal_number is None else MARK_STOPPED_S
+        with suppress(EnvironmentFailed, OSError):  # what failed the job fails this as well
+            lease.apart.do(seconds, mark_ended, files, error)
 
     # ---- watching --------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from batchclf.errors import BatchclfError, DeviceLost
 from batchclf.results.lock import LEASE_S
 from batchclf.results.records import Failure
 from batchclf.run.reporter import Reporter
+from batchclf.system.alive import watched
 from batchclf.system.children import end_with_parent, expendable
 from batchclf.system.interrupt import StopRequest
 
@@ -63,7 +64,10 @@ def _run(setup: Setup, channel: "_Channel") -> Message:
 
     batchclf.STARTED = setup.started
     try:
-        with StopRequest(signals=STOP_SIGNALS).installed() as stop:
+        with (
+            watched(channel.beat),
+            StopRequest(signals=STOP_SIGNALS).installed() as stop,
+        ):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             run = Run(setup.job, setup.options, channel, stop, setup.recovery)
             result = run_job(run)

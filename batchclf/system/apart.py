@@ -1,0 +1,113 @@
+"""A process for what may never end, as a call to a file system that hangs.
+
+The kernel ends no process, nor lets its parent see its end, while a thread of its waits in such a
+call. So it is made elsewhere, in a process that can be left behind.
+"""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from errno import EPIPE
+from multiprocessing.connection import Connection
+from subprocess import TimeoutExpired
+from typing import ParamSpec, TypeVar
+
+from batchclf.system.children import signals_held, start_python
+from batchclf.system.interrupt import SIGNALS
+
+TICK_S = 0.05
+END_S = 1.0
+"""Seconds that it may take to end, with nothing to do any more."""
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class LeftBehind(OSError):
+    """What was asked for is not done in time, and the process that was to do it is left behind."""
+
+
+class Apart:
+    """One such process, which does one thing at a time; use as a context manager."""
+
+    def __init__(self) -> None:
+        """Start it.
+
+        Raises:
+            OSError: it is not to be had.
+        """
+        self._turn = threading.Lock()
+        self._is_left = False
+        self._start()
+
+    def __enter__(self) -> "Apart":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._connection.close()
+        with suppress(TimeoutExpired):
+            self._process.wait(TICK_S if self._is_left else END_S)
+
+    def do(
+        self, seconds: float, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs
+    ) -> _T:
+        """What a function of a module's returns there, or raises.
+
+        Raises:
+            LeftBehind: it takes longer, or something did before.
+            OSError: the process died; the next call starts another.
+        """
+        ends_at = time.monotonic() + seconds
+        while not self._turn.acquire(timeout=TICK_S):
+            self._require_time(ends_at)
+        try:
+            self._require_time(ends_at)
+            if self._process.poll() is not None:
+                self._connection.close()
+                self._start()
+            self._connection.send((function, args, kwargs))
+            while not self._connection.poll(TICK_S):
+                self._require_time(ends_at)
+            has_failed, answer = self._connection.recv()
+        except (EOFError, ConnectionError) as error:
+            self._process.kill()
+            with suppress(TimeoutExpired):
+                self._process.wait(END_S)
+            raise OSError(EPIPE, "the process that was to do it has ended") from error
+        finally:
+            self._turn.release()
+        if has_failed:
+            raise answer
+        result: _T = answer
+        return result
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs, signals_held(SIGNALS):
+            self._process = start_python(
+                f"from {__name__} import serve; serve({theirs.fileno()})",
+                pass_fds=(theirs.fileno(),),
+            )
+        self._connection = Connection(ours.detach())
+
+    def _require_time(self, ends_at: float) -> None:
+        if self._is_left or time.monotonic() > ends_at:
+            self._is_left = True
+            self._process.kill()  # it does no more than the call that it is stuck in
+            raise LeftBehind("the file system does not answer")
+
+
+def serve(descriptor: int) -> None:
+    """Do what the parent asks for, until it is gone."""
+    with suppress(EOFError, OSError), Connection(descriptor) as connection:
+        while True:
+            function, args, kwargs = connection.recv()
+            try:
+                answer = False, function(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001 - raised by who asked
+                answer = True, error
+            connection.send(answer)
+    os._exit(0)

@@ -1,0 +1,50 @@
+"""A process for what may never end: what it answers, and that nobody waits for it in vain."""
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from batchclf.system.apart import Apart, LeftBehind
+from tests.engines.common import assert_gone
+
+
+def test_it_returns_and_raises_as_the_function_does_and_in_another_process() -> None:
+    with Apart() as apart:
+        pid = apart.do(30, os.getpid)
+        assert pid not in (0, os.getpid())
+        assert apart.do(30, os.getpid) == pid
+        with pytest.raises(FileNotFoundError):
+            apart.do(30, os.stat, "/nowhere")
+        assert apart.do(30, int, "ff", base=16) == 255
+    assert not psutil.pid_exists(pid)
+
+
+def test_what_takes_too_long_is_left_behind_and_nothing_more_is_waited_for() -> None:
+    with Apart() as apart:
+        process = psutil.Process(apart.do(30, os.getpid))
+        with pytest.raises(LeftBehind):
+            apart.do(0.2, time.sleep, 1000)
+        began = time.monotonic()
+        with pytest.raises(LeftBehind):
+            apart.do(30, os.getpid)
+        assert time.monotonic() - began < 30
+    assert_gone([process])
+
+
+def test_one_that_was_killed_is_replaced_at_the_next_call() -> None:
+    with Apart() as apart:
+        first = apart.do(30, os.getpid)
+        os.kill(first, signal.SIGKILL)
+        while psutil.Process(first).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        assert apart.do(30, os.getpid) != first
+
+
+def test_one_that_dies_at_its_work_is_an_error_of_the_system() -> None:
+    with Apart() as apart:
+        with pytest.raises(OSError, match="has ended"):
+            apart.do(30, os._exit, 3)
+        assert apart.do(30, os.getpid)
