@@ -10,6 +10,10 @@ from tests.faults.report import Options, Report, emptied
 from tests.tiny import link_digits
 
 STALL_TIMEOUT_S = 3.0
+BUSY_FACTOR = 10
+"""How much longer than an idle worker a busy one is waited for (README.md)."""
+IDLE_SHARE = 0.8
+"""Of that, what an idle one surely takes less than, also on a machine that others use."""
 MAX_SECONDS = 2.0
 """`loader.max_seconds`: added to the timeout while a job starts, which may wait for an image."""
 MAX_BEYOND_S = 5.0
@@ -53,6 +57,10 @@ def _stop_worker(job: Job, output: Path, moment_s: float, report: Report) -> boo
         took_s = time.monotonic() - stopped_at
         report.add("num_stops")
         report.check(gone, f"not replaced after {took_s:.1f} s")
+        report.check(
+            took_s < IDLE_SHARE * BUSY_FACTOR * STALL_TIMEOUT_S,
+            f"replaced after {took_s:.1f} s, as if it had been busy",
+        )
         limit_s = STALL_TIMEOUT_S + MAX_SECONDS + MAX_BEYOND_S
         report.took("max_replaced_s", took_s, limit_s, "until the worker was replaced")
         exit_code = start.wait()

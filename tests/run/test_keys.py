@@ -371,6 +371,11 @@ ROWS: Mapping[str, Row] = {
     "model.preprocess.resize": Row(
         scores_of("bands.png"), [(list(RESIZE), BANDS), (8, by_hand(bands(), size=(8, 12)))]
     ),
+    "model.preprocess.resize, of a bundle's": Row(
+        scores_of("bands.png"),
+        [(None, BANDS), (8, by_hand(bands(), size=(8, 12)))],
+        {"model": {"bundle": "bundle-bilinear"}},
+    ),
     "model.preprocess.crop": Row(
         scores_of("bands.png"),
         [(8, BANDS), (4, by_hand(bands(), crop=4))],

@@ -14,7 +14,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from batchclf.errors import ModelError
+from batchclf.errors import ModelError, ResumeRefused
+from batchclf.results.records import Shard
+from batchclf.run.request import RunOptions
 from tests.conftest import read_records
 from tests.engines.common import fault, finished, run_json, started, write_job
 from tests.tiny import (
@@ -85,6 +87,18 @@ def test_a_model_of_other_answers_at_the_jobs_batch_size_is_refused(tmp_path: Pa
     assert not (tmp_path / "other" / "predictions.jsonl").exists()
     run_here(write_tiny_job(tmp_path, **other, batch_size=5))
     assert_same_records(read_records(tmp_path / "other"), read_records(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("change", ["limit", "allow_outside_links"])
+def test_a_shard_of_another_listing_is_refused(tmp_path: Path, change: str) -> None:
+    run_here(write_tiny_job(tmp_path), RunOptions(shard=Shard(0, 2), limit=8))
+    limit = 6 if change == "limit" else 8
+    loader = {"allow_outside_links": change == "allow_outside_links"}
+    with pytest.raises(ResumeRefused, match=change):
+        run_here(
+            write_tiny_job(tmp_path, loader=loader), RunOptions(shard=Shard(1, 2), limit=limit)
+        )
+    assert not (tmp_path / "out" / "predictions-00001-of-00002.jsonl").exists()
 
 
 def test_an_int8_model_is_of_the_images_that_it_was_calibrated_on(tmp_path: Path) -> None:
