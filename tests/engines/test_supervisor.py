@@ -210,34 +210,30 @@ def test_a_worker_that_stands_still_is_replaced(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_keeps_a_core_busy_is_waited_for_longer(tmp_path: Path) -> None:
-    """One batch takes three times the timeout, in native code as inference does."""
+    """One batch takes four times the timeout. What counts as busy is less here, where tests may
+    have a small part of a core."""
     job = write_job(tmp_path, 24, stall_timeout=1)
     program = f"""
-import contextlib, hashlib
-
 {FAILING_CALL}
 def fail(size):
     if "stream" in threading.current_thread().name and once("busy"):
-        with contextlib.suppress(OSError):
-            os.nice(-15)  # before what else this machine does
-        began_s, began_cpu_s = time.monotonic(), time.process_time()
-        while time.monotonic() - began_s < 3:
-            several = [threading.Thread(target=work) for _ in range(4)]
-            for one in several:
-                one.start()
-            for one in several:
-                one.join()
-            share = (time.process_time() - began_cpu_s) / (time.monotonic() - began_s)
-            (FOLDER / "share").write_text(str(share))
+        ends_at = time.monotonic() + 4
+        while time.monotonic() < ends_at:
+            pass
 
-def work():
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 20_000)
+change_classifier = change
+
+def change(module):
+    if module.__name__ == {CLASSIFIER!r}:
+        change_classifier(module)
+    if hasattr(module, "BUSY_SHARE"):
+        assert module.BUSY_SHARE <= 1
+        module.BUSY_SHARE = 0.02
+        once("made easier")
 """
-    exit_code, said = finished(job, env=fault(tmp_path, program, CLASSIFIER))
-    share = tmp_path / "fault" / "share"
-    if not share.exists() or float(share.read_text() or 0) < 0.75:
-        pytest.skip("others leave it less than a core")
+    exit_code, said = finished(job, env=fault(tmp_path, program, "batchclf.*"))
     assert exit_code == 0, said
+    assert {path.name for path in (tmp_path / "fault").iterdir()} >= {"busy", "made easier"}
     assert "no progress" not in said
     assert_as_undisturbed(tmp_path)
 
