@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from batchclf.errors import Interrupted
 from batchclf.results.files import RunFiles
 from batchclf.results.lock import only_writer
 from batchclf.system.interrupt import StopRequest
-from tests.conftest import read_records
+from tests.conftest import ROOT, command, read_records
 from tests.engines.common import (
     Run,
     assert_as_undisturbed,
@@ -174,6 +175,31 @@ def test_what_does_not_end_after_a_signal_is_dropped(tmp_path: Path) -> None:
     assert exit_code == 0, said
     assert "resuming after" in said
     assert_as_undisturbed(tmp_path, but={name: "timeout"})
+
+
+def test_ctrl_c_in_a_command_that_starts_over_ends_it_with_130_and_says_nothing(
+    tmp_path: Path,
+) -> None:
+    """One that keeps nothing, so has no handler of its own: Python's KeyboardInterrupt ends it."""
+    job = write_job(tmp_path)
+    program = """
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def change(module):
+    def wait(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1000)
+    module.load_job = wait
+"""
+    done = subprocess.run(
+        command("validate", job),
+        env={**os.environ, **fault(tmp_path, program, "batchclf.spec.file")},
+        cwd=ROOT,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
 def test_a_second_signal_ends_all_processes_at_once(tmp_path: Path) -> None:

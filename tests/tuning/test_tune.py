@@ -79,6 +79,8 @@ def test_a_job_is_tuned_and_its_output_stays_free_for_a_run(
     assert found["best"]["images_per_s"] > 0
     assert all(set(one) == RESULT_KEYS for one in found["results"])
     assert found["best"] in found["results"]
+    rates = [one["images_per_s"] for one in found["results"]]
+    assert rates == sorted(rates, reverse=True)
     assert set(found["settings"]) == {
         *("batch_size", "loader.workers", "runtime.streams", "runtime.threads")
     }
@@ -452,6 +454,15 @@ def test_trials_of_one_combination_become_one_result() -> None:
     ]
     (found,) = summarise([*trials, Trial(predicted, too_large=True)])
     assert (found.num_trials, found.images_per_s, found.efficiency) == (4, 80, 0.8)
+
+
+def test_results_stand_fastest_first() -> None:
+    times = {"p50": 1.0, "p95": 2.0}
+    trials = [
+        Trial(Prediction(settings(size), 1.0, 1.0, 100.0), False, 10, 1.0, rate, 1.0, 1.0, times)
+        for size, rate in ((4, 50.0), (8, 90.0), (16, 20.0))
+    ]
+    assert [one.images_per_s for one in summarise(trials)] == [90, 50, 20]
 
 
 def test_the_jobs_own_settings_are_measured_to_the_end() -> None:
