@@ -16,7 +16,7 @@ import pytest
 from batchclf.run.request import RunOptions
 from tests.engines.common import run_json
 from tests.run.test_wiring import set_everywhere
-from tests.tiny import SLOW_RESIZE, link_digits, run_here, tiny_model, write_tiny_job
+from tests.tiny import link_digits, run_here, write_tiny_job
 
 
 @dataclass
@@ -104,11 +104,8 @@ def test_records_are_synced_all_along_and_called_durable_only_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = link_digits(tmp_path / "images", 80)
-    model = tiny_model(tmp_path, resize=SLOW_RESIZE)
-    job = write_tiny_job(
-        tmp_path, input=str(images), model=model, batch_size=2, loader={"workers": 1}
-    )
-    set_everywhere(monkeypatch, "SYNC_S", 0.02)
+    job = write_tiny_job(tmp_path, input=str(images), batch_size=2)
+    set_everywhere(monkeypatch, "SYNC_S", 0.001)
     with watched_disk(tmp_path / "out") as disk:
         run_here(job)
     durable = [num_images for status, num_images in disk.noted if status == "running"]

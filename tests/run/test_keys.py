@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,8 +33,7 @@ from tests.faults.poison import poisoned_environment, write_poison
 from tests.images.common import encode
 from tests.tiny import NUM_CLASSES, run_here, write_classifier
 
-SETTLED_S = 0.3
-"""Without another image for so long, the loader waits."""
+WAIT_S = 60.0
 RESIZE = (8, 16)
 """Height and width: the crop of 8 pixels then takes the middle of an image's width, and all of its
 height."""
@@ -57,7 +57,6 @@ class Outcome:
     thread_names: list[str] = field(default_factory=list)
     num_ahead: int = 0
     """Images loaded before the first batch was inferred; counted where that is held."""
-    is_released: bool = False
 
     @property
     def records(self) -> Mapping[str, Mapping[str, Any]]:
@@ -99,12 +98,11 @@ def watching(seen: Outcome, *, is_held: bool) -> Iterator[None]:
         return infer(self, pixels_NHWC)
 
     def wait_for_the_loader() -> None:
-        settled_at = time.monotonic()
-        while time.monotonic() < settled_at + SETTLED_S and not seen.is_released:
-            if num_loaded > seen.num_ahead:
-                seen.num_ahead, settled_at = num_loaded, time.monotonic()
+        ends_at = time.monotonic() + WAIT_S
+        while not seen.num_ahead and time.monotonic() < ends_at:
             time.sleep(0.01)
-        seen.is_released = True
+            if all_wait("decode-"):  # for a batch to be released
+                seen.num_ahead = num_loaded
 
     def load_counted(self: Loader, ref: ImageRef, slot_HWC: Pixels) -> Loaded:
         nonlocal num_loaded
@@ -120,6 +118,14 @@ def watching(seen: Outcome, *, is_held: bool) -> Iterator[None]:
         patch.setattr(Loader, "__call__", load_counted)
         patch.setattr(threading.Thread, "start", start_noted)
         yield
+
+
+def all_wait(name: str) -> bool:
+    """Whether all threads whose names begin so wait for another to notify them."""
+    frames = sys._current_frames()
+    threads = [one for one in threading.enumerate() if one.name.startswith(name)]
+    at = [frames[one.ident] for one in threads if one.ident in frames]
+    return all(frame.f_code is threading.Condition.wait.__code__ for frame in at)
 
 
 def run_watched(job: Path, *, is_held: bool) -> Outcome:

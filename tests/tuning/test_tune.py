@@ -294,9 +294,11 @@ def test_a_signal_ends_it_and_leaves_what_was_measured(
 # ---- memory --------------------------------------------------------------------------------------
 
 LITTLE_MEMORY = """
-import re, resource, sys
+import ctypes, re, resource, sys
 import batchclf.tuning.tune
 from batchclf.cli import main
+# One arena for all threads (M_ARENA_MAX): how many they reserve otherwise depends on the load.
+ctypes.CDLL(None).mallopt(-8, 1)
 size = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (size + 350_000_000,) * 2)
 main(sys.argv[1:])
@@ -312,7 +314,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_too_large(
     assert batchclf("export", job, tmp_path / "exported").exit_code == 0  # it is cached, then
     tune_until(
         job,
-        *("--batch-sizes", "2500,5000"),
+        *("--batch-sizes", "2500,5000", "--budget", "150"),  # the later one counts
         seen=["and larger batches: too large for the memory", "of its limit", "of its limit"],
         program=("-c", LITTLE_MEMORY),
     )
