@@ -87,6 +87,7 @@ def watching(seen: Outcome, *, is_held: bool) -> Iterator[None]:
     """Note what happens in this process; `is_held`: the first batch waits for `num_ahead`."""
     infer, load, start = OnnxClassifier.__call__, Loader.__call__, threading.Thread.start
     num_loaded = 0
+    looking = threading.Lock()
 
     def infer_watched(self: OnnxClassifier, pixels_NHWC: Pixels) -> Scores:
         if threading.current_thread().name.startswith("stream-"):
@@ -101,8 +102,9 @@ def watching(seen: Outcome, *, is_held: bool) -> Iterator[None]:
         ends_at = time.monotonic() + WAIT_S
         while not seen.num_ahead and time.monotonic() < ends_at:
             time.sleep(0.01)
-            if all_wait("decode-"):  # for a batch to be released
-                seen.num_ahead = num_loaded
+            with looking:
+                if not seen.num_ahead and all_wait("decode-"):  # for a batch to be released
+                    seen.num_ahead = num_loaded
 
     def load_counted(self: Loader, ref: ImageRef, slot_HWC: Pixels) -> Loaded:
         nonlocal num_loaded
