@@ -11,6 +11,7 @@ SAME_EVERYWHERE = (
     *("tests/test_quality.py", "tests/test_house.py", "tests/spec/test_job.py"),
     *("tests/faults", "tests/engines", "tests/test_security.py", "tests/system/test_children.py"),
     *("tests/run/test_resume.py", "tests/run/test_bottleneck.py", "tests/test_without_torch.py"),
+    *("tests/run/test_wiring.py", "tests/run/test_durability.py"),
 )
 """What the flavour has no part in: tested in the cpu environment only."""
 WITHOUT_GPU = ("tests/sessions/test_refusals.py", "tests/runtime")

@@ -29,6 +29,8 @@ class Identity(Strict):
     """Digest of the model at that precision, where it was exported with the bundle."""
     input: str
     limit: int | None
+    allow_outside_links: bool
+    """As it was when the input was listed; later runs may follow more links, or fewer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,7 @@ from batchclf.spec.job import JobSpec
 def identity_of(job: JobSpec, model: ResolvedModel, limit: int | None) -> Identity:
     """What the records depend on; provider, batch size and workers are free to change.
 
-    So are the limits of `loader`, and whether links may lead out of the input: a run with others,
-    and --retry-failed, is how to use them.
+    So are the limits of `loader`: a run with others, and --retry-failed, is how to use them.
     """
     exif = bool(job.model.preprocess and job.model.preprocess.exif_transpose)
     precision = needed_variant(job.provider.name, job.precision)
@@ -38,6 +37,7 @@ def identity_of(job: JobSpec, model: ResolvedModel, limit: int | None) -> Identi
         converted=None if nested is None else nested.digest,
         input=os.fspath(job.input),
         limit=limit,
+        allow_outside_links=job.loader.allow_outside_links,
     )
 
 

@@ -79,10 +79,14 @@ def look(run: Run) -> Found:
     listing = None if options.overwrite and not others else open_listing(files)
     if options.overwrite and listing is not None:
         run.reporter.log("--overwrite: other shards use the listing, so it stays as it is")
+    identity = identity_of(job, model, options.limit)
+    if record is not None:  # the listing stays as it is, with another setting as well
+        links = record.fingerprint.allow_outside_links
+        identity = identity.model_copy(update={"allow_outside_links": links})
     found = Found(
         run=run,
         model=model,
-        identity=identity_of(job, model, options.limit),
+        identity=identity,
         record=record,
         listing=listing,
         others=others,

@@ -20,6 +20,7 @@ TARGETS = {"cpu": "onnxruntime", "gpu": "onnxruntime-gpu", "openvino": "onnxrunt
 EXTRAS = {"cpu": ("cpu",), "gpu": ("gpu",), "openvino": ("openvino",), "export": ("cpu", "export")}
 """Each file of pinned requirements, and the extras of setup.cfg that it pins."""
 PYTHONS = ("3.11", "3.12", "3.13")
+README = (ROOT / "README.md").read_text()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +156,42 @@ def test_the_entry_point_is_the_command_itself_and_no_shell(target: str) -> None
     assert STAGES[target].of("ENTRYPOINT") == []
     assert [json.loads(one) for one in STAGES["runtime"].of("ENTRYPOINT")] == [["batchclf"]]
     assert [json.loads(one) for one in STAGES["runtime"].of("CMD")] == [["--help"]]
+
+
+def whole(target: str) -> Stage:
+    """A stage with the steps of those that it starts from, theirs first."""
+    stage = STAGES[target]
+    if stage.base not in STAGES:
+        return stage
+    base = whole(stage.base)
+    return Stage(base.base, base.steps + stage.steps)
+
+
+def environment(target: str) -> dict[str, str]:
+    """The variables that an image sets."""
+    return dict(pair.split("=", 1) for step in whole(target).of("ENV") for pair in step.split())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_written_goes_to_volumes_that_any_user_can_write_to(target: str) -> None:
+    image, found = whole(target), environment(target)
+    assert image.of("VOLUME") == ["/cache /tmp"]
+    assert (found["BATCHCLF_CACHE_DIR"], found["HOME"]) == ("/cache", "/tmp")
+    assert "The model cache is the volume /cache." in " ".join(README.split())
+    words = [word for word, _ in image.steps]
+    made = ["mkdir --mode=1777 /cache" in rest for _, rest in image.steps]
+    assert made.index(True) < words.index("VOLUME"), "later changes would be lost"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_image_reports_nothing_to_anybody(target: str) -> None:
+    assert environment(target)["ORT_DISABLE_TELEMETRY"] == "1"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_image_finds_its_command_first_and_works_in_data(target: str) -> None:
+    assert environment(target)["PATH"] == "/opt/batchclf/bin:$PATH"
+    assert whole(target).of("WORKDIR") == ["/data"]
 
 
 def test_only_the_python_image_is_foreign() -> None:

@@ -29,7 +29,7 @@ WAIT_S = 60.0
 WORKER = "batchclf.engines.local.worker"
 """In the command line of the process that does a run's work."""
 HOOK = '''
-import importlib.abc, importlib.machinery, os, signal, sys, threading, time
+import fnmatch, importlib.abc, importlib.machinery, os, signal, sys, threading, time
 from pathlib import Path
 
 IS_WORKER = any("batchclf.engines.local.worker" in one for one in sys.orig_argv)
@@ -47,7 +47,7 @@ def once(name):
 
 class Hook(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != {module!r}:
+        if not fnmatch.fnmatchcase(name, {module!r}):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         execute = spec.loader.exec_module
@@ -66,8 +66,8 @@ if {module!r}:
 def fault(folder: Path, program: str, module: str = "") -> dict[str, str]:
     """The environment of processes that run `program` first of all.
 
-    It may define `change(module)`, to be called with a module of that name once it is imported, and
-    use `once(name)`, IS_WORKER, and what HOOK imports.
+    It may define `change(module)`, to be called with each module of that name (as in a shell: `*`)
+    once it is imported, and use `once(name)`, IS_WORKER, and what HOOK imports.
     """
     place = folder / "fault"
     place.mkdir()

@@ -19,7 +19,7 @@ from batchclf.errors import Interrupted
 from batchclf.results.files import RunFiles
 from batchclf.results.lock import RENEW_S, only_writer
 from batchclf.system.interrupt import REPEAT_S, SIGNALS, StopRequest
-from tests.conftest import read_records
+from tests.conftest import ROOT, command, read_records
 from tests.engines.common import (
     Run,
     assert_as_undisturbed,
@@ -258,6 +258,31 @@ def test_the_timeout_command_which_signals_twice_is_heard_once(tmp_path: Path) -
         assert run_json(tmp_path / "out")["status"] == "interrupted"
     assert finished(job)[0] == 0
     assert_as_undisturbed(tmp_path)
+
+
+def test_ctrl_c_in_a_command_that_starts_over_ends_it_with_130_and_says_nothing(
+    tmp_path: Path,
+) -> None:
+    """One that keeps nothing, so has no handler of its own: Python's KeyboardInterrupt ends it."""
+    job = write_job(tmp_path)
+    program = """
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def change(module):
+    def wait(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1000)
+    module.load_job = wait
+"""
+    done = subprocess.run(
+        command("validate", job),
+        env={**os.environ, **fault(tmp_path, program, "batchclf.spec.file")},
+        cwd=ROOT,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
 def test_a_second_signal_ends_all_processes_at_once(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Workers that die, hang or run out of memory: the job goes on, and only the guilty pay."""
 
 import signal
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +121,10 @@ def test_a_worker_that_always_dies_at_one_batch_ends_the_job_and_no_image_is_bla
     job = write_job(tmp_path, 40, slow=True, runtime={"streams": 1})
     program = f"{FAILING_CALL}\ndef fail(size):\n"
     program += "    written = Path(os.environ['WRITTEN'])\n"
-    program += "    if written.exists() and written.read_bytes().count(b'\\n') >= 16:\n"
+    program += "    is_begun = 'stream' in threading.current_thread().name\n"
+    program += (
+        "    if is_begun and written.exists() and written.read_bytes().count(b'\\n') >= 16:\n"
+    )
     program += "        os._exit(7)\n"
     env = fault(tmp_path, program, CLASSIFIER)
     written = tmp_path / "out" / "predictions.jsonl"
@@ -134,6 +138,7 @@ def test_a_worker_that_always_dies_at_one_batch_ends_the_job_and_no_image_is_bla
     assert 16 <= num_written < 40
     exit_code, said = finished(job, env={**env, "WRITTEN": str(written)})
     assert exit_code == 1, said
+    assert said.count(f"resuming after {num_written} of 40") == 4
     assert said.count("the worker ended (exit code 7)") == 4, "it got no further than before"
     exit_code, said = finished(job)
     assert (exit_code, f"resuming after {num_written} of 40" in said) == (0, True), said
@@ -197,8 +202,39 @@ def test_a_worker_that_stands_still_is_replaced(tmp_path: Path) -> None:
         worker = run.wait_for_worker()
         run.wait_until(has_records(tmp_path / "out"))
         worker.send_signal(signal.SIGSTOP)
+        stopped_at = time.monotonic()
+        run.wait_to_say("no progress for stall_timeout (2 s")
+        assert time.monotonic() - stopped_at < 15, "an idle one is not waited for ten times as long"
         assert run.end() == 0, run.stderr
-        assert "no progress for stall_timeout (2 s" in run.stderr
+    assert_as_undisturbed(tmp_path)
+
+
+def test_a_worker_that_keeps_a_core_busy_is_waited_for_longer(tmp_path: Path) -> None:
+    """One batch takes four times the timeout. What counts as busy is less here, where tests may
+    have a small part of a core."""
+    job = write_job(tmp_path, 24, stall_timeout=1)
+    program = f"""
+{FAILING_CALL}
+def fail(size):
+    if "stream" in threading.current_thread().name and once("busy"):
+        ends_at = time.monotonic() + 4
+        while time.monotonic() < ends_at:
+            pass
+
+change_classifier = change
+
+def change(module):
+    if module.__name__ == {CLASSIFIER!r}:
+        change_classifier(module)
+    if hasattr(module, "BUSY_SHARE"):
+        assert module.BUSY_SHARE <= 1
+        module.BUSY_SHARE = 0.02
+        once("made easier")
+"""
+    exit_code, said = finished(job, env=fault(tmp_path, program, "batchclf.*"))
+    assert exit_code == 0, said
+    assert {path.name for path in (tmp_path / "fault").iterdir()} >= {"busy", "made easier"}
+    assert "no progress" not in said
     assert_as_undisturbed(tmp_path)
 
 
@@ -225,9 +261,11 @@ def change(module):
     change_classifier(batchclf.runtime.classifier)
     resolve = module.resolve_model
     def resolve_late(*args, **kwargs):
+        # Less than half a core's worth of work, as where a disk is waited for: not busy, nor idle.
         ends_at = time.monotonic() + 5
         while (FOLDER / "hung").exists() and time.monotonic() < ends_at:
-            pass
+            sum(range(10**6))
+            time.sleep(0.2)
         return resolve(*args, **kwargs)
     module.resolve_model = resolve_late
 """

@@ -64,8 +64,27 @@ def test_the_mark_alone_is_no_profile() -> None:
 
 
 @given(st.binary(max_size=300).map(lambda tail: SRGB[:40] + tail) | st.binary(max_size=600))
-def test_any_bytes_are_srgb_or_not(profile: bytes) -> None:
-    assert is_srgb(profile) in (True, False)
+def test_no_bytes_but_srgbs_colours_are_srgb(profile: bytes) -> None:
+    colours = [SRGB[at : at + 12] for at in offsets_of(SRGB)]
+    assert not is_srgb(profile) or profile[16:20] == b"GRAY" or all(map(profile.count, colours))
+
+
+def offsets_of(profile: bytes) -> list[int]:
+    """Where a profile has the numbers of its three colours."""
+    count = int.from_bytes(profile[128:132], "big")
+    tags = [profile[at : at + 12] for at in range(132, 132 + 12 * count, 12)]
+    return [int.from_bytes(one[4:8], "big") + 8 for one in tags if one[1:4] == b"XYZ"]
+
+
+@given(st.integers(0, 2), st.integers(0, 2), st.floats(-0.5, 0.5))
+def test_a_profile_is_srgb_as_long_as_each_number_of_its_colours_is(
+    colour: int, number: int, moved: float
+) -> None:
+    at = offsets_of(SRGB)[colour] + 4 * number
+    value = int.from_bytes(SRGB[at : at + 4], "big", signed=True) + round(65536 * moved)
+    profile = SRGB[:at] + value.to_bytes(4, "big", signed=True) + SRGB[at + 4 :]
+    assert is_srgb(profile) if abs(moved) < 0.015 else True
+    assert not is_srgb(profile) if abs(moved) > 0.025 else True
 
 
 def test_real_profiles_that_call_themselves_srgb_are() -> None:

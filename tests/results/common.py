@@ -19,6 +19,7 @@ IDENTITY = Identity(
     converted=None,
     input="caf\udce9",  # a name that is not UTF-8
     limit=None,
+    allow_outside_links=False,
 )
 
 

@@ -2,18 +2,21 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from batchclf.errors import ModelError, ProviderError, UsageError
+from batchclf.runtime import sessions
 from batchclf.runtime.classifier import (
     BoundClassifier,
     OnnxClassifier,
     open_classifier,
     warm_up,
 )
-from batchclf.runtime.providers import PROVIDERS
+from batchclf.runtime.providers import PROVIDERS, compiled_in
 from batchclf.runtime.sessions import (
     Target,
     _captured_stderr,
@@ -78,6 +81,47 @@ def test_an_npu_may_not_hand_a_model_on_to_a_cpu() -> None:
         except RuntimeError:  # not set
             found = ""
         assert found == entry, device_type
+
+
+# ---- a session that opens elsewhere --------------------------------------------------------------
+
+OTHER = next(
+    name for name in ("cuda", "openvino") if PROVIDERS[name].execution_provider not in compiled_in()
+)
+"""A provider that this ONNX Runtime was not built with: every flavour lacks one."""
+
+
+@pytest.fixture
+def target(monkeypatch: pytest.MonkeyPatch) -> Target:
+    """That provider, its options those of the user: no part of it is asked what it needs."""
+    monkeypatch.setattr(sessions, "_provider_options", lambda target, cache: {})
+    return Target(PROVIDERS[OTHER])
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_session_that_onnx_runtime_opened_elsewhere_is_refused(
+    model: Path, target: Target
+) -> None:
+    asked = PROVIDERS[OTHER].execution_provider
+    with pytest.raises(ProviderError, match=f"asked for {asked}, but .* opened .* on {ON_CPU}"):
+        open_session(model, target)
+
+
+def test_onnx_runtime_does_not_try_the_cpu_where_a_provider_fails(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its Python wrapper does by itself, unless told otherwise."""
+    opened: list[object] = []
+
+    def create(self: Any, providers: object, *others: object) -> None:
+        opened.append(providers)
+        self._fallback_providers = [ON_CPU]
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(ort.InferenceSession, "_create_inference_session", create)
+    with pytest.raises((ModelError, ProviderError), match="no such device"):
+        open_session(model, CPU)
+    assert len(opened) == 1
 
 
 def test_the_cpu_takes_no_options(model: Path) -> None:

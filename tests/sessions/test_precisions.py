@@ -5,6 +5,7 @@ The environment decides which provider is tested; across the environments all of
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import numpy as np
 import pytest
 
 from batchclf.errors import ProviderError
-from batchclf.results.records import PrecisionCheck
+from batchclf.results.records import Pixels, PrecisionCheck, Scores
 from batchclf.runtime.openvino import require_cpu_precision
 from batchclf.runtime.providers import installed_flavours
-from batchclf.sessions.precision import remembered
+from batchclf.sessions.precision import compare_precisions, remembered
 from batchclf.system.machine import cpu_name_and_flags
 from tests.conftest import DATA, MOBILENET_WEIGHTS, PHOTOS, Batchclf, data, read_records, write_job
 
@@ -197,6 +198,23 @@ def test_a_sample_of_which_nothing_decodes_ends_with_2(batchclf: Batchclf, tmp_p
     done = batchclf("run", write_job(tmp_path, input=str(images), precision="int8"))
     assert done.exit_code == 2
     assert "not one of the 1 images sampled can be decoded" in done.stderr
+
+
+def test_images_with_answers_that_are_no_numbers_do_not_agree() -> None:
+    """The first class is the top one of a row of NaN, in both."""
+    full_NK = np.array([[2.0, 1.0], [2.0, 1.0], [np.nan, np.nan], [np.nan, 1.0], [0.0, 1.0]])
+    reduced_NK = full_NK.copy()
+    reduced_NK[1] = np.nan
+    sample_NHWC = np.zeros((5, 4, 4, 3), np.uint8)
+    sample_NHWC[:, 0, 0, 0] = range(5)
+
+    def answers(scores_NK: Scores) -> Callable[[Pixels], Scores]:
+        return lambda pixels_NHWC: scores_NK[pixels_NHWC[:, 0, 0, 0]].astype(np.float32)
+
+    check = compare_precisions(
+        answers(reduced_NK), answers(full_NK), sample_NHWC, 2, is_probability=False
+    )
+    assert check == PrecisionCheck(5, 0.4, 0.0)
 
 
 def test_a_comparison_is_made_anew_for_other_pixels_or_answers_only(tmp_path: Path) -> None:

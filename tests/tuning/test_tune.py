@@ -79,6 +79,8 @@ def test_a_job_is_tuned_and_its_output_stays_free_for_a_run(
     assert found["best"]["images_per_s"] > 0
     assert all(set(one) == RESULT_KEYS for one in found["results"])
     assert found["best"] in found["results"]
+    rates = [one["images_per_s"] for one in found["results"]]
+    assert rates == sorted(rates, reverse=True)
     assert set(found["settings"]) == {
         *("batch_size", "loader.workers", "runtime.streams", "runtime.threads")
     }
@@ -292,9 +294,11 @@ def test_a_signal_ends_it_and_leaves_what_was_measured(
 # ---- memory --------------------------------------------------------------------------------------
 
 LITTLE_MEMORY = """
-import re, resource, sys
+import ctypes, re, resource, sys
 import batchclf.tuning.tune
 from batchclf.cli import main
+# One arena for all threads (M_ARENA_MAX): how many they reserve otherwise depends on the load.
+ctypes.CDLL(None).mallopt(-8, 1)
 size = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (size + 350_000_000,) * 2)
 main(sys.argv[1:])
@@ -310,7 +314,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_too_large(
     assert batchclf("export", job, tmp_path / "exported").exit_code == 0  # it is cached, then
     tune_until(
         job,
-        *("--batch-sizes", "2500,5000"),
+        *("--batch-sizes", "2500,5000", "--budget", "150"),  # the later one counts
         seen=["and larger batches: too large for the memory", "of its limit", "of its limit"],
         program=("-c", LITTLE_MEMORY),
     )
@@ -452,6 +456,15 @@ def test_trials_of_one_combination_become_one_result() -> None:
     ]
     (found,) = summarise([*trials, Trial(predicted, too_large=True)])
     assert (found.num_trials, found.images_per_s, found.efficiency) == (4, 80, 0.8)
+
+
+def test_results_stand_fastest_first() -> None:
+    times = {"p50": 1.0, "p95": 2.0}
+    trials = [
+        Trial(Prediction(settings(size), 1.0, 1.0, 100.0), False, 10, 1.0, rate, 1.0, 1.0, times)
+        for size, rate in ((4, 50.0), (8, 90.0), (16, 20.0))
+    ]
+    assert [one.images_per_s for one in summarise(trials)] == [90, 50, 20]
 
 
 def test_the_jobs_own_settings_are_measured_to_the_end() -> None:
