@@ -1,18 +1,17 @@
 """The `bottleneck` of real runs, each built so that one stage is by far the slowest."""
 
-import json
 import os
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from batchclf.results.stats import Summary
 from batchclf.spec.options import RunOptions
 from tests.conftest import ROOT, command
 from tests.tiny import link_digits, link_images, run_here, write_tiny_job
@@ -34,10 +33,10 @@ def noisy_photo(folder: Path, width: int, height: int) -> Path:
     return folder
 
 
-def assert_is(summary: Any, stage: str) -> None:
+def assert_is(summary: Summary, stage: str) -> None:
     """The bottleneck is `stage`, and told for sure."""
-    assert summary["bottleneck"] == stage, summary
-    assert "too short" not in summary["bottleneck_why"]
+    assert summary.bottleneck == stage, summary
+    assert "too short" not in summary.bottleneck_why
 
 
 def test_12_megapixel_photos_and_a_small_model_wait_for_decoding(tmp_path: Path) -> None:
@@ -105,9 +104,9 @@ def test_a_slow_disk_keeps_all_waiting_for_writing(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout.splitlines()[-1])
+    summary = Summary.model_validate_json(done.stdout.splitlines()[-1])
     assert_is(summary, "write")
-    assert summary["num_ok"] == 100
+    assert summary.num_ok == 100
 
 
 def test_a_job_of_one_batch_is_said_to_be_too_short_to_tell(tmp_path: Path) -> None:
