@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ def command(
             "was_complete": result.was_complete,
             "predictions": str(result.files.predictions),
             "type": "summary",
-            **result.summary.model_dump(mode="json"),
+            **asdict(result.summary),
         }
         print_result(json.dumps(answer), f"the job is complete: {result.files.predictions}")
 

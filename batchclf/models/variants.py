@@ -173,7 +173,7 @@ def _digest(pixels_NHWC: Pixels) -> str:
     return hashlib.sha256(np.ascontiguousarray(pixels_NHWC).data).hexdigest()
 
 
-def facts(bundle: Bundle) -> Mapping[str, object]:
+def facts(bundle: Bundle) -> Mapping[str, str | int | None]:
     """What run.json says of a converted model: where its calibration came from."""
     keys = ("calibration", "num_calibration_images")
     return {"digest": bundle.digest, **{key: bundle.meta.source.get(key) for key in keys}}

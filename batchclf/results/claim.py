@@ -6,15 +6,27 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def renew(lease: Path, token: str) -> bool:
-    """Touch the lease; False: it is not `token`'s any more.
+def look(lease: Path, token: str) -> bool:
+    """Whether the lease is still `token`'s.
 
     Raises:
         FileNotFoundError: there is not even its folder.
         OSError: the file system fails.
     """
-    if not is_ours(lease, token):
-        os.stat(lease.parent)
+    if is_ours(lease, token):
+        return True
+    os.stat(lease.parent)
+    return False
+
+
+def renew(lease: Path, token: str) -> bool:
+    """Touch the lease, if it is still `token`'s: whether it is.
+
+    Raises:
+        FileNotFoundError: there is not even its folder.
+        OSError: the file system fails.
+    """
+    if not look(lease, token):
         return False
     os.utime(lease)
     return True

@@ -1,18 +1,37 @@
 """What the records of a job depend on: the same for all of its shards and all of its runs."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, ClassVar, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import TypeAdapter
 
-
-class Strict(BaseModel):
-    """A part of a file of ours: unknown keys are those of another version."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+_Kind = TypeVar("_Kind")
 
 
+class Strict:
+    """A part of a file of ours, as a dataclass: unknown keys are those of another version."""
+
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}
+
+
+def as_written(kind: type[_Kind], value: object) -> _Kind:
+    """What a file's JSON says, as the dataclass that was written there.
+
+    Raises:
+        ValidationError: a key is missing, unknown, or of another type.
+    """
+    found: _Kind = _adapter(cast(Hashable, kind)).validate_python(value)
+    return found
+
+
+@cache  # making one takes milliseconds, so it is made once, and where a file is read
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Identity(Strict):
     """What the records of a job depend on, and all of its shards must have in common."""
 
@@ -41,6 +60,7 @@ class Extent:
     digest: str
 
 
+@dataclass(frozen=True, kw_only=True)
 class Fingerprint(Identity):
     """An identity, and the part of a listing that the records are of."""
 

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
@@ -22,7 +22,7 @@ import numpy as np
 
 from batchclf.errors import ResumeRefused
 from batchclf.results.files import RunFiles, output_failed, reading, sync_folder
-from batchclf.results.identity import Extent, Identity, Strict
+from batchclf.results.identity import Extent, Identity, Strict, as_written
 from batchclf.results.records import ImageRef
 
 READ_BYTES = 1 << 16
@@ -34,6 +34,7 @@ _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 """Of <fcntl.h> and <linux/fs.h>."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Trailer(Strict):
     """What stands behind the paths."""
 
@@ -56,6 +57,8 @@ class Listing:
     """Whose listing it is: what all shards must have in common."""
     extends: tuple[Extent, ...] = ()
     """What it was before it was extended, again and again; it still begins so."""
+    file: tuple[int, int] = field(default=(0, 0), compare=False)
+    """Device and number (inode) of the file that it stands in."""
 
     @property
     def num_images(self) -> int:
@@ -77,6 +80,18 @@ class Listing:
         """
         count = None if stop is None else max(0, stop - start)
         return itertools.islice(_nul_paths(self.path, start), count)
+
+    def is_in(self, path: Path) -> bool:
+        """Whether the file with that name is the one that it stands in.
+
+        Raises:
+            EnvironmentFailed: it cannot be looked at.
+        """
+        with reading(path):
+            try:
+                return _identity(os.stat(path)) == self.file
+            except FileNotFoundError:
+                return False
 
     def continues(self, extent: Extent) -> bool:
         """Whether it is that listing, or one that it was extended to."""
@@ -103,17 +118,17 @@ def open_listing(files: RunFiles) -> Listing | None:
         try:
             with files.listing.open("rb") as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_TRAILER_BYTES))
-                tail = file.read()
+                tail, found = file.read(), os.fstat(file.fileno())
         except FileNotFoundError:
             return None
     try:
-        trailer = _Trailer.model_validate(json.loads(tail.rpartition(b"\0")[2]))
+        trailer = as_written(_Trailer, json.loads(tail.rpartition(b"\0")[2]))
     except ValueError:  # no JSON, or none of this version
         raise ResumeRefused(
             f"output: {files.listing} is not a listing as this version of batchclf writes it; "
             "give another output, or --overwrite to start anew"
         ) from None
-    return _as_listing(files.listing, trailer)
+    return _as_listing(files.listing, trailer, found)
 
 
 @contextmanager
@@ -227,10 +242,10 @@ def _write(
         num_left_out = entries.num_left_out
         trailer = _Trailer(extent=extent, extends=before, num_left_out=num_left_out, job=job)
         # json, not orjson: a path that is not UTF-8 is kept as escapes.
-        file.write(json.dumps(trailer.model_dump(mode="json")).encode("ascii"))
+        file.write(json.dumps(asdict(trailer)).encode("ascii"))
         file.flush()
         os.fsync(file.fileno())
-    return _as_listing(draft, trailer)
+        return _as_listing(draft, trailer, os.fstat(file.fileno()))
 
 
 def _write_paths(file: BinaryIO, paths: Iterator[bytes]) -> Extent:
@@ -243,8 +258,19 @@ def _write_paths(file: BinaryIO, paths: Iterator[bytes]) -> Extent:
     return Extent(num_images, digest.hexdigest())
 
 
-def _as_listing(path: Path, trailer: _Trailer) -> Listing:
-    return Listing(path, trailer.extent, trailer.num_left_out, trailer.job, trailer.extends)
+def _as_listing(path: Path, trailer: _Trailer, found: os.stat_result) -> Listing:
+    return Listing(
+        path,
+        trailer.extent,
+        trailer.num_left_out,
+        trailer.job,
+        trailer.extends,
+        _identity(found),
+    )
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
 
 
 def _nul_paths(listing: Path, start: int) -> Iterator[bytes]:

@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from errno import ENOLCK, ENOSYS, EOPNOTSUPP
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from batchclf.errors import BatchclfError, EnvironmentFailed, ResumeRefused
-from batchclf.results.claim import give_back, is_ours, remove_if_unused, renew
+from batchclf.errors import BatchclfError, ResumeRefused
+from batchclf.results.claim import give_back, is_ours, look, remove_if_unused, renew
 from batchclf.results.files import (
     RunFiles,
     open_temporary,
@@ -70,15 +71,18 @@ def only_writer(files: RunFiles, renewed: Callable[[], None] = lambda: None) -> 
     except OSError as error:
         raise output_failed(files.folder, error) from error
     try:
-        with _started(files) as apart:
+        with Apart() as apart:
             lease = Lease(files, renewed, apart)
             try:
                 with _leased(files, lease, is_locked=lock is not None):
                     yield lease
-            finally:
+            except BaseException:
                 if is_new:
                     with suppress(OSError):
                         apart.do(DROP_S, remove_if_unused, files.lock)
+                raise
+            if is_new:
+                remove_if_unused(files.lock)
     finally:
         if lock is not None:
             os.close(lock)
@@ -163,22 +167,30 @@ class Lease:
         self._thread.start()
 
     def drop(self) -> None:
-        """Give the lease back; where its file system hangs, it stays."""
+        """Give the lease back."""
+        self._ended.set()
+        give_back(self._path, self._token)
+        self._thread.join(DROP_S)
+
+    def drop_apart(self) -> None:
+        """The same after an error; where its file system hangs, the lease stays."""
         self._ended.set()
         with suppress(OSError):
             self.apart.do(DROP_S, give_back, self._path, self._token)
         self._thread.join()
 
     def _keep(self) -> None:
-        # Soon at first: another machine may have found no lease either.
-        wait_s = SETTLE_S
-        while self._failure is None and not self._ended.wait(wait_s):
-            self._renew()
-            wait_s = RENEW_S
+        # Soon at first: another machine may have found no lease either. The file was written just
+        # now, so that no process is started for it while a job starts.
+        if not self._ended.wait(SETTLE_S):
+            self._look(partial(look, self._path, self._token))
+        renewing = partial(self.apart.do, math.inf, renew, self._path, self._token)
+        while self._failure is None and not self._ended.wait(RENEW_S):
+            self._look(renewing)
 
-    def _renew(self) -> None:
+    def _look(self, whether_ours: Callable[[], bool]) -> None:
         try:
-            is_ours = self.apart.do(math.inf, renew, self._path, self._token)
+            is_ours = whether_ours()
         except LeftBehind:  # it was left behind: the job is ending
             self._ended.set()
             return
@@ -197,16 +209,6 @@ class Lease:
         self._renewed()
 
 
-def _started(files: RunFiles) -> Apart:
-    try:
-        return Apart()
-    except OSError as error:
-        raise EnvironmentFailed(
-            f"output: {files.folder}: no process is to be had that keeps it: {error}; "
-            "run the same command later"
-        ) from error
-
-
 @contextmanager
 def _leased(files: RunFiles, lease: Lease, *, is_locked: bool) -> Iterator[None]:
     try:
@@ -217,8 +219,10 @@ def _leased(files: RunFiles, lease: Lease, *, is_locked: bool) -> Iterator[None]
         raise output_failed(files.lease, error) from error
     try:
         yield
-    finally:
-        lease.drop()
+    except BaseException:
+        lease.drop_apart()
+        raise
+    lease.drop()
 
 
 def _is_stale(path: Path, holder: dict[str, Any], fresh: Path, *, is_locked: bool) -> bool:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from batchclf.errors import BatchclfError, EnvironmentFailed, Interrupted, ResumeRefused
 from batchclf.results.files import RunFiles, read_bytes, replace_file
-from batchclf.results.identity import Fingerprint, Strict
+from batchclf.results.identity import Fingerprint, Strict, as_written
 from batchclf.results.records import ActiveProvider, DecodeBackend, DecodeMode, PrecisionCheck
 from batchclf.system.machine import boot_id
 
@@ -34,6 +34,7 @@ class Durable:
         return self.boot_id != "" and self.boot_id == boot_id()
 
 
+@dataclass(frozen=True, kw_only=True)
 class Segment(Strict):
     """How the records from number `first` of the shard on were made, up to the next segment."""
 
@@ -51,12 +52,14 @@ class Segment(Strict):
     """Keys of `loader` that decide which images are refused."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Retry(Segment):
     """An attempt of --retry-failed that has not put its records in place yet."""
 
     codes: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
 class How(Strict):
     """How and on what a run goes; the summary line says it as well."""
 
@@ -68,6 +71,7 @@ class How(Strict):
     versions: Mapping[str, str]
 
 
+@dataclass(frozen=True, kw_only=True)
 class RunRecord(How):
     """All that run.json says."""
 
@@ -100,7 +104,7 @@ class RunRecord(How):
     @property
     def how(self) -> How:
         """The part of it that a summary repeats."""
-        return How(**{name: getattr(self, name) for name in How.model_fields})
+        return How(**{one.name: getattr(self, one.name) for one in fields(How)})
 
 
 @dataclass(slots=True)
@@ -110,13 +114,13 @@ class RunState:
     files: RunFiles
     record: RunRecord = field(repr=False)
 
-    def write(self, *, must_last: bool = True, **changes: object) -> None:
+    def write(self, *, must_last: bool = True, **changes: Any) -> None:
         """Replace some of what it says; `must_last` as in `replace_file`.
 
         Raises:
             EnvironmentFailed: disk full, I/O error.
         """
-        self.record = self.record.model_copy(update=changes)
+        self.record = replace(self.record, **changes)
         write_run(self.files, self.record, must_last=must_last)
 
     def note_durable(self, num_bytes: int, num_images: int) -> None:
@@ -169,8 +173,7 @@ def write_run(files: RunFiles, record: RunRecord, *, must_last: bool = True) -> 
         EnvironmentFailed: disk full, I/O error.
     """
     # json and not orjson: a path that is not UTF-8 is kept as escapes.
-    said = record.model_dump(mode="json", exclude_none=False)
-    data = json.dumps(said, indent=2).encode("ascii") + b"\n"
+    data = json.dumps(asdict(record), indent=2).encode("ascii") + b"\n"
     replace_file(files.run, data, must_last=must_last)
 
 
@@ -192,7 +195,7 @@ def read_run(files: RunFiles) -> RunRecord | None:
     if found != FORMAT_VERSION:
         raise _unknown(files, f"its format_version is {found!r}, this version's {FORMAT_VERSION}")
     try:
-        return RunRecord.model_validate(said)
+        return as_written(RunRecord, said)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

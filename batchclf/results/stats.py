@@ -6,8 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-from pydantic import BaseModel, ConfigDict
+from typing import ClassVar
 
 from batchclf.results.records import Failure, Record
 from batchclf.results.run_record import How
@@ -34,10 +33,9 @@ class StageSeconds:
     write: float = 0.0
 
 
-class RunStats(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class RunStats:
     """The figures of a run so far, or of a whole run: the `interval` and `summary` lines."""
-
-    model_config = ConfigDict(frozen=True)
 
     num_images: int
     """Images with a record by now, those of earlier runs of the job included, as the next three."""
@@ -59,10 +57,11 @@ class RunStats(BaseModel):
     peak_rss_mb: float
 
 
+@dataclass(frozen=True, kw_only=True)
 class Summary(How, RunStats):
     """The last line of a finished run's stats.jsonl: its figures, and how and on what it ran."""
 
-    model_config = ConfigDict(extra="ignore")
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "ignore"}  # `type`
 
 
 class Histogram:

@@ -10,13 +10,13 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from errno import EIO
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
 import orjson
-from pydantic import ValidationError
 
 from batchclf.errors import EnvironmentFailed
 from batchclf.results.files import (
@@ -29,6 +29,7 @@ from batchclf.results.files import (
     sync_folder,
     temporary_of,
 )
+from batchclf.results.identity import as_written
 from batchclf.results.lines import encode_record, failure_code
 from batchclf.results.records import ImageRef, Record
 from batchclf.results.stats import RunStats, Summary
@@ -196,7 +197,7 @@ def append_stats(files: RunFiles, stats: RunStats) -> None:
         EnvironmentFailed: disk full, quota, I/O error.
     """
     is_summary = isinstance(stats, Summary)
-    line = {"type": "summary" if is_summary else "interval", **stats.model_dump(mode="json")}
+    line = {"type": "summary" if is_summary else "interval", **asdict(stats)}
     try:
         with files.stats.open("ab") as file:
             file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
@@ -215,8 +216,8 @@ def last_summary(files: RunFiles) -> Summary | None:
     """
     summaries = [line for line in read_lines(files.stats) if line.startswith(b'{"type":"summary"')]
     try:
-        return Summary.model_validate_json(summaries[-1]) if summaries else None
-    except ValidationError:
+        return as_written(Summary, orjson.loads(summaries[-1])) if summaries else None
+    except ValueError:  # no JSON, or less of it than was written
         return None
 
 

@@ -60,26 +60,24 @@ def record_of(work: Work, fingerprint: Fingerprint, listing: Listing) -> RunReco
 def gone_on(record: RunRecord, previous: RunRecord, done: Done) -> RunRecord:
     """A run that goes on after what an earlier one has `done`."""
     (own,) = record.segments
-    part = own.model_copy(update={"first": done.num_images})
-    return record.model_copy(
-        update={
-            "num_left_out": previous.num_left_out,
-            "durable": _still_durable(previous, done),
-            "segments": (*_written_segments(previous, done), part),
-        }
+    part = replace(own, first=done.num_images)
+    return replace(
+        record,
+        num_left_out=previous.num_left_out,
+        durable=_still_durable(previous, done),
+        segments=(*_written_segments(previous, done), part),
     )
 
 
 def finished(previous: RunRecord, done: Done) -> RunRecord:
     """A run that has all records already, and only says so."""
-    return previous.model_copy(
-        update={
-            "durable": _still_durable(previous, done),
-            "segments": _written_segments(previous, done),
-            "retry": None,
-            "error": None,
-            "ended_at": None,
-        }
+    return replace(
+        previous,
+        durable=_still_durable(previous, done),
+        segments=_written_segments(previous, done),
+        retry=None,
+        error=None,
+        ended_at=None,
     )
 
 
@@ -88,13 +86,12 @@ def retried(
 ) -> RunRecord:
     """A run that tries errors with some codes again; it begins with all records synced."""
     (own,) = record.segments
-    attempt = dict(own) | {"first": done.num_images, "codes": tuple(sorted(codes))}
-    return record.model_copy(
-        update={
-            "durable": Durable(done.num_bytes, done.num_images, boot_id()),
-            "segments": _written_segments(previous, done),
-            "retry": Retry(**attempt),
-        }
+    attempt = vars(own) | {"first": done.num_images, "codes": tuple(sorted(codes))}
+    return replace(
+        record,
+        durable=Durable(done.num_bytes, done.num_images, boot_id()),
+        segments=_written_segments(previous, done),
+        retry=Retry(**attempt),
     )
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from batchclf.errors import ResumeRefused, UsageError
 from batchclf.images.decode import PIXELS_RECIPE
@@ -43,7 +43,7 @@ def identity_of(job: JobSpec, model: ResolvedModel, limit: int | None) -> Identi
 
 def fingerprint_of(identity: Identity, listing: Listing, num_images: int) -> Fingerprint:
     """The same with the part of a listing that the records are of."""
-    return Fingerprint(**dict(identity), listing=listing.extent, num_images=num_images)
+    return Fingerprint(**vars(identity), listing=listing.extent, num_images=num_images)
 
 
 def others_of(files: RunFiles) -> Mapping[str, RunRecord]:
@@ -64,9 +64,9 @@ def require_same_job(files: RunFiles, identity: Identity, before: Mapping[str, I
     """
     for name, other in before.items():
         changed = [
-            f"  {key}: was {getattr(other, key)!r}, is {getattr(identity, key)!r}"
-            for key in Identity.model_fields
-            if getattr(other, key) != getattr(identity, key)
+            f"  {one.name}: was {getattr(other, one.name)!r}, is {getattr(identity, one.name)!r}"
+            for one in fields(Identity)
+            if getattr(other, one.name) != getattr(identity, one.name)
         ]
         if changed:
             raise ResumeRefused(

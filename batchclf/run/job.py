@@ -64,6 +64,6 @@ def do(begun: Begun, todo: Append | Replace) -> Summary:
             replace_failures(begun, todo, state)
         else:
             append(begun, todo, state)
-        summary = Summary(**dict(ready.stats.snapshot()), **dict(state.record.how))
+        summary = Summary(**vars(ready.stats.snapshot()), **vars(state.record.how))
         append_stats(files, summary)
     return summary

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 from batchclf.errors import ResumeRefused
@@ -82,7 +82,7 @@ def look(run: Run) -> Found:
     identity = identity_of(job, model, options.limit)
     if record is not None:  # the listing stays as it is, with another setting as well
         links = record.fingerprint.allow_outside_links
-        identity = identity.model_copy(update={"allow_outside_links": links})
+        identity = replace(identity, allow_outside_links=links)
     found = Found(
         run=run,
         model=model,
@@ -116,7 +116,7 @@ def _require_own(found: Found) -> None:
         before[files.listing.name] = found.listing.job
     if _grows(found):
         assert found.listing is not None
-        identity = identity.model_copy(update={"limit": found.listing.job.limit})
+        identity = replace(identity, limit=found.listing.job.limit)
     require_same_job(files, identity, before)
     if found.listing is not None:
         require_same_listing(files, found.listing, records)
@@ -179,8 +179,7 @@ def claim(found: Found, listing: Listing, record: RunRecord) -> Listing:
             raise Outrun
         listing = placed
     write_run(files, record)
-    there = open_listing(files)
-    if there is None or (there.extent, there.job) != (listing.extent, listing.job):
+    if not listing.is_in(files.listing):
         if found.record is None:
             remove(files.run)
         else:

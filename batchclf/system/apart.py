@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from errno import EPIPE
 from multiprocessing.connection import Connection
-from subprocess import TimeoutExpired
+from subprocess import Popen, TimeoutExpired
 from typing import ParamSpec, TypeVar
 
 from batchclf.system.children import signals_held, start_python
@@ -31,25 +31,25 @@ class LeftBehind(OSError):
 
 
 class Apart:
-    """One such process, which does one thing at a time; use as a context manager."""
+    """One such process, started when it is needed, which does one thing at a time.
+
+    Use as a context manager.
+    """
 
     def __init__(self) -> None:
-        """Start it.
-
-        Raises:
-            OSError: it is not to be had.
-        """
         self._turn = threading.Lock()
         self._is_left = False
-        self._start()
+        self._process: Popen[bytes] | None = None
+        self._connection: Connection
 
     def __enter__(self) -> "Apart":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._connection.close()
-        with suppress(TimeoutExpired):
-            self._process.wait(TICK_S if self._is_left else END_S)
+        if self._process is not None:
+            self._connection.close()
+            with suppress(TimeoutExpired):
+                self._process.wait(TICK_S if self._is_left else END_S)
 
     def do(
         self, seconds: float, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs
@@ -58,24 +58,22 @@ class Apart:
 
         Raises:
             LeftBehind: it takes longer, or something did before.
-            OSError: the process died; the next call starts another.
+            OSError: no process is to be had, or it died; the next call starts another.
         """
         ends_at = time.monotonic() + seconds
         while not self._turn.acquire(timeout=TICK_S):
             self._require_time(ends_at)
         try:
             self._require_time(ends_at)
-            if self._process.poll() is not None:
-                self._connection.close()
-                self._start()
+            process = self._running()
             self._connection.send((function, args, kwargs))
             while not self._connection.poll(TICK_S):
                 self._require_time(ends_at)
             has_failed, answer = self._connection.recv()
         except (EOFError, ConnectionError) as error:
-            self._process.kill()
+            process.kill()
             with suppress(TimeoutExpired):
-                self._process.wait(END_S)
+                process.wait(END_S)
             raise OSError(EPIPE, "the process that was to do it has ended") from error
         finally:
             self._turn.release()
@@ -84,7 +82,11 @@ class Apart:
         result: _T = answer
         return result
 
-    def _start(self) -> None:
+    def _running(self) -> Popen[bytes]:
+        if self._process is not None:
+            if self._process.poll() is None:
+                return self._process
+            self._connection.close()
         ours, theirs = socket.socketpair()
         with theirs, signals_held(SIGNALS):
             self._process = start_python(
@@ -92,11 +94,13 @@ class Apart:
                 pass_fds=(theirs.fileno(),),
             )
         self._connection = Connection(ours.detach())
+        return self._process
 
     def _require_time(self, ends_at: float) -> None:
         if self._is_left or time.monotonic() > ends_at:
             self._is_left = True
-            self._process.kill()  # it does no more than the call that it is stuck in
+            if self._process is not None:
+                self._process.kill()  # it does no more than the call that it is stuck in
             raise LeftBehind("the file system does not answer")
 
 

@@ -1,6 +1,7 @@
 """An identity, a run record and a listing, as small as they get."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from batchclf.results.files import RunFiles
@@ -27,7 +28,7 @@ def a_record(**changes: Any) -> RunRecord:
     """A run that has just begun."""
     record = RunRecord(
         job={},
-        fingerprint=Fingerprint(**dict(IDENTITY), listing=Extent(1, "cc"), num_images=1),
+        fingerprint=Fingerprint(**vars(IDENTITY), listing=Extent(1, "cc"), num_images=1),
         started_at="2026-01-01T00:00:00+00:00",
         num_images=1,
         num_left_out=0,
@@ -46,7 +47,7 @@ def a_record(**changes: Any) -> RunRecord:
         durable=Durable(),
         segments=(),
     )
-    return record.model_copy(update=changes)
+    return replace(record, **changes)
 
 
 class Entries:
