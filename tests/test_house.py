@@ -16,14 +16,21 @@ from tests.tiny import run_here, write_tiny_job
 
 PACKAGE = ROOT / "batchclf"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-ROOMS = ("images", "models", "runtime", "results")
-SHARED = (
-    *("batchclf", "batchclf.errors", "batchclf.spec.job", "batchclf.results.records"),
-    *("batchclf.system.machine", "batchclf.system.children", "batchclf.system.paths"),
-    *("batchclf.system.alive", "batchclf.system.apart"),
+FLOORS = (
+    ("errors",),
+    ("system",),
+    ("spec",),
+    ("images", "models", "runtime", "results"),
+    ("sessions",),
+    ("run",),
+    ("engines", "commands", "tuning"),
+    ("cli",),
+    ("__main__",),
 )
-"""What every room may import: the version, the words that pass between rooms, the spec, and what
-this machine and the processes on it are."""
+"""The rooms of the package, from the ground up: each imports only what lies on floors below it."""
+ROOMS = [room for floor in FLOORS for room in floor]
+SHARED = ("batchclf", "batchclf.results.records")
+"""What every room may import: the version, and the words that pass between rooms."""
 OUTSIDE = {
     "torch": ("models/export.py",),
     "torchvision": ("models/export.py",),
@@ -65,24 +72,48 @@ def where(module: Path) -> str:
     return module.relative_to(PACKAGE).as_posix()
 
 
-def test_the_rooms_are_where_they_are_looked_for() -> None:
-    for room in ROOMS:
-        assert len([one for one in MODULES if one.is_relative_to(PACKAGE / room)]) > 1
+def room_of(module: Path) -> str:
+    return module.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_every_module_is_in_a_room_and_every_room_is_there() -> None:
+    assert {room_of(module) for module in MODULES} == {*ROOMS, "__init__"}
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_no_other_room(room: str) -> None:
-    allowed = (*SHARED, f"batchclf.{room}")
-    foreign = [
+def test_a_room_imports_only_what_lies_on_floors_below(room: str) -> None:
+    (floor,) = [number for number, rooms in enumerate(FLOORS) if room in rooms]
+    below = {one for rooms in FLOORS[:floor] for one in rooms}
+    astray = [
         f"{where(module)}:{line} imports {name}"
         for module in MODULES
-        if module.is_relative_to(PACKAGE / room)
+        if room_of(module) == room
         for line, name in imports_of(module)
-        if name.split(".")[0] == "batchclf"
-        and name not in SHARED
-        and not f"{name}.".startswith(f"{allowed[-1]}.")
+        if name.split(".")[0] == "batchclf" and name not in SHARED
+        if name.split(".")[1] not in {room, *below}
     ]
-    assert foreign == []
+    assert astray == []
+
+
+def test_the_map_in_the_readme_is_what_the_rooms_say_of_themselves() -> None:
+    readme = (ROOT / "README.md").read_text()
+    told = dict(re.findall(r"^\| `(\w+)/` \| (.+) \|$", readme, re.M))
+    said = {
+        folder.parent.name: (ast.get_docstring(ast.parse(folder.read_bytes())) or "").split("\n")[0]
+        for folder in PACKAGE.glob("*/__init__.py")
+    }
+    assert told == said
+
+
+def test_no_signature_loses_its_types_in_an_ellipsis() -> None:
+    """`Callable[..., X]` accepts whatever is called wrongly; a TypeVar's bound is no signature."""
+    astray = [
+        f"{where(module)}:{number} {line.strip()}"
+        for module in MODULES
+        for number, line in enumerate(module.read_text().splitlines(), start=1)
+        if "Callable[..." in line and "TypeVar" not in line
+    ]
+    assert astray == []
 
 
 @pytest.mark.parametrize("part", OUTSIDE)

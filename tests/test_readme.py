@@ -1,8 +1,11 @@
 """Every command of the README works as it stands there."""
 
 import importlib
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -146,6 +149,30 @@ def test_every_key_in_the_prose_is_one() -> None:
     assert keys_in("`loader.threads: 8`, `loader.workers`") == ["loader.threads", "loader.workers"]
     assert len(keys_in(PROSE)) >= 4
     assert set(keys_in(PROSE)) <= set(keys_of(JobSpec))
+
+
+def test_the_program_of_the_readme_runs_as_it_stands(batchclf: Batchclf, tmp_path: Path) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    shutil.copytree(ROOT / "samples" / "photos", tmp_path / "photos")
+    assert batchclf("init", "job.yaml", "-i", "photos", cwd=tmp_path).exit_code == 0
+    job = tmp_path / "job.yaml"
+    text = job.read_text()
+    found = load_job(job)
+    assert found.model.name is not None
+    text = text.replace(f"name: {found.model.name}", "name: resnet18")
+    job.write_text(text.replace("weights: DEFAULT", "weights: none"))
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    num_photos = len(list((tmp_path / "photos").iterdir()))
+    assert done.stdout.startswith(f"{num_photos} of {num_photos}\n")
+    assert len(done.stdout.splitlines()) == 1 + num_photos
 
 
 def test_every_link_of_the_readme_leads_somewhere() -> None:

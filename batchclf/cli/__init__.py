@@ -1,6 +1,7 @@
-"""The command line: parse, call, print, exit code. Nothing heavy is imported before it is needed.
+"""The command line: parse, call, print, exit code.
 
-stdout carries results only; progress and log lines go to stderr.
+Nothing heavy is imported before it is needed. stdout carries results only; progress and log lines
+go to stderr.
 """
 
 import importlib

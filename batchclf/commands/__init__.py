@@ -1,1 +1,1 @@
-"""What people do around a run: look at the machine, check, export, verify."""
+"""What people do around a run: doctor, export, validate, verify."""

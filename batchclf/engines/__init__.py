@@ -1,1 +1,1 @@
-"""Where a run goes: `local` is a process of its own that this one watches."""
+"""Where a run goes: `local` is a process of its own, watched and started again."""

@@ -1,1 +1,1 @@
-"""From a path to pixels: listing (source), one file into one slot (decode), batches (prefetch)."""
+"""From a path to pixels: the input as data (source), where it lies (store), decode, prefetch."""

@@ -1,1 +1,1 @@
-"""What passes between the rooms (records), is written (writer) and is measured (stats)."""
+"""From records to durable files: listing, writer, run record, statistics, lock."""

@@ -1,1 +1,1 @@
-"""What a job is: its file, its keys, what one run of it is asked."""
+"""What a job is: its keys, its file, what one run of it is asked."""

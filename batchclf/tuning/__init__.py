@@ -1,1 +1,1 @@
-"""Finding a job's fastest settings: what is measured, predicted, chosen, said and drawn."""
+"""A job's fastest settings: what is measured, predicted, chosen and drawn."""

@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from batchclf import __version__
 from batchclf.cli import main
 from batchclf.errors import Interrupted, ResumeRefused, UsageError
 from batchclf.results.records import Shard
+from batchclf.run import facts, identity
 from batchclf.run.job import run_job
 from batchclf.run.output import hold_output
 from batchclf.run.request import Run
@@ -684,6 +686,31 @@ def test_another_jobs_output_is_refused_and_left_alone(tmp_path: Path, change: s
     assert refused.value.exit_code == 2
     assert "--overwrite" in str(refused.value)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("recipe", ["PIXELS_RECIPE", "RECORDS_RECIPE"])
+def test_a_version_that_makes_other_pixels_or_records_goes_on_with_none_of_anothers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    job = write_tiny_job(tmp_path)
+    run_here(job, RunOptions(limit=5))
+    monkeypatch.setattr(identity, recipe, 99)
+    with pytest.raises(ResumeRefused, match=r"recipe: was .*, is .*99"):
+        run_here(job, RunOptions(limit=5))
+    assert run_here(job, RunOptions(limit=5, overwrite=True)).summary.num_ok == 5
+
+
+def test_each_part_of_the_records_says_which_version_wrote_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = write_tiny_job(tmp_path)
+    predictions = tmp_path / "out" / "predictions.jsonl"
+    run_here(job)
+    predictions.write_bytes(b"".join(predictions.read_bytes().splitlines(keepends=True)[:7]))
+    monkeypatch.setattr(facts, "__version__", "9.9")
+    run_here(job)
+    segments = json.loads((tmp_path / "out" / "run.json").read_bytes())["segments"]
+    assert [(one["first"], one["batchclf"]) for one in segments] == [(0, __version__), (7, "9.9")]
 
 
 def test_a_smaller_limit_is_another_job_and_the_refusal_names_the_values(
