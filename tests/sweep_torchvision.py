@@ -40,6 +40,7 @@ from batchclf.errors import ModelError
 from batchclf.models.checks import sample_pixels, tiled
 from batchclf.models.export import TorchvisionModel, build_torchvision, export_torchvision
 from batchclf.runtime.classifier import open_reference
+from batchclf.spec.job import ModelSpec
 
 BATCH_SIZE = 4
 LADDER = ((1e-6, 1e-6), (1e-5, 1e-5), (1e-4, 1e-5), (1e-3, 1e-4))
@@ -97,13 +98,8 @@ def measure(name: str) -> Row:
 
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            model = build_torchvision(
-                name.removesuffix(AS_BUILT),
-                weights="none",
-                weights_path=None,
-                num_classes=None,
-                overrides=None,
-            )
+            spec = ModelSpec(name=name.removesuffix(AS_BUILT), weights="none")
+            model = build_torchvision(spec)
             row.crop = model.preprocess.crop[0]
             if not name.endswith(AS_BUILT):
                 _wake(model)

@@ -387,11 +387,11 @@ def _explain(error: Exception, data: bytes) -> _BadImage:
         return _BadImage("too_large", text)
     if lowered.startswith("unsupported") or "not configured" in lowered:
         return _BadImage("unsupported_format", f"{found} that Pillow cannot decode: {text}")
-    if "truncated" in lowered or isinstance(error, EOFError):
-        return _truncated(data, promised_bytes(data, found))
+    total = promised_bytes(data, found)
     # A damaged PNG may promise anything; Pillow says itself when one is cut.
-    if found != "PNG" and promised_bytes(data, found) > len(data):
-        return _truncated(data, promised_bytes(data, found))
+    is_cut = found != "PNG" and total > len(data)
+    if is_cut or "truncated" in lowered or isinstance(error, EOFError):
+        return _truncated(data, total)
     return _BadImage("corrupt", f"{type(error).__name__}: {text}")
 
 

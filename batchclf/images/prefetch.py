@@ -1,8 +1,8 @@
 """Ordered, bounded prefetch: worker threads decode images straight into preallocated batches.
 
-All memory for pixels is allocated at the start: `num_slots` batches. A batch is lent to the
-consumer and comes back with `release`; while none is free, the workers wait. So memory is bounded
-by the number of slots, whatever the number of images.
+All memory for pixels is allocated at the start, as a few batches. A batch is lent to the consumer
+and comes back with `release`; while none is free, the workers wait. So memory is bounded by the
+number of those batches, whatever the number of images.
 
 Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB).
 """
@@ -32,13 +32,27 @@ def zeroed_pixels(shape: Sequence[int]) -> Pixels:
 
 
 @dataclass(frozen=True, slots=True)
+class Memory:
+    """The memory for pixels: so many batches of one shape, and how each is made."""
+
+    num_batches: int
+    batch_shape: tuple[int, int, int, int]
+    """NHWC."""
+    allocate: Allocate = zeroed_pixels
+
+    def batches(self) -> list[Pixels]:
+        """The batches, allocated now."""
+        return [self.allocate(self.batch_shape) for _ in range(self.num_batches)]
+
+
+@dataclass(frozen=True, slots=True)
 class Decoding:
     """What decodes, and where to."""
 
     workers: Sequence[LoadRows]
     """One function per worker thread."""
-    allocate: Allocate = zeroed_pixels
-    """Makes memory that the workers can reach."""
+    batches: Sequence[Pixels]
+    """Memory that the workers can reach, uint8 NHWC."""
     num_rows: int = 1
     """Images that a worker is given at once, at most."""
     cpu_seconds: Callable[[], float] = lambda: 0.0
@@ -47,13 +61,13 @@ class Decoding:
     """Let workers return at once, whatever they are at: nobody wants it any more."""
 
 
-def threads(load: Load, num_workers: int, allocate: Allocate = zeroed_pixels) -> Decoding:
+def threads(load: Load, num_workers: int, memory: Memory) -> Decoding:
     """Decoding in this process, in one thread per worker."""
 
     def load_rows(refs: Sequence[ImageRef], rows_NHWC: Pixels) -> Sequence[Loaded]:
         return [load(ref, slot_HWC) for ref, slot_HWC in zip(refs, rows_NHWC, strict=True)]
 
-    return Decoding([load_rows] * num_workers, allocate)
+    return Decoding([load_rows] * num_workers, memory.batches())
 
 
 Note = Callable[[int, int | None], None]
@@ -113,20 +127,12 @@ class Prefetcher:
     `next_batch` may be called from several threads; batches are handed out in order.
     """
 
-    def __init__(
-        self,
-        refs: Iterator[ImageRef],
-        decoding: Decoding,
-        *,
-        batch_shape: tuple[int, int, int, int],
-        num_slots: int,
-    ) -> None:
+    def __init__(self, refs: Iterator[ImageRef], decoding: Decoding) -> None:
         self._refs = refs
-        self._batch_size = batch_shape[0]
+        self._free = list(decoding.batches)
+        self._batch_size = len(self._free[0])
         self._num_rows = decoding.num_rows
         self._abandon = decoding.abandon
-        # Zeros, so that the padding of a first, short batch is the same on every run.
-        self._free = [decoding.allocate(batch_shape) for _ in range(num_slots)]
         self._pending: deque[_Pending] = deque()
         self._num_batches = 0
         self._closed = False

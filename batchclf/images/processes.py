@@ -13,10 +13,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 from batchclf.errors import EnvironmentFailed
-from batchclf.images.prefetch import Allocate, Decoding, Load, threads, zeroed_pixels
+from batchclf.images.prefetch import Decoding, Load, Memory, threads
 from batchclf.images.process import Beat, Ended, NeverReady, Process
 from batchclf.images.shared import SharedPixels
 from batchclf.results.records import DecodeBackend, Failure, ImageRef, Loaded, Pixels
@@ -30,43 +31,35 @@ STARTS = 3
 """Processes that are started in a row before one that is ready; the OOM killer takes them first."""
 
 
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """How many decode, and how long one image may take (of threads, none can be ended)."""
+
+    num: int
+    max_seconds: float
+    """An image that keeps a process for longer than this, or ends it, twice, is a failure."""
+    beat: Beat = lambda: None
+    """Called by the threads that wait for processes, every second that an image takes."""
+
+
 @contextmanager
 def open_decoding(
-    load: Load,
-    backend: DecodeBackend,
-    num_workers: int,
-    *,
-    num_slots: int,
-    batch_shape: tuple[int, int, int, int],
-    max_seconds: float,
-    allocate: Allocate = zeroed_pixels,
-    beat: Beat = lambda: None,
+    load: Load, backend: DecodeBackend, workers: Workers, memory: Memory
 ) -> Iterator[Decoding]:
-    """Workers of either kind, for `num_slots` batches of `batch_shape` (NHWC).
-
-    `allocate` makes the batches of threads; processes have memory of their own to share. An image
-    that keeps a process for longer than `max_seconds`, or ends it, twice, is a failure; threads
-    cannot be ended. `beat` is called by worker threads, every second that an image takes.
+    """Workers of either kind; processes share memory of their own, of the size of `memory`.
 
     Raises:
         EnvironmentFailed: the processes, or their memory, are not to be had.
     """
     if backend == "threads":
-        yield threads(load, num_workers, allocate)
+        yield threads(load, workers.num, memory)
         return
     try:
-        processes = DecodeProcesses(
-            load,
-            num_workers,
-            num_slots=num_slots,
-            batch_shape=batch_shape,
-            max_seconds=max_seconds,
-            beat=beat,
-        )
+        processes = DecodeProcesses(load, workers, memory)
     except OSError as error:
         raise EnvironmentFailed(
-            f"{num_workers} decoding processes with {num_slots} batches of "
-            f"{math.prod(batch_shape):,} bytes cannot be started: {error}; choose a smaller "
+            f"{workers.num} decoding processes with {memory.num_batches} batches of "
+            f"{math.prod(memory.batch_shape):,} bytes cannot be started: {error}; choose a smaller "
             "batch_size or loader.workers, or loader.backend: threads"
         ) from error
     with closing(processes):
@@ -79,31 +72,22 @@ class DecodeProcesses:
     Each serves one worker thread of a `Prefetcher`, which does nothing but wait for it.
     """
 
-    def __init__(
-        self,
-        load: Load,
-        num_processes: int,
-        *,
-        num_slots: int,
-        batch_shape: tuple[int, int, int, int],
-        max_seconds: float,
-        beat: Beat = lambda: None,
-    ) -> None:
-        """Share `num_slots` batches of `batch_shape` (NHWC); the processes start at once.
-
-        `load` is sent to them, so it must pickle. For the rest, see `open_decoding`.
+    def __init__(self, load: Load, workers: Workers, memory: Memory) -> None:
+        """Start them at once; `load` is sent to them, so it must pickle.
 
         Raises:
             OSError: no memory, or no process, is to be had.
             EnvironmentFailed: a process died before it was ready, and so did those after it.
         """
-        self._shared = SharedPixels(num_slots * batch_shape[0], batch_shape[1:])
-        self._free = list(self._shared.pixels_NHWC.reshape(num_slots, *batch_shape))
+        batch_size, *image_shape = memory.batch_shape
+        num_rows = memory.num_batches * batch_size
+        self._shared = SharedPixels(num_rows, tuple(image_shape))
+        self._batches = list(self._shared.pixels_NHWC.reshape(-1, *memory.batch_shape))
         self._processes = _Processes(load, self._shared)
         try:
             self._workers = [
-                _Worker(self._processes, self._shared, max_seconds, beat)
-                for _ in range(num_processes)
+                _Worker(self._processes, self._shared, workers.max_seconds, workers.beat)
+                for _ in range(workers.num)
             ]
             for worker in self._workers:
                 worker.wait_until_ready()
@@ -111,24 +95,18 @@ class DecodeProcesses:
             self.close()
             raise
         # So many that twice as many messages as processes can be under way.
-        num_rows = num_slots * batch_shape[0] // (2 * num_processes)
-        self._num_rows = max(1, min(MAX_ROWS, num_rows))
+        self._num_rows = max(1, min(MAX_ROWS, num_rows // (2 * workers.num)))
 
     @property
     def decoding(self) -> Decoding:
         """The processes and their memory, for a prefetcher."""
         return Decoding(
             self._workers,
-            self._allocate,
+            self._batches,
             num_rows=self._num_rows,
             cpu_seconds=self._cpu_seconds,
             abandon=self._processes.kill,
         )
-
-    def _allocate(self, shape: Sequence[int]) -> Pixels:
-        batch_NHWC: Pixels = self._free.pop()
-        assert batch_NHWC.shape == tuple(shape), "the shape that was shared"
-        return batch_NHWC
 
     def _cpu_seconds(self) -> float:
         """As of their last messages."""

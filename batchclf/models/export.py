@@ -34,7 +34,7 @@ from batchclf.models.bundle import MAX_PROTOBUF_BYTES, MODEL_FILE, sha256_of
 from batchclf.models.checks import OpenReference, Run, assert_same_scores, sample_pixels, tiled
 from batchclf.models.download import downloaded
 from batchclf.results.records import Interpolation, Preprocess
-from batchclf.spec.job import PreprocessSpec
+from batchclf.spec.job import ModelSpec, PreprocessSpec
 
 OPSET = 18
 """Read by every ONNX Runtime since 1.14, so also by the OpenVINO flavour, which lags behind."""
@@ -67,43 +67,31 @@ class TorchvisionModel:
 
 
 def build_torchvision(
-    name: str,
-    *,
-    weights: str,
-    weights_path: Path | None,
-    num_classes: int | None,
-    overrides: PreprocessSpec | None,
-    log: Callable[[str], None] = lambda text: None,
+    spec: ModelSpec, log: Callable[[str], None] = lambda text: None
 ) -> TorchvisionModel:
     """Build a torchvision classification model with pretrained, own or random weights.
 
-    Args:
-        name: as in `torchvision.models.list_models(module=torchvision.models)`.
-        weights: a member of the model's weights enum, or `none`; unused with `weights_path`.
-        weights_path: a .pth (state dict, read with `weights_only=True`) or .safetensors file.
-        num_classes: classes of the head; inferred from the file when None.
-        overrides: parts of the preprocessing to replace.
-        log: told of a download.
+    `log` is told of a download.
 
     Raises:
         ModelError: unknown model or weights, or a file that does not fit the model.
         WeightsUnavailable: the download failed.
     """
-    _require_name(name)
+    name, num_classes = _known_name(spec), spec.num_classes
     enum = zoo.get_model_weights(name)
-    if weights_path is not None:
-        state = _read_state(weights_path)
-        module = _build_from_state(name, state, weights_path, num_classes)
+    if spec.weights_path is not None:
+        state = _read_state(spec.weights_path)
+        module = _build_from_state(name, state, spec.weights_path, num_classes)
         labels = None
         member = _reference_weights(enum, module)
-    elif weights == "none":
+    elif spec.weights == "none":
         with torch.random.fork_rng():
             torch.manual_seed(0)  # the same random model on every machine
             module = _bare(name, num_classes or 1000)
         labels = None
         member = _reference_weights(enum, module)
     else:
-        member = _weights_member(name, enum, weights)
+        member = _weights_member(name, enum, spec.weights)
         if num_classes is not None and num_classes != len(member.meta["categories"]):
             raise ModelError(
                 f"model.num_classes: found {num_classes}, but {member} has "
@@ -112,23 +100,23 @@ def build_torchvision(
         module = _build_pretrained(name, member, log)
         labels = tuple(member.meta["categories"])
     module = module.eval().float()
-    preprocess = _preprocess(member, overrides)
+    preprocess = _preprocess(member, spec.preprocess)
     if labels is None:
         labels = tuple(str(index) for index in range(_num_outputs(module, preprocess, name)))
     return TorchvisionModel(module, preprocess, labels)
 
 
-def check_torchvision(name: str, weights: str, weights_path: Path | None) -> None:
+def check_torchvision(spec: ModelSpec) -> None:
     """Refuse an unknown model or weights name, or a weights file that does not read.
 
     Raises:
         ModelError: with the nearest names.
     """
-    _require_name(name)
-    if weights_path is not None:
-        _read_state(weights_path)
-    elif weights != "none":
-        _weights_member(name, zoo.get_model_weights(name), weights)
+    name = _known_name(spec)
+    if spec.weights_path is not None:
+        _read_state(spec.weights_path)
+    elif spec.weights != "none":
+        _weights_member(name, zoo.get_model_weights(name), spec.weights)
 
 
 def export_torchvision(
@@ -178,12 +166,14 @@ def eager(model: TorchvisionModel, threads: int) -> Run:
 # ---- building ------------------------------------------------------------------------------------
 
 
-def _require_name(name: str) -> None:
-    names = zoo.list_models(module=zoo)
+def _known_name(spec: ModelSpec) -> str:
+    name, names = spec.name, zoo.list_models(module=zoo)
+    assert name is not None
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names)}"
         raise ModelError(f"model.name: torchvision has no classification model {name!r}; {hint}")
+    return name
 
 
 def _bare(name: str, num_classes: int, **options: object) -> nn.Module:

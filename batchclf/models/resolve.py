@@ -96,7 +96,7 @@ def check_model(spec: ModelSpec) -> str:
         _require_packages(str(spec.onnx), *ONNX_PACKAGES)
         return f"{spec.onnx}, to be prepared at the first run"
     assert spec.name is not None
-    _import_export(spec.name).check_torchvision(spec.name, spec.weights, spec.weights_path)
+    _import_export(spec.name).check_torchvision(spec)
     return f"{spec.name} ({spec.weights}), to be exported at the first run"
 
 
@@ -228,15 +228,7 @@ def _build_torchvision(spec: ModelSpec, log: Log) -> tuple[ModuleType, Any]:
     """The module that holds torch, and the model it built."""
     assert spec.name is not None
     export = _import_export(spec.name)
-    model = export.build_torchvision(
-        spec.name,
-        weights=spec.weights,
-        weights_path=spec.weights_path,
-        num_classes=spec.num_classes,
-        overrides=spec.preprocess,
-        log=log,
-    )
-    return export, model
+    return export, export.build_torchvision(spec, log)
 
 
 @dataclass(frozen=True, slots=True)

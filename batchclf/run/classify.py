@@ -10,8 +10,8 @@ from typing import Protocol
 
 import batchclf
 from batchclf.errors import BatchclfError, ErrorLimitPassed
-from batchclf.images.prefetch import Decoding, Prefetcher, noted
-from batchclf.images.processes import open_decoding
+from batchclf.images.prefetch import Decoding, Memory, Prefetcher, noted
+from batchclf.images.processes import Workers, open_decoding
 from batchclf.results.records import ImageRef, Record
 from batchclf.results.stats import StatsCollector
 from batchclf.run.blame import explained
@@ -93,22 +93,15 @@ def _prefetched(work: Work, refs: Iterator[ImageRef]) -> Iterator[tuple[Decoding
     """Batches of `refs`, and what decodes them."""
     plan, task = work.plan, work.plan.task
     num_streams = len(work.opened.classifiers)
-    num_slots = num_streams + auto(task.job.loader.prefetch, max(2, num_streams)) + 1
+    num_batches = num_streams + auto(task.job.loader.prefetch, max(2, num_streams)) + 1
     batch_shape = (plan.batch_size, *task.model.preprocess.crop, 3)
-    with open_decoding(
-        plan.load,
-        plan.backend,
-        plan.num_workers,
-        num_slots=num_slots,
-        batch_shape=batch_shape,
-        allocate=work.opened.allocate,
-        max_seconds=task.job.loader.max_seconds,
-        beat=work.reporter.beat,
-    ) as decoding:
+    memory = Memory(num_batches, batch_shape, work.opened.allocate)
+    workers = Workers(plan.num_workers, task.job.loader.max_seconds, work.reporter.beat)
+    with open_decoding(plan.load, plan.backend, workers, memory) as decoding:
         # Processes mind themselves what their images do to them.
         is_watched = plan.backend == "threads"
         watched = noted(decoding, work.reporter.decoding) if is_watched else decoding
-        with Prefetcher(refs, watched, num_slots=num_slots, batch_shape=batch_shape) as batches:
+        with Prefetcher(refs, watched) as batches:
             yield decoding, batches
 
 

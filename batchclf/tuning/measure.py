@@ -16,8 +16,8 @@ import numpy as np
 
 from batchclf.errors import NoImagesError
 from batchclf.images.load import loader_of
-from batchclf.images.prefetch import Prefetcher
-from batchclf.images.processes import open_decoding
+from batchclf.images.prefetch import Memory, Prefetcher
+from batchclf.images.processes import Workers, open_decoding
 from batchclf.images.source import Source
 from batchclf.models.resolve import Log, ResolvedModel
 from batchclf.results.files import RunFiles
@@ -175,18 +175,14 @@ def _decoding(
     """Batches of the images, and the CPU seconds that decoding uses."""
     loader = bench.job.loader.model_copy(update={"decode": decode})
     job = bench.job.model_copy(update={"loader": loader})
-    batch_shape = (DECODE_BATCH, *bench.model.preprocess.crop, 3)
-    num_slots = 2 + math.ceil(4 * workers / DECODE_BATCH)  # processes take some rows at a time
+    load = loader_of(job, bench.source, bench.model.preprocess)
+    num_batches = 2 + math.ceil(4 * workers / DECODE_BATCH)  # processes take some rows at a time
+    memory = Memory(num_batches, (DECODE_BATCH, *bench.model.preprocess.crop, 3))
     with (
         open_decoding(
-            loader_of(job, bench.source, bench.model.preprocess),
-            backend_of(job, workers),
-            workers,
-            num_slots=num_slots,
-            batch_shape=batch_shape,
-            max_seconds=job.loader.max_seconds,
+            load, backend_of(job, workers), Workers(workers, loader.max_seconds), memory
         ) as decoding,
-        Prefetcher(iter(refs), decoding, batch_shape=batch_shape, num_slots=num_slots) as batches,
+        Prefetcher(iter(refs), decoding) as batches,
     ):
         yield batches, lambda: cpu_seconds() + decoding.cpu_seconds()
 

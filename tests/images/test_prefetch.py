@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchclf.images.prefetch import Load, Prefetcher, threads
+from batchclf.images.prefetch import Load, Memory, Prefetcher, threads
 from batchclf.results.records import Batch, Failure, ImageRef, Loaded, Pixels
 
 SHAPE = (2, 3, 3)
@@ -41,12 +41,8 @@ def prefetcher(
     num_rows: int = 1,
     listing: Iterator[ImageRef] | None = None,
 ) -> Prefetcher:
-    return Prefetcher(
-        listing or refs(num_images),
-        replace(threads(load, num_workers), num_rows=num_rows),
-        batch_shape=(batch_size, *SHAPE),
-        num_slots=num_slots,
-    )
+    decoding = threads(load, num_workers, Memory(num_slots, (batch_size, *SHAPE)))
+    return Prefetcher(listing or refs(num_images), replace(decoding, num_rows=num_rows))
 
 
 def assert_right(batch: Batch, batch_size: int, num_images: int) -> None:

@@ -24,9 +24,9 @@ from batchclf.images import processes as processes_module
 from batchclf.images.decode import Decoder
 from batchclf.images.jpeg import decoder_name
 from batchclf.images.load import Loader
-from batchclf.images.prefetch import Load, Prefetcher, threads
+from batchclf.images.prefetch import Load, Memory, Prefetcher, threads
 from batchclf.images.process import Beat
-from batchclf.images.processes import DecodeProcesses, try_alone
+from batchclf.images.processes import DecodeProcesses, Workers, try_alone
 from batchclf.images.source import open_source
 from batchclf.results.records import Failure, ImageRef, Loaded, Pixels, Preprocess
 from batchclf.system.children import start_python
@@ -37,7 +37,7 @@ from tests.tiny import SlowLoader, assert_same_records, link_digits, run_here, w
 EDGE = 24
 PREPROCESS = Preprocess(EDGE, (EDGE, EDGE), "bilinear", None, None)
 BATCH_SHAPE = (5, EDGE, EDGE, 3)
-SLOTS = 3
+MEMORY = Memory(3, BATCH_SHAPE)
 
 
 @pytest.fixture
@@ -76,20 +76,11 @@ def collect(batches: Prefetcher) -> tuple[list[Loaded], Pixels]:
 def processes_of(
     loader: Load, count: int = 3, max_seconds: float = 60.0, beat: Beat = lambda: None
 ) -> "closing[DecodeProcesses]":
-    return closing(
-        DecodeProcesses(
-            loader,
-            count,
-            num_slots=SLOTS,
-            batch_shape=BATCH_SHAPE,
-            max_seconds=max_seconds,
-            beat=beat,
-        )
-    )
+    return closing(DecodeProcesses(loader, Workers(count, max_seconds, beat), MEMORY))
 
 
 def prefetcher(processes: DecodeProcesses, refs: Sequence[ImageRef]) -> Prefetcher:
-    return Prefetcher(iter(refs), processes.decoding, batch_shape=BATCH_SHAPE, num_slots=SLOTS)
+    return Prefetcher(iter(refs), processes.decoding)
 
 
 def decode_processes() -> list[psutil.Process]:
@@ -100,9 +91,7 @@ def decode_processes() -> list[psutil.Process]:
 
 def expected_of(loader: Load, refs: Sequence[ImageRef]) -> tuple[list[Loaded], Pixels]:
     """What threads make of the images."""
-    with Prefetcher(
-        iter(refs), threads(loader, 2), batch_shape=BATCH_SHAPE, num_slots=SLOTS
-    ) as batches:
+    with Prefetcher(iter(refs), threads(loader, 2, MEMORY)) as batches:
         return collect(batches)
 
 
@@ -204,7 +193,7 @@ def test_processes_that_are_killed_before_they_are_ready_are_replaced(
 def test_no_process_is_started_once_all_are_abandoned(images: Path) -> None:
     with processes_of(loader_of(images), 1) as processes:
         (worker,) = processes.decoding.workers
-        rows_NHWC = processes.decoding.allocate(BATCH_SHAPE)[:1]
+        rows_NHWC = processes.decoding.batches[0][:1]
         processes.decoding.abandon()
         with pytest.raises(processes_module._Abandoned) as raised:
             worker(refs_of(1), rows_NHWC)
@@ -420,7 +409,7 @@ def test_the_time_for_which_all_processes_are_stopped_is_no_images_fault(images:
 def test_a_later_process_outlives_the_thread_that_needed_it(images: Path) -> None:
     with processes_of(loader_of(images), 1) as processes:
         (worker,) = processes.decoding.workers
-        rows_NHWC = processes.decoding.allocate(BATCH_SHAPE)[:1]
+        rows_NHWC = processes.decoding.batches[0][:1]
 
         def decode() -> int:
             with ThreadPoolExecutor(1) as thread:

@@ -74,9 +74,7 @@ def pytorch_logits(model: export.TorchvisionModel, pixels_NHWC: Array) -> Array:
 def test_a_model_of_each_family_gives_pytorchs_logits_at_any_batch_size(
     tmp_path: Path, name: str
 ) -> None:
-    model = export.build_torchvision(
-        name, weights="none", weights_path=None, num_classes=10, overrides=None
-    )
+    model = export.build_torchvision(ModelSpec(name=name, weights="none", num_classes=10))
     checked = export.export_torchvision(
         model, tmp_path, batch_size=4, open_reference=open_reference
     )
@@ -198,14 +196,15 @@ def test_each_part_of_the_preprocessing_can_be_replaced_alone() -> None:
 # ---- what is refused -----------------------------------------------------------------------------
 
 
-def small_model() -> export.TorchvisionModel:
+def untrained(name: str, crop: int) -> export.TorchvisionModel:
+    preprocess = PreprocessSpec(crop=crop)
     return export.build_torchvision(
-        "squeezenet1_1",
-        weights="none",
-        weights_path=None,
-        num_classes=3,
-        overrides=PreprocessSpec(crop=64),
+        ModelSpec(name=name, weights="none", num_classes=3, preprocess=preprocess)
     )
+
+
+def small_model() -> export.TorchvisionModel:
+    return untrained("squeezenet1_1", 64)
 
 
 @pytest.mark.parametrize(
@@ -245,13 +244,7 @@ def test_a_crop_that_the_model_does_not_take_is_refused_by_its_key(name: str, cr
     with pytest.raises(
         ModelError, match=rf"{name} does not take {crop} x {crop} pixels \(model\.p"
     ):
-        export.build_torchvision(
-            name,
-            weights="none",
-            weights_path=None,
-            num_classes=3,
-            overrides=PreprocessSpec(crop=crop),
-        )
+        untrained(name, crop)
 
 
 def test_a_crop_that_pretrained_weights_do_not_take_is_refused_by_its_key(tmp_path: Path) -> None:

@@ -43,9 +43,7 @@ State = dict[str, Any]
 
 
 def build(name: str, path: Path, num_classes: int | None = None) -> TorchvisionModel:
-    return build_torchvision(
-        name, weights=str(path), weights_path=path, num_classes=num_classes, overrides=None
-    )
+    return named(name, str(path), num_classes)
 
 
 def digits_state() -> State:
@@ -263,12 +261,7 @@ def test_real_imagenet_weights_know_a_cat(name: str, path: Path) -> None:
 
 def test_the_random_weights_of_none_are_the_same_every_time() -> None:
     before = torch.random.get_rng_state()
-    first, second = (
-        build_torchvision(
-            SMALL, weights="none", weights_path=None, num_classes=3, overrides=None
-        ).module.state_dict()
-        for _ in range(2)
-    )
+    first, second = (named(SMALL, num_classes=3).module.state_dict() for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert torch.equal(before, torch.random.get_rng_state())
 
@@ -425,9 +418,7 @@ def test_a_file_that_is_not_there_or_a_folder_is_refused(tmp_path: Path) -> None
 
 
 def named(name: str, weights: str = "none", num_classes: int | None = None) -> TorchvisionModel:
-    return build_torchvision(
-        name, weights=weights, weights_path=None, num_classes=num_classes, overrides=None
-    )
+    return build_torchvision(ModelSpec(name=name, weights=weights, num_classes=num_classes))
 
 
 @pytest.mark.parametrize(
