@@ -7,9 +7,9 @@ from dataclasses import replace
 from itertools import islice
 
 from batchclf.errors import DeviceLost, EnvironmentFailed, OutOfMemory, ProviderError
+from batchclf.images.decode_pool import try_alone
 from batchclf.images.load import loader_of
 from batchclf.images.prefetch import Quarantine
-from batchclf.images.processes import try_alone
 from batchclf.results.records import Failure, ImageRef
 from batchclf.run.plan import Task
 from batchclf.run.request import Run

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import batchclf
 from batchclf.errors import BatchclfError, ErrorLimitPassed
+from batchclf.images.decode_pool import Workers, open_decoding
 from batchclf.images.prefetch import Decoding, Memory, Prefetcher, noted
-from batchclf.images.processes import Workers, open_decoding
 from batchclf.results.records import ImageRef, Record
 from batchclf.results.stats import StatsCollector
 from batchclf.run.blame import explained

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from batchclf.errors import NoImagesError
+from batchclf.images.decode_pool import Workers, open_decoding
 from batchclf.images.load import loader_of
 from batchclf.images.prefetch import Memory, Prefetcher
-from batchclf.images.processes import Workers, open_decoding
 from batchclf.images.source import Source
 from batchclf.models.resolve import Log, ResolvedModel
 from batchclf.results.files import RunFiles

@@ -19,14 +19,14 @@ import pytest
 from PIL import Image
 
 from batchclf.errors import BatchclfError, EnvironmentFailed
-from batchclf.images import process as process_module
-from batchclf.images import processes as processes_module
+from batchclf.images import decode_pool as pool_module
+from batchclf.images import decode_process as process_module
 from batchclf.images.decode import Decoder
+from batchclf.images.decode_pool import DecodeProcesses, Workers, try_alone
+from batchclf.images.decode_process import Beat
 from batchclf.images.jpeg import decoder_name
 from batchclf.images.load import Loader
 from batchclf.images.prefetch import Load, Memory, Prefetcher, threads
-from batchclf.images.process import Beat
-from batchclf.images.processes import DecodeProcesses, Workers, try_alone
 from batchclf.images.source import open_source
 from batchclf.results.records import Failure, ImageRef, Loaded, Pixels, Preprocess
 from batchclf.system.children import start_python
@@ -121,7 +121,7 @@ def test_the_processes_end_with_the_block_and_with_their_parent(images: Path) ->
             collect(batches)
     assert not [child for child in children if child.is_running()]
     script = (
-        "import sys; from pathlib import Path; from tests.images.test_processes import *\n"
+        "import sys; from pathlib import Path; from tests.images.test_decode_pool import *\n"
         "processes = processes_of(loader_of(Path(sys.argv[1])))\n"
         "print(*(child.pid for child in psutil.Process().children()), flush=True)\n"
         "time.sleep(60)"
@@ -152,7 +152,7 @@ def test_images_that_take_for_ever_are_abandoned_at_the_end_of_the_block(images:
     assert ended.wait(30), "waits for images that nobody wants"
 
 
-def test_processes_that_do_not_get_ready_leave_none_behind(images: Path) -> None:
+def test_decode_pool_that_do_not_get_ready_leave_none_behind(images: Path) -> None:
     before = psutil.Process().children()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", ["/no/such/folder"])
@@ -179,7 +179,7 @@ def two_die_young(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return dead
 
 
-def test_processes_that_are_killed_before_they_are_ready_are_replaced(
+def test_decode_pool_that_are_killed_before_they_are_ready_are_replaced(
     images: Path, two_die_young: list[int]
 ) -> None:
     with (
@@ -195,7 +195,7 @@ def test_no_process_is_started_once_all_are_abandoned(images: Path) -> None:
         (worker,) = processes.decoding.workers
         rows_NHWC = processes.decoding.batches[0][:1]
         processes.decoding.abandon()
-        with pytest.raises(processes_module._Abandoned) as raised:
+        with pytest.raises(pool_module._Abandoned) as raised:
             worker(refs_of(1), rows_NHWC)
         assert not isinstance(raised.value, BatchclfError), "no user is to see it"
         assert not decode_processes()
@@ -272,7 +272,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Poison works in the processes that the test starts, which may use 400 MB each."""
     for name, value in poisoned_environment().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(processes_module, "available_memory", lambda: 500 * 10**6)
+    monkeypatch.setattr(pool_module, "available_memory", lambda: 500 * 10**6)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -358,7 +358,7 @@ def test_the_time_limit_is_for_each_image_and_not_for_a_message(
     assert len(started) == 1
 
 
-def test_processes_that_somebody_kills_cost_no_image(images: Path) -> None:
+def test_decode_pool_that_somebody_kills_cost_no_image(images: Path) -> None:
     with processes_of(SlowLoader(loader_of(images), 0.05)) as processes:
         idle, *others = decode_processes()
         idle.kill()
@@ -383,7 +383,7 @@ def test_a_process_that_somebody_stops_costs_no_image(images: Path) -> None:
 
 def test_the_time_for_which_all_processes_are_stopped_is_no_images_fault(images: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from tests.images.test_processes import *\n"
+        "import sys; from pathlib import Path; from tests.images.test_decode_pool import *\n"
         "load = SlowLoader(loader_of(Path(sys.argv[1])), 1)\n"
         "with processes_of(load, 1, max_seconds=4) as processes:\n"
         "    with prefetcher(processes, refs_of(1)) as batches:\n"
@@ -424,7 +424,7 @@ def test_a_later_process_outlives_the_thread_that_needed_it(images: Path) -> Non
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_processes_may_be_abandoned_while_others_take_their_places(images: Path) -> None:
+def test_decode_pool_may_be_abandoned_while_others_take_their_places(images: Path) -> None:
     for number in range(33):
         write_poison(images / f"{number:02d}.jpg", "kill")
     for delay_s in (0.0, 0.05, 0.2, 0.4):
@@ -441,7 +441,7 @@ def test_processes_may_be_abandoned_while_others_take_their_places(images: Path)
 def test_a_process_in_a_native_loop_ends_with_its_parent(images: Path) -> None:
     write_poison(images / "00.jpg", "native_loop")
     script = (
-        "import sys; from pathlib import Path; from tests.images.test_processes import *\n"
+        "import sys; from pathlib import Path; from tests.images.test_decode_pool import *\n"
         "processes = processes_of(loader_of(Path(sys.argv[1])), 1).thing\n"
         "with prefetcher(processes, refs_of(1)) as batches:\n"
         "    print(decode_processes()[0].pid, flush=True)\n"
@@ -458,7 +458,7 @@ def test_a_process_in_a_native_loop_ends_with_its_parent(images: Path) -> None:
     assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_processes_are_the_first_to_go_and_may_not_take_all_memory(images: Path) -> None:
+def test_decode_pool_are_the_first_to_go_and_may_not_take_all_memory(images: Path) -> None:
     with processes_of(loader_of(images), 1):
         (child,) = decode_processes()
         limit, _ = child.rlimit(psutil.RLIMIT_DATA)
@@ -485,9 +485,9 @@ def test_the_kernel_out_of_memory_takes_a_process_and_not_the_job(
 ) -> None:
     write_poison(images / "01.jpg", "bomb")
     script = (
-        "import sys; from pathlib import Path; from tests.images.test_processes import *\n"
+        "import sys; from pathlib import Path; from tests.images.test_decode_pool import *\n"
         "Path(sys.argv[2]).write_text(str(os.getpid()))\n"
-        "processes_module.available_memory = lambda: 2**40\n"
+        "pool_module.available_memory = lambda: 2**40\n"
         "loader = loader_of(Path(sys.argv[1]))\n"
         "with processes_of(loader, 1) as processes:\n"
         "    with prefetcher(processes, refs_of(5)) as batches:\n"

@@ -1,6 +1,6 @@
 """Decoding in processes of their own, where one interpreter lock cannot feed the accelerator.
 
-Pixels lie in memory that all of them share (shared.py); process.py has both ends of one of them.
+Pixels lie in memory that all of them share (shared.py); decode_process.py has both ends of one.
 
 A process may die of an image, or never come back from it: another takes its place, and the image is
 tried once more, alone. If that process ends too, the image is guilty, and becomes a failure.
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from batchclf.errors import EnvironmentFailed
+from batchclf.images.decode_process import Beat, Ended, NeverReady, Process
 from batchclf.images.prefetch import Decoding, Load, Memory, threads
-from batchclf.images.process import Beat, Ended, NeverReady, Process
 from batchclf.images.shared import SharedPixels
 from batchclf.results.records import DecodeBackend, Failure, ImageRef, Loaded, Pixels
 from batchclf.system.children import available_memory

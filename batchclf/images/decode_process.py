@@ -42,7 +42,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Ended(Exception):
-    """A process ended over its images, or had to be; `processes.py` makes a `Failure` of it.
+    """A process ended over its images, or had to be; `decode_pool.py` makes a `Failure` of it.
 
     `at` is the number of the image, among those that it had been given, that it was at.
     """
