@@ -86,7 +86,7 @@ def prefetcher(processes: DecodeProcesses, refs: Sequence[ImageRef]) -> Prefetch
 def decode_processes() -> list[psutil.Process]:
     children = psutil.Process().children()
     alive = [one for one in children if one.status() != psutil.STATUS_ZOMBIE]
-    return [one for one in alive if "images.process " in str(one.cmdline())]
+    return [one for one in alive if "images.decode_process " in str(one.cmdline())]
 
 
 def expected_of(loader: Load, refs: Sequence[ImageRef]) -> tuple[list[Loaded], Pixels]:
@@ -152,7 +152,7 @@ def test_images_that_take_for_ever_are_abandoned_at_the_end_of_the_block(images:
     assert ended.wait(30), "waits for images that nobody wants"
 
 
-def test_decode_pool_that_do_not_get_ready_leave_none_behind(images: Path) -> None:
+def test_processes_that_do_not_get_ready_leave_none_behind(images: Path) -> None:
     before = psutil.Process().children()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", ["/no/such/folder"])
@@ -179,7 +179,7 @@ def two_die_young(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return dead
 
 
-def test_decode_pool_that_are_killed_before_they_are_ready_are_replaced(
+def test_processes_that_are_killed_before_they_are_ready_are_replaced(
     images: Path, two_die_young: list[int]
 ) -> None:
     with (
@@ -358,7 +358,7 @@ def test_the_time_limit_is_for_each_image_and_not_for_a_message(
     assert len(started) == 1
 
 
-def test_decode_pool_that_somebody_kills_cost_no_image(images: Path) -> None:
+def test_processes_that_somebody_kills_cost_no_image(images: Path) -> None:
     with processes_of(SlowLoader(loader_of(images), 0.05)) as processes:
         idle, *others = decode_processes()
         idle.kill()
@@ -424,7 +424,7 @@ def test_a_later_process_outlives_the_thread_that_needed_it(images: Path) -> Non
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_decode_pool_may_be_abandoned_while_others_take_their_places(images: Path) -> None:
+def test_processes_may_be_abandoned_while_others_take_their_places(images: Path) -> None:
     for number in range(33):
         write_poison(images / f"{number:02d}.jpg", "kill")
     for delay_s in (0.0, 0.05, 0.2, 0.4):
@@ -458,7 +458,7 @@ def test_a_process_in_a_native_loop_ends_with_its_parent(images: Path) -> None:
     assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_decode_pool_are_the_first_to_go_and_may_not_take_all_memory(images: Path) -> None:
+def test_processes_are_the_first_to_go_and_may_not_take_all_memory(images: Path) -> None:
     with processes_of(loader_of(images), 1):
         (child,) = decode_processes()
         limit, _ = child.rlimit(psutil.RLIMIT_DATA)
