@@ -46,6 +46,9 @@ OUTSIDE = {
     "yaml": ("spec/file.py",),
     "ruamel": ("spec/edit.py",),
     "click": ("cli/",),
+    "tqdm": ("cli/progress.py", "engines/display.py"),
+    "pydantic": ("spec/", "models/bundle.py", "results/identity.py", "results/run_record.py"),
+    "psutil": (),
     "ray": (),
 }
 """Each outside part, and where it may be imported."""

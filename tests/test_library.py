@@ -15,7 +15,17 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 import batchclf
-from batchclf import Failure, JobSpec, Prediction, Progress, RunOptions, errors, load_job, run_job
+from batchclf import (
+    Failure,
+    JobSpec,
+    Prediction,
+    Progress,
+    RunOptions,
+    Shard,
+    errors,
+    load_job,
+    run_job,
+)
 from tests.conftest import ROOT, read_records
 from tests.engines.common import WORKER, run_json, write_job
 from tests.tiny import link_digits, write_tiny_job
@@ -89,6 +99,35 @@ def test_records_that_are_no_more_what_was_written_are_the_environments_failure(
         list(result.records())
 
 
+def test_records_that_are_gone_are_not_taken_for_none(tmp_path: Path) -> None:
+    result = run_job(write_tiny_job(tmp_path), RunOptions(limit=3))
+    predictions = result.files.predictions
+    predictions.write_bytes(predictions.read_bytes().splitlines(keepends=True)[0])
+    with pytest.raises(errors.EnvironmentFailed, match="1 records are there, not 3"):
+        list(result.records())
+    predictions.unlink()
+    with pytest.raises(errors.EnvironmentFailed, match="0 records are there, not 3"):
+        list(result.records())
+
+
+def test_the_records_of_a_shard_have_their_numbers_in_the_whole_job(tmp_path: Path) -> None:
+    job = write_tiny_job(tmp_path)
+    result = run_job(job, RunOptions(Shard(1, 3), limit=9))
+    assert [record.ref.index for record in result.records()] == [3, 4, 5]
+
+
+def test_progress_of_a_run_that_goes_on_counts_its_errors_from_the_first(tmp_path: Path) -> None:
+    images = link_digits(tmp_path / "images", 8)
+    (images / "000000-bad.jpg").write_bytes(b"")
+    job = write_tiny_job(tmp_path, input=str(images))
+    predictions = run_job(job).files.predictions
+    predictions.write_bytes(b"".join(predictions.read_bytes().splitlines(keepends=True)[:4]))
+    seen: list[Progress] = []
+    run_job(job, progress=seen.append)
+    (first, *_) = seen
+    assert (first.num_done, first.num_errors) == (4, 1)
+
+
 def test_overrides_are_keys_and_paths_among_them_are_of_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,8 +177,8 @@ def test_what_progress_raises_ends_the_run_which_can_be_resumed(
     with pytest.raises(error):
         run_job(job, progress=show)
     assert not workers()
-    if error is KeyboardInterrupt:
-        assert run_json(tmp_path / "out")["status"] == "interrupted"
+    status = "interrupted" if error is KeyboardInterrupt else "failed"
+    assert run_json(tmp_path / "out")["status"] == status
     result = run_job(job)
     assert (result.summary.num_ok, result.was_complete) == (60, False)
     assert len(read_records(tmp_path / "out")) == 60

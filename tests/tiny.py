@@ -118,7 +118,7 @@ class Log(Reporter):
     def log(self, text: str) -> None:
         self.lines.append(text)
 
-    def begin(self, num_images: int, num_done: int) -> None:
+    def begin(self, num_images: int, num_done: int, num_errors: int) -> None:
         self.num_done = num_done
 
 

@@ -44,7 +44,7 @@ class Progress:
             with unless_gone(sys.stderr):
                 tqdm.write(printable(line), file=sys.stderr)
 
-    def begin(self, num_images: int, num_done: int) -> None:
+    def begin(self, num_images: int, num_done: int, num_errors: int) -> None:
         """Start counting towards `num_images`, of which `num_done` were done before.
 
         Called again when the work goes on in another process, it changes nothing.

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,10 @@ from batchclf.errors import UsageError
 from batchclf.system.interrupt import StopRequest
 
 if TYPE_CHECKING:
+    from batchclf.engines.display import Display
     from batchclf.results.stats import Summary
+    from batchclf.spec.job import JobSpec
+    from batchclf.spec.options import RunOptions
 
 
 @click.command("run")
@@ -53,12 +57,11 @@ def command(
     """
     part = None if shard is None else _parse_shard(shard)
     only = None if codes is None else _parse_codes(codes)
-    with StopRequest().installed(is_last=True) as stop:
-        from batchclf.engines.local.process import Workers
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest().installed(is_last=True))
 
-        with Workers() as workers:  # the first of all: it imports while this process does
+        def prepare() -> "tuple[JobSpec, RunOptions, Display]":
             from batchclf.cli.progress import Progress
-            from batchclf.engines.local.supervisor import Supervisor
             from batchclf.results.records import Shard
             from batchclf.spec.options import RunOptions
 
@@ -70,9 +73,11 @@ def command(
                 codes=only,
                 limit=limit,
             )
-            with Progress() as progress:
-                supervisor = Supervisor(workers, progress, stop, STARTED)
-                result = supervisor.run(load(job, sets, direct), options)
+            return load(job, sets, direct), options, stack.enter_context(Progress())
+
+        from batchclf.engines.local.engine import run_in_worker
+
+        result = run_in_worker(prepare, stop, STARTED, adopts=True)
     if not result.was_complete:
         _print_summary(result.summary, result.files.predictions)
     if as_json:

@@ -14,7 +14,7 @@ class Display(Protocol):
     def log(self, text: str) -> None:
         """One line for people."""
 
-    def begin(self, num_images: int, num_done: int) -> None:
+    def begin(self, num_images: int, num_done: int, num_errors: int) -> None:
         """Classifying begins, or goes on in another process."""
 
     def update(self, num_images: int, num_errors: int) -> None:
@@ -48,10 +48,10 @@ class ProgramDisplay:
         """One line, at level INFO."""
         LOGGER.info("%s", text)
 
-    def begin(self, num_images: int, num_done: int) -> None:
-        """Tell how many images there are; their errors are not known yet."""
+    def begin(self, num_images: int, num_done: int, num_errors: int) -> None:
+        """Tell how many images there are, and how far an earlier run came."""
         self._num_images = num_images
-        self.update(num_done, 0)
+        self.update(num_done, num_errors)
 
     def update(self, num_images: int, num_errors: int) -> None:
         """Tell how far the run is, where that has changed."""

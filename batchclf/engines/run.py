@@ -2,12 +2,10 @@
 
 import os
 import time
-from contextlib import ExitStack
-from pathlib import Path
+from contextlib import closing, nullcontext
 
-from batchclf.engines.display import Bar, ProgramDisplay, ShowProgress
-from batchclf.engines.local.process import Workers
-from batchclf.engines.local.supervisor import Supervisor
+from batchclf.engines.display import Bar, Display, ProgramDisplay, ShowProgress
+from batchclf.engines.local.engine import run_in_worker
 from batchclf.run.request import RunResult
 from batchclf.runtime.providers import require_flavour
 from batchclf.spec.file import load_job
@@ -39,17 +37,13 @@ def run_job(
     Raises:
         BatchclfError: whatever would end the command, with its `exit_code`; run it again to resume.
     """
-    started = time.perf_counter()
-    with ExitStack() as stack:
-        workers = stack.enter_context(Workers())
-        spec = job if isinstance(job, JobSpec) else load_job(Path(job))
+    started, stop, bar = time.perf_counter(), StopRequest(), Bar()
+    show = (bar if progress else None) if isinstance(progress, bool) else progress
+
+    def prepare() -> tuple[JobSpec, RunOptions, Display]:
+        spec = job if isinstance(job, JobSpec) else load_job(job)
         require_flavour()
-        stop = StopRequest()
-        if handle_signals:
-            stack.enter_context(stop.installed())
-        bar = Bar()
-        stack.callback(bar.close)
-        display = ProgramDisplay(
-            (bar if progress else None) if isinstance(progress, bool) else progress
-        )
-        return Supervisor(workers, display, stop, started).run(spec, options or RunOptions())
+        return spec, options or RunOptions(), ProgramDisplay(show)
+
+    with closing(bar), stop.installed() if handle_signals else nullcontext():
+        return run_in_worker(prepare, stop, started)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
-from itertools import compress
+from itertools import compress, islice
 from typing import TypeVar
 
 from batchclf.errors import EnvironmentFailed, NoImagesError
@@ -30,6 +30,8 @@ RETRY_AFTER_S = (0.05, 0.2)
 """What a disk or a file server refuses is asked for again after these pauses."""
 NUM_TRIES = 1 + len(RETRY_AFTER_S)
 OUT_OF_MEMORY = "out of memory while reading"
+NUM_TRIED = 100
+"""Files of a list that are looked for before a job begins."""
 _LASTING = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
     *(errno.EACCES, errno.EPERM, errno.ENXIO, errno.ENODEV),
@@ -77,6 +79,8 @@ def require_images(source: Source) -> None:
     """
     if any(map(suffix_format, _glimpse(source))):
         return
+    if source.kind == "list":
+        _require_some(source)
     num_files = 0
     for path in list_paths(source):
         num_files += 1
@@ -85,6 +89,16 @@ def require_images(source: Source) -> None:
     where = os.fsdecode(source.root)
     found = f"{num_files:,} files, none of them an image" if num_files else "no files"
     raise NoImagesError(f"input: {where}: found 0 images ({found}); check the job's `input`")
+
+
+def _require_some(source: Source) -> None:
+    """Refuse a list of which the first files are all missing: what it names lies elsewhere."""
+    tried = [os.path.join(source.root, path) for path in islice(list_paths(source), NUM_TRIED)]
+    if tried and not any(map(os.path.lexists, tried)):
+        raise NoImagesError(
+            f"input: {source.spec}: found 0 images: the first {len(tried):,} files of the list "
+            f"are not there, such as {os.fsdecode(tried[0])}; is what they lie on mounted?"
+        )
 
 
 # ---- folders and globs ---------------------------------------------------------------------------

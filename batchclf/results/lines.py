@@ -91,20 +91,26 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def read_records(files: RunFiles) -> Iterator[Record]:
-    """The records of a finished job, or of a shard of it, in the order of the listing.
+def read_records(files: RunFiles, first: int, num_images: int) -> Iterator[Record]:
+    """The records of a finished job, or of a shard of it that begins with image `first`.
 
     Raises:
         EnvironmentFailed: they cannot be read, or are not what was written.
     """
+    number = -1
     for number, line in enumerate(read_lines(files.predictions)):
         try:
-            yield decode_record(line, number)
+            yield decode_record(line, first + number)
         except (KeyError, TypeError, ValueError) as error:
             raise EnvironmentFailed(
                 f"output: {files.predictions}:{number + 1}: not a record: {error!r}; run the job "
                 "again to have it written anew"
             ) from error
+    if number + 1 != num_images:
+        raise EnvironmentFailed(
+            f"output: {files.predictions}: {number + 1:,} records are there, not {num_images:,}; "
+            "run the job again to have them written anew"
+        )
 
 
 def decode_record(line: bytes, index: int) -> Record:

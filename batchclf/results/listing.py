@@ -29,6 +29,8 @@ READ_BYTES = 1 << 16
 """Of the listing at once; its paths as objects take several times as much."""
 WRITE_PATHS = 4096
 MAX_TRAILER_BYTES = 1 << 17
+FileIdentity = tuple[int, int, int]
+"""Device, number (inode) and time of writing: the number of a file that is gone is given again."""
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 """Of <fcntl.h> and <linux/fs.h>."""
@@ -56,9 +58,9 @@ class Listing:
     job: Identity
     """Whose listing it is: what all shards must have in common."""
     extends: tuple[Extent, ...] = ()
-    """What it was before it was extended, again and again; it still begins so."""
-    file: tuple[int, int] = field(default=(0, 0), compare=False)
-    """Device and number (inode) of the file that it stands in."""
+    """What it was before it was extended, as far as run records may tell of; it begins so."""
+    file: FileIdentity | None = field(default=None, compare=False)
+    """The file that it stands in."""
 
     @property
     def num_images(self) -> int:
@@ -81,17 +83,13 @@ class Listing:
         count = None if stop is None else max(0, stop - start)
         return itertools.islice(_nul_paths(self.path, start), count)
 
-    def is_in(self, path: Path) -> bool:
-        """Whether the file with that name is the one that it stands in.
+    def is_in_place(self, files: RunFiles) -> bool:
+        """Whether the listing in an output folder is the file that it stands in.
 
         Raises:
             EnvironmentFailed: it cannot be looked at.
         """
-        with reading(path):
-            try:
-                return _identity(os.stat(path)) == self.file
-            except FileNotFoundError:
-                return False
+        return self.file == file_of(files)
 
     def continues(self, extent: Extent) -> bool:
         """Whether it is that listing, or one that it was extended to."""
@@ -168,19 +166,55 @@ def place(files: RunFiles, draft: Listing) -> Listing:
         ResumeRefused: what is there is not a listing that this version writes.
         EnvironmentFailed: the file system does not take it.
     """
+    while True:
+        try:
+            if draft.extends:
+                os.replace(draft.path, files.listing)
+            else:
+                _place_first(draft.path, files.listing)
+            sync_folder(files.folder)
+        except FileExistsError:
+            if (first := open_listing(files)) is not None:
+                return first
+            continue  # whoever placed it threw it away again
+        except OSError as error:
+            raise output_failed(files.listing, error) from error
+        return replace(draft, path=files.listing)
+
+
+def take_away(files: RunFiles, known: FileIdentity | None) -> bool:
+    """Remove the listing, if it is still the file `known`; False: it is another, and stays.
+
+    Raises:
+        EnvironmentFailed: it cannot be removed.
+    """
+    taken = files.new_draft()
     try:
-        if draft.extends:
-            os.replace(draft.path, files.listing)
-        else:
-            _place_first(draft.path, files.listing)
-        sync_folder(files.folder)
-    except FileExistsError:
-        first = open_listing(files)
-        assert first is not None, "nobody removes a listing that another run began with"
-        return first
+        try:
+            os.rename(files.listing, taken)
+        except FileNotFoundError:
+            return True
+        is_known = _identity(os.stat(taken)) == known
+        if not is_known:
+            with suppress(FileExistsError):  # a third one
+                _place_first(taken, files.listing)
+        taken.unlink(missing_ok=True)
+        return is_known
     except OSError as error:
         raise output_failed(files.listing, error) from error
-    return replace(draft, path=files.listing)
+
+
+def file_of(files: RunFiles) -> FileIdentity | None:
+    """Which file the listing is, whatever is in it; None: there is none.
+
+    Raises:
+        EnvironmentFailed: it cannot be looked at.
+    """
+    with reading(files.listing):
+        try:
+            return _identity(os.stat(files.listing))
+        except FileNotFoundError:
+            return None
 
 
 def _place_first(draft: Path, path: Path) -> None:
@@ -269,8 +303,8 @@ def _as_listing(path: Path, trailer: _Trailer, found: os.stat_result) -> Listing
     )
 
 
-def _identity(found: os.stat_result) -> tuple[int, int]:
-    return found.st_dev, found.st_ino
+def _identity(found: os.stat_result) -> FileIdentity:
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def _nul_paths(listing: Path, start: int) -> Iterator[bytes]:

@@ -177,7 +177,7 @@ class Lease:
         self._ended.set()
         with suppress(OSError):
             self.apart.do(DROP_S, give_back, self._path, self._token)
-        self._thread.join()
+        self._thread.join(DROP_S)
 
     def _keep(self) -> None:
         # Soon at first: another machine may have found no lease either. The file was written just

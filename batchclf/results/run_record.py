@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from batchclf.errors import BatchclfError, EnvironmentFailed, Interrupted, ResumeRefused
+from batchclf.errors import EnvironmentFailed, Interrupted, ResumeRefused
 from batchclf.results.files import RunFiles, read_bytes, replace_file
 from batchclf.results.identity import Fingerprint, Strict, as_written
 from batchclf.results.records import ActiveProvider, DecodeBackend, DecodeMode, PrecisionCheck
@@ -24,14 +24,17 @@ Status = Literal["running", "complete", "interrupted", "failed"]
 class Durable:
     """Up to where predictions.jsonl survives a power loss, and on which start of the machine."""
 
-    num_bytes: int = 0
-    num_images: int = 0
-    boot_id: str = ""
+    num_bytes: int
+    num_images: int
+    boot_id: str
 
     @property
     def is_of_this_boot(self) -> bool:
         """Whether the machine has been up since: what was written later is then still there."""
         return self.boot_id != "" and self.boot_id == boot_id()
+
+
+NOTHING_DURABLE = Durable(0, 0, "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,7 @@ class Segment(Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class Retry(Segment):
-    """An attempt of --retry-failed that has not put its records in place yet."""
+    """An attempt of --retry-failed: which errors it tries again, and how."""
 
     codes: tuple[str, ...]
 
@@ -75,14 +78,14 @@ class How(Strict):
 class RunRecord(How):
     """All that run.json says."""
 
-    format_version: Literal[1] = FORMAT_VERSION
-    status: Status = "running"
+    format_version: Literal[1]
+    status: Status
     job: Mapping[str, Any]
     """The resolved job."""
     fingerprint: Fingerprint
     started_at: str
-    ended_at: str | None = None
-    error: str | None = None
+    ended_at: str | None
+    error: str | None
     """Why it ended, where it did not complete."""
     num_images: int
     num_left_out: int
@@ -94,7 +97,10 @@ class RunRecord(How):
     jpeg_decoder: str
     durable: Durable
     segments: tuple[Segment, ...]
-    retry: Retry | None = None
+    retry: Retry | None
+    """One that has not put its records in place yet."""
+    retries: tuple[Retry, ...]
+    """Those that have."""
 
     @property
     def is_finished(self) -> bool:
@@ -131,6 +137,20 @@ class RunState:
         """
         self.write(durable=Durable(num_bytes, num_images, boot_id()))
 
+    def note_retried(self, num_bytes: int, num_images: int) -> None:
+        """Note that the records of the retry are in place, and durable.
+
+        Raises:
+            EnvironmentFailed: disk full, I/O error.
+        """
+        attempt = self.record.retry
+        assert attempt is not None, "there is one"
+        self.write(
+            durable=Durable(num_bytes, num_images, boot_id()),
+            retry=None,
+            retries=(*self.record.retries, attempt),
+        )
+
 
 @contextmanager
 def kept_status(files: RunFiles, record: RunRecord) -> Iterator[RunState]:
@@ -139,10 +159,8 @@ def kept_status(files: RunFiles, record: RunRecord) -> Iterator[RunState]:
     try:
         yield state
     except BaseException as error:
-        stopped = isinstance(error, Interrupted) or not isinstance(error, Exception)  # a signal
-        status = "interrupted" if stopped else "failed"
         try:
-            state.write(status=status, error=str(error) or type(error).__name__, ended_at=now())
+            state.write(**_ending(error))
         except EnvironmentFailed as unwritable:  # the disk that failed the job fails this as well
             if not isinstance(error, EnvironmentFailed):
                 error.add_note(str(unwritable))
@@ -152,7 +170,13 @@ def kept_status(files: RunFiles, record: RunRecord) -> Iterator[RunState]:
     state.write(status="complete", must_last=False, ended_at=now())
 
 
-def mark_ended(files: RunFiles, error: BatchclfError | KeyboardInterrupt) -> None:
+def _ending(error: BaseException) -> dict[str, Any]:
+    stopped = isinstance(error, Interrupted) or not isinstance(error, Exception)  # a signal
+    status = "interrupted" if stopped else "failed"
+    return {"status": status, "error": str(error) or type(error).__name__, "ended_at": now()}
+
+
+def mark_ended(files: RunFiles, error: BaseException) -> None:
     """Say in run.json that a run was stopped whose own process no longer could.
 
     A file that cannot be read or written stays as it is: what failed the job fails this as well.
@@ -160,10 +184,7 @@ def mark_ended(files: RunFiles, error: BatchclfError | KeyboardInterrupt) -> Non
     with suppress(EnvironmentFailed, ResumeRefused):
         record = read_run(files)
         if record is not None and record.status == "running":
-            stopped = isinstance(error, Interrupted | KeyboardInterrupt)
-            status = "interrupted" if stopped else "failed"
-            why = str(error) or type(error).__name__
-            RunState(files, record).write(status=status, error=why, ended_at=now())
+            RunState(files, record).write(**_ending(error))
 
 
 def write_run(files: RunFiles, record: RunRecord, *, must_last: bool = True) -> None:

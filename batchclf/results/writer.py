@@ -14,7 +14,6 @@ from dataclasses import asdict
 from errno import EIO
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
 
 import orjson
 
@@ -123,10 +122,7 @@ class RecordWriter:
             EnvironmentFailed: the disk does not take it, or somebody else changed the file.
         """
         self._sync()
-        try:
-            self._require_unchanged()
-        except OSError as error:
-            raise output_failed(self._path, error) from error
+        require_unchanged(self._path, os.fstat(self._descriptor), self.num_bytes)
 
     def _sync(self) -> None:
         started = time.perf_counter()
@@ -136,34 +132,51 @@ class RecordWriter:
             raise output_failed(self._path, error) from error
         self._timed(time.perf_counter() - started)
 
-    def _require_unchanged(self) -> None:
-        """Refuse to go on in a file that was moved away, replaced, cut or added to."""
-        ours, found = os.fstat(self._descriptor), None
-        with suppress(FileNotFoundError):
-            found = os.stat(self._path)
-        if found is None or not os.path.samestat(ours, found):
-            what = "is gone" if found is None else "is another file now"
-        elif found.st_size != self.num_bytes:
-            what = f"has {found.st_size:,} bytes, not the {self.num_bytes:,} that were written"
-        else:
-            return
-        raise EnvironmentFailed(
-            f"output: {self._path} {what}: another program moved, replaced or changed it while "
-            "this job wrote it; see what that was, and run the same command to resume"
-        )
 
+def require_unchanged(path: Path, ours: os.stat_result, num_bytes: int) -> None:
+    """Refuse to go on with a file that was moved away, replaced, cut or added to.
 
-def sync_records(path: Path) -> None:
-    """Make all records survive a power loss.
+    `ours` is what it was, and `num_bytes` how long it is to be.
 
     Raises:
-        EnvironmentFailed: the disk does not take them.
+        EnvironmentFailed: somebody else changed it, or it cannot be looked at.
+    """
+    found = None
+    try:
+        with suppress(FileNotFoundError):
+            found = os.stat(path)
+    except OSError as error:
+        raise output_failed(path, error) from error
+    if found is None or not os.path.samestat(ours, found):
+        what = "is gone" if found is None else "is another file now"
+    elif found.st_size != num_bytes:
+        what = f"has {found.st_size:,} bytes, not the {num_bytes:,} that were written"
+    else:
+        return
+    raise _changed(path, what)
+
+
+def _changed(path: Path, what: str) -> EnvironmentFailed:
+    return EnvironmentFailed(
+        f"output: {path} {what}: another program moved, replaced or changed it while this job "
+        "was at work; see what that was, and run the same command to resume"
+    )
+
+
+def sync_records(path: Path, num_bytes: int) -> os.stat_result:
+    """Make all records, which are so many bytes, survive a power loss; returns which file it is.
+
+    Raises:
+        EnvironmentFailed: the disk does not take them, or somebody else changed the file.
     """
     try:
         with path.open("r+b") as file:
             os.fsync(file.fileno())
+            ours = os.fstat(file.fileno())
     except OSError as error:
         raise output_failed(path, error) from error
+    require_unchanged(path, ours, num_bytes)
+    return ours
 
 
 def cut_surplus(path: Path, num_bytes: int) -> int:
@@ -246,35 +259,40 @@ def failed_refs(
 ) -> Iterator[ImageRef]:
     """The entries of the listing whose record is an error with one of `codes`, in order.
 
-    The file must hold one record per entry.
-
     Raises:
-        EnvironmentFailed: the file cannot be read.
+        EnvironmentFailed: the file cannot be read, or does not hold one record per entry.
     """
-    for line, ref in zip(read_lines(predictions), refs, strict=True):
+    lines = read_lines(predictions)
+    for ref in refs:
+        if (line := next(lines, None)) is None:
+            raise _changed(predictions, f"ends before the record of image {ref.index:,}")
         if failure_code(line) in codes:
             yield ref
 
 
-def replace_failed(predictions: Path, retry: Path, codes: Collection[str]) -> int:
-    """Put the records of `retry` in the places of the errors with one of `codes`, all at once.
+def replace_failed(files: RunFiles, codes: Collection[str], num_images: int) -> int:
+    """Put the records of the retry in the places of the errors with one of `codes`, all at once.
 
     Returns:
         The bytes that there are now, all of which survive a power loss.
 
     Raises:
-        EnvironmentFailed: disk full, I/O error, records missing; the old records then stay.
+        EnvironmentFailed: disk full, I/O error, other records than were written; the old ones stay.
     """
+    predictions, retry = files.predictions, files.retry
     try:
         with (
             predictions.open("rb") as old,
             retry.open("rb") as new,
             open_temporary(predictions) as file,
         ):
+            num_lines = 0
             for line in old:
-                file.write(
-                    (next(new, b"") if failure_code(line) in codes else line) or _gone(retry)
-                )
+                is_replaced = failure_code(line) in codes
+                file.write(next(new, b"") if is_replaced else line)
+                num_lines += 1
+            if num_lines != num_images:
+                raise _changed(predictions, f"has {num_lines:,} records, not {num_images:,}")
             file.flush()
             os.fsync(file.fileno())
             num_bytes = file.tell()
@@ -287,28 +305,19 @@ def replace_failed(predictions: Path, retry: Path, codes: Collection[str]) -> in
     return num_bytes
 
 
-def _gone(retry: Path) -> NoReturn:
-    raise EnvironmentFailed(
-        f"output: {retry} has fewer records than were written there: another program cut it; see "
-        "what that was, and run the same command to resume"
-    )
-
-
 # ---- starting anew -------------------------------------------------------------------------------
 
 
-def discard(files: RunFiles, *, keep_listing: bool) -> None:
-    """Remove an earlier run's files, so that the job starts anew; other shards' files stay.
+def discard(files: RunFiles) -> None:
+    """Remove an earlier run's files, so that the job starts anew; the listing stays.
 
-    run.json goes last but for the listing: as long as it is there, it tells whose the rest is.
+    run.json goes last: as long as it is there, it tells whose the rest is.
 
     Raises:
         EnvironmentFailed: a file cannot be removed.
     """
     for path in (files.predictions, files.stats, files.retry, files.run):
         remove(path)
-    if not keep_listing:
-        remove(files.listing)
 
 
 def remove_leftovers(files: RunFiles, *, is_complete: bool) -> None:

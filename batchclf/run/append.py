@@ -4,9 +4,9 @@ import time
 from collections.abc import Sequence
 
 from batchclf.errors import ErrorLimitPassed, Interrupted
-from batchclf.results.files import RunFiles, remove
+from batchclf.results.files import RunFiles
 from batchclf.results.records import Record
-from batchclf.results.run_record import Durable, RunState
+from batchclf.results.run_record import NOTHING_DURABLE, RunState
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import RecordWriter, append_stats
 from batchclf.run.classify import classify
@@ -64,9 +64,8 @@ def append(begun: Begun, todo: Append, state: RunState) -> None:
     """
     files, stats, work = begun.run.files, begun.ready.stats, begun.ready.work
     previous, before_write = begun.ready.previous, begun.run.reporter.before_write
-    durable = Durable() if previous is None else previous.durable
+    durable = NOTHING_DURABLE if previous is None else previous.durable
     before_write()
-    remove(files.retry)  # of an attempt that was given up
     with RecordWriter(
         files.predictions, todo.done.num_bytes, stats.add_write, durable.num_bytes
     ) as writer:

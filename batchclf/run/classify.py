@@ -59,7 +59,7 @@ def classify(work: Work, refs: Iterator[ImageRef], sink: Sink) -> None:
     """
     task, stats, stop = work.plan.task, work.stats, work.stop
     classifiers = [WithinMemory(one, work.reporter.log) for one in work.opened.classifiers]
-    work.reporter.begin(task.num_images, stats.num_images)
+    work.reporter.begin(task.num_images, stats.num_images, stats.num_errors)
     with (
         explained(task, work.plan.batch_size),
         stop.drained_by_caller(),

@@ -12,6 +12,8 @@ from batchclf.results.identity import Fingerprint
 from batchclf.results.lines import Done
 from batchclf.results.listing import Listing
 from batchclf.results.run_record import (
+    FORMAT_VERSION,
+    NOTHING_DURABLE,
     Durable,
     Retry,
     RunRecord,
@@ -52,8 +54,14 @@ def record_of(work: Work, fingerprint: Fingerprint, listing: Listing) -> RunReco
             **{name: version(name) for name in ("numpy", "pillow")},
             **installed_flavours(),
         },
-        durable=Durable(),
+        durable=NOTHING_DURABLE,
         segments=(_segment(work, 0),),
+        format_version=FORMAT_VERSION,
+        status="running",
+        ended_at=None,
+        error=None,
+        retry=None,
+        retries=(),
     )
 
 
@@ -63,7 +71,7 @@ def gone_on(record: RunRecord, previous: RunRecord, done: Done) -> RunRecord:
     part = replace(own, first=done.num_images)
     return replace(
         record,
-        num_left_out=previous.num_left_out,
+        retries=previous.retries,
         durable=_still_durable(previous, done),
         segments=(*_written_segments(previous, done), part),
     )
@@ -73,6 +81,7 @@ def finished(previous: RunRecord, done: Done) -> RunRecord:
     """A run that has all records already, and only says so."""
     return replace(
         previous,
+        status="running",
         durable=_still_durable(previous, done),
         segments=_written_segments(previous, done),
         retry=None,
@@ -92,6 +101,7 @@ def retried(
         durable=Durable(done.num_bytes, done.num_images, boot_id()),
         segments=_written_segments(previous, done),
         retry=Retry(**attempt),
+        retries=previous.retries,
     )
 
 

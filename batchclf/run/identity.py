@@ -50,10 +50,18 @@ def others_of(files: RunFiles) -> Mapping[str, RunRecord]:
     """The run records of the other shards in an output folder, by the names of their files.
 
     Raises:
-        ResumeRefused: one is damaged, or of another version of batchclf.
+        ResumeRefused: one is damaged, of another version of batchclf, or of another division.
     """
-    found = {one.run.name: read_run(one) for one in files.of_others()}
-    return {name: record for name, record in found.items() if record is not None}
+    found: dict[str, RunRecord] = {}
+    for other in files.of_others():
+        if other.shard.count != files.shard.count:
+            raise ResumeRefused(
+                f"output: {files.folder} is divided otherwise: {other.run.name} is there; give "
+                "another output"
+            )
+        if (record := read_run(other)) is not None:
+            found[other.run.name] = record
+    return found
 
 
 def require_same_job(files: RunFiles, identity: Identity, before: Mapping[str, Identity]) -> None:
@@ -72,8 +80,14 @@ def require_same_job(files: RunFiles, identity: Identity, before: Mapping[str, I
             raise ResumeRefused(
                 f"output: {files.folder} holds results of a job that differs ({name}):\n"
                 + "\n".join(changed)
-                + "\n  Give another output, or --overwrite to start anew."
+                + f"\n  {_advice(files, name)}"
             )
+
+
+def _advice(files: RunFiles, name: str) -> str:
+    if name == files.run.name or not any(files.of_others()):
+        return "Give another output, or --overwrite to start anew."
+    return "Give another output: --overwrite leaves what other shards use."
 
 
 def require_same_listing(
@@ -89,8 +103,8 @@ def require_same_listing(
             raise ResumeRefused(
                 f"output: {files.folder}: {name} is of a listing with digest "
                 f"{record.fingerprint.listing.digest[:12]}, and {listing.path.name} has "
-                f"{listing.extent.digest[:12]}: it was removed or changed. Give another output, "
-                "or --overwrite to start anew"
+                f"{listing.extent.digest[:12]}: it was removed, or the input has changed. "
+                f"{_advice(files, name)}"
             )
 
 

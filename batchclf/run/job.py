@@ -4,7 +4,7 @@ look    the model, what the output holds, and that it is this job's (look.py)
 listed  the listing in its place, or a draft of it (look.py)
 decide  nothing to do | append from a position | replace these failures (decide.py)
 ready   the sessions, opened and proven (ready.py)
-claim   the listing put in its place, and run.json says `running` (look.py)
+claim   the listing put in its place, and run.json says `running` (claim.py)
 do      classify (classify.py), the records put in place (append.py, retry.py), the summary
 
 Before `claim`, nothing changes in the output but hidden temporary files.
@@ -17,8 +17,9 @@ from batchclf.results.run_record import kept_status
 from batchclf.results.stats import Summary
 from batchclf.results.writer import append_stats, mend_stats
 from batchclf.run.append import append
+from batchclf.run.claim import claim
 from batchclf.run.decide import Append, Nothing, Replace, decide
-from batchclf.run.look import Outrun, claim, listed, look
+from batchclf.run.look import listed, look
 from batchclf.run.ready import Begun, make_ready
 from batchclf.run.request import Run, RunResult
 from batchclf.run.retry import replace_failures
@@ -30,25 +31,33 @@ def run_job(run: Run) -> RunResult:
     Raises:
         BatchclfError: with the exit code and what to do; the output stays resumable.
     """
+    while (result := _attempt(run)) is None:
+        run.reporter.log("another shard was first to list the input: its listing is taken")
+        # What it was to throw away is gone.
+        run = replace(run, options=replace(run.options, overwrite=False))
+    return result
+
+
+def _attempt(run: Run) -> RunResult | None:
+    """One run; None: another shard was first to place a listing, and that is to be gone on with."""
     found = look(run)
     started = time.perf_counter()
-    try:
-        with listed(found) as listing:
-            list_s = time.perf_counter() - started
-            todo = decide(found, listing)
-            if isinstance(todo, Nothing):
-                run.reporter.log(
-                    f"already complete: {todo.summary.num_images:,} images in "
-                    f"{run.files.predictions}"
-                )
-                return RunResult(run.files, todo.summary, was_complete=True)
-            ready = make_ready(found, listing, todo)
-            ready.stats.listed(list_s)
-            begun = Begun(run, claim(found, listing, ready.record), ready)
-            return RunResult(run.files, do(begun, todo), was_complete=False)
-    except Outrun:  # nothing is lost: what an --overwrite throws away is gone already
-        run.reporter.log("another shard was first to list the input: its listing is taken")
-        return run_job(replace(run, options=replace(run.options, overwrite=False)))
+    with listed(found) as listing:
+        list_s = time.perf_counter() - started
+        todo = decide(found, listing)
+        if isinstance(todo, Nothing):
+            summary = todo.summary
+            run.reporter.log(
+                f"already complete: {summary.num_images:,} images in {run.files.predictions}"
+            )
+            return RunResult(run.files, found.bounds(listing)[0], summary, was_complete=True)
+        ready = make_ready(found, listing, todo)
+        ready.stats.listed(list_s)
+        claimed = claim(found, listing, ready)
+        if claimed is None:
+            return None
+        summary = do(Begun(run, claimed, ready), todo)
+        return RunResult(run.files, found.bounds(listing)[0], summary, was_complete=False)
 
 
 def do(begun: Begun, todo: Append | Replace) -> Summary:

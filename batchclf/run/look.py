@@ -1,19 +1,17 @@
-"""What a job's output holds and whose it is; its listing, and how a run comes to hold both."""
+"""What a job's output holds and whose it is; and its listing, or a draft of it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
-from batchclf.errors import ResumeRefused
 from batchclf.images.source import Source, open_source
 from batchclf.images.store import list_paths, require_images
 from batchclf.models.resolve import ResolvedModel, resolve_model
-from batchclf.results.files import remove
 from batchclf.results.identity import Identity
-from batchclf.results.listing import Listing, drafted, open_listing, place
-from batchclf.results.run_record import RunRecord, read_run, write_run
-from batchclf.results.writer import discard, remove_leftovers
+from batchclf.results.listing import FileIdentity, Listing, drafted, file_of, open_listing
+from batchclf.results.run_record import RunRecord, read_run
+from batchclf.results.writer import remove_leftovers
 from batchclf.run.identity import (
     identity_of,
     is_larger,
@@ -38,6 +36,8 @@ class Found:
     """What run.json said; None also with --overwrite."""
     listing: Listing | None
     """The one in its place, unless --overwrite throws it away."""
+    thrown_away: FileIdentity | None
+    """The file of a listing that --overwrite throws away."""
     others: Mapping[str, RunRecord]
     """Run records of other shards, by the names of their files."""
     settle: Callable[[], str | None]
@@ -49,14 +49,20 @@ class Found:
         NoImagesError: it holds no image, or is not there.
     """
 
+    @property
+    def records(self) -> Mapping[str, RunRecord]:
+        """All run records of the job in its output, by the names of their files."""
+        own = {} if self.record is None else {self.run.files.run.name: self.record}
+        return {**own, **self.others}
+
+    def bounds(self, listing: Listing) -> tuple[int, int]:
+        """The first image of this shard, and the first behind it."""
+        return self.run.options.shard.bounds(listing.num_images)
+
     def num_images(self, listing: Listing) -> int:
         """The images of this shard."""
-        first, last = self.run.options.shard.bounds(listing.num_images)
+        first, last = self.bounds(listing)
         return last - first
-
-
-class Outrun(Exception):
-    """Another shard put its listing in its place first, and it is not the same."""
 
 
 def look(run: Run) -> Found:
@@ -76,7 +82,8 @@ def look(run: Run) -> Found:
         job.model, batch_size=job.batch_size, open_reference=open_reference, log=run.reporter.log
     )
     others = others_of(files)
-    listing = None if options.overwrite and not others else open_listing(files)
+    is_thrown_away = options.overwrite and not others
+    listing = None if is_thrown_away else open_listing(files)
     if options.overwrite and listing is not None:
         run.reporter.log("--overwrite: other shards use the listing, so it stays as it is")
     identity = identity_of(job, model, options.limit)
@@ -89,6 +96,7 @@ def look(run: Run) -> Found:
         identity=identity,
         record=record,
         listing=listing,
+        thrown_away=file_of(files) if is_thrown_away else None,
         others=others,
         settle=settle,
         source=cache(partial(_open_source, run)),
@@ -107,19 +115,19 @@ def _open_source(run: Run) -> Source:
 
 
 def _require_own(found: Found) -> None:
-    """Refuse whatever is of another job: the shard's own records, the listing, other shards'."""
-    files, identity = found.run.files, found.identity
-    own = {} if found.record is None else {files.run.name: found.record}
-    records = {**own, **found.others}
-    before: dict[str, Identity] = {name: one.fingerprint for name, one in records.items()}
-    if found.listing is not None:
-        before[files.listing.name] = found.listing.job
+    """Refuse whatever is of another job: the listing, the shard's own records, other shards'."""
+    files, listing, identity = found.run.files, found.listing, found.identity
     if _grows(found):
-        assert found.listing is not None
-        identity = replace(identity, limit=found.listing.job.limit)
-    require_same_job(files, identity, before)
-    if found.listing is not None:
-        require_same_listing(files, found.listing, records)
+        assert listing is not None
+        identity = replace(identity, limit=listing.job.limit)
+    if listing is not None:
+        require_same_job(files, identity, {files.listing.name: listing.job})
+        require_same_listing(files, listing, found.records)
+    for name, record in found.records.items():
+        was: Identity = record.fingerprint
+        if listing is not None:  # it may have been extended by a run that died before it said so
+            was = replace(was, limit=identity.limit)
+        require_same_job(files, identity, {name: was})
 
 
 def _grows(found: Found) -> bool:
@@ -148,44 +156,15 @@ def listed(found: Found) -> Iterator[Listing]:
     entries = list_paths(found.source())
     run.reporter.before_write()
     limit = run.options.limit
+    if listing is not None and found.record is not None:
+        told = [one for one in listing.extends if one == found.record.fingerprint.listing]
+        listing = replace(listing, extends=tuple(told))
     with drafted(run.files, found.identity, entries, limit=limit, extends=listing) as draft:
+        require_same_listing(run.files, draft, found.records)
         if listing is not None:
             num_new = draft.num_images - listing.num_images
             what = "--extend" if run.options.extend else "--limit"
             run.reporter.log(f"{what}: {num_new:,} new images in the listing")
-        elif draft.num_left_out:
+        if draft.num_left_out:
             run.reporter.log(f"input: left out {draft.num_left_out:,} hidden or repeated entries")
         yield draft
-
-
-def claim(found: Found, listing: Listing, record: RunRecord) -> Listing:
-    """Put a listing in its place, throw away what --overwrite does, and say so in run.json.
-
-    Of shards that begin at once, the first to place a listing decides what job they are of.
-
-    Raises:
-        Outrun: another shard placed another listing of the same job.
-        ResumeRefused: another shard placed that of another job, or threw away the one in place.
-        EnvironmentFailed: the output cannot be written.
-    """
-    run, files = found.run, found.run.files
-    run.reporter.before_write()
-    if run.options.overwrite:
-        discard(files, keep_listing=found.listing is not None)
-    if listing.path != files.listing:
-        placed = place(files, listing)
-        require_same_job(files, found.identity, {files.listing.name: placed.job})
-        if placed.extent != listing.extent:
-            raise Outrun
-        listing = placed
-    write_run(files, record)
-    if not listing.is_in(files.listing):
-        if found.record is None:
-            remove(files.run)
-        else:
-            write_run(files, found.record)
-        raise ResumeRefused(
-            f"output: {files.listing}: another run threw it away, or replaced it, while this one "
-            "began; run the same command again"
-        )
-    return listing

@@ -12,7 +12,7 @@ from batchclf.results.writer import sync_records
 from batchclf.run.blame import explained, try_suspects
 from batchclf.run.classify import Work, check_error_limit
 from batchclf.run.decide import Append, Replace
-from batchclf.run.facts import finished, gone_on, record_of, retried
+from batchclf.run.facts import finished, gone_on, is_same_retry, record_of, retried
 from batchclf.run.identity import fingerprint_of
 from batchclf.run.look import Found
 from batchclf.run.plan import Plan, Task, make_plan
@@ -34,6 +34,8 @@ class Ready:
     work: Work | None
     """None: all records are there, and only the last word is missing."""
     previous: RunRecord | None
+    goes_on_retrying: bool = False
+    """Whether the new records of failed images that are there are of this very attempt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ def make_ready(found: Found, listing: Listing, todo: Append | Replace) -> Ready:
         return Ready(finished(previous, todo.done), stats, None, previous)
     if isinstance(todo, Replace):  # run.json will say that all records are durable
         run.reporter.before_write()
-        sync_records(run.files.predictions)
+        sync_records(run.files.predictions, todo.done.num_bytes)
     task = Task(run.job, found.source(), found.model, num_images)
     run = try_suspects(run, task, listing.refs())
     plan = make_plan(run, task)
@@ -74,7 +76,10 @@ def make_ready(found: Found, listing: Listing, todo: Append | Replace) -> Ready:
     if isinstance(todo, Replace):
         assert previous is not None, "there are records"
         record = retried(record, previous, todo.done, todo.codes)
-    elif previous is not None:
+        is_later_process = run.recovery.beginning is not None
+        is_same = is_later_process or is_same_retry(previous, record)
+        return Ready(record, stats, work, previous, goes_on_retrying=is_same)
+    if previous is not None:
         record = gone_on(record, previous, todo.done)
     return Ready(record, stats, work, previous)
 

@@ -12,8 +12,8 @@ class Reporter:
     def log(self, text: str) -> None:
         """One line for people."""
 
-    def begin(self, num_images: int, num_done: int) -> None:
-        """Classifying begins: how many images there are, and how many have a record."""
+    def begin(self, num_images: int, num_done: int, num_errors: int) -> None:
+        """Classifying begins: how many images there are, have a record, and are errors by now."""
 
     def update(self, num_images: int, num_errors: int) -> None:
         """How many images have a record by now, and how many of those are errors."""

@@ -34,6 +34,8 @@ class RunResult:
     """A finished job: its files and its summary."""
 
     files: RunFiles
+    first: int
+    """Of a shard: the number of its first image in the whole listing."""
     summary: Summary
     was_complete: bool
     """Whether an earlier run had already finished it."""
@@ -44,4 +46,4 @@ class RunResult:
         Raises:
             EnvironmentFailed: they cannot be read, or are not what was written.
         """
-        return read_records(self.files)
+        return read_records(self.files, self.first, self.summary.num_images)

@@ -3,13 +3,18 @@
 from functools import partial
 from itertools import islice
 
-from batchclf.results.lines import Done, find_done
+from batchclf.results.lines import find_done
 from batchclf.results.run_record import RunState
-from batchclf.results.writer import RecordWriter, failed_refs, replace_failed
+from batchclf.results.writer import (
+    RecordWriter,
+    failed_refs,
+    replace_failed,
+    require_unchanged,
+    sync_records,
+)
 from batchclf.run.append import SyncedSink
 from batchclf.run.classify import classify
 from batchclf.run.decide import Replace
-from batchclf.run.facts import is_same_retry
 from batchclf.run.ready import Begun, go_on_counting
 
 
@@ -22,14 +27,12 @@ def replace_failures(begun: Begun, todo: Replace, state: RunState) -> None:
     files, stats, ready = begun.run.files, begun.ready.stats, begun.ready
     before_write = begun.run.reporter.before_write
     assert ready.work is not None
-    assert ready.previous is not None, "there are records"
     first, last = files.shard.bounds(begun.listing.num_images)
     listed = partial(begun.listing.refs, first, last)
     refs = partial(failed_refs, files.predictions)
-    tried = Done()
-    is_later_process = begun.run.recovery.beginning is not None
-    if is_later_process or is_same_retry(ready.previous, ready.record):
-        tried = find_done(files.retry, (ref.path for ref in refs(listed(), todo.codes)))
+    ours = sync_records(files.predictions, todo.done.num_bytes)
+    # What `claim` left there is of this very attempt.
+    tried = find_done(files.retry, (ref.path for ref in refs(listed(), todo.codes)))
     stats.resume(tried.num_ok, tried.errors_by_code)
     go_on_counting(stats, begun.run.recovery)
     before_write()
@@ -37,5 +40,7 @@ def replace_failures(begun: Begun, todo: Replace, state: RunState) -> None:
         left = islice(refs(listed(), todo.codes), tried.num_images, None)
         classify(ready.work, left, SyncedSink(files, writer, stats))
     before_write()
-    num_bytes = replace_failed(files.predictions, files.retry, todo.codes)
-    state.note_durable(num_bytes, ready.work.plan.task.num_images)
+    require_unchanged(files.predictions, ours, todo.done.num_bytes)
+    num_images = ready.work.plan.task.num_images
+    num_bytes = replace_failed(files, todo.codes, num_images)
+    state.note_retried(num_bytes, num_images)

@@ -8,7 +8,7 @@ from batchclf.results.files import RunFiles
 from batchclf.results.identity import Extent, Fingerprint, Identity
 from batchclf.results.listing import Listing, drafted, place
 from batchclf.results.records import ActiveProvider
-from batchclf.results.run_record import Durable, RunRecord
+from batchclf.results.run_record import NOTHING_DURABLE, RunRecord
 
 IDENTITY = Identity(
     recipe={"pixels": 1, "records": 1},
@@ -44,8 +44,14 @@ def a_record(**changes: Any) -> RunRecord:
         precision_check=None,
         decode="exact",
         versions={},
-        durable=Durable(),
+        durable=NOTHING_DURABLE,
         segments=(),
+        format_version=1,
+        status="running",
+        ended_at=None,
+        error=None,
+        retry=None,
+        retries=(),
     )
     return replace(record, **changes)
 

@@ -18,7 +18,7 @@ from batchclf.results import listing
 from batchclf.results.files import RunFiles
 from batchclf.results.identity import Extent
 from batchclf.results.lines import find_done
-from batchclf.results.listing import drafted, open_listing, place
+from batchclf.results.listing import drafted, open_listing, place, take_away
 from batchclf.results.records import ImageRef, Prediction, Record, Shard
 from batchclf.results.writer import RecordWriter
 from tests.results.common import IDENTITY, Entries, placed
@@ -163,3 +163,15 @@ def test_a_listing_of_another_version_is_refused_in_one_line(files: RunFiles, da
     files.listing.write_bytes(data)
     with pytest.raises(ResumeRefused, match="not a listing as this version of batchclf writes it"):
         open_listing(files)
+
+
+def test_only_the_listing_that_was_seen_is_thrown_away(files: RunFiles) -> None:
+    assert take_away(files, None)
+    seen = placed(files, [b"a"])
+    assert seen.is_in_place(files)
+    assert take_away(files, seen.file)
+    assert not seen.is_in_place(files)
+    other = placed(files, [b"b"])
+    assert not take_away(files, seen.file)
+    assert other.is_in_place(files)
+    assert os.listdir(files.folder) == ["listing.nul"]

@@ -270,7 +270,7 @@ def test_new_records_take_the_places_of_the_failed_ones(files: RunFiles) -> None
     new = [Record(ref, (Prediction("cat", 0, 1.0),)) for ref in failed]
     with RecordWriter(files.retry, 0) as records:
         records.write(new)
-    replace_failed(files.predictions, files.retry, {"io_error"})
+    replace_failed(files, {"io_error"}, 4)
     expected = [old[0], new[0], old[2], new[1]]
     assert files.predictions.read_bytes() == b"".join(map(encode_record, expected))
     assert os.listdir(files.folder) == ["predictions.jsonl"]
@@ -295,11 +295,12 @@ def test_an_output_that_fails_ends_with_exit_code_5_and_names_the_file(
     assert str(path) in str(failed.value)
 
 
+REF = ImageRef(0, b"a.jpg")
 READERS: dict[str, Callable[[RunFiles], object]] = {
     "open_listing": open_listing,
     "paths": lambda files: list(Listing(files.listing, Extent(1, ""), 0, IDENTITY).paths()),
     "find_done": lambda files: find_done(files.predictions, [b"a.jpg"]),
-    "failed_refs": lambda files: list(failed_refs(files.predictions, [], {"io_error"})),
+    "failed_refs": lambda files: list(failed_refs(files.predictions, [REF], {"io_error"})),
     "read_lines": lambda files: list(read_lines(files.stats)),
     "read_run": read_run,
 }
@@ -426,11 +427,9 @@ def test_discarding_removes_the_runs_own_files_only(files: RunFiles) -> None:
     kept = files.folder / "notes.txt"
     for path in (*mine, kept):
         path.write_text("x")
-    discard(files, keep_listing=True)
+    discard(files)
+    discard(files)
     assert sorted(os.listdir(files.folder)) == ["listing.nul", "notes.txt"]
-    discard(files, keep_listing=False)
-    discard(files, keep_listing=False)
-    assert os.listdir(files.folder) == ["notes.txt"]
 
 
 def test_what_a_killed_run_left_half_written_is_removed_and_only_its_own(tmp_path: Path) -> None:

@@ -813,7 +813,7 @@ def test_a_signal_before_the_first_batch_is_not_forgotten(tmp_path: Path) -> Non
     stop = StopRequest()
     log = Log()
 
-    def begin(num_images: int, num_done: int) -> None:
+    def begin(num_images: int, num_done: int, num_errors: int) -> None:
         stop.signal_number = signal.SIGTERM
 
     log.begin = begin  # type: ignore[method-assign]

@@ -19,5 +19,6 @@ class Setup:
 
 
 Message = tuple[str, object]
-"""A word and what goes with it: `log` text, `begin` (images, done), `guilty` (path, Failure); and
+"""A word and what goes with it: `log` text, `begin` (images, done,
+errors), `guilty` (path, Failure); and
 as the last one `result` RunResult, `error` BatchclfError, or `bug`, a traceback as text."""

@@ -30,12 +30,16 @@ class Workers:
     The first one is started at once: it imports what it needs while this process does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, adopts: bool = False) -> None:
         """Start the first one.
+
+        `adopts`: in a container, whose first process this is, what a worker leaves behind becomes
+        this one's, and is reaped. Not so where a program of a user's may have children, too.
 
         Raises:
             EnvironmentFailed: no process is to be had.
         """
+        self._adopts = adopts and os.getpid() == 1
         self.board_descriptor = Board.new_descriptor()
         try:
             self.current = WorkerProcess(self.board_descriptor)
@@ -47,8 +51,16 @@ class Workers:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.current.kill()
+        self.kill()
         os.close(self.board_descriptor)
+
+    def kill(self) -> None:
+        """End the current one, whatever it is at, and the processes that it started."""
+        self.current.kill()
+        if self._adopts:
+            with suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                    pass
 
     def replace(self) -> None:
         """Start another in the place of one that has ended.
@@ -136,7 +148,3 @@ class WorkerProcess:
             except subprocess.TimeoutExpired:  # stuck in the kernel: waiting again would not help
                 self._is_left_behind = True
         self._connection.close()
-        if os.getpid() == 1:  # in a container, its children are now this process's
-            with suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG) != (0, 0):
-                    pass

@@ -79,12 +79,12 @@ class Supervisor:
             self._board.renewed()
             try:
                 return self._run(job, options, lease)
-            except (BatchclfError, KeyboardInterrupt) as error:
-                self._workers.current.kill()
+            except BaseException as error:
+                self._workers.kill()
                 self._mark(RunFiles(job.output, options.shard), error, lease)
                 raise
             finally:  # before the output is let go of
-                self._workers.current.kill()
+                self._workers.kill()
 
     def _run(self, job: JobSpec, options: RunOptions, lease: Lease) -> RunResult:
         recovery = Recovery()
@@ -100,7 +100,7 @@ class Supervisor:
             # What this asks for is done, once records are being written.
             options = replace(options, overwrite=options.overwrite and self._beginning is None)
             started = time.perf_counter()
-            self._workers.current.kill()
+            self._workers.kill()
             self._board.clear()
             self._num_images = 0
             self._workers.replace()
@@ -115,9 +115,7 @@ class Supervisor:
     def _progress(self) -> Progress:
         return Progress(self._board.num_images, self._guilty, self._beginning)
 
-    def _mark(
-        self, files: RunFiles, error: BatchclfError | KeyboardInterrupt, lease: Lease
-    ) -> None:
+    def _mark(self, files: RunFiles, error: BaseException, lease: Lease) -> None:
         """Say in run.json how a run ended, where its worker no longer could."""
         if self._beginning is None or isinstance(error, ResumeRefused):
             return  # it is another run's, or another process's by now
@@ -176,12 +174,12 @@ class Supervisor:
             case "log":
                 self._display.log(cast(str, what))
             case "begin":
-                num_images, num_done = cast(tuple[int, int], what)
+                num_images, num_done, num_errors = cast(tuple[int, int, int], what)
                 self._num_images = num_images
                 if self._beginning is None:
                     now = time.perf_counter()
                     self._beginning = Beginning(now, now - self._started, num_done)
-                self._display.begin(num_images, num_done)
+                self._display.begin(num_images, num_done, num_errors)
             case "guilty":
                 path, failure = cast(tuple[bytes, Failure], what)
                 self._guilty[path] = failure

@@ -94,9 +94,9 @@ class _Channel(Reporter):
     def log(self, text: str) -> None:
         self._send("log", text)
 
-    def begin(self, num_images: int, num_done: int) -> None:
-        self._board.count(num_done, 0)
-        self._send("begin", (num_images, num_done))
+    def begin(self, num_images: int, num_done: int, num_errors: int) -> None:
+        self._board.count(num_done, num_errors)
+        self._send("begin", (num_images, num_done, num_errors))
 
     def update(self, num_images: int, num_errors: int) -> None:
         self._board.count(num_images, num_errors)
