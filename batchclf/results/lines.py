@@ -15,7 +15,7 @@ from batchclf.results.files import RunFiles, read_lines
 from batchclf.results.records import Failure, ImageRef, Prediction, Record
 
 RECORDS_RECIPE = 1
-"""Counted up when scores come to be written as another line than before."""
+"""Counted up when a line gains, loses or changes a key, or says a score otherwise."""
 SCORE_STEPS = 10**6
 """Scores have 6 digits."""
 

@@ -2,10 +2,10 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 
-from batchclf.errors import ResumeRefused, UsageError
+from batchclf.errors import ResumeRefused
 from batchclf.images.decode import PIXELS_RECIPE
 from batchclf.models.bundle import digest_of
 from batchclf.models.resolve import ResolvedModel
@@ -111,16 +111,3 @@ def require_same_listing(
 def is_larger(limit: int | None, before: int | None) -> bool:
     """Whether a run's --limit lets it have more images than an earlier one's."""
     return before is not None and (limit is None or limit > before)
-
-
-def require_alone(others: Iterable[str], what: str) -> None:
-    """Refuse to add to a listing that is divided among shards.
-
-    Raises:
-        UsageError: their bounds would move.
-    """
-    for name in others:
-        raise UsageError(
-            f"{what}: the output holds shards ({name}), whose bounds would move; give the images "
-            "another output"
-        )

@@ -16,7 +16,6 @@ from batchclf.run.identity import (
     identity_of,
     is_larger,
     others_of,
-    require_alone,
     require_same_job,
     require_same_listing,
 )
@@ -143,7 +142,6 @@ def listed(found: Found) -> Iterator[Listing]:
 
     Raises:
         NoImagesError: an input that has to be listed holds no image, or is not there.
-        UsageError: other shards divide the listing that is to be extended.
         EnvironmentFailed: the input cannot be listed, or the draft not be written.
     """
     run, listing = found.run, found.listing
@@ -151,8 +149,6 @@ def listed(found: Found) -> Iterator[Listing]:
     if listing is not None and not is_extended:
         yield listing
         return
-    if is_extended:
-        require_alone(found.others, "--extend")
     entries = list_paths(found.source())
     run.reporter.before_write()
     limit = run.options.limit

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 
 from batchclf import __version__
 from batchclf.cli import main
-from batchclf.errors import Interrupted, ResumeRefused, UsageError
+from batchclf.errors import Interrupted, ResumeRefused
 from batchclf.results.records import Shard
 from batchclf.run import facts, identity
 from batchclf.run.job import run_job
@@ -449,7 +449,7 @@ def test_a_listing_that_shards_divide_is_not_extended(tmp_path: Path) -> None:
         run_here(job, RunOptions(shard=Shard(index, 2)))
     add_images(images, "new.jpg")
     before = (tmp_path / "out" / "listing.nul").read_bytes()
-    with pytest.raises(UsageError, match="holds shards"):
+    with pytest.raises(ResumeRefused, match="is divided otherwise"):
         run_here(job, RunOptions(extend=True))
     assert (tmp_path / "out" / "listing.nul").read_bytes() == before
 
@@ -540,7 +540,8 @@ def test_a_retry_whose_end_was_lost_with_the_power_is_finished_by_the_same_comma
     run = json.loads(run_file.read_bytes())
     assert run["durable"]["num_bytes"] == len(whole) > noted
     durable = {"num_bytes": noted, "num_images": 6, "boot_id": "before"}
-    run_file.write_text(json.dumps(run | {"status": "running", "durable": durable}))
+    retry = {"retry": run["retries"][-1], "retries": []}
+    run_file.write_text(json.dumps(run | retry | {"status": "running", "durable": durable}))
     log = Log()
     result = run_here(job, options, log)
     assert result.summary.num_ok == 6
