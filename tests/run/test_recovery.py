@@ -184,6 +184,14 @@ CASES = (
         f": starting it again{ISOLATED}",
     ),
     Case(
+        "more than many guilty at once",
+        Recovery(beginning=BEGUN),
+        DEATH,
+        Progress(9, guilty(MANY_GUILTY + 1), BEGUN),
+        Recovery(quarantined=guilty(MANY_GUILTY + 1), isolate=True, beginning=BEGUN, num_images=9),
+        f": starting it again{ISOLATED}",
+    ),
+    Case(
         "once isolated always isolated, and told of once",
         Recovery(isolate=True, beginning=BEGUN, num_futile=2),
         DEATH,
