@@ -503,6 +503,15 @@ def test_only_errors_with_the_codes_named_are_tried_again(tmp_path: Path) -> Non
     assert [json.loads(line)["status"] for line in after].count("ok") == 5
 
 
+def test_errors_are_not_tried_again_before_the_job_is_finished(tmp_path: Path) -> None:
+    job, predictions, before = with_failures(tmp_path)
+    predictions.write_bytes(b"".join(line + b"\n" for line in before[:4]))
+    said = "4 of 6 images have a record; finish the job first, by running it without"
+    with pytest.raises(UsageError, match=said):
+        run_here(job, RunOptions(limit=6, retry_failed=True))
+    assert predictions.read_bytes().splitlines() == before[:4]
+
+
 @pytest.mark.parametrize("codes", ["no_such_code,timeout", None])
 def test_where_no_error_is_to_be_tried_again_nothing_is_and_that_is_said(
     tmp_path: Path, codes: str | None
