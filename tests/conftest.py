@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 USERS_ENVIRONMENT = dict(os.environ)
 """The environment without what tests set for themselves: for processes whose speed is measured."""
 # One thread for torch: more of them would only fight with the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No example has a deadline: on a busy machine any of them may take long.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("BATCHCLF_TEST_DATA", ROOT.parent / "shared" / "data")).resolve()
 """Real weights and photos that are not the project's to pass on; tests skip where it is absent."""

@@ -1,7 +1,7 @@
 """run.json: what a run is, how far it is, and what of its records survives a power loss."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -153,13 +153,19 @@ class RunState:
 
 
 @contextmanager
-def kept_status(files: RunFiles, record: RunRecord) -> Iterator[RunState]:
-    """Keep true what run.json says of a run, `running` by now: how it ends."""
+def kept_status(
+    files: RunFiles, record: RunRecord, before_write: Callable[[], None] = lambda: None
+) -> Iterator[RunState]:
+    """Keep true what run.json says of a run, `running` by now: how it ends.
+
+    `before_write` is called before that is written after an error, which may have taken long.
+    """
     state = RunState(files, record)
     try:
         yield state
     except BaseException as error:
         try:
+            before_write()
             state.write(**_ending(error))
         except EnvironmentFailed as unwritable:  # the disk that failed the job fails this as well
             if not isinstance(error, EnvironmentFailed):

@@ -67,7 +67,7 @@ def do(begun: Begun, todo: Append | Replace) -> Summary:
         BatchclfError: as `run_job`.
     """
     files, ready = begun.run.files, begun.ready
-    with kept_status(files, ready.record) as state:
+    with kept_status(files, ready.record, begun.run.reporter.before_write) as state:
         mend_stats(files)
         if isinstance(todo, Replace):
             replace_failures(begun, todo, state)

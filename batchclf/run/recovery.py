@@ -85,19 +85,21 @@ def recover(
         OutOfMemory: a batch cannot be any smaller.
         EnvironmentFailed, WorkerFailed: going on did not help, again and again.
     """
+    resumed = 0 if progress.beginning is None else progress.beginning.num_done
+    has_progressed = progress.num_images > max(recovery.num_images, resumed)
+    has_found = len(progress.guilty) > len(recovery.quarantined)
+    is_futile = not has_progressed and not has_found
     found = replace(
         recovery,
         suspects=(),
         quarantined=dict(progress.guilty),
         beginning=progress.beginning,
+        num_futile=recovery.num_futile if is_futile else 0,
         num_images=progress.num_images,
     )
     if isinstance(ended, OutOfMemory):
         return _smaller(found, ended)
-    resumed = 0 if progress.beginning is None else progress.beginning.num_done
-    has_progressed = progress.num_images > max(recovery.num_images, resumed)
-    has_found = len(progress.guilty) > len(recovery.quarantined)
-    num_futile = 0 if has_progressed or has_found else recovery.num_futile + 1
+    num_futile = found.num_futile + is_futile
     if num_futile > MAX_FUTILE:
         raise _hopeless(ended, num_futile)
     may_be_decoding = num_futile >= ISOLATE_AFTER and not ended.by_device

@@ -219,6 +219,15 @@ def test_a_folder_made_for_nothing_is_removed_again(tmp_path: Path) -> None:
     assert list(entries(tmp_path)) == ["runs"]
 
 
+def test_an_output_is_let_go_of_after_an_error_too(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path / "out")
+    with pytest.raises(ZeroDivisionError), only_writer(files):  # noqa: PT012
+        files.predictions.write_text("")
+        assert files.lease.exists()
+        raise ZeroDivisionError
+    assert set(entries(tmp_path)) == {"out", ".lock", "predictions.jsonl"}
+
+
 def test_a_folder_with_results_stays(tmp_path: Path) -> None:
     files = RunFiles(tmp_path / "out")
     with only_writer(files):

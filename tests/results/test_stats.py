@@ -105,6 +105,7 @@ def test_what_an_earlier_run_wrote_counts_as_done_but_not_as_speed(
         (4.0, 16.0, 0.1, "infer"),
         (8.0, 12.0, 0.1, "decode"),  # they share the cores: decoding costs more, and is caught up
         (18.0, 2.0, 0.1, "decode"),
+        (18.0, 1.0, 4.0, "decode"),  # writing takes longer than inference, and holds nobody up
         (18.0, 2.0, 9.0, "write"),  # nobody gives batches back: the streams wait as well
         (1.0, 19.0, 6.0, "infer"),  # writing goes on beside it
         (1.0, 6.0, 6.0, "write"),  # after it, on a disk that takes long to have it all

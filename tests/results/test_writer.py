@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from batchclf.errors import EnvironmentFailed, ResumeRefused
 from batchclf.results.files import RunFiles, read_lines, temporary_of
 from batchclf.results.identity import Extent
-from batchclf.results.lines import Done, encode_record, find_done
+from batchclf.results.lines import Done, decode_record, encode_record, find_done
 from batchclf.results.listing import Listing, open_listing
 from batchclf.results.lock import only_writer
 from batchclf.results.records import Failure, ImageRef, Prediction, Record, Shard
@@ -28,6 +28,7 @@ from batchclf.results.writer import (
     failed_refs,
     remove_leftovers,
     replace_failed,
+    sync_records,
 )
 from tests.conftest import ROOT
 from tests.results.common import IDENTITY, a_record
@@ -95,6 +96,16 @@ def test_a_record_is_one_line_of_json_that_gives_everything_back(
         assert found == [(one.label, one.index) for one in outcome]
         for one, expected in zip(parsed["predictions"], outcome, strict=True):
             assert one["score"] == pytest.approx(expected.score, abs=1e-6)
+
+
+@given(path=NAMES, outcome=OUTCOMES, warnings=st.lists(TEXTS, max_size=2).map(tuple))
+def test_a_line_is_read_back_as_the_record_of_which_it_is_the_line(
+    path: bytes, outcome: tuple[Prediction, ...] | Failure, warnings: tuple[str, ...]
+) -> None:
+    line = encode_record(Record(ImageRef(7, path), outcome, warnings))
+    found = decode_record(line, 7)
+    assert found.ref == ImageRef(7, path)
+    assert encode_record(found) == line
 
 
 @given(NAMES)
@@ -295,6 +306,15 @@ def test_an_output_that_fails_ends_with_exit_code_5_and_names_the_file(
     assert str(path) in str(failed.value)
 
 
+def test_a_record_file_that_cannot_be_opened_is_the_environments_failure(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    path.mkdir()
+    with pytest.raises(EnvironmentFailed, match=r"predictions\.jsonl: cannot be written: Is a dir"):
+        RecordWriter(path)
+    with pytest.raises(EnvironmentFailed, match=r"predictions\.jsonl: cannot be written: Is a dir"):
+        sync_records(path, 0)
+
+
 REF = ImageRef(0, b"a.jpg")
 READERS: dict[str, Callable[[RunFiles], object]] = {
     "open_listing": open_listing,
@@ -348,6 +368,19 @@ def test_run_json_is_replaced_whole_and_leaves_nothing_beside_it(files: RunFiles
     write_run(files, a_record(status="complete"))
     assert json.loads(files.run.read_bytes())["status"] == "complete"
     assert os.listdir(files.folder) == ["run.json"]
+
+
+def test_run_json_is_replaced_any_number_of_times_without_running_out_of_descriptors(
+    files: RunFiles,
+) -> None:
+    def num_open() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    write_run(files, a_record())
+    before = num_open()
+    for _ in range(3):
+        write_run(files, a_record())
+    assert num_open() == before
 
 
 def test_a_failed_replacement_keeps_the_old_run_json(

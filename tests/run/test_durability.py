@@ -136,3 +136,26 @@ def test_records_tried_again_are_synced_before_they_take_their_places(tmp_path: 
     assert "predictions.jsonl" in disk.replaced
     assert disk.noted[-1] == ("complete", 8)
     assert run_json(tmp_path / "out")["durable"]["num_bytes"] > 0
+
+
+def test_what_a_killed_run_had_not_synced_is_not_called_durable_before_it_is(
+    tmp_path: Path,
+) -> None:
+    job = write_tiny_job(tmp_path, input=str(link_digits(tmp_path / "images", 8)))
+    run_here(job)
+    output = tmp_path / "out"
+    lines = (output / "predictions.jsonl").read_bytes().splitlines(keepends=True)
+    run = run_json(output)
+    durable = run["durable"] | {"num_images": 3, "num_bytes": len(b"".join(lines[:3]))}
+    changes = {"status": "running", "durable": durable}
+    (output / "run.json").write_text(json.dumps(run | changes))
+    with watched_disk(output) as disk:
+        with (output / "predictions.jsonl").open("wb") as file:
+            file.writelines(lines[:3])
+            file.flush()
+            os.fsync(file.fileno())
+            file.writelines(lines[3:6])
+        run_here(job)
+    assert disk.noted[0] == ("running", 3)
+    assert disk.noted[1] == ("running", 6), "first of all, what was there is made durable"
+    assert disk.noted[-1] == ("complete", 8)

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 
 from batchclf import __version__
 from batchclf.cli import main
-from batchclf.errors import Interrupted, ResumeRefused
+from batchclf.errors import Interrupted, ResumeRefused, UsageError
 from batchclf.results.records import Shard
 from batchclf.run import facts, identity
 from batchclf.run.job import run_job
@@ -503,6 +503,15 @@ def test_only_errors_with_the_codes_named_are_tried_again(tmp_path: Path) -> Non
     assert [number for number in range(6) if after[number] != before[number]] == [1, 4]
     assert json.loads(after[2])["error"]["code"] == "empty_file"
     assert [json.loads(line)["status"] for line in after].count("ok") == 5
+
+
+def test_errors_are_not_tried_again_before_the_job_is_finished(tmp_path: Path) -> None:
+    job, predictions, before = with_failures(tmp_path)
+    predictions.write_bytes(b"".join(line + b"\n" for line in before[:4]))
+    said = "4 of 6 images have a record; finish the job first, by running it without"
+    with pytest.raises(UsageError, match=said):
+        run_here(job, RunOptions(limit=6, retry_failed=True))
+    assert predictions.read_bytes().splitlines() == before[:4]
 
 
 @pytest.mark.parametrize("codes", ["no_such_code,timeout", None])
