@@ -108,9 +108,11 @@ def test_a_grown_limit_that_died_before_run_json_said_so_is_gone_on_with(
         raise EnvironmentFailed("no space left")
 
     for limit in (40, 50):
-        with changed(monkeypatch, claim, "write_run", full):
-            with pytest.raises(EnvironmentFailed, match="no space"):
-                run_here(job, RunOptions(limit=limit))
+        with (
+            changed(monkeypatch, claim, "write_run", full),
+            pytest.raises(EnvironmentFailed, match="no space"),
+        ):
+            run_here(job, RunOptions(limit=limit))
     with pytest.raises(ResumeRefused, match="limit: was 50, is 20"):
         run_here(job, RunOptions(limit=20))
     assert run_here(job, RunOptions(limit=50)).summary.num_images == 50
@@ -192,9 +194,11 @@ def test_records_that_somebody_changes_during_a_retry_are_not_called_complete(
         classify(work, refs, sink)
         CHANGES[change](predictions)
 
-    with changed(monkeypatch, retry, "classify", classify_and_change):
-        with pytest.raises(EnvironmentFailed) as failed:
-            run_here(job, RunOptions(retry_failed=True))
+    with (
+        changed(monkeypatch, retry, "classify", classify_and_change),
+        pytest.raises(EnvironmentFailed) as failed,
+    ):
+        run_here(job, RunOptions(retry_failed=True))
     assert f"output: {predictions}" in str(failed.value)
     assert json.loads((tmp_path / "out" / "run.json").read_bytes())["status"] == "failed"
     run_here(job)
@@ -214,18 +218,22 @@ def test_records_of_another_attempt_are_not_taken_for_this_ones(
         raise EnvironmentFailed("stopped")
 
     strict = job_with_failures(tmp_path, max_bytes=10)  # all are too large by now
-    with changed(monkeypatch, retry, "replace_failed", stop):
-        with pytest.raises(EnvironmentFailed, match="stopped"):
-            run_here(strict, options)
+    with (
+        changed(monkeypatch, retry, "replace_failed", stop),
+        pytest.raises(EnvironmentFailed, match="stopped"),
+    ):
+        run_here(strict, options)
     job = job_with_failures(tmp_path)
 
     def write_and_stop(files: Any, record: RunRecord) -> None:
         write_run(files, record)
         stop()
 
-    with changed(monkeypatch, claim, "write_run", write_and_stop):
-        with pytest.raises(EnvironmentFailed, match="stopped"):
-            run_here(job, options)
+    with (
+        changed(monkeypatch, claim, "write_run", write_and_stop),
+        pytest.raises(EnvironmentFailed, match="stopped"),
+    ):
+        run_here(job, options)
     summary = run_here(job, options).summary
     assert (summary.num_ok, summary.num_new) == (12, 4)
     run = json.loads((tmp_path / "out" / "run.json").read_bytes())
