@@ -46,14 +46,14 @@ COMMANDS = """
 import contextlib, io, json, sys
 from batchclf.cli import main
 for line in sys.stdin:
-    said = io.StringIO()
+    said = io.TextIOWrapper(io.BytesIO(), "utf-8")
     code = 0
     with contextlib.redirect_stdout(said):
         try:
             main(json.loads(line), prog_name="batchclf")
         except SystemExit as end:
             code = end.code
-    print(json.dumps([code, said.getvalue()]), flush=True)
+    print(json.dumps([code, said.buffer.getvalue().decode()]), flush=True)
 """
 """Many commands in one process: most of the time that one takes goes into importing it."""
 
