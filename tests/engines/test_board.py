@@ -2,9 +2,17 @@
 
 import os
 import time
+from pathlib import Path
+from typing import cast
+
+import pytest
 
 from batchclf.engines.local.board import MAX_THREADS, Board
+from batchclf.engines.local.process import WorkerProcess
+from batchclf.engines.local.supervisor import _Pulse
+from batchclf.spec.file import load_job
 from batchclf.spec.job import MAX_COUNT
+from tests.tiny import write_tiny_job
 
 
 def test_every_decoding_thread_that_a_job_may_have_has_its_place_on_the_board() -> None:
@@ -47,3 +55,36 @@ def test_an_output_that_was_never_known_to_be_ones_own_is_as_good_as_lost() -> N
     assert board.seconds_since_renewed >= uptime_s
     board.renewed()
     assert 0 <= board.seconds_since_renewed < uptime_s
+
+
+class Idle:
+    """A worker that uses no CPU time."""
+
+    def cpu_seconds(self) -> float:
+        return 0.0
+
+
+def test_an_image_may_take_its_seconds_from_when_it_was_begun_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = load_job(write_tiny_job(tmp_path, loader={"max_seconds": 3}))
+    descriptor = Board.new_descriptor()
+    try:
+        board = Board(descriptor)
+    finally:
+        os.close(descriptor)
+    second = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: second)
+    pulse = _Pulse(board, cast(WorkerProcess, Idle()), job)
+    for number in range(20):
+        second += 1
+        board.at(1, number)
+        assert pulse.look(is_classifying=True) is None
+    for _ in range(3):
+        second += 1
+        assert pulse.look(is_classifying=True) is None
+    second += 1
+    death = pulse.look(is_classifying=True)
+    assert death is not None
+    assert death.suspects == (19,)
+    assert "longer than loader.max_seconds (3 s)" in death.cause
