@@ -505,6 +505,34 @@ def test_only_errors_with_the_codes_named_are_tried_again(tmp_path: Path) -> Non
     assert [json.loads(line)["status"] for line in after].count("ok") == 5
 
 
+@pytest.mark.parametrize(
+    ("attempt", "boot", "num_kept"),
+    [
+        ({}, boot_id(), 1),
+        ({"codes": ["vanished"]}, boot_id(), 0),
+        ({"limits": {"max_pixels": 1}}, boot_id(), 0),
+        ({}, "before", 0),
+    ],
+    ids=["the same", "with other codes", "with other limits", "before a restart"],
+)
+def test_a_stopped_retry_is_gone_on_with_only_by_the_very_same_attempt(
+    tmp_path: Path, attempt: dict[str, Any], boot: str, num_kept: int
+) -> None:
+    job, predictions, before = with_failures(tmp_path)
+    run_file = predictions.with_name("run.json")
+    run = json.loads(run_file.read_bytes())
+    stopped = {**run["segments"][0], "codes": ["empty_file", "vanished"], **attempt}
+    durable = {**run["durable"], "boot_id": boot}
+    changes = {"status": "interrupted", "retry": stopped, "durable": durable}
+    run_file.write_text(json.dumps(run | changes))
+    path = json.loads(before[1])["path"]
+    kept = {"path": path, "status": "error", "error": {"code": "kept", "message": "of before"}}
+    predictions.with_name(".retry.jsonl").write_text(json.dumps(kept) + "\n")
+    summary = run_here(job, RunOptions(limit=6, retry_failed=True)).summary
+    assert summary.errors_by_code.get("kept", 0) == summary.num_errors == num_kept
+    assert summary.num_new == 3 - num_kept
+
+
 def test_errors_are_not_tried_again_before_the_job_is_finished(tmp_path: Path) -> None:
     job, predictions, before = with_failures(tmp_path)
     predictions.write_bytes(b"".join(line + b"\n" for line in before[:4]))
