@@ -44,7 +44,9 @@ def test_a_wide_gamut_profile_is_told_of_and_changes_no_pixel(format_: str) -> N
 
 
 @pytest.mark.parametrize(
-    "profile", [b"broken", SRGB[:100], SRGB[:140], b"\0" * 400, SRGB[:128] + b"\xff" * 400]
+    "profile",
+    [b"broken", SRGB[:100], SRGB[:140], b"\0" * 400, SRGB[:128] + b"\xff" * 400],
+    ids=["text", "in its header", "in its table", "NUL", "all ones"],  # SRGB holds the time
 )
 def test_a_broken_profile_is_told_of_and_costs_nothing(profile: bytes) -> None:
     pixels_HWC, loaded = decode(picture("JPEG", profile))
