@@ -75,8 +75,10 @@ def look(run: Run) -> Found:
     job, files, options = run.job, run.files, run.options
     record = None if options.overwrite else read_run(files)
     settle = cache(partial(settle_provider, job, run.reporter.log))
-    if record is None or not record.is_finished:  # else it may be gone, as may the input
+    source = cache(partial(_open_source, run))
+    if record is None or not record.is_finished:  # else they may be gone
         settle()
+        source()
     model = resolve_model(
         job.model, batch_size=job.batch_size, open_reference=open_reference, log=run.reporter.log
     )
@@ -98,7 +100,7 @@ def look(run: Run) -> Found:
         thrown_away=file_of(files) if is_thrown_away else None,
         others=others,
         settle=settle,
-        source=cache(partial(_open_source, run)),
+        source=source,
     )
     _require_own(found)
     run.reporter.before_write()

@@ -100,8 +100,11 @@ def test_a_shard_of_another_listing_is_refused(tmp_path: Path, change: str) -> N
     assert not (tmp_path / "out" / "predictions-00001-of-00002.jsonl").exists()
 
 
-def test_an_int8_model_is_of_the_images_that_it_was_calibrated_on(tmp_path: Path) -> None:
+def test_an_int8_model_is_of_the_images_that_it_was_calibrated_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Jobs of the same model and other images share a cache, and no calibration."""
+    monkeypatch.setenv("BATCHCLF_CACHE_DIR", str(tmp_path / "cache"))
     found = []
     for number, digit in enumerate("010"):
         output, log = tmp_path / f"out-{number}", Log()
