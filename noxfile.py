@@ -7,11 +7,14 @@ The environments are made anew in .nox (6 GB each with torch; gpu has none) and 
 import nox
 
 SAME_EVERYWHERE = (
-    *("tests/images", "tests/results", "tests/benchmarks", "tests/models"),
-    *("tests/test_quality.py", "tests/test_house.py", "tests/spec/test_job.py"),
-    *("tests/faults", "tests/engines", "tests/test_security.py", "tests/system/test_children.py"),
-    *("tests/run/test_resume.py", "tests/run/test_bottleneck.py", "tests/test_without_torch.py"),
-    *("tests/run/test_wiring.py", "tests/run/test_durability.py"),
+    *("tests/images", "tests/results", "tests/benchmarks", "tests/models", "tests/spec"),
+    *("tests/system", "tests/faults", "tests/engines", "tests/commands/test_paths.py"),
+    *("tests/test_quality.py", "tests/test_house.py", "tests/test_security.py"),
+    *("tests/test_library.py", "tests/test_without_torch.py", "tests/run/test_resume.py"),
+    *("tests/run/test_bottleneck.py", "tests/run/test_wiring.py", "tests/run/test_durability.py"),
+    *("tests/run/test_shards.py", "tests/run/test_limits.py", "tests/run/test_changed_output.py"),
+    *("tests/run/test_crossings.py", "tests/run/test_fence.py", "tests/run/test_recovery.py"),
+    *("tests/run/test_plan.py", "tests/run/test_decode_backend.py"),
 )
 """What the flavour has no part in: tested in the cpu environment only."""
 WITHOUT_GPU = ("tests/sessions/test_refusals.py", "tests/runtime")
@@ -28,7 +31,7 @@ def cpu(session: nox.Session) -> None:
 def openvino(session: nox.Session) -> None:
     """What depends on the flavour, on onnxruntime-openvino."""
     ignored = [f"--ignore={path}" for path in SAME_EVERYWHERE]
-    _test(session, "openvino,export,test", "tests", *ignored)
+    _test(session, "openvino,export,test", "tests", "-m", "not slow", *ignored)
 
 
 @nox.session
