@@ -81,6 +81,8 @@ class StopRequest:
         self.signal_number: int | None = None
         self._heard_at = 0.0
         self._in_flight = False
+        self._has_stopped = False
+        """Whether what was going on was ended by an exception."""
 
     @contextmanager
     def drained_by_caller(self) -> Iterator[None]:
@@ -105,6 +107,7 @@ class StopRequest:
         self._heard_at = time.monotonic()
         self.signal_number = self._signals[number]
         if not self._in_flight:
+            self._has_stopped = True
             raise _StopNow
 
     @contextmanager
@@ -124,18 +127,13 @@ class StopRequest:
         }
         try:
             yield self
-        except BaseException as error:
-            if _is_stop(error):
+        except BaseException:
+            # Whatever comes out after it was raised is its doing: CPython 3.11 wraps what
+            # `__set_name__` raises, and pydantic makes an error of its own of it.
+            if self._has_stopped:
                 self.raise_if_requested()
             raise
         finally:
             if self.signal_number is None or not is_last:
                 for number, handler in previous.items():
                     signal.signal(number, handler)
-
-
-def _is_stop(error: BaseException | None) -> bool:
-    """Whether it is _StopNow, or made from it: CPython 3.11 wraps what `__set_name__` raises."""
-    while error is not None and not isinstance(error, _StopNow):
-        error = error.__cause__
-    return error is not None

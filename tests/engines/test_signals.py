@@ -107,6 +107,29 @@ def test_a_signal_that_comes_while_a_class_is_made_is_not_taken_for_a_fault_of_i
         type("Owner", (), {"attribute": Signalling()})
 
 
+def test_a_signal_of_which_native_code_makes_an_error_of_its_own_is_a_stop_all_the_same() -> None:
+    """As pydantic does with whatever is raised while it builds a schema."""
+
+    def build() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:  # noqa: BLE001
+            raise ValueError("SchemaError: _StopNow") from None
+
+    with pytest.raises(Interrupted), StopRequest().installed():
+        build()
+
+
+def test_a_fault_that_is_met_while_a_job_is_drained_is_told_as_what_it_is() -> None:
+    def fail(stop: StopRequest) -> None:
+        with stop.drained_by_caller():
+            signal.raise_signal(signal.SIGTERM)
+            raise ValueError("the disk is full")
+
+    with pytest.raises(ValueError, match="the disk is full"), StopRequest().installed() as stop:
+        fail(stop)
+
+
 def test_a_signal_while_the_job_file_is_read_stops_the_run(tmp_path: Path) -> None:
     job = write_job(tmp_path)
     with started(job, env=fault(tmp_path, WAITING.format("load_job"), "batchclf.spec.file")) as run:

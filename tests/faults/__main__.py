@@ -8,6 +8,7 @@ Scenarios that mount file systems need root, and mount them in a namespace of th
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--duration", type=float, default=3600.0, help="begin none after so many s")
     parser.add_argument("--lanes", type=int, help="jobs at a time")
     asked = parser.parse_args()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # jobs would ignore it, as this does under nohup
     scenario = SCENARIOS[asked.scenario]
     if scenario.mounts and "BATCHCLF_FAULTS_NAMESPACE" not in os.environ:
         os.environ["BATCHCLF_FAULTS_NAMESPACE"] = "1"
