@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from batchclf.errors import BatchclfError, ResumeRefused
+from batchclf.errors import BatchclfError, EnvironmentFailed, Interrupted, ResumeRefused
 from batchclf.results.claim import give_back, is_ours, look, remove_if_unused, renew
 from batchclf.results.files import (
     RunFiles,
@@ -76,10 +76,12 @@ def only_writer(files: RunFiles, renewed: Callable[[], None] = lambda: None) -> 
             try:
                 with _leased(files, lease, is_locked=lock is not None):
                     yield lease
-            except BaseException:
-                if is_new:
+            except BaseException as error:
+                if is_new and _may_hang(error):
                     with suppress(OSError):
                         apart.do(DROP_S, remove_if_unused, files.lock)
+                elif is_new:
+                    remove_if_unused(files.lock)
                 raise
             if is_new:
                 remove_if_unused(files.lock)
@@ -219,10 +221,21 @@ def _leased(files: RunFiles, lease: Lease, *, is_locked: bool) -> Iterator[None]
         raise output_failed(files.lease, error) from error
     try:
         yield
-    except BaseException:
-        lease.drop_apart()
+    except BaseException as error:
+        if _may_hang(error):
+            lease.drop_apart()
+        else:
+            lease.drop()
         raise
     lease.drop()
+
+
+def _may_hang(error: BaseException) -> bool:
+    """Whether the file system may be why it ended, or nobody may wait for it: after a signal.
+
+    After other errors nothing is done apart: on a busy machine a process to do it takes long.
+    """
+    return isinstance(error, Interrupted | EnvironmentFailed) or not isinstance(error, Exception)
 
 
 def _is_stale(path: Path, holder: dict[str, Any], fresh: Path, *, is_locked: bool) -> bool:
