@@ -19,9 +19,10 @@ from batchclf.models.bundle import GOLDEN_FILE, Bundle, sha256_of
 from batchclf.models.checks import Run, assert_same_scores, tiled
 from batchclf.results.records import Pixels, Precision, Scores
 
-_LARGEST_ERROR: Mapping[Precision, float] = {"fp16": 0.045, "bf16": 0.2, "int8": 0.55}
+_LARGEST_ERROR: Mapping[Precision, float] = {"fp16": 0.045, "bf16": 0.55, "int8": 0.55}
 """Length of an image's error over all classes, relative to the length of its scores at fp32.
-Rounding makes far less than this; wrong weights, a wrong layout or zeros make 1 or more."""
+Rounding makes less than this (MobileNetV2 in PyTorch's own bf16: 0.4 on a smooth gradient, 0.06 on
+photos); wrong weights, a wrong layout or zeros make 1 or more."""
 MAX_GOLDEN_BYTES = 1_000_000_000
 """Four images of the largest crop, unpacked."""
 _FP32_DIFFERENCE = 2e-5
