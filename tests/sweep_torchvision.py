@@ -38,7 +38,8 @@ from torchvision import models as zoo
 
 from batchclf.errors import ModelError
 from batchclf.models.checks import sample_pixels, tiled
-from batchclf.models.export import TorchvisionModel, build_torchvision, export_torchvision
+from batchclf.models.export import BuiltModel, export_model
+from batchclf.models.zoo import torchvision
 from batchclf.runtime.classifier import open_reference
 from batchclf.spec.job import ModelSpec
 
@@ -99,13 +100,13 @@ def measure(name: str) -> Row:
     with tempfile.TemporaryDirectory() as temporary:
         try:
             spec = ModelSpec(name=name.removesuffix(AS_BUILT), weights="none")
-            model = build_torchvision(spec)
+            model = torchvision.build(spec)
             row.crop = model.preprocess.crop[0]
             if not name.endswith(AS_BUILT):
                 _wake(model)
             expected_NK = _pytorch_logits(model)
             exporting = time.perf_counter()
-            export_torchvision(
+            export_model(
                 model, Path(temporary), batch_size=BATCH_SIZE, open_reference=recording_open
             )
             row.export_s = time.perf_counter() - exporting
@@ -123,7 +124,7 @@ def measure(name: str) -> Row:
     return row
 
 
-def _wake(model: TorchvisionModel) -> None:
+def _wake(model: BuiltModel) -> None:
     """Make the logits depend on every parameter and on the image; the same on every machine."""
     generator = torch.Generator().manual_seed(0)
     norms = [part for part in model.module.modules() if isinstance(part, nn.BatchNorm2d)]
@@ -143,7 +144,7 @@ def _wake(model: TorchvisionModel) -> None:
     model.module.eval()
 
 
-def _normalised(model: TorchvisionModel) -> Tensor:
+def _normalised(model: BuiltModel) -> Tensor:
     """The sample as torchvision's transforms hand it over: written out apart from the export."""
     assert model.preprocess.mean is not None
     assert model.preprocess.std is not None
@@ -153,13 +154,13 @@ def _normalised(model: TorchvisionModel) -> Tensor:
     return (images_NCHW - mean_C11) / std_C11
 
 
-def _pytorch_logits(model: TorchvisionModel) -> Array:
+def _pytorch_logits(model: BuiltModel) -> Array:
     with torch.inference_mode():
         logits_NK: Array = model.module(_normalised(model)).numpy()
     return logits_NK
 
 
-def _rounding(model: TorchvisionModel, logits_NK: Array) -> float:
+def _rounding(model: BuiltModel, logits_NK: Array) -> float:
     """How far PyTorch's float32 logits are from float64's; leaves the model in float64."""
     with torch.inference_mode():
         exact_NK = model.module.double()(_normalised(model).double()).numpy()

@@ -32,8 +32,8 @@ ROOMS = [room for floor in FLOORS for room in floor]
 SHARED = ("batchclf", "batchclf.results.records")
 """What every room may import: the version, and the words that pass between rooms."""
 OUTSIDE = {
-    "torch": ("models/export.py",),
-    "torchvision": ("models/export.py",),
+    "torch": ("models/export.py", "models/checkpoints.py", "models/zoo/"),
+    "torchvision": ("models/zoo/torchvision.py",),
     "onnx": (
         *("models/onnx_file.py", "models/graph.py", "models/equalize.py"),
         *("models/quantize.py", "models/half.py"),

@@ -196,6 +196,8 @@ class Decoder:
     def _fit(self, picture: "_Picture", slot_HWC: Pixels) -> None:
         """Resize and centre-crop as torchvision does, into the slot."""
         rgb = picture.rgb
+        if self.preprocess.channels == "grey":
+            rgb = rgb.convert("L").convert("RGB")
         size = resized_size(picture.width, picture.height, self.preprocess.resize)
         crop_h, crop_w = self.preprocess.crop
         window = crop_window(size, (crop_w, crop_h))

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from batchclf.errors import EnvironmentFailed, ModelError
 from batchclf.models.onnx_guard import check_onnx
-from batchclf.results.records import Preprocess
+from batchclf.results.records import Activation, Preprocess
 from batchclf.system.alive import alive
 from batchclf.system.paths import kind_of
 
@@ -50,13 +50,14 @@ class BundleMeta(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = 3
     name: str
     source: Mapping[str, str | int | None]
     """Where the model came from: model name, weights, digests, exporter versions."""
     preprocess: Preprocess
     labels: tuple[str, ...]
-    scores: Literal["logits", "probabilities"]
+    activation: Activation
+    """What the model's own output lacks to be scores."""
     fixed_batch: int | None = None
     """The only batch size that the model takes, if it takes only one."""
     verified_batches: tuple[int, ...] = ()

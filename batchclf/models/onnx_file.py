@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 
 from batchclf.errors import ModelError
+from batchclf.models.activation import settled
 from batchclf.models.bundle import MODEL_FILE
 from batchclf.models.checks import (
     OpenReference,
@@ -26,7 +27,7 @@ from batchclf.models.checks import (
     tiled,
 )
 from batchclf.models.graph import QUANTISED, save_model
-from batchclf.results.records import Pixels, Preprocess
+from batchclf.results.records import Activation, Pixels, Preprocess
 from batchclf.spec.job import ModelSpec, PreprocessSpec
 
 OLDEST_OPSET = 7
@@ -47,7 +48,7 @@ class WrappedModel:
 
     preprocess: Preprocess
     num_classes: int
-    is_probability: bool
+    activation: Activation
     fixed_batch: int | None
     checked_batches: tuple[int, ...]
     arithmetic: Literal["fp32", "fp16", "int8"]
@@ -103,7 +104,7 @@ def wrap_onnx(
     return WrappedModel(
         preprocess,
         int(expected_NK.shape[1]),
-        is_probability,
+        "none" if is_probability else settled(spec.activation, expected_NK.shape[1], str(path)),
         image.fixed_batch,
         checked,
         arithmetic,
@@ -239,7 +240,12 @@ def _preprocess(path: Path, image: _Input, given: PreprocessSpec) -> Preprocess:
         )
     assert given.resize is not None
     return Preprocess(
-        given.resize, image.crop, given.interpolation or "bilinear", given.mean, given.std
+        given.resize,
+        image.crop,
+        given.interpolation or "bilinear",
+        given.mean,
+        given.std,
+        given.channels or "rgb",
     )
 
 
@@ -283,8 +289,10 @@ def _may_be_scores(value: onnx.ValueInfoProto) -> bool:
 def _as_fed(pixels_NHWC: Pixels, image: _Input, preprocess: Preprocess) -> np.ndarray[Any, Any]:
     """The sample as the original model wants it, computed in float64 and then cast."""
     fed: np.ndarray[Any, Any] = pixels_NHWC
+    if preprocess.channels == "bgr":
+        fed = fed[..., ::-1]
     if preprocess.mean is not None and preprocess.std is not None:
-        fed = (pixels_NHWC / 255 - np.array(preprocess.mean)) / np.array(preprocess.std)
+        fed = (fed / 255 - np.array(preprocess.mean)) / np.array(preprocess.std)
     if image.layout == "NCHW":
         fed = fed.transpose(0, 3, 1, 2)
     return np.ascontiguousarray(fed.astype(_INPUT_TYPES[image.type]))
@@ -367,6 +375,10 @@ def _nodes_before(image: _Input, preprocess: Preprocess) -> list[onnx.NodeProto]
     """uint8 NHWC to the original input: layout, float, multiply and add, type."""
     steps: list[tuple[str, list[str], dict[str, Any]]] = []
     constants: list[onnx.NodeProto] = []
+    if preprocess.channels == "bgr":
+        order = onnx.numpy_helper.from_array(np.array([2, 1, 0]))
+        constants.append(helper.make_node("Constant", [], [f"{_PREFIX}order"], value=order))
+        steps.append(("Gather", [f"{_PREFIX}order"], {"axis": 3}))
     if image.layout == "NCHW":
         steps.append(("Transpose", [], {"perm": [0, 3, 1, 2]}))
     if preprocess.mean is not None and preprocess.std is not None:

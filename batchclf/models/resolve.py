@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
@@ -95,8 +94,7 @@ def check_model(spec: ModelSpec) -> str:
     if spec.onnx is not None:
         _require_packages(str(spec.onnx), *ONNX_PACKAGES)
         return f"{spec.onnx}, to be prepared at the first run"
-    assert spec.name is not None
-    _import_export(spec.name).check_torchvision(spec)
+    _import_zoo(spec).check(spec)
     return f"{spec.name} ({spec.weights}), to be exported at the first run"
 
 
@@ -112,9 +110,10 @@ def open_eager(spec: ModelSpec, threads: int, log: Log) -> Run | str:
         return f"the job names {given}, not a torchvision model"
     if missing := _missing(*TORCH_PACKAGES):
         return f"{', '.join(missing)} not installed: pip install 'batchclf[export]'"
-    export, model = _build_torchvision(spec, log)
-    run: Run = export.eager(model, threads)
-    return run
+    model = _import_zoo(spec).build(spec, log)
+    from batchclf.models import export
+
+    return export.eager(model, threads)
 
 
 def confirm_batch_size(
@@ -171,6 +170,7 @@ def _request(spec: ModelSpec, labels: tuple[str, ...]) -> dict[str, object]:
     request: dict[str, object] = {
         "format_version": BundleMeta.model_fields["format_version"].default,
         "preprocess": sorted(given.model_dump(exclude={"exif_transpose"}).items()),
+        "activation": spec.activation,
         "num_labels": len(labels) or None,  # counted before a bundle is accepted
     }
     if spec.onnx is not None:
@@ -187,6 +187,7 @@ def _request(spec: ModelSpec, labels: tuple[str, ...]) -> dict[str, object]:
         "name": spec.name,
         "weights": spec.weights if path is None else _digest("model.weights", path),
         "num_classes": spec.num_classes,
+        "transform_input": spec.transform_input,
         "versions": versions_of("torch", "torchvision", "onnx", "onnxscript"),
     }
 
@@ -211,24 +212,18 @@ def _missing(*modules: str) -> list[str]:
     return [module for module in modules if importlib.util.find_spec(module) is None]
 
 
-def _import_export(name: str) -> ModuleType:
-    """The one module that imports torch; kept out of every run that has its bundle."""
-    _require_packages(name, *TORCH_PACKAGES)
+def _import_zoo(spec: ModelSpec) -> ModuleType:
+    """What imports torch; kept out of every run that has its bundle."""
+    assert spec.name is not None
+    _require_packages(spec.name, *TORCH_PACKAGES)
     try:
-        from batchclf.models import export
+        from batchclf.models import zoo
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
         raise UsageError(
             f"torch and torchvision cannot be imported together: {error}; they come in matching "
             "pairs from one index: pip install --force-reinstall 'batchclf[export]'"
         ) from error
-    return export
-
-
-def _build_torchvision(spec: ModelSpec, log: Log) -> tuple[ModuleType, Any]:
-    """The module that holds torch, and the model it built."""
-    assert spec.name is not None
-    export = _import_export(spec.name)
-    return export, export.build_torchvision(spec, log)
+    return zoo
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,16 +244,18 @@ class _Building:
         Raises:
             ModelError: the model cannot be built, or its parts do not fit together.
         """
-        return self._from_torchvision(folder) if self.spec.onnx is None else self._from_onnx(folder)
+        return self._from_zoo(folder) if self.spec.onnx is None else self._from_onnx(folder)
 
-    def _from_torchvision(self, folder: Path) -> BundleMeta:
+    def _from_zoo(self, folder: Path) -> BundleMeta:
         spec = self.spec
         assert spec.name is not None
         self.log(f"exporting {spec.name} ({spec.weights}) to ONNX; this is done once")
-        export, model = _build_torchvision(spec, self.log)
+        model = _import_zoo(spec).build(spec, self.log)
+        from batchclf.models import export
+
         if self.labels:
             require_label_count(self.labels, len(model.labels), spec.labels or "")
-        checked = export.export_torchvision(
+        checked = export.export_model(
             model, folder, batch_size=self.batch_size, open_reference=self.open_reference
         )
         sample_NHWC = sample_pixels(*model.preprocess.crop)
@@ -273,7 +270,7 @@ class _Building:
             },
             preprocess=model.preprocess,
             labels=self.labels or model.labels,
-            scores="logits",
+            activation=model.activation,
             verified_batches=checked,
             files=model_files(folder),
             golden_sha256=write_golden(folder, reference, sample_NHWC),
@@ -298,7 +295,7 @@ class _Building:
             source={"onnx": spec.onnx.name, "onnx_sha256": str(self.request["onnx"])},
             preprocess=wrapped.preprocess,
             labels=self.labels or tuple(str(index) for index in range(wrapped.num_classes)),
-            scores="probabilities" if wrapped.is_probability else "logits",
+            activation=wrapped.activation,
             fixed_batch=wrapped.fixed_batch,
             verified_batches=wrapped.checked_batches,
             arithmetic=wrapped.arithmetic,
@@ -314,7 +311,12 @@ def _own_preprocess(spec: ModelSpec, bundle: Bundle) -> Preprocess:
     if given is None or spec.bundle is None:
         return preprocess
     crop = (given.crop, given.crop) if isinstance(given.crop, int) else given.crop
-    for key, value in (("crop", crop), ("mean", given.mean), ("std", given.std)):
+    for key, value in (
+        ("crop", crop),
+        ("mean", given.mean),
+        ("std", given.std),
+        ("channels", given.channels),
+    ):
         if value is not None and value != getattr(preprocess, key):
             raise ModelError(
                 f"model.preprocess.{key}: found {value}, but it is built into {bundle.folder} as "

@@ -17,6 +17,9 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 DecodeMode = Literal["exact", "fast"]
 DecodeBackend = Literal["threads", "processes"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Channels = Literal["rgb", "bgr", "grey"]
+Activation = Literal["softmax", "sigmoid", "none"]
+"""What makes scores of a model's output: none where it gives scores already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One class of an image's top k; `score` is its softmax probability."""
+    """One class of an image's top k; `score` is its probability, unless the job says otherwise."""
 
     label: str
     index: int
@@ -97,7 +100,7 @@ class Preprocess:
     """How a file's pixels become the model's input, in torchvision's terms.
 
     The order is: decode to RGB, resize, centre crop (both on uint8, done by the image room), then
-    scale to 0..1, subtract `mean` and divide by `std` (per channel RGB, done inside the graph).
+    scale to 0..1, subtract `mean` and divide by `std` (per channel, done inside the graph).
     """
 
     resize: int | tuple[int, int]
@@ -108,6 +111,9 @@ class Preprocess:
     mean: tuple[float, float, float] | None
     """None, as `std`: the model takes the 0..255 pixels as they are."""
     std: tuple[float, float, float] | None
+    channels: Channels = "rgb"
+    """As the model takes them, and as `mean` and `std` are given: grey is Pillow's `convert("L")`
+    before the resize, in each of the three."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,7 +111,7 @@ def _ranking(task: Task) -> Rank:
         rank,
         labels=task.model.labels,
         top_k=task.job.top_k,
-        is_probability=task.model.bundle.meta.scores == "probabilities",
+        activation=task.model.bundle.meta.activation,
     )
 
 

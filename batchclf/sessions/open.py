@@ -267,7 +267,7 @@ def _check_precision(
             full,
             sample_NHWC,
             wanted.batch_size,
-            is_probability=bundle.meta.scores == "probabilities",
+            activation=bundle.meta.activation,
         )
 
     cpu, flags = cpu_name_and_flags()

@@ -14,8 +14,8 @@ import orjson
 
 from batchclf.errors import PrecisionRefused
 from batchclf.models.bundle import cache_folder, digest_of
-from batchclf.results.records import Pixels, PrecisionCheck, Scores
-from batchclf.runtime.ranking import softmax
+from batchclf.results.records import Activation, Pixels, PrecisionCheck, Scores
+from batchclf.runtime.ranking import activated
 from batchclf.spec.job import JobSpec
 
 
@@ -40,7 +40,7 @@ def compare_precisions(
     pixels_NHWC: Pixels,
     batch_size: int,
     *,
-    is_probability: bool,
+    activation: Activation,
 ) -> PrecisionCheck:
     """Run both classifiers over the sample and compare them; images with NaN scores disagree."""
     num_images = len(pixels_NHWC)
@@ -53,9 +53,9 @@ def compare_precisions(
         finite_N = np.isfinite(reduced_NK).all(axis=1) & np.isfinite(full_NK).all(axis=1)
         same_N = reduced_NK.argmax(axis=1) == full_NK.argmax(axis=1)
         num_agreeing += int((finite_N & same_N).sum())
-        reduced_NK, full_NK = reduced_NK[finite_N], full_NK[finite_N]
-        if not is_probability:
-            reduced_NK, full_NK = softmax(reduced_NK), softmax(full_NK)
+        reduced_NK, full_NK = (
+            activated(rows_NK[finite_N], activation) for rows_NK in (reduced_NK, full_NK)
+        )
         largest = max(largest, float(np.abs(reduced_NK - full_NK).max(initial=0)))
     return PrecisionCheck(
         len(pixels_NHWC), round(num_agreeing / len(pixels_NHWC), 4), round(largest, 6)

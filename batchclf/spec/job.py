@@ -17,13 +17,24 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from batchclf.results.records import DecodeBackend, DecodeMode, Interpolation, Precision
+from batchclf.results.records import (
+    Activation,
+    Channels,
+    DecodeBackend,
+    DecodeMode,
+    Interpolation,
+    Precision,
+)
 
 MAX_INTEGER = 2**53
 """Largest whole number that every reader of JSON keeps, so the largest that run.json holds."""
 MAX_COUNT = 1024
 """Most threads, streams or batches that a key may ask for: a typo must not start a million."""
-WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors")
+LIBRARIES = ("torchvision", "timm", "hf")
+"""Whose models a name may be of; those of the first have no prefix."""
+PIXEL_RANGE = 255
+"""White, where pixels are not scaled to 0..1: means of such pixels are as many times larger."""
 
 
 # ---- the types of single values ------------------------------------------------------------------
@@ -59,9 +70,11 @@ def _edge_or_size(value: object) -> object:
 
 def _per_channel(value: object) -> object:
     numbers = value if isinstance(value, list | tuple) else ()
-    if len(numbers) == 3 and all(type(v) in (int, float) and math.isfinite(v) for v in numbers):
-        return tuple(float(v) for v in numbers)
-    raise PydanticCustomError("per_channel", "three numbers, for red, green and blue")
+    if len(numbers) in (1, 3) and all(
+        type(v) in (int, float) and math.isfinite(v) for v in numbers
+    ):
+        return tuple(float(v) for v in numbers) * (3 // len(numbers))
+    raise PydanticCustomError("per_channel", "three numbers, one per channel, or one for all")
 
 
 def is_weights_path(value: str) -> bool:
@@ -150,7 +163,14 @@ EdgeOrSize = Annotated[
 PerChannel = Annotated[
     tuple[float, float, float],
     BeforeValidator(_per_channel),
-    WithJsonSchema({"type": "array", "items": {"type": "number"}, "minItems": 3, "maxItems": 3}),
+    WithJsonSchema(
+        {
+            "type": "array",
+            "items": {"type": "number", "minimum": -3, "maximum": 3},
+            "minItems": 1,
+            "maxItems": 3,
+        }
+    ),
 ]
 PerChannelAboveZero = Annotated[
     tuple[float, float, float],
@@ -158,8 +178,8 @@ PerChannelAboveZero = Annotated[
     WithJsonSchema(
         {
             "type": "array",
-            "items": {"type": "number", "exclusiveMinimum": 0},
-            "minItems": 3,
+            "items": {"type": "number", "exclusiveMinimum": 0, "maximum": 3},
+            "minItems": 1,
             "maxItems": 3,
         }
     ),
@@ -180,6 +200,10 @@ class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+_LARGEST_OF_UNIT_PIXELS = 3.0
+"""A mean of pixels in 0..1 is at most 1, and nobody's std is 3 times that range."""
+
+
 class PreprocessSpec(_Spec):
     """Overrides of the preprocessing that comes with the weights; every key is optional."""
 
@@ -187,9 +211,14 @@ class PreprocessSpec(_Spec):
         None, description="Shorter edge in pixels after resizing, or [height, width]."
     )
     crop: EdgeOrSize | None = Field(None, description="Centre crop: the model's input size.")
-    mean: PerChannel | None = Field(None, description="Per channel (RGB), of pixels in 0..1.")
-    std: PerChannelAboveZero | None = Field(
-        None, description="Per channel (RGB), of pixels in 0..1."
+    mean: PerChannel | None = Field(
+        None,
+        description="Of pixels in 0..1, in the order of `channels`; one number for all of them.",
+    )
+    std: PerChannelAboveZero | None = Field(None, description="As `mean`.")
+    channels: Channels | None = Field(
+        None,
+        description="As the model takes them: rgb, bgr, or grey (one, or three that are equal).",
     )
     interpolation: Interpolation | None = Field(None, description="Resampling filter of resize.")
     exif_transpose: bool = Field(
@@ -202,9 +231,32 @@ class PreprocessSpec(_Spec):
             raise PydanticCustomError("std", "`std` above zero, since pixels are divided by it")
         return self
 
+    @model_validator(mode="after")
+    def _pixels_in_0_to_1(self) -> "PreprocessSpec":
+        """Refuse what other libraries write for pixels in 0..255: no image would be recognised."""
+        given = {"mean": self.mean or (), "std": self.std or ()}
+        if all(abs(value) <= _LARGEST_OF_UNIT_PIXELS for one in given.values() for value in one):
+            return self
+        ours = []
+        for key, values in given.items():
+            by = PIXEL_RANGE if max(values, default=0) >= 1 else 1
+            if values:
+                ours.append(f"{key}: [{', '.join(f'{value / by:.6g}' for value in values)}]")
+        raise PydanticCustomError(
+            "pixel_range",
+            "`mean` and `std` of pixels in 0..1; these are of pixels in 0..255, so write {ours}",
+            {"ours": ", ".join(ours)},
+        )
+
 
 _MODEL_SOURCES = ("name", "onnx", "bundle")
-_BELONGS = {"weights": "name", "num_classes": "name", "layout": "onnx", "output_name": "onnx"}
+_BELONGS = {
+    "weights": "name",
+    "num_classes": "name",
+    "transform_input": "name",
+    "layout": "onnx",
+    "output_name": "onnx",
+}
 """Keys of a model that go with one source only."""
 
 
@@ -239,6 +291,17 @@ class ModelSpec(_Spec):
     )
     num_classes: Count | None = Field(
         None, description="Classes of the head; inferred from a weights file when absent."
+    )
+    transform_input: bool | None = Field(
+        None,
+        description="googlenet and inception_v3 with weights from a file: whether they normalise "
+        "their input once more, as torchvision's own weights expect it.",
+    )
+    activation: Activation | None = Field(
+        None,
+        description="What makes scores of the model's output: softmax (classes that exclude each "
+        "other), sigmoid (labels that do not, or one output for two classes), none. Default: "
+        "softmax, or what an ONNX file's last operators say.",
     )
     onnx: FilePath | None = Field(None, description="Your own ONNX classifier.")
     layout: Literal["NCHW", "NHWC"] | None = Field(
@@ -275,6 +338,12 @@ class ModelSpec(_Spec):
     def weights_path(self) -> Path | None:
         """The weights file, where `weights` names a file rather than a torchvision enum member."""
         return Path(self.weights) if is_weights_path(self.weights) else None
+
+    @property
+    def library(self) -> str:
+        """Whose model `name` is: one of `LIBRARIES`."""
+        prefix, slash, _ = (self.name or "").partition("/")
+        return prefix if slash and prefix in LIBRARIES[1:] else LIBRARIES[0]
 
     @property
     def labels_path(self) -> Path | None:

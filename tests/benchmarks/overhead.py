@@ -193,11 +193,11 @@ def parts(folder: Path, num_images: int, decode: DecodeMode) -> Iterator[dict[st
     labels = [f"class number {number}" for number in range(NUM_CLASSES)]
 
     def ranked() -> object:
-        return rank(scores_NK, labels, 5, is_probability=False)
+        return rank(scores_NK, labels, 5, activation="softmax")
 
     loaded = [decoder(data, b"0.jpg", slot_HWC)] * BATCH_SIZE
     records = to_records(
-        refs[:BATCH_SIZE], loaded, rank(scores_NK, labels, 5, is_probability=False)
+        refs[:BATCH_SIZE], loaded, rank(scores_NK, labels, 5, activation="softmax")
     )
     for name, call, per_call in (
         ("read", lambda: read_image_file(source, refs[0].path), 1),

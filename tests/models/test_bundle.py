@@ -55,7 +55,7 @@ def meta_of(folder: Path, **changes: Any) -> BundleMeta:
         "source": {},
         "preprocess": Preprocess(40, (32, 24), "bilinear", None, None),
         "labels": ("ant", "bee"),
-        "scores": "logits",
+        "activation": "softmax",
         "files": model_files(folder),
     }
     if "golden_sha256" not in changes:
@@ -163,8 +163,8 @@ def test_a_damaged_bundle_is_refused_by_the_file_that_is_damaged(
     ("change", "message"),
     [
         ({"format_version": 1}, "not a bundle of this version: format_version"),
-        ({"format_version": 3, "extra": 1}, "not a bundle of this version: format_version"),
-        ({"scores": "odds"}, "not a bundle of this version: scores"),
+        ({"format_version": 4, "extra": 1}, "not a bundle of this version: format_version"),
+        ({"activation": "odds"}, "not a bundle of this version: activation"),
         ({"colours": 3}, "not a bundle of this version: colours"),
         ({"preprocess": {"resize": 1}}, "not a bundle of this version: preprocess"),
     ],
@@ -444,7 +444,7 @@ def build_fake(folder):
     (folder / GOLDEN_FILE).write_bytes(b"golden")
     return BundleMeta(
         name="fake", source={}, preprocess=Preprocess(40, (32, 24), "bilinear", None, None),
-        labels=("ant", "bee"), scores="logits", files=model_files(folder),
+        labels=("ant", "bee"), activation="softmax", files=model_files(folder),
         golden_sha256=sha256_of(folder / GOLDEN_FILE),
     )
 """

@@ -27,6 +27,7 @@ zoo = pytest.importorskip("torchvision.models")
 functional = pytest.importorskip("torchvision.transforms.functional")
 
 from batchclf.models import export  # noqa: E402
+from batchclf.models.zoo import torchvision  # noqa: E402
 
 Array = NDArray[Any]
 
@@ -57,7 +58,7 @@ ONLY_IN_CI = pytest.mark.skipif(
 )
 
 
-def pytorch_logits(model: export.TorchvisionModel, pixels_NHWC: Array) -> Array:
+def pytorch_logits(model: export.BuiltModel, pixels_NHWC: Array) -> Array:
     """What PyTorch gives for each image alone, after torchvision's own `Normalize`."""
     rows = []
     with torch.inference_mode():
@@ -74,10 +75,8 @@ def pytorch_logits(model: export.TorchvisionModel, pixels_NHWC: Array) -> Array:
 def test_a_model_of_each_family_gives_pytorchs_logits_at_any_batch_size(
     tmp_path: Path, name: str
 ) -> None:
-    model = export.build_torchvision(ModelSpec(name=name, weights="none", num_classes=10))
-    checked = export.export_torchvision(
-        model, tmp_path, batch_size=4, open_reference=open_reference
-    )
+    model = torchvision.build(ModelSpec(name=name, weights="none", num_classes=10))
+    checked = export.export_model(model, tmp_path, batch_size=4, open_reference=open_reference)
     assert checked == (1, 2, 3, 4)
     assert os.listdir(tmp_path) == ["model.onnx"]
     height, width = model.preprocess.crop
@@ -131,7 +130,7 @@ def test_real_mobilenet_agrees_with_pytorch_on_250_photos(mobilenet: ResolvedMod
 
 
 def test_labels_and_preprocessing_come_with_the_weights(mobilenet: ResolvedModel) -> None:
-    assert mobilenet.bundle.meta.scores == "logits"
+    assert mobilenet.bundle.meta.activation == "softmax"
     assert mobilenet.bundle.meta.fixed_batch is None
     assert mobilenet.bundle.meta.source["weights"] == MOBILENET_WEIGHTS.name
     assert mobilenet.preprocess.crop == (224, 224)
@@ -166,7 +165,7 @@ def test_every_weights_transforms_are_taken_over() -> None:
     for name in zoo.list_models(module=zoo):
         for member in zoo.get_model_weights(name):
             preset = member.transforms()
-            found = export._preprocess(member, None)
+            found = torchvision._preprocess(member, None)
             assert len(preset.resize_size) == len(preset.crop_size) == 1
             assert found.resize == preset.resize_size[0]
             assert found.crop == (preset.crop_size[0],) * 2
@@ -177,7 +176,7 @@ def test_every_weights_transforms_are_taken_over() -> None:
 
 def test_each_part_of_the_preprocessing_can_be_replaced_alone() -> None:
     member = zoo.ResNet18_Weights.IMAGENET1K_V1
-    default = export._preprocess(member, None)
+    default = torchvision._preprocess(member, None)
     for key, value, expected in (
         ("resize", 300, 300),
         ("resize", (300, 200), (300, 200)),
@@ -187,7 +186,7 @@ def test_each_part_of_the_preprocessing_can_be_replaced_alone() -> None:
         ("std", (0.1, 0.2, 0.3), (0.1, 0.2, 0.3)),
         ("interpolation", "bicubic", "bicubic"),
     ):
-        found = export._preprocess(member, PreprocessSpec.model_validate({key: value}))
+        found = torchvision._preprocess(member, PreprocessSpec.model_validate({key: value}))
         assert getattr(found, key) == expected
         for other in {"resize", "crop", "mean", "std", "interpolation"} - {key}:
             assert getattr(found, other) == getattr(default, other)
@@ -196,14 +195,14 @@ def test_each_part_of_the_preprocessing_can_be_replaced_alone() -> None:
 # ---- what is refused -----------------------------------------------------------------------------
 
 
-def untrained(name: str, crop: int) -> export.TorchvisionModel:
+def untrained(name: str, crop: int) -> export.BuiltModel:
     preprocess = PreprocessSpec(crop=crop)
-    return export.build_torchvision(
+    return torchvision.build(
         ModelSpec(name=name, weights="none", num_classes=3, preprocess=preprocess)
     )
 
 
-def small_model() -> export.TorchvisionModel:
+def small_model() -> export.BuiltModel:
     return untrained("squeezenet1_1", 64)
 
 
@@ -236,7 +235,7 @@ def test_an_export_that_answers_otherwise_at_any_size_is_refused(
         return lambda pixels_NHWC: spoil(pytorch_logits(model, pixels_NHWC))
 
     with pytest.raises(ModelError, match=message):
-        export.export_torchvision(model, tmp_path, batch_size=6, open_reference=open_spoilt)
+        export.export_model(model, tmp_path, batch_size=6, open_reference=open_spoilt)
 
 
 @pytest.mark.parametrize(("name", "crop"), [("vit_b_32", 100), ("inception_v3", 32)])
@@ -249,13 +248,13 @@ def test_a_crop_that_the_model_does_not_take_is_refused_by_its_key(name: str, cr
 
 def test_a_crop_that_pretrained_weights_do_not_take_is_refused_by_its_key(tmp_path: Path) -> None:
     model = small_model()
-    tiny = export.TorchvisionModel(
+    tiny = export.BuiltModel(
         model.module,
-        export._preprocess(zoo.SqueezeNet1_1_Weights.DEFAULT, PreprocessSpec(crop=8)),
+        torchvision._preprocess(zoo.SqueezeNet1_1_Weights.DEFAULT, PreprocessSpec(crop=8)),
         model.labels,
     )
     with pytest.raises(ModelError, match=r"does not take 8 x 8 pixels \(model\.preprocess\.crop\)"):
-        export.export_torchvision(tiny, tmp_path, batch_size=2, open_reference=open_reference)
+        export.export_model(tiny, tmp_path, batch_size=2, open_reference=open_reference)
 
 
 def test_torch_and_torchvision_that_do_not_match_are_named_with_the_mending_command(

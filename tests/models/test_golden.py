@@ -60,7 +60,7 @@ def bundle_of(folder: Path, run: Run, pixels_NHWC: Pixels) -> Bundle:
             source={},
             preprocess=Preprocess(height, (height, width), "bilinear", None, None),
             labels=tuple(map(str, range(run(pixels_NHWC).shape[1]))),
-            scores="logits",
+            activation="softmax",
             files=model_files(folder),
             golden_sha256=write_golden(folder, run, pixels_NHWC),
         )
@@ -204,7 +204,7 @@ def test_probabilities_that_are_0_and_1_at_any_precision_are_no_proof_of_fp32(
     bundle: Bundle,
 ) -> None:
     sure = golden_of(bundle, np.array([[1, 0], [0, 1]], np.float32))
-    meta = sure.meta.model_copy(update={"scores": "probabilities"})
+    meta = sure.meta.model_copy(update={"activation": "none"})
     found_NK = np.array([[1 - 1e-7, 1e-7], [1e-7, 1 - 1e-7]], np.float32)
     check_golden(Bundle(sure.folder, meta), lambda _: found_NK, where="here", precision="fp16")
 

@@ -38,6 +38,7 @@ from tests.models.onnx_models import (
 from tests.tiny import CPU
 
 PLAIN = Classifier()
+ACTIVATIONS = {"logits": "softmax", "probabilities": "none"}
 BYTES = PLAIN.but(input_type="uint8")
 
 
@@ -113,7 +114,7 @@ def test_every_usual_form_of_classifier_gives_its_own_answers(
     preprocess = {"resize": 40} if input_type == "uint8" else PREPROCESS
     found = resolve(path, preprocess=preprocess)
     meta = found.bundle.meta
-    assert meta.scores == scores
+    assert meta.activation == ACTIVATIONS[scores]
     assert meta.fixed_batch == (batch if isinstance(batch, int) else None)
     assert meta.labels == ("0", "1", "2", "3", "4")
     assert found.preprocess.crop == (32, 24)
@@ -145,7 +146,7 @@ def test_less_usual_forms_give_their_own_answers_too(tmp_path: Path, model: Clas
     path = save(model, tmp_path / "own.onnx")
     found = resolve(path)
     assert found.bundle.meta.fixed_batch is None
-    assert found.bundle.meta.scores == model.scores
+    assert found.bundle.meta.activation == ACTIVATIONS[model.scores]
     scores_model = model.but(batch="batch") if model.batch == -1 else model
     assert_answers_as_by_hand(path, scores_model, found)
 
@@ -217,7 +218,7 @@ def test_a_half_precision_mobilenet_is_taken(tmp_path: Path) -> None:
         verbose=False,
     )
     found = resolve(tmp_path / "half.onnx", labels="imagenet")
-    assert found.bundle.meta.scores == "logits"
+    assert found.bundle.meta.activation == "softmax"
     assert found.labels[281] == "tabby"
 
 

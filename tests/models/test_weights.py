@@ -33,7 +33,8 @@ torch = pytest.importorskip("torch")
 safetensors = pytest.importorskip("safetensors.torch")
 zoo = pytest.importorskip("torchvision.models")
 
-from batchclf.models.export import TorchvisionModel, build_torchvision  # noqa: E402
+from batchclf.models.export import BuiltModel  # noqa: E402
+from batchclf.models.zoo import torchvision  # noqa: E402
 
 SQUEEZENET_WEIGHTS = DATA / "weights" / "squeezenet1_1_from_winml_fp16.pth"
 BROKEN = DATA / "weights" / "broken"
@@ -42,7 +43,7 @@ SMALL = "shufflenet_v2_x0_5"
 State = dict[str, Any]
 
 
-def build(name: str, path: Path, num_classes: int | None = None) -> TorchvisionModel:
+def build(name: str, path: Path, num_classes: int | None = None) -> BuiltModel:
     return named(name, str(path), num_classes)
 
 
@@ -51,7 +52,7 @@ def digits_state() -> State:
     return state
 
 
-def assert_same_state(model: TorchvisionModel, state: State, *, atol: float = 0) -> None:
+def assert_same_state(model: BuiltModel, state: State, *, atol: float = 0) -> None:
     own = model.module.state_dict()
     assert own.keys() == state.keys()
     for key, value in own.items():
@@ -417,8 +418,8 @@ def test_a_file_that_is_not_there_or_a_folder_is_refused(tmp_path: Path) -> None
 # ---- names ---------------------------------------------------------------------------------------
 
 
-def named(name: str, weights: str = "none", num_classes: int | None = None) -> TorchvisionModel:
-    return build_torchvision(ModelSpec(name=name, weights=weights, num_classes=num_classes))
+def named(name: str, weights: str = "none", num_classes: int | None = None) -> BuiltModel:
+    return torchvision.build(ModelSpec(name=name, weights=weights, num_classes=num_classes))
 
 
 @pytest.mark.parametrize(
@@ -709,7 +710,7 @@ def slow_job(folder: Path, url: str) -> tuple[Path, dict[str, str]]:
     """A job with less patience than its download from `url` needs, and its environment."""
     folder.mkdir(exist_ok=True)
     environment = {
-        **fault(folder, FROM_HERE.format(url=url), "batchclf.models.export"),
+        **fault(folder, FROM_HERE.format(url=url), "batchclf.models.zoo.torchvision"),
         **dict.fromkeys(("no_proxy", "NO_PROXY"), "*"),
         "TORCH_HOME": str(folder / "torch"),
         "BATCHCLF_CACHE_DIR": str(folder / "cache"),

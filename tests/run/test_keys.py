@@ -1,6 +1,7 @@
 """Every key of the job file changes what it should: one row of a table each, on real runs."""
 
 import copy
+import importlib.util
 import io
 import json
 import subprocess
@@ -174,11 +175,44 @@ def by_hand(
     return softmax_of(colour_C, seed)
 
 
+def logits_of(colour_C: Any, seed: int = 0) -> Any:
+    """The tiny classifier's output for a mean colour."""
+    weights_CK = np.random.default_rng(seed).normal(size=(3, NUM_CLASSES)).astype(np.float32) * 3
+    return colour_C @ weights_CK
+
+
 def softmax_of(colour_C: Any, seed: int = 0) -> Any:
     """The scores of a mean colour."""
-    weights_CK = np.random.default_rng(seed).normal(size=(3, NUM_CLASSES)).astype(np.float32) * 3
-    exp_K = np.exp(colour_C @ weights_CK)
+    exp_K = np.exp(logits_of(colour_C, seed))
     return pytest.approx(list(exp_K / exp_K.sum()), abs=1e-4)
+
+
+def googlenet(*, transform_input: bool = False) -> Any:
+    """With random weights, always the same, that let the input through."""
+    import torch
+    from torchvision import models as zoo
+
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        module = zoo.googlenet(
+            num_classes=NUM_CLASSES,
+            aux_logits=False,
+            init_weights=False,
+            transform_input=transform_input,
+        )
+        for one in module.modules():
+            if isinstance(one, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(one.weight)
+        return module.eval()
+
+
+def googlenet_of_black(*, transform_input: bool) -> Any:
+    """Its scores of a black image, through PyTorch alone."""
+    import torch
+
+    with torch.inference_mode():
+        logits_NK = googlenet(transform_input=transform_input)(torch.full((1, 3, 32, 32), -1.0))
+    return logits_NK.softmax(1)[0].numpy()
 
 
 PLAIN: Mapping[str, Any] = {"resize": list(RESIZE), "mean": [0.0] * 3, "std": [1.0] * 3}
@@ -207,6 +241,8 @@ def write_images(here: Path) -> None:
     half = len(damaged) // 2
     (images / "damaged.jpg").write_bytes(damaged[:half] + bytes(half - 2) + b"\xff\xd9")
     bands().save(more / "bands.png")
+    (here / "black").mkdir()
+    Image.new("RGB", (40, 40)).save(here / "black" / "black.png")
     (images / "outside.png").symlink_to(more / "bands.png")
     (here / "bad").mkdir()
     for number in range(4):
@@ -238,6 +274,10 @@ def write_models(here: Path) -> None:
     weights_CK[:, 5:] += np.random.default_rng(6).normal(size=(3, 5)) * 0.02
     twins.graph.initializer[0].CopyFrom(numpy_helper.from_array(weights_CK, "weights"))
     onnx.save(twins, here / "twins.onnx")
+    if importlib.util.find_spec("torch"):
+        from safetensors.torch import save_file
+
+        save_file(googlenet().state_dict(), here / "googlenet.safetensors")
     (here / "names.txt").write_text("".join(f"class {index}\n" for index in range(NUM_CLASSES)))
 
 
@@ -321,6 +361,12 @@ def num_predictions(outcome: Outcome) -> int:
 
 
 BANDS = by_hand(bands())
+LOGITS = logits_of(
+    np.asarray(bands().resize(RESIZE[::-1], Image.Resampling.BILINEAR))[
+        (RESIZE[0] - 8) // 2 :, (RESIZE[1] - 8) // 2 :
+    ][:8, :8].mean(axis=(0, 1))
+    / 255
+)
 EXACT = by_hand(Image.open(io.BytesIO(LARGE)))
 NEAREST = by_hand(bands(), resample=Image.Resampling.NEAREST)
 TORCH = {"num_classes": 10, "preprocess": DIGITS_MODEL["preprocess"]}
@@ -356,6 +402,32 @@ ROWS: Mapping[str, Row] = {
             **DIGIT,
             "top_k": 1000,
         },
+    ),
+    "model.transform_input": Row(
+        lambda o: min(
+            (False, True),
+            key=lambda value: np.abs(
+                np.subtract(o.scores("black.png"), googlenet_of_black(transform_input=value))
+            ).max(),
+        ),
+        [(False, False), (True, True)],
+        {
+            "model": {
+                "name": "googlenet",
+                "weights": "googlenet.safetensors",
+                "preprocess": {"resize": 32, "crop": 32, "mean": [0.5], "std": [0.5]},
+            },
+            "input": "black",
+        },
+    ),
+    "model.activation": Row(
+        scores_of("bands.png"),
+        [
+            (None, BANDS),
+            ("softmax", BANDS),
+            ("sigmoid", pytest.approx(list(1 / (1 + np.exp(-LOGITS))), abs=1e-4)),
+            ("none", pytest.approx(list(LOGITS), abs=1e-4)),
+        ],
     ),
     "model.onnx": Row(
         scores_of("bands.png"), [("tiny.onnx", BANDS), ("other.onnx", by_hand(bands(), seed=1))]
@@ -401,6 +473,14 @@ ROWS: Mapping[str, Row] = {
     "model.preprocess.std": Row(
         scores_of("bands.png"),
         [([1.0] * 3, BANDS), ([0.5, 0.8, 2.0], by_hand(bands(), std=(0.5, 0.8, 2)))],
+    ),
+    "model.preprocess.channels": Row(
+        scores_of("bands.png"),
+        [
+            ("rgb", BANDS),
+            ("bgr", by_hand(Image.merge("RGB", bands().split()[::-1]))),
+            ("grey", by_hand(bands().convert("L").convert("RGB"))),
+        ],
     ),
     "model.preprocess.interpolation": Row(
         scores_of("bands.png"), [("bilinear", BANDS), ("nearest", NEAREST)]

@@ -83,7 +83,7 @@ def test_a_compile_cache_is_of_one_model_provider_device_precision_and_shape() -
             source={},
             preprocess=Preprocess(8, (8, 8), "bilinear", None, None),
             labels=("a", "b"),
-            scores="logits",
+            activation="softmax",
             files={"model.onnx": digest},
             golden_sha256="",
         )

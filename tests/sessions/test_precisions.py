@@ -212,7 +212,7 @@ def test_images_with_answers_that_are_no_numbers_do_not_agree() -> None:
         return lambda pixels_NHWC: scores_NK[pixels_NHWC[:, 0, 0, 0]].astype(np.float32)
 
     check = compare_precisions(
-        answers(reduced_NK), answers(full_NK), sample_NHWC, 2, is_probability=False
+        answers(reduced_NK), answers(full_NK), sample_NHWC, 2, activation="softmax"
     )
     assert check == PrecisionCheck(5, 0.4, 0.0)
 

@@ -1,0 +1,36 @@
+"""The models that a job names: torchvision's."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from batchclf.models.activation import settled
+from batchclf.models.export import BuiltModel, TwoLogits
+from batchclf.models.zoo import torchvision
+from batchclf.spec.job import ModelSpec
+
+
+def build(spec: ModelSpec, log: Callable[[str], None] = lambda text: None) -> BuiltModel:
+    """Build the model that `spec.name` names, with pretrained, own or random weights.
+
+    `log` is told of a download.
+
+    Raises:
+        ModelError: unknown model or weights, a file that does not fit the model, or one output
+            and no word of what it means.
+        WeightsUnavailable: the download failed.
+    """
+    model = torchvision.build(spec, log)
+    num_outputs = len(model.labels)
+    activation = settled(spec.activation, num_outputs, f"model.name: {spec.name}")
+    if num_outputs == 1 and activation == "softmax":
+        model = replace(model, module=TwoLogits(model.module), labels=("0", "1"))
+    return replace(model, activation=activation)
+
+
+def check(spec: ModelSpec) -> None:
+    """Refuse an unknown model or weights name, or a weights file that does not read.
+
+    Raises:
+        ModelError: with the nearest names.
+    """
+    torchvision.check(spec)
