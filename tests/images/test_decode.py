@@ -135,6 +135,22 @@ def test_every_colour_mode_gives_torchvisions_pixels_and_its_flags(
     assert decode(file)[1].warnings == expected
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in MODES if not case.startswith(("I;16", "YCbCr-tiff"))]
+)
+def test_grey_is_what_pillow_makes_of_the_file_before_the_resize(case: str) -> None:
+    """As `Image.open(file).convert("L")` stands before a script's transforms.
+
+    Of a YCbCr TIFF Pillow would take Y itself, which is within 1 of the grey of its RGB.
+    """
+    mode, format_, _ = MODES[case]
+    file = encode(picture(333, 251, mode), format_)
+    for preset in (RESNET50, Preprocess(40, (64, 48), "bicubic", None, None)):
+        pixels_HWC, _ = decode(file, preprocess=replace(preset, channels="grey"))
+        expected_HWC = torchvision_pixels(Image.open(io.BytesIO(file)).convert("L"), preset)
+        np.testing.assert_array_equal(pixels_HWC, expected_HWC)
+
+
 def test_a_palette_with_a_transparent_colour_gives_torchvisions_pixels_and_a_flag() -> None:
     for transparency in (3, bytes(range(256))):
         file = encode(picture(90, 70, "P"), "PNG", transparency=transparency)

@@ -475,6 +475,45 @@ def test_a_value_that_is_not_allowed_is_refused_with_key_found_and_allowed(
     assert len(text.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("given", "ours"),
+    [
+        (  # MMPretrain, PaddleClas
+            {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]},
+            "mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]",
+        ),
+        (  # Caffe: nothing is divided
+            {"mean": [103.939, 116.779, 123.68], "std": [1, 1, 1]},
+            "mean: [0.407604, 0.457957, 0.48502], std: [0.00392157, 0.00392157, 0.00392157]",
+        ),
+        ({"mean": [123.675, 116.28, 103.53]}, "mean: [0.485, 0.456, 0.406]"),
+        ({"mean": [0], "std": [255]}, "mean: [0, 0, 0], std: [1, 1, 1]"),
+        (
+            {"mean": [123.675, 116.28, 103.53], "std": [0.229, 0.224, 0.225]},
+            "mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]",
+        ),
+        ({"std": [58.395, 57.12, 57.375]}, "std: [0.229, 0.224, 0.225]"),
+        ({"mean": [127.5], "std": [127.5]}, "mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]"),
+    ],
+)
+def test_mean_and_std_of_pixels_in_0_to_255_are_refused_with_what_to_write(
+    tmp_path: Path, given: dict[str, object], ours: str
+) -> None:
+    model = {"onnx": "my.onnx", "preprocess": {"resize": 256, **given}}
+    text = refusal(write(tmp_path, {**MINIMAL, "model": model}))
+    assert "these are of pixels in 0..255" in text
+    assert text.endswith(f"write {ours}")
+    assert len(text.splitlines()) == 1
+
+
+def test_one_number_of_mean_and_std_is_that_of_every_channel(tmp_path: Path) -> None:
+    preprocess = {"resize": 28, "mean": [0.1307], "std": [0.3081]}
+    job = load_job(write(tmp_path, {**MINIMAL, "model": {"onnx": "a", "preprocess": preprocess}}))
+    assert job.model.preprocess is not None
+    assert job.model.preprocess.mean == (0.1307,) * 3
+    assert job.model.preprocess.std == (0.3081,) * 3
+
+
 def test_every_problem_of_a_file_is_told_at_once(tmp_path: Path) -> None:
     text = refusal(write(tmp_path, {**MINIMAL, "topk": 3, "batch_size": 0, "errors": {"mx": 1}}))
     assert len(text.splitlines()) == 3
