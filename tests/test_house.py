@@ -32,7 +32,10 @@ ROOMS = [room for floor in FLOORS for room in floor]
 SHARED = ("batchclf", "batchclf.results.records")
 """What every room may import: the version, and the words that pass between rooms."""
 OUTSIDE = {
-    "torch": ("models/export.py", "models/checkpoints.py", "models/zoo/"),
+    "torch": (
+        *("models/export.py", "models/checkpoints.py", "models/matching.py", "models/states.py"),
+        "models/zoo/",
+    ),
     "torchvision": ("models/zoo/torchvision.py",),
     "onnx": (
         *("models/onnx_file.py", "models/graph.py", "models/equalize.py"),

@@ -1,61 +1,91 @@
-"""Weights files that trainers leave: read as tensors only, without the wrappers around them."""
+"""Weights files that trainers leave: told by their content, and read as tensors only."""
 
 import pickle
+import pickletools
 import re
-from collections.abc import Mapping
+import tarfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from batchclf.errors import ModelError
 
 SAFE_TORCH = (2, 10)
 """Files could run code in spite of weights_only=True before (CVE-2025-32434, CVE-2026-24747)."""
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "model_ema")
-_OLD_DENSENET = re.compile(
-    r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var))$"
+_BEGINNINGS = {
+    b"version https://git-lfs": "is a Git LFS pointer, not the weights themselves: `git lfs pull` "
+    "fetches them",
+    b"\x89HDF\r\n": "is an HDF5 file, as Keras writes it, not a PyTorch one: export the model to "
+    "ONNX and name the file in model.onnx",
+    b"\x1f\x8b": "is compressed with gzip: unpack it first",
+    b"7z\xbc\xaf": "is a 7z archive: unpack it first",
+    b"Rar!": "is a RAR archive: unpack it first",
+}
+_HTML = re.compile(rb"\s*<(!doctype html|html|head|\?xml)", re.IGNORECASE)
+_HARMLESS = re.compile(
+    r"argparse\.Namespace|types\.SimpleNamespace|datetime\.\w+|pathlib(\._local)?\.\w*Path"
+    r"|typing\.Any|builtins\.(list|dict|tuple|int|float|str|bool)|functools\.partial"
+    r"|numpy\.(dtype|ndarray|bool_?|[a-z]+\d+|dtypes\.\w+|_?core\.multiarray\.(scalar|_reconstruct))"
+    r"|torch\.(optim\.[\w.]+|nn\.modules\.loss\.\w+)|omegaconf\.[\w.]+|collections\.defaultdict"
+    r"|(pytorch_lightning|lightning|lightning_fabric)\.[\w.]*\.AttributeDict"
 )
-"""Names in torchvision's own DenseNet files, which its builders rename."""
-_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+"""What trainers keep beside the tensors: settings and figures (torchvision's own training script
+writes its arguments, Lightning its hyperparameters). None is imported or called, see `_stand_in`.
+"""
+_READ_BY_TORCH = re.compile(
+    r"collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(set|bytearray|complex)"
+    r"|torch\.(_utils|_tensor|storage|serialization|nn\.parameter)\.\w+|torch\.\w+"
+)
+_NETWORK_LAYERS = re.compile(r"torch\.nn\.modules\.(?!loss\.)|torchvision\.models\.|timm\.models\.")
 
 
-def read_state(path: Path) -> Mapping[str, Tensor]:
-    """The state dict in a weights file, without the wrappers that trainers put around it."""
+class _Ignored:
+    """Stands in a file's tree for what is no tensor; nothing of the class named there is run."""
+
+    def __init__(self, *arguments: object) -> None:
+        """Whatever it was made of is dropped."""
+
+    def __setstate__(self, state: object) -> None:
+        """So is its state."""
+
+
+def read_checkpoint(path: Path) -> Any:
+    """What a weights file holds, usually a state dict within wrappers; loading it runs no code.
+
+    Raises:
+        ModelError: no such file, another kind of file, damaged, or more than tensors in it; says
+            which, and what to save instead.
+    """
     what = f"model.weights: {path}"
     if not path.is_file():
         raise ModelError(f"{what}: no such file")
     try:
-        if path.suffix == ".safetensors":
-            loaded: Any = load_file(path)
-        else:
-            require_safe_torch(what)
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            beginning = file.read(1024)
+        _require_weights_kind(path, beginning, what)
+        if _is_safetensors(beginning):
+            return load_file(path)
+        require_safe_torch(what)
+        return _load_tensors(path, what)
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"{what}: holds more than tensors, which could run code when loaded, or is no "
-            f"PyTorch file ({first_line(error)}); save `model.state_dict()`, or safetensors"
+            f"{what}: damaged or no PyTorch file ({path.stat().st_size:,} bytes): "
+            f"{first_line(error)}; download it again, or save `model.state_dict()`"
         ) from error
-    except (RuntimeError, EOFError, SafetensorError, ValueError, KeyError, OSError) as error:
+    except (
+        *(RuntimeError, EOFError, SafetensorError, ValueError, KeyError, IndexError),
+        *(TypeError, AttributeError, OSError, zipfile.BadZipFile),
+    ) as error:
         raise ModelError(
             f"{what}: damaged or not a weights file ({path.stat().st_size:,} bytes): "
             f"{first_line(error)}; download or save it again"
         ) from error
-    for wrapper in _WRAPPERS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-    if not isinstance(loaded, Mapping) or not loaded:
-        raise ModelError(f"{what}: holds a {type(loaded).__name__}, not a state dict")
-    state = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
-    for prefix in _PREFIXES:
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    if not state:
-        raise ModelError(f"{what}: holds no tensors")
-    return {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
 
 
 def require_safe_torch(what: str) -> None:
@@ -67,27 +97,126 @@ def require_safe_torch(what: str) -> None:
         )
 
 
-def misfit(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> str:
-    own = module.state_dict()
-    missing = [key for key in own if key not in state]
-    foreign = [key for key in state if key not in own]
-    resized = [
-        f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
-        for key in own
-        if key in state and own[key].shape != state[key].shape
-    ]
-    parts = [
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for what, keys in (
-            ("missing", missing),
-            ("unknown", foreign),
-            ("of another shape", resized),
-        )
-        if keys
-    ]
-    return f"does not fit {name}: tensors {'; '.join(parts)}; is it a checkpoint of another model?"
-
-
 def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _require_weights_kind(path: Path, beginning: bytes, what: str) -> None:
+    """Tell other files by their content: names promise much."""
+    if not beginning:
+        raise ModelError(f"{what}: is empty (0 bytes); download or save it again")
+    for start, kind in _BEGINNINGS.items():
+        if beginning.startswith(start):
+            raise ModelError(f"{what}: {kind}")
+    if _HTML.match(beginning):
+        raise ModelError(
+            f"{what}: is an HTML page, not weights: the address was that of a page about the file, "
+            "or of a login; download the file itself"
+        )
+    if zipfile.is_zipfile(path):
+        _require_state_archive(path, what)
+    elif not _is_safetensors(beginning) and tarfile.is_tarfile(path):
+        raise ModelError(f"{what}: is a tar archive; unpack it and name the weights file in it")
+
+
+def _require_state_archive(path: Path, what: str) -> None:
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any("/code/" in name for name in names) and any(
+        name.endswith("/constants.pkl") for name in names
+    ):
+        raise ModelError(
+            f"{what}: is a TorchScript archive, a program with its weights; save the weights "
+            "alone:" + _saving(path, "torch.jit.load({!r}, map_location='cpu')")
+        )
+    if any(name.endswith("serialized_exported_program.json") for name in names) or any(
+        name.endswith("/archive_format") for name in names
+    ):
+        raise ModelError(
+            f"{what}: is a program of torch.export with its weights; save the weights alone:"
+            + _saving(path, "torch.export.load({!r}).module()")
+        )
+    if not any(name.endswith("data.pkl") for name in names):
+        raise ModelError(
+            f"{what}: is a zip archive, but not of PyTorch (it holds {', '.join(names[:3])}); "
+            "unpack it and name the weights file in it"
+        )
+
+
+def _saving(path: Path, loading: str) -> str:
+    """The lines that save the state dict of what `loading` gives."""
+    return (
+        "\n    import torch"
+        f"\n    model = {loading.format(path.name)}"
+        f"\n    torch.save(model.state_dict(), {path.stem + '_state.pth'!r})"
+    )
+
+
+def _is_safetensors(beginning: bytes) -> bool:
+    """Eight bytes of length, then JSON: no pickle or zip has `{` there."""
+    return beginning[8:9] == b"{" and beginning[:2] != b"PK"
+
+
+def _load_tensors(path: Path, what: str) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        names = dict.fromkeys(_names_in(path))
+    unknown = [
+        name for name in names if not (_HARMLESS.fullmatch(name) or _READ_BY_TORCH.fullmatch(name))
+    ]
+    if any(_NETWORK_LAYERS.match(name) for name in names):
+        raise ModelError(
+            f"{what}: holds a whole pickled model ({unknown[0]}), which could run code when "
+            "loaded; where it was trained, save the weights alone:"
+            + _saving(path, "torch.load({!r}, map_location='cpu', weights_only=False)")
+        )
+    if unknown:
+        raise ModelError(
+            f"{what}: holds more than tensors ({', '.join(unknown[:3])}), which could run code "
+            "when loaded; save `model.state_dict()`, or safetensors"
+        )
+    harmless: list[Any] = [(_stand_in(name), name) for name in names if _HARMLESS.fullmatch(name)]
+    with torch.serialization.safe_globals(harmless):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _stand_in(name: str) -> Callable[[], object]:
+    """What is made in place of `name`; torch fills dictionaries of a few exact types only."""
+    if name.endswith(".AttributeDict"):
+        return OrderedDict
+    return _empty_dict if name == "collections.defaultdict" else _Ignored
+
+
+def _empty_dict(*_: object) -> dict[object, object]:
+    return {}
+
+
+def _names_in(path: Path) -> Iterator[str]:
+    """The classes and functions that a pickled file names, in its order; nothing is loaded."""
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            # A magic number, a protocol and a description of the machine come before the tree.
+            for _ in range(4):
+                yield from _names_in_pickle(file)
+        return
+    with zipfile.ZipFile(path) as archive:
+        tree = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        with archive.open(tree) as file:
+            yield from _names_in_pickle(file)
+
+
+def _names_in_pickle(file: IO[bytes]) -> Iterator[str]:
+    texts: list[str] = []
+    try:
+        for operation, argument, _ in pickletools.genops(file):
+            if operation.name in ("GLOBAL", "INST"):
+                # Protocol 2, torch.save's own, writes Python 2's name for this module.
+                yield str(argument).replace(" ", ".").replace("__builtin__.", "builtins.")
+            elif operation.name == "STACK_GLOBAL":
+                yield ".".join(texts[-2:])
+            elif isinstance(argument, str):
+                texts.append(argument)
+    except ValueError:  # no pickle, or its end is missing: torch says so
+        return

@@ -8,20 +8,21 @@ import os
 import pickle
 import re
 import urllib.error
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision import models as zoo
 
 from batchclf.errors import ModelError, WeightsUnavailable
 from batchclf.models.bundle import sha256_of
-from batchclf.models.checkpoints import first_line, misfit, read_state, require_safe_torch
+from batchclf.models.checkpoints import first_line, read_checkpoint, require_safe_torch
 from batchclf.models.download import downloaded
 from batchclf.models.export import BuiltModel, count_outputs
+from batchclf.models.matching import network_of, tensors_named
+from batchclf.models.states import Found, find_state
 from batchclf.results.records import Interpolation, Preprocess
 from batchclf.spec.job import ModelSpec, PreprocessSpec
 
@@ -30,6 +31,8 @@ _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.pth$")
 """As torchvision names its files: the beginning of their SHA-256."""
 _FEEDS_OWN_NORMALISATION = ("googlenet", "inception_v3")
 """Models whose pretrained weights expect `transform_input=True` (torchvision's builders set it)."""
+_TRAINING_HEADS = ("aux1.", "aux2.", "AuxLogits.")
+"""Of the same models; not computed at inference, and often left at another number of classes."""
 _VIT_POSITIONS = "encoder.pos_embedding"
 """Of shape (1, 1 + patches, width): tells for which image size a ViT was trained."""
 
@@ -37,7 +40,7 @@ _VIT_POSITIONS = "encoder.pos_embedding"
 def build(spec: ModelSpec, log: Callable[[str], None] = lambda text: None) -> BuiltModel:
     """Build a torchvision classification model with pretrained, own or random weights.
 
-    `log` is told of a download.
+    `log` is told of a download, and of what was taken from a file.
 
     Raises:
         ModelError: unknown model or weights, or a file that does not fit the model.
@@ -45,10 +48,11 @@ def build(spec: ModelSpec, log: Callable[[str], None] = lambda text: None) -> Bu
     """
     name, num_classes = _known_name(spec), spec.num_classes
     enum = zoo.get_model_weights(name)
+    normalisation: Mapping[str, list[float]] = {}
     if spec.weights_path is not None:
-        state = read_state(spec.weights_path)
-        options = _own_normalisation(spec, default=True)
-        module = _build_from_state(name, state, spec.weights_path, num_classes, options)
+        found, options = _find_weights(spec, spec.weights_path, log)
+        module = _build_from_state(name, found, options)
+        normalisation = found.normalisation
         labels = None
         member = _reference_weights(enum, module)
     elif spec.weights == "none":
@@ -68,20 +72,21 @@ def build(spec: ModelSpec, log: Callable[[str], None] = lambda text: None) -> Bu
         labels = tuple(member.meta["categories"])
     module = module.eval().float()
     preprocess = _preprocess(member, spec.preprocess)
+    _require_same_normalisation(normalisation, preprocess, spec)
     if labels is None:
         labels = tuple(str(index) for index in range(count_outputs(module, preprocess, name)))
     return BuiltModel(module, preprocess, labels)
 
 
 def check(spec: ModelSpec) -> None:
-    """Refuse an unknown model or weights name, or a weights file that does not read.
+    """Refuse an unknown model or weights name, or a weights file that does not fit.
 
     Raises:
         ModelError: with the nearest names.
     """
     name = _known_name(spec)
     if spec.weights_path is not None:
-        read_state(spec.weights_path)
+        _find_weights(spec, spec.weights_path, lambda text: None)
     elif spec.weights != "none":
         _weights_member(name, zoo.get_model_weights(name), spec.weights)
 
@@ -210,55 +215,70 @@ def _reference_weights(enum: Any, module: nn.Module) -> zoo.WeightsEnum:
     return found
 
 
-def _build_from_state(
-    name: str,
-    state: Mapping[str, Tensor],
-    path: Path,
-    num_classes: int | None,
-    options: dict[str, object],
-) -> nn.Module:
-    if name in _FEEDS_OWN_NORMALISATION:
-        has_aux = any(key.lower().startswith("aux") for key in state)
-        options |= {"aux_logits": has_aux}
-    positions = state.get(_VIT_POSITIONS)
-    if name.startswith("vit_") and positions is not None and positions.ndim == 3:
-        patch = int(name.rpartition("_")[2])
-        options["image_size"] = patch * math.isqrt(positions.shape[1] - 1)  # less the class token
-    inferred = _infer_num_classes(name, state, options)
-    if inferred is not None and num_classes not in (None, inferred):
+def _find_weights(
+    spec: ModelSpec, path: Path, log: Callable[[str], None]
+) -> tuple[Found, dict[str, object]]:
+    """The model's tensors in a file, and the options it has to be built with."""
+    name, what = _known_name(spec), f"model.weights: {path}"
+    loaded = read_checkpoint(path)
+    options = _own_normalisation(spec, default=True)
+    if options:
+        options |= {"init_weights": False}  # every tensor comes from the file
+        if spec.transform_input is None and not _is_torchvisions_own(name, path):
+            log(
+                f"{what}: whether {name} was trained with transform_input is not in the file; "
+                "taken is true, which fits weights fine-tuned from torchvision's own. If they "
+                "were trained from scratch, write `transform_input: false` under model"
+            )
+    for positions in tensors_named(loaded, _VIT_POSITIONS) if name.startswith("vit_") else ():
+        if positions.ndim == 3:
+            patch = int(name.rpartition("_")[2])
+            options["image_size"] = patch * math.isqrt(positions.shape[1] - 1)  # less class token
+    network = network_of(name, lambda count: _bare(name, count, **options), _TRAINING_HEADS)
+    found = find_state(loaded, network, what, log)
+    if spec.num_classes not in (None, found.num_classes):
         raise ModelError(
-            f"model.num_classes: found {num_classes}, but the head in {path} has {inferred} classes"
+            f"model.num_classes: found {spec.num_classes}, but the head in {path} has "
+            f"{found.num_classes} classes"
         )
-    module = _bare(name, inferred or num_classes or 1000, **options)
-    versioned = OrderedDict(state)
-    # MNASNet refuses a state dict of no version, and a file may not carry one.
-    metadata = {"": {"version": module._version}}  # noqa: SLF001
-    versioned._metadata = metadata  # type: ignore[attr-defined]  # noqa: SLF001
-    try:
-        module.load_state_dict(versioned, strict=True)
-    except RuntimeError as error:
-        raise ModelError(f"model.weights: {path}: {misfit(name, module, state)}") from error
+    return found, options
+
+
+def _is_torchvisions_own(name: str, path: Path) -> bool:
+    """Whether a file, whatever its name, is one that torchvision publishes."""
+    hashes = [_HASH_IN_NAME.search(member.url) for member in zoo.get_model_weights(name)]
+    digest = sha256_of(path)
+    return any(found is not None and digest.startswith(found[1]) for found in hashes)
+
+
+def _build_from_state(name: str, found: Found, options: Mapping[str, object]) -> nn.Module:
+    module = _bare(name, found.num_classes, **options)
+    state = module.state_dict()
+    state.update(found.state)  # all but, in old files, the counters of batch normalisation
+    module.load_state_dict(state, strict=True)
     return module
 
 
-def _infer_num_classes(
-    name: str, state: Mapping[str, Tensor], options: Mapping[str, object]
-) -> int | None:
-    """Classes of the head in `state`: the head is what changes shape with `num_classes`."""
+def _require_same_normalisation(
+    own: Mapping[str, list[float]], preprocess: Preprocess, spec: ModelSpec
+) -> None:
+    """A network with `mean` and `std` of its own does what is done before this one.
 
-    def shapes(count: int) -> dict[str, torch.Size]:
-        own = _bare(name, count, **options).state_dict()
-        return {key: value.shape for key, value in own.items()}
-
-    try:
-        with torch.device("meta"):
-            one, other = shapes(1000), shapes(1001)
-    except NotImplementedError:  # RegNet computes its widths with tensors
-        one, other = shapes(1000), shapes(1001)
-    for key, shape in one.items():
-        if shape != other[key] and key in state and state[key].ndim:
-            return int(state[key].shape[0])
-    return None
+    Raises:
+        ModelError: they are others than those in force, and the job does not say which hold.
+    """
+    given = spec.preprocess or PreprocessSpec()
+    for key, values in own.items():
+        in_force = getattr(preprocess, key)
+        is_same = all(
+            math.isclose(a, b, abs_tol=1e-3) for a, b in zip(values, in_force, strict=True)
+        )
+        if not is_same and getattr(given, key) is None:
+            raise ModelError(
+                f"model.weights: {spec.weights_path}: its network normalises the pixels itself, "
+                f"with {key} {[round(value, 6) for value in values]}, and not {list(in_force)}; "
+                f"write model.preprocess.{key}, of pixels in 0..1"
+            )
 
 
 def _preprocess(member: zoo.WeightsEnum, overrides: PreprocessSpec | None) -> Preprocess:

@@ -1,0 +1,244 @@
+"""What fits a network in what a trainer left: by name and shape, as a person would see it.
+
+Trainers put state dicts into wrappers, and prefixes before the names of their tensors.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchclf.errors import ModelError
+
+_INSERTED = re.compile(
+    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+"""What DataParallel, torch.compile and the like put before the names of what they wrap."""
+_RENAMED = (
+    (re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"), r"\1\2"),
+    (re.compile(r"(encoder_layer_\d+\.mlp)\.linear_1\."), r"\1.0."),
+    (re.compile(r"(encoder_layer_\d+\.mlp)\.linear_2\."), r"\1.3."),
+)
+"""Names in torchvision's older DenseNet and ViT files, and those of today."""
+AVERAGE = re.compile(r"(^|_)(ema|shadow|swa|averaged?)(_|$)")
+_HEADLIKE = re.compile(r"fc|cls|class|head|lin|logit|out|final|top|dense|last")
+_NO_HEAD = re.compile(r"proj|predict|proto|contrast|queue|embed|aux|domain|rotat|jigsaw")
+_COUNTER = ".num_batches_tracked"
+"""Of batch normalisation; absent in old files, and unused at inference."""
+_MAX_PREFIXES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What a network expects of a file: names and shapes, no values."""
+
+    name: str
+    tensors: Mapping[str, Tensor]
+    head: frozenset[str]
+    """Names of the tensors whose first dimension is the number of classes."""
+    by_index: Mapping[str, str]
+    """Names with the number of each child in place of its name, as `nn.Sequential(*children)`."""
+    dispensable: tuple[str, ...] = ()
+    """Beginnings of the names of layers that only training uses."""
+
+    def fits(self, name: str, tensor: Tensor) -> bool:
+        own = self.tensors[name]
+        skipped = int(name in self.head)
+        return (
+            own.ndim == tensor.ndim
+            and own.shape[skipped:] == tensor.shape[skipped:]
+            and own.is_floating_point() == tensor.is_floating_point()
+        )
+
+
+def network_of(
+    name: str, build: Callable[[int], nn.Module], dispensable: tuple[str, ...] = ()
+) -> Network:
+    """The network that `build` makes of a number of classes: the head is what changes with it."""
+    try:
+        with torch.device("meta"):
+            one, other = build(1000), build(1001)
+    except NotImplementedError:  # RegNet computes its widths with tensors
+        one, other = build(1000), build(1001)
+    tensors, others = one.state_dict(), other.state_dict()
+    number = {child: str(index) for index, (child, _) in enumerate(one.named_children())}
+    return Network(
+        name=name,
+        tensors=tensors,
+        head=frozenset(key for key in tensors if tensors[key].shape != others[key].shape),
+        by_index={
+            f"{number[child]}.{rest}": f"{child}.{rest}"
+            for child, _, rest in (key.partition(".") for key in tensors)
+            if child in number
+        },
+        dispensable=dispensable,
+    )
+
+
+def tensors_named(loaded: object, name: str) -> list[Tensor]:
+    """The tensors in a file whose name ends with `name`."""
+    return [
+        tensor
+        for _, mapping in walk(loaded)
+        for key, tensor in mapping.items()
+        if isinstance(tensor, Tensor) and str(key).endswith(name)
+    ]
+
+
+# ---- what a file holds ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The tensors of one mapping."""
+
+    path: tuple[str, ...]
+    tensors: dict[str, Tensor]
+    """By name, without what wrappers inserted."""
+    originals: dict[str, str]
+    """The names in the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """The tensors of a group that fit the network, if their names begin with `prefix`."""
+
+    group: Group
+    prefix: str
+    taken: dict[str, str]
+    """The network's name to the group's."""
+    missing: tuple[str, ...]
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return (*self.group.path, *filter(None, self.prefix.split(".")))
+
+    @property
+    def label(self) -> str:
+        parts = (*self.group.path, *filter(None, (self.prefix,)))
+        return f"`{' / '.join(parts)}`" if parts else "the file's own tensors"
+
+    @property
+    def is_average(self) -> bool:
+        """An average of the weights that has averaged something, unlike one that never began."""
+        count = self.group.tensors.get(f"{self.prefix}n_averaged")
+        if count is not None:
+            return int(count) > 0
+        return any(map(AVERAGE.search, self.words))
+
+
+def walk(
+    value: object, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+    """Every mapping in `value`, with the keys that lead to it."""
+    if isinstance(value, Mapping):
+        yield path, value
+        for key, inner in value.items():
+            yield from walk(inner, (*path, str(key)))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            if isinstance(inner, Mapping):
+                yield from walk(inner, (*path, str(index)))
+
+
+def groups_of(loaded: object, what: str) -> list[Group]:
+    mappings = list(walk(loaded))
+    if not mappings or not any(mapping for _, mapping in mappings):
+        raise ModelError(f"{what}: holds a {type(loaded).__name__}, not a state dict")
+    for _, mapping in mappings:
+        for key, value in mapping.items():
+            parts = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(part, Tensor) and part.is_quantized for part in parts):
+                raise ModelError(
+                    f"{what}: holds quantised tensors ({key}); give the float weights from before "
+                    "the conversion (`precision: int8` quantises them here)"
+                )
+    groups = [_group(path, mapping) for path, mapping in mappings]
+    if not any(group.tensors for group in groups):
+        raise ModelError(f"{what}: holds no tensors")
+    return [group for group in groups if group.tensors]
+
+
+def _group(path: tuple[str, ...], mapping: Mapping[Any, Any]) -> Group:
+    tensors: dict[str, Tensor] = {}
+    originals: dict[str, str] = {}
+    for key, tensor in mapping.items():
+        if isinstance(tensor, Tensor):
+            name = _INSERTED.sub("", str(key))
+            for old, new in _RENAMED:
+                name = old.sub(new, name)
+            if name in tensors:  # two networks: one within a wrapper, one without
+                name = str(key)
+            tensors[name], originals[name] = tensor, str(key)
+    return Group(path, tensors, originals)
+
+
+# ---- what fits -----------------------------------------------------------------------------------
+
+
+def candidates_of(group: Group, network: Network) -> Iterator[Candidate]:
+    for names in ({name: name for name in network.tensors}, network.by_index):
+        found = Counter(
+            prefix
+            for key, tensor in group.tensors.items()
+            for prefix, rest in _splits(key)
+            if rest in names and network.fits(names[rest], tensor)
+        )
+        for prefix, _ in found.most_common(_MAX_PREFIXES):
+            keys = {name: prefix + rest for rest, name in names.items()}
+            taken = {
+                name: key
+                for name, key in keys.items()
+                if key in group.tensors and network.fits(name, group.tensors[key])
+            }
+            missing = (
+                name
+                for name in network.tensors
+                if name not in taken and not name.endswith(_COUNTER)
+            )
+            yield _with_own_head(Candidate(group, prefix, taken, tuple(missing)), network)
+
+
+def _splits(key: str) -> Iterator[tuple[str, str]]:
+    yield "", key
+    for dot in re.finditer(r"\.", key):
+        yield key[: dot.end()], key[dot.end() :]
+
+
+def _with_own_head(candidate: Candidate, network: Network) -> Candidate:
+    """With a last layer of another name, if that is all that is missing and one layer can be it.
+
+    A Linear in place of a Sequential, or the other way about, with or without Dropout: layers
+    without tensors leave no trace in a file.
+    """
+    if not candidate.missing or not set(candidate.missing) <= network.head:
+        return candidate
+    tensors = candidate.group.tensors
+    ends = {name.rpartition(".")[2]: name for name in candidate.missing}
+    parents = [
+        parent
+        for parent in (key.removesuffix(".weight") for key in tensors if key.endswith(".weight"))
+        if is_headlike(parent)
+        and all(
+            f"{parent}.{end}" in tensors and network.fits(name, tensors[f"{parent}.{end}"])
+            for end, name in ends.items()
+        )
+    ]
+    outer = candidate.prefix
+    while outer and not any(parent.startswith(outer) for parent in parents):
+        outer = outer[: outer[:-1].rfind(".") + 1]
+    near = [parent for parent in parents if parent.startswith(outer)]
+    if len(near) != 1:
+        return candidate
+    head = {name: f"{near[0]}.{end}" for end, name in ends.items()}
+    return replace(candidate, taken=candidate.taken | head, missing=())
+
+
+def is_headlike(key: str) -> bool:
+    """By its name; numbers alone are the children of a Sequential."""
+    is_numbered = not re.search("[a-z]", key)
+    return is_numbered or bool(_HEADLIKE.search(key) and not _NO_HEAD.search(key))

@@ -1,0 +1,298 @@
+"""Finds a network's tensors in a weights file, and says what was taken and what was left.
+
+A file may hold several networks (an average of the weights, a teacher) and other things beside the
+tensors. What is taken has every tensor of the network; whatever is left has to be known for
+something that inference does without.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from batchclf.errors import ModelError
+from batchclf.models.matching import (
+    AVERAGE,
+    Candidate,
+    Group,
+    Network,
+    candidates_of,
+    groups_of,
+    is_headlike,
+    walk,
+)
+
+_WRAPPERS = (
+    *("state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights"),
+    *("params", "backbone", "encoder"),
+)
+"""Names that mean the model itself, the first before the next; timm's loader has the first two."""
+_AVERAGES = ("state_dict_ema", "model_ema")
+"""Averages of the weights, in the order of timm's loader."""
+_NO_LAYER = re.compile(
+    r"(^|\.)((total_ops|total_params|num_batches_tracked|n_averaged|queue|queue_ptr)$"
+    r"|((\w+_)?(criteri\w+|loss|losses|loss_fn|lossfn|metrics?|accuracy|acc|confmat|ema|shadow)"
+    r"|(class|cls|loss|pos)_weights?|loss_\w+|log_vars?|(train|val|valid|test)_\w+)(\.|$))"
+)
+"""Counters of thop and of averages, losses, metrics: nothing of them is computed at inference."""
+_NORMALISATION = re.compile(r"(^|[._])(mean|std)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The tensors of a network in a file."""
+
+    state: dict[str, Tensor]
+    num_classes: int
+    normalisation: dict[str, list[float]]
+    """`mean` and `std` of three values, where the file's network normalises its pixels itself."""
+
+
+def find_state(loaded: object, network: Network, what: str, log: Callable[[str], None]) -> Found:
+    """The tensors of `network` in `loaded`, under the names of the network.
+
+    Tells `log` what was taken, under which other names, and what was left.
+
+    Raises:
+        ModelError: a tensor is missing, something is left that may be a layer, or several networks
+            fit and nothing says which is meant.
+    """
+    groups = groups_of(loaded, what)
+    candidates = [one for group in groups for one in candidates_of(group, network)]
+    complete = _distinct(one for one in candidates if not one.missing)
+    if not complete:
+        raise ModelError(f"{what}: {_refusal(groups, candidates, network)}")
+    chosen = _chosen(complete, network, what)
+    left = _left(chosen, complete, network)
+    unknown = [key for key in left if not _may_be_left(key, chosen, network)]
+    if unknown:
+        raise ModelError(f"{what}: {_of_unknown(chosen, unknown, network)}")
+    others = [one for one in complete if one is not chosen]
+    _report(chosen, left, [*others, *_other_averages(loaded, complete)], what, log)
+    state = {name: chosen.group.tensors[key] for name, key in chosen.taken.items()}
+    rows = {chosen.taken[name]: int(state[name].shape[0]) for name in sorted(network.head)}
+    if len(set(rows.values())) > 1:
+        raise ModelError(f"{what}: the head has several numbers of classes: {rows}")
+    normalisation = {
+        key.rpartition(".")[2].rpartition("_")[2]: chosen.group.tensors[key].flatten().tolist()
+        for key in left
+        if _is_normalisation(key, chosen)
+    }
+    return Found(state, next(iter(rows.values())), normalisation)
+
+
+# ---- which of several ---------------------------------------------------------------------------
+
+
+def _distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Without those whose tensors are equal to those of one before."""
+    distinct: list[Candidate] = []
+    for one in candidates:
+        if not any(_is_same(one, other) for other in distinct):
+            distinct.append(one)
+    return distinct
+
+
+def _is_same(one: Candidate, other: Candidate) -> bool:
+    return one.taken.keys() == other.taken.keys() and all(
+        torch.equal(one.group.tensors[key], other.group.tensors[other.taken[name]])
+        for name, key in one.taken.items()
+    )
+
+
+def _chosen(complete: list[Candidate], network: Network, what: str) -> Candidate:
+    """An average before the model itself, and that before networks of other names.
+
+    So does timm's loader. torchvision's training script keeps `model_ema` in order to evaluate and
+    publish it.
+    """
+    averages = [one for one in complete if one.is_average]
+    known = [one for one in complete if all(word in _WRAPPERS for word in one.words)]
+    best = averages or known or complete
+    order = _AVERAGES if averages else _WRAPPERS
+
+    def rank(one: Candidate) -> tuple[int, ...]:
+        return tuple(order.index(word) if word in order else len(order) for word in one.words)
+
+    best = sorted(best, key=rank)
+    is_told = all(word in order for word in best[0].words)
+    if len(best) > 1 and not (is_told and rank(best[0]) < rank(best[1])):
+        raise ModelError(
+            f"{what}: holds several networks that fit {network.name}: "
+            f"{', '.join(one.label for one in best)}; save the one to be used in a file of its own"
+            f"{_keeping(best[0])}"
+        )
+    return best[0]
+
+
+def _keeping(candidate: Candidate) -> str:
+    """How to save one network of several; empty where its key is not enough."""
+    keys = "".join(f"[{key!r}]" for key in candidate.group.path)
+    return f', such as torch.save(torch.load("...", weights_only=False){keys}, "one.pth")' * bool(
+        keys and not candidate.prefix
+    )
+
+
+# ---- what is left --------------------------------------------------------------------------------
+
+
+def _left(chosen: Candidate, complete: list[Candidate], network: Network) -> list[str]:
+    """The tensors beside those taken that belong to no other network of the file."""
+    taken = {
+        key for one in complete if one.group is chosen.group for key in one.taken.values()
+    } | set(chosen.taken.values())
+    prefixes = [one.prefix for one in complete if one.group is chosen.group and one is not chosen]
+    return [
+        key
+        for key in chosen.group.tensors
+        if key not in taken and not any(prefix and key.startswith(prefix) for prefix in prefixes)
+    ]
+
+
+def _may_be_left(key: str, chosen: Candidate, network: Network) -> bool:
+    return bool(
+        key.removeprefix(chosen.prefix).startswith(network.dispensable or ("\0",))
+        or _NO_LAYER.search(key)
+        or _is_normalisation(key, chosen)
+    )
+
+
+def _is_normalisation(key: str, chosen: Candidate) -> bool:
+    has_three = chosen.group.tensors[key].numel() == 3
+    return bool(_NORMALISATION.search(key)) and "running" not in key and has_three
+
+
+def _is_head_part(key: str, prefix: str, network: Network) -> bool:
+    """Whether an unknown tensor belongs to a head that is not the network's."""
+    roots = tuple(f"{prefix}{name.partition('.')[0]}." for name in network.head)
+    return key.startswith(roots) or is_headlike(key.removeprefix(prefix))
+
+
+def _of_unknown(chosen: Candidate, unknown: list[str], network: Network) -> str:
+    if any(_is_head_part(key, chosen.prefix, network) for key in unknown):
+        head = [chosen.taken[name] for name in sorted(network.head)]
+        return _other_head([*head, *unknown], chosen.group, network)
+    return _misfit(chosen, unknown, network)
+
+
+def _refusal(groups: list[Group], candidates: list[Candidate], network: Network) -> str:
+    """Why nothing fits, told of what fits best."""
+    largest = max(groups, key=lambda group: len(group.tensors))
+    nothing = Candidate(largest, "", {}, tuple(network.tensors))
+    best = max((nothing, *candidates), key=lambda one: len(one.taken))
+    unknown = [
+        key
+        for key in _left(best, [], network)
+        if not _may_be_left(key, best, network)
+        and key.removeprefix(best.prefix) not in network.tensors
+    ]
+    if best.taken and set(best.missing) <= network.head:
+        parts = [key for key in unknown if _is_head_part(key, best.prefix, network)]
+        parts += [best.prefix + name for name in best.missing if best.prefix + name in _names(best)]
+        if parts:
+            return _other_head(parts, best.group, network)
+        return (
+            f"has no head for {network.name}: {_listed(best.missing)} missing"
+            f"{f', and {_listed(unknown)} beside the rest' if unknown else ''}; a backbone alone, "
+            "as self-supervised training leaves it, gives no classes: train a head, and save the "
+            "weights of both"
+        )
+    return _misfit(best, unknown, network)
+
+
+def _names(candidate: Candidate) -> Mapping[str, Tensor]:
+    return candidate.group.tensors
+
+
+def _other_head(parts: list[str], group: Group, network: Network) -> str:
+    shapes = [f"{group.originals[key]} {tuple(group.tensors[key].shape)}" for key in parts]
+    return (
+        f"has another head than {network.name}: {_listed(shapes)}. What lies between such layers "
+        "is not in the file, so it cannot be built from it; where the model was made, export it, "
+        "and name the file in model.onnx:"
+        "\n    import torch"
+        "\n    pixels, batch = torch.zeros(2, 3, 224, 224), torch.export.Dim.DYNAMIC"
+        "\n    torch.onnx.export(model.eval(), (pixels,), 'model.onnx', dynamo=True, "
+        "dynamic_shapes=({0: batch},))"
+    )
+
+
+def _misfit(candidate: Candidate, unknown: Iterable[str], network: Network) -> str:
+    tensors, originals = candidate.group.tensors, candidate.group.originals
+    there = {name: candidate.prefix + name for name in candidate.missing}
+    resized = [
+        f"{originals[key]} is {_form(tensors[key])}, not {_form(network.tensors[name])}"
+        for name, key in there.items()
+        if key in tensors
+    ]
+    missing = [name for name, key in there.items() if key not in tensors]
+    parts = [
+        f"{len(keys)} {kind} ({_listed(keys)})"
+        for kind, keys in (
+            ("missing", missing),
+            ("unknown", [originals[key] for key in unknown]),
+            ("of another shape", resized),
+        )
+        if keys
+    ]
+    return (
+        f"does not fit {network.name}: tensors {'; '.join(parts)}; is it a checkpoint of another "
+        "model?"
+    )
+
+
+def _form(tensor: Tensor) -> str:
+    kind = "" if tensor.is_floating_point() else f" {str(tensor.dtype).removeprefix('torch.')}"
+    return f"{tuple(tensor.shape)}{kind}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+
+
+# ---- what is told --------------------------------------------------------------------------------
+
+
+def _other_averages(loaded: object, complete: list[Candidate]) -> list[str]:
+    """Averages that cannot be taken: a list without names, or parameters without the rest."""
+    taken = {word for one in complete for word in one.words}
+    return [
+        f"`{' / '.join((*path, str(key)))}` (which has not all of its tensors by name)"
+        for path, mapping in walk(loaded)
+        for key, value in mapping.items()
+        if isinstance(value, Mapping | list | tuple) and value
+        if AVERAGE.search(str(key)) and str(key) not in taken and not taken & set(path)
+    ]
+
+
+def _report(
+    chosen: Candidate,
+    left: list[str],
+    others: list[Candidate | str],
+    what: str,
+    log: Callable[[str], None],
+) -> None:
+    originals = chosen.group.originals
+    renamed = [
+        f"{originals[key]} is {name}"
+        for name, key in chosen.taken.items()
+        if originals[key] != name
+    ]
+    if chosen.group.path or renamed or left:
+        parts = [f"{len(chosen.taken)} tensors taken from {chosen.label}"]
+        if renamed:
+            parts.append(f"{len(renamed)} of them renamed ({_listed(renamed)})")
+        if left:
+            parts.append(f"{len(left)} left aside ({_listed(originals[key] for key in left)})")
+        log(f"{what}: {', '.join(parts)}")
+    if others:
+        kind = "an average of the weights" if chosen.is_average else "the weights"
+        labels = [one if isinstance(one, str) else one.label for one in others]
+        log(
+            f"{what}: {chosen.label} is taken, {kind}; there are also {', '.join(labels)}: to use "
+            "others, save them in a file of their own"
+            f"{next((_keeping(one) for one in others if isinstance(one, Candidate)), '')}"
+        )
