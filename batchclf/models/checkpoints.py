@@ -1,5 +1,6 @@
 """Weights files that trainers leave: told by their content, and read as tensors only."""
 
+import contextlib
 import pickle
 import pickletools
 import re
@@ -75,8 +76,8 @@ def read_checkpoint(path: Path) -> Any:
         return _load_tensors(path, what)
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"{what}: damaged or no PyTorch file ({path.stat().st_size:,} bytes): "
-            f"{first_line(error)}; download it again, or save `model.state_dict()`"
+            f"{what}: cannot be read as tensors alone ({path.stat().st_size:,} bytes): "
+            f"{_reason(error)}; download it again, or save `model.state_dict()`"
         ) from error
     except (
         *(RuntimeError, EOFError, SafetensorError, ValueError, KeyError, IndexError),
@@ -89,6 +90,11 @@ def read_checkpoint(path: Path) -> Any:
 
 
 def require_safe_torch(what: str) -> None:
+    """Refuse to read `what` with a torch that may run code for all `weights_only` says.
+
+    Raises:
+        ModelError: with what to install, or to give instead.
+    """
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < SAFE_TORCH:
         raise ModelError(
@@ -98,6 +104,7 @@ def require_safe_torch(what: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -159,10 +166,9 @@ def _is_safetensors(beginning: bytes) -> bool:
 
 
 def _load_tensors(path: Path, what: str) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        names = dict.fromkeys(_names_in(path))
+    with contextlib.suppress(pickle.UnpicklingError):
+        return _load_pickle(path)
+    names = dict.fromkeys(_names_in(path))
     unknown = [
         name for name in names if not (_HARMLESS.fullmatch(name) or _READ_BY_TORCH.fullmatch(name))
     ]
@@ -179,7 +185,18 @@ def _load_tensors(path: Path, what: str) -> Any:
         )
     harmless: list[Any] = [(_stand_in(name), name) for name in names if _HARMLESS.fullmatch(name)]
     with torch.serialization.safe_globals(harmless):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _load_pickle(path)
+
+
+def _load_pickle(path: Path) -> Any:
+    with path.open("rb") as file:  # of a path, torch would look at the suffix
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _reason(error: pickle.UnpicklingError) -> str:
+    """Without torch's own advice, which is to run what the file holds."""
+    found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    return found[1] if found else first_line(error)
 
 
 def _stand_in(name: str) -> Callable[[], object]:

@@ -4,7 +4,7 @@ Trainers put state dicts into wrappers, and prefixes before the names of their t
 """
 
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,13 +59,20 @@ def network_of(
     name: str, build: Callable[[int], nn.Module], dispensable: tuple[str, ...] = ()
 ) -> Network:
     """The network that `build` makes of a number of classes: the head is what changes with it."""
+
+    def shapes(num_classes: int) -> tuple[list[str], dict[str, Tensor]]:
+        module = build(num_classes)
+        own = module.state_dict()
+        return [child for child, _ in module.named_children()], {
+            key: value.to("meta") for key, value in own.items()
+        }
+
     try:
         with torch.device("meta"):
-            one, other = build(1000), build(1001)
+            (children, tensors), (_, others) = shapes(1000), shapes(1001)
     except NotImplementedError:  # RegNet computes its widths with tensors
-        one, other = build(1000), build(1001)
-    tensors, others = one.state_dict(), other.state_dict()
-    number = {child: str(index) for index, (child, _) in enumerate(one.named_children())}
+        (children, tensors), (_, others) = shapes(1000), shapes(1001)
+    number = {child: str(index) for index, child in enumerate(children)}
     return Network(
         name=name,
         tensors=tensors,
@@ -131,21 +138,33 @@ class Candidate:
         return any(map(AVERAGE.search, self.words))
 
 
-def walk(
-    value: object, path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
-    """Every mapping in `value`, with the keys that lead to it."""
-    if isinstance(value, Mapping):
-        yield path, value
-        for key, inner in value.items():
-            yield from walk(inner, (*path, str(key)))
-    elif isinstance(value, list | tuple):
-        for index, inner in enumerate(value):
-            if isinstance(inner, Mapping):
-                yield from walk(inner, (*path, str(index)))
+def walk(loaded: object) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+    """Every mapping in `loaded`, once, with the keys that lead to it; the outer ones come first."""
+    waiting: deque[tuple[tuple[str, ...], Any]] = deque()
+    if isinstance(loaded, Mapping | list | tuple):
+        waiting.append(((), loaded))
+    seen: set[int] = set()
+    while waiting:
+        path, value = waiting.popleft()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            yield path, value
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        waiting.extend(
+            ((*path, str(key)), inner)
+            for key, inner in items
+            if isinstance(inner, Mapping | list | tuple)
+        )
 
 
 def groups_of(loaded: object, what: str) -> list[Group]:
+    """The mappings in `loaded` that hold tensors.
+
+    Raises:
+        ModelError: there are none, or the tensors are quantised.
+    """
     mappings = list(walk(loaded))
     if not mappings or not any(mapping for _, mapping in mappings):
         raise ModelError(f"{what}: holds a {type(loaded).__name__}, not a state dict")
@@ -181,6 +200,9 @@ def _group(path: tuple[str, ...], mapping: Mapping[Any, Any]) -> Group:
 
 
 def candidates_of(group: Group, network: Network) -> Iterator[Candidate]:
+    """What fits the network, by the prefixes under which any of its tensors are found."""
+    if 2 * len(group.tensors) < len(network.tensors):  # an optimiser has a mapping per parameter
+        return
     for names in ({name: name for name in network.tensors}, network.by_index):
         found = Counter(
             prefix
@@ -218,11 +240,15 @@ def _with_own_head(candidate: Candidate, network: Network) -> Candidate:
     if not candidate.missing or not set(candidate.missing) <= network.head:
         return candidate
     tensors = candidate.group.tensors
+    used = set(candidate.taken.values())
     ends = {name.rpartition(".")[2]: name for name in candidate.missing}
+    if "weight" not in ends:
+        return candidate
     parents = [
         parent
-        for parent in (key.removesuffix(".weight") for key in tensors if key.endswith(".weight"))
-        if is_headlike(parent)
+        for parent, _, end in (key.rpartition(".") for key in tensors if key not in used)
+        if end == "weight"
+        and is_head_part(parent, candidate.prefix, network)
         and all(
             f"{parent}.{end}" in tensors and network.fits(name, tensors[f"{parent}.{end}"])
             for end, name in ends.items()
@@ -238,7 +264,13 @@ def _with_own_head(candidate: Candidate, network: Network) -> Candidate:
     return replace(candidate, taken=candidate.taken | head, missing=())
 
 
-def is_headlike(key: str) -> bool:
-    """By its name; numbers alone are the children of a Sequential."""
-    is_numbered = not re.search("[a-z]", key)
-    return is_numbered or bool(_HEADLIKE.search(key) and not _NO_HEAD.search(key))
+def is_head_part(key: str, prefix: str, network: Network) -> bool:
+    """Whether a name that the network does not have means a head, by where it is and its words."""
+    rest = key.removeprefix(prefix).lower()
+    first = rest.partition(".")[0]
+    if first in {name.partition(".")[0] for name in network.head}:
+        return True
+    if first in {name.partition(".")[0] for name in network.tensors}:
+        return False
+    is_numbered = not re.search("[a-z]", rest)  # behind the children of a Sequential
+    return is_numbered or bool(_HEADLIKE.search(rest) and not _NO_HEAD.search(rest))

@@ -8,6 +8,8 @@ something that inference does without.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +22,13 @@ from batchclf.models.matching import (
     Network,
     candidates_of,
     groups_of,
-    is_headlike,
+    is_head_part,
     walk,
 )
 
 _WRAPPERS = (
     *("state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights"),
-    *("params", "backbone", "encoder"),
+    *("params", "module", "backbone", "encoder"),
 )
 """Names that mean the model itself, the first before the next; timm's loader has the first two."""
 _AVERAGES = ("state_dict_ema", "model_ema")
@@ -50,8 +52,8 @@ class Found:
     """`mean` and `std` of three values, where the file's network normalises its pixels itself."""
 
 
-def find_state(loaded: object, network: Network, what: str, log: Callable[[str], None]) -> Found:
-    """The tensors of `network` in `loaded`, under the names of the network.
+def find_state(loaded: object, network: Network, path: Path, log: Callable[[str], None]) -> Found:
+    """The tensors of `network` in `loaded`, which was read from `path`, under the network's names.
 
     Tells `log` what was taken, under which other names, and what was left.
 
@@ -59,22 +61,24 @@ def find_state(loaded: object, network: Network, what: str, log: Callable[[str],
         ModelError: a tensor is missing, something is left that may be a layer, or several networks
             fit and nothing says which is meant.
     """
+    what = f"model.weights: {path}"
     groups = groups_of(loaded, what)
     candidates = [one for group in groups for one in candidates_of(group, network)]
-    complete = _distinct(one for one in candidates if not one.missing)
+    complete = [one for one in candidates if not one.missing]
     if not complete:
         raise ModelError(f"{what}: {_refusal(groups, candidates, network)}")
-    chosen = _chosen(complete, network, what)
-    left = _left(chosen, complete, network)
+    distinct = _distinct(complete)
+    chosen = _chosen(distinct, network, path)
+    left = _left(chosen, complete)
     unknown = [key for key in left if not _may_be_left(key, chosen, network)]
     if unknown:
         raise ModelError(f"{what}: {_of_unknown(chosen, unknown, network)}")
-    others = [one for one in complete if one is not chosen]
-    _report(chosen, left, [*others, *_other_averages(loaded, complete)], what, log)
     state = {name: chosen.group.tensors[key] for name, key in chosen.taken.items()}
     rows = {chosen.taken[name]: int(state[name].shape[0]) for name in sorted(network.head)}
     if len(set(rows.values())) > 1:
         raise ModelError(f"{what}: the head has several numbers of classes: {rows}")
+    _report_taken(chosen, left, path, log)
+    _report_others(chosen, distinct, loaded, path, log)
     normalisation = {
         key.rpartition(".")[2].rpartition("_")[2]: chosen.group.tensors[key].flatten().tolist()
         for key in left
@@ -102,7 +106,7 @@ def _is_same(one: Candidate, other: Candidate) -> bool:
     )
 
 
-def _chosen(complete: list[Candidate], network: Network, what: str) -> Candidate:
+def _chosen(complete: list[Candidate], network: Network, path: Path) -> Candidate:
     """An average before the model itself, and that before networks of other names.
 
     So does timm's loader. torchvision's training script keeps `model_ema` in order to evaluate and
@@ -120,25 +124,27 @@ def _chosen(complete: list[Candidate], network: Network, what: str) -> Candidate
     is_told = all(word in order for word in best[0].words)
     if len(best) > 1 and not (is_told and rank(best[0]) < rank(best[1])):
         raise ModelError(
-            f"{what}: holds several networks that fit {network.name}: "
-            f"{', '.join(one.label for one in best)}; save the one to be used in a file of its own"
-            f"{_keeping(best[0])}"
+            f"model.weights: {path}: holds several networks that fit {network.name}: "
+            f"{', '.join(one.label for one in best)}; {_keeping(best, path)}"
         )
     return best[0]
 
 
-def _keeping(candidate: Candidate) -> str:
-    """How to save one network of several; empty where its key is not enough."""
-    keys = "".join(f"[{key!r}]" for key in candidate.group.path)
-    return f', such as torch.save(torch.load("...", weights_only=False){keys}, "one.pth")' * bool(
-        keys and not candidate.prefix
-    )
+def _keeping(candidates: Iterable[Candidate], path: Path) -> str:
+    """How to save one of several networks."""
+    for one in candidates:
+        if one.group.path and not one.prefix:
+            keys = "".join(f"[{key!r}]" for key in one.group.path)
+            return (
+                f"save the one to be used alone: torch.save(torch.load('{path}'){keys}, 'one.pth')"
+            )
+    return "save the one to be used in a file of its own"
 
 
 # ---- what is left --------------------------------------------------------------------------------
 
 
-def _left(chosen: Candidate, complete: list[Candidate], network: Network) -> list[str]:
+def _left(chosen: Candidate, complete: list[Candidate]) -> list[str]:
     """The tensors beside those taken that belong to no other network of the file."""
     taken = {
         key for one in complete if one.group is chosen.group for key in one.taken.values()
@@ -154,6 +160,7 @@ def _left(chosen: Candidate, complete: list[Candidate], network: Network) -> lis
 def _may_be_left(key: str, chosen: Candidate, network: Network) -> bool:
     return bool(
         key.removeprefix(chosen.prefix).startswith(network.dispensable or ("\0",))
+        or not chosen.group.tensors[key].is_floating_point()  # counts something
         or _NO_LAYER.search(key)
         or _is_normalisation(key, chosen)
     )
@@ -164,14 +171,8 @@ def _is_normalisation(key: str, chosen: Candidate) -> bool:
     return bool(_NORMALISATION.search(key)) and "running" not in key and has_three
 
 
-def _is_head_part(key: str, prefix: str, network: Network) -> bool:
-    """Whether an unknown tensor belongs to a head that is not the network's."""
-    roots = tuple(f"{prefix}{name.partition('.')[0]}." for name in network.head)
-    return key.startswith(roots) or is_headlike(key.removeprefix(prefix))
-
-
 def _of_unknown(chosen: Candidate, unknown: list[str], network: Network) -> str:
-    if any(_is_head_part(key, chosen.prefix, network) for key in unknown):
+    if any(is_head_part(key, chosen.prefix, network) for key in unknown):
         head = [chosen.taken[name] for name in sorted(network.head)]
         return _other_head([*head, *unknown], chosen.group, network)
     return _misfit(chosen, unknown, network)
@@ -184,15 +185,17 @@ def _refusal(groups: list[Group], candidates: list[Candidate], network: Network)
     best = max((nothing, *candidates), key=lambda one: len(one.taken))
     unknown = [
         key
-        for key in _left(best, [], network)
+        for key in _left(best, [])
         if not _may_be_left(key, best, network)
         and key.removeprefix(best.prefix) not in network.tensors
     ]
     if best.taken and set(best.missing) <= network.head:
-        parts = [key for key in unknown if _is_head_part(key, best.prefix, network)]
-        parts += [best.prefix + name for name in best.missing if best.prefix + name in _names(best)]
+        resized = [best.prefix + name for name in best.missing]
+        parts = [key for key in unknown if is_head_part(key, best.prefix, network)]
+        parts += [key for key in resized if key in best.group.tensors]
         if parts:
             return _other_head(parts, best.group, network)
+    if best.taken and set(best.missing) == network.head:
         return (
             f"has no head for {network.name}: {_listed(best.missing)} missing"
             f"{f', and {_listed(unknown)} beside the rest' if unknown else ''}; a backbone alone, "
@@ -200,10 +203,6 @@ def _refusal(groups: list[Group], candidates: list[Candidate], network: Network)
             "weights of both"
         )
     return _misfit(best, unknown, network)
-
-
-def _names(candidate: Candidate) -> Mapping[str, Tensor]:
-    return candidate.group.tensors
 
 
 def _other_head(parts: list[str], group: Group, network: Network) -> str:
@@ -256,24 +255,8 @@ def _listed(names: Iterable[str]) -> str:
 # ---- what is told --------------------------------------------------------------------------------
 
 
-def _other_averages(loaded: object, complete: list[Candidate]) -> list[str]:
-    """Averages that cannot be taken: a list without names, or parameters without the rest."""
-    taken = {word for one in complete for word in one.words}
-    return [
-        f"`{' / '.join((*path, str(key)))}` (which has not all of its tensors by name)"
-        for path, mapping in walk(loaded)
-        for key, value in mapping.items()
-        if isinstance(value, Mapping | list | tuple) and value
-        if AVERAGE.search(str(key)) and str(key) not in taken and not taken & set(path)
-    ]
-
-
-def _report(
-    chosen: Candidate,
-    left: list[str],
-    others: list[Candidate | str],
-    what: str,
-    log: Callable[[str], None],
+def _report_taken(
+    chosen: Candidate, left: list[str], path: Path, log: Callable[[str], None]
 ) -> None:
     originals = chosen.group.originals
     renamed = [
@@ -281,18 +264,48 @@ def _report(
         for name, key in chosen.taken.items()
         if originals[key] != name
     ]
-    if chosen.group.path or renamed or left:
-        parts = [f"{len(chosen.taken)} tensors taken from {chosen.label}"]
-        if renamed:
-            parts.append(f"{len(renamed)} of them renamed ({_listed(renamed)})")
-        if left:
-            parts.append(f"{len(left)} left aside ({_listed(originals[key] for key in left)})")
-        log(f"{what}: {', '.join(parts)}")
-    if others:
-        kind = "an average of the weights" if chosen.is_average else "the weights"
-        labels = [one if isinstance(one, str) else one.label for one in others]
+    if not (chosen.words or renamed or left):
+        return
+    parts = [f"{len(chosen.taken)} tensors taken{f' from {chosen.label}' if chosen.words else ''}"]
+    if renamed:
+        parts.append(f"{len(renamed)} of them renamed ({_listed(renamed)})")
+    if left:
+        parts.append(f"{len(left)} left aside ({_listed(originals[key] for key in left)})")
+    log(f"{path}: {', '.join(parts)}")
+
+
+def _report_others(
+    chosen: Candidate,
+    distinct: list[Candidate],
+    loaded: object,
+    path: Path,
+    log: Callable[[str], None],
+) -> None:
+    others = [one for one in distinct if one is not chosen]
+    labels = [one.label for one in others] + _other_averages(loaded, distinct)
+    if labels:
+        kind = "an average of the weights" if chosen.is_average else "no average"
         log(
-            f"{what}: {chosen.label} is taken, {kind}; there are also {', '.join(labels)}: to use "
-            "others, save them in a file of their own"
-            f"{next((_keeping(one) for one in others if isinstance(one, Candidate)), '')}"
+            f"{path}: {chosen.label} is taken ({kind}), and not {', '.join(labels)}; for another, "
+            f"{_keeping(others, path)}"
         )
+
+
+def _other_averages(loaded: object, complete: list[Candidate]) -> list[str]:
+    """Averages that cannot be taken: a list without names, or parameters without the rest."""
+    taken = {word for one in complete for word in one.words}
+    return [
+        f"`{' / '.join((*path, str(key)))}` (which has not all tensors of the network by name)"
+        for path, mapping in walk(loaded)
+        for key, value in mapping.items()
+        if isinstance(value, Mapping | list | tuple) and _has_tensors(value)
+        if AVERAGE.search(str(key)) and str(key) not in taken and not taken & set(path)
+    ]
+
+
+def _has_tensors(value: Mapping[Any, Any] | list[Any] | tuple[Any, ...]) -> bool:
+    inner = list(value.values()) if isinstance(value, Mapping) else value
+    return any(
+        isinstance(one, Tensor) or (isinstance(one, Mapping | list | tuple) and _has_tensors(one))
+        for one in inner
+    )

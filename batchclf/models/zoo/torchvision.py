@@ -17,6 +17,7 @@ from torch import nn
 from torchvision import models as zoo
 
 from batchclf.errors import ModelError, WeightsUnavailable
+from batchclf.models.activation import settled
 from batchclf.models.bundle import sha256_of
 from batchclf.models.checkpoints import first_line, read_checkpoint, require_safe_torch
 from batchclf.models.download import downloaded
@@ -82,11 +83,12 @@ def check(spec: ModelSpec) -> None:
     """Refuse an unknown model or weights name, or a weights file that does not fit.
 
     Raises:
-        ModelError: with the nearest names.
+        ModelError: with the nearest names, or with what does not fit.
     """
     name = _known_name(spec)
     if spec.weights_path is not None:
-        _find_weights(spec, spec.weights_path, lambda text: None)
+        found, _ = _find_weights(spec, spec.weights_path, lambda text: None)
+        settled(spec.activation, found.num_classes, f"model.name: {name}")
     elif spec.weights != "none":
         _weights_member(name, zoo.get_model_weights(name), spec.weights)
 
@@ -219,14 +221,14 @@ def _find_weights(
     spec: ModelSpec, path: Path, log: Callable[[str], None]
 ) -> tuple[Found, dict[str, object]]:
     """The model's tensors in a file, and the options it has to be built with."""
-    name, what = _known_name(spec), f"model.weights: {path}"
+    name = _known_name(spec)
     loaded = read_checkpoint(path)
     options = _own_normalisation(spec, default=True)
     if options:
         options |= {"init_weights": False}  # every tensor comes from the file
         if spec.transform_input is None and not _is_torchvisions_own(name, path):
             log(
-                f"{what}: whether {name} was trained with transform_input is not in the file; "
+                f"{path}: whether {name} was trained with transform_input is not in the file; "
                 "taken is true, which fits weights fine-tuned from torchvision's own. If they "
                 "were trained from scratch, write `transform_input: false` under model"
             )
@@ -235,7 +237,7 @@ def _find_weights(
             patch = int(name.rpartition("_")[2])
             options["image_size"] = patch * math.isqrt(positions.shape[1] - 1)  # less class token
     network = network_of(name, lambda count: _bare(name, count, **options), _TRAINING_HEADS)
-    found = find_state(loaded, network, what, log)
+    found = find_state(loaded, network, path, log)
     if spec.num_classes not in (None, found.num_classes):
         raise ModelError(
             f"model.num_classes: found {spec.num_classes}, but the head in {path} has "
