@@ -176,7 +176,11 @@ def _load_tensors(path: Path, what: str) -> Any:
         raise ModelError(
             f"{what}: holds a whole pickled model ({unknown[0]}), which could run code when "
             "loaded; where it was trained, save the weights alone:"
-            + _saving(path, "torch.load({!r}, map_location='cpu', weights_only=False)")
+            + _saving(
+                path,
+                "torch.load({!r}, map_location='cpu', weights_only=False)"
+                "  # of a dict: what it has under 'model'",
+            )
         )
     if unknown:
         raise ModelError(
@@ -196,7 +200,7 @@ def _load_pickle(path: Path) -> Any:
 def _reason(error: pickle.UnpicklingError) -> str:
     """Without torch's own advice, which is to run what the file holds."""
     found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-    return found[1] if found else first_line(error)
+    return found[1].partition(" Please ")[0] if found else first_line(error)
 
 
 def _stand_in(name: str) -> Callable[[], object]:

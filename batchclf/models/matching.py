@@ -46,12 +46,14 @@ class Network:
     """Beginnings of the names of layers that only training uses."""
 
     def fits(self, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor can be the one of that name, whatever the number of classes."""
         own = self.tensors[name]
         skipped = int(name in self.head)
         return (
             own.ndim == tensor.ndim
             and own.shape[skipped:] == tensor.shape[skipped:]
             and own.is_floating_point() == tensor.is_floating_point()
+            and tensor.layout is torch.strided
         )
 
 

@@ -36,9 +36,10 @@ _AVERAGES = ("state_dict_ema", "model_ema")
 _NO_LAYER = re.compile(
     r"(^|\.)((total_ops|total_params|num_batches_tracked|n_averaged|queue|queue_ptr)$"
     r"|((\w+_)?(criteri\w+|loss|losses|loss_fn|lossfn|metrics?|accuracy|acc|confmat|ema|shadow)"
-    r"|(class|cls|loss|pos)_weights?|loss_\w+|log_vars?|(train|val|valid|test)_\w+)(\.|$))"
+    r"|teacher(_\w+)?|(class|cls|loss|pos)_weights?|loss_\w+|log_vars?|(train|val|valid|test)_\w+)(\.|$))"
 )
-"""Counters of thop and of averages, losses, metrics: nothing of them is computed at inference."""
+"""Counters of thop and of averages, losses, metrics, the teacher of a distilled network: nothing of
+them is computed at inference."""
 _NORMALISATION = re.compile(r"(^|[._])(mean|std)$")
 
 
@@ -243,8 +244,11 @@ def _misfit(candidate: Candidate, unknown: Iterable[str], network: Network) -> s
 
 
 def _form(tensor: Tensor) -> str:
-    kind = "" if tensor.is_floating_point() else f" {str(tensor.dtype).removeprefix('torch.')}"
-    return f"{tuple(tensor.shape)}{kind}"
+    kind = [] if tensor.is_floating_point() else [tensor.dtype]
+    layout = [] if tensor.layout is torch.strided else [tensor.layout]
+    return " ".join(
+        str(part).removeprefix("torch.") for part in (tuple(tensor.shape), *kind, *layout)
+    )
 
 
 def _listed(names: Iterable[str]) -> str:
