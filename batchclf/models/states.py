@@ -288,9 +288,9 @@ def _report_others(
     others = [one for one in distinct if one is not chosen]
     labels = [one.label for one in others] + _other_averages(loaded, distinct)
     if labels:
-        kind = "an average of the weights" if chosen.is_average else "no average"
+        kind = ", an average of the weights" if chosen.is_average else ""
         log(
-            f"{path}: {chosen.label} is taken ({kind}), and not {', '.join(labels)}; for another, "
+            f"{path}: taken: {chosen.label}{kind}; not taken: {', '.join(labels)}; for another, "
             f"{_keeping(others, path)}"
         )
 

@@ -47,6 +47,7 @@ from batchclf.models.zoo import torchvision  # noqa: E402
 SMALL = "shufflenet_v2_x0_5"
 OWN = Path("own.pth")
 
+SOME_DIGITS = ROOT / "samples" / "digits" / "7"
 WITH_TRAINING_HEADS = ("googlenet", "inception_v3")
 
 State = dict[str, Any]
@@ -442,6 +443,10 @@ SELF_SUPERVISED: dict[str, Callable[[], Any]] = {
     "one projection": lambda: (
         under("backbone.", without_head()) | under("projection.", nn.Linear(512, 128).state_dict())
     ),
+    "one projection that is called a head": lambda: (
+        under("backbone.", without_head())
+        | under("projection_head.", nn.Linear(512, 128).state_dict())
+    ),
     "Barlow Twins": lambda: (
         under("backbone.", without_head())
         | {"projector.0.weight": torch.zeros(512, 512), "projector.3.weight": torch.zeros(512, 512)}
@@ -457,6 +462,14 @@ SELF_SUPERVISED: dict[str, Callable[[], Any]] = {
 def test_a_self_supervised_backbone_is_no_classifier(kind: str) -> None:
     message = refused(SELF_SUPERVISED[kind](), "resnet18")
     assert re.search(r"has (no head for|another head than) resnet18: ", message), message
+
+
+def test_what_lies_beside_another_network_of_the_file_is_that_ones() -> None:
+    other = under("other.", state_of(seed=1) | {"extra.weight": torch.zeros(9)})
+    told = assert_found(under("model.", state_of()) | other, state_of())
+    assert "taken: `model.`; not taken: `other.`" in told
+    told = assert_found(state_of() | under("module.", state_of(seed=1)), state_of())
+    assert "taken: the file's own tensors; not taken: `module.`" in told
 
 
 def test_the_two_encoders_of_moco_are_not_guessed_between() -> None:
@@ -512,7 +525,7 @@ AVERAGES: dict[str, Callable[[State, State], Any]] = {
 def test_an_average_of_the_weights_is_taken_and_told(kind: str) -> None:
     plain, mean = state_of(), state_of(seed=1)
     told = assert_found(AVERAGES[kind](plain, mean), mean).splitlines()
-    assert "is taken (an average of the weights), and not " in told[-1]
+    assert ", an average of the weights; not taken: " in told[-1]
     assert_found(AVERAGES[kind](plain, dict(plain)), plain)  # the same: nothing to choose
 
 
@@ -520,7 +533,7 @@ def test_what_was_not_taken_can_be_saved_as_told() -> None:
     loaded = {"epoch": 3, "model": state_of(), "model_ema": state_of(seed=1)}
     told = assert_found(loaded, state_of(seed=1)).splitlines()
     assert told[-1] == (
-        "own.pth: `model_ema` is taken (an average of the weights), and not `model`; for another, "
+        "own.pth: taken: `model_ema`, an average of the weights; not taken: `model`; for another, "
         "save the one to be used alone: torch.save(torch.load('own.pth')['model'], 'one.pth')"
     )
 
@@ -529,7 +542,7 @@ def test_an_average_that_never_began_is_not_taken() -> None:
     plain, initial = state_of(), state_of(seed=1)
     never = {"n_averaged": torch.tensor(0)} | under("module.", initial)
     told = assert_found({"model": plain, "swa_model": never}, plain)
-    assert "`model` is taken (no average), and not `swa_model`" in told
+    assert "taken: `model`; not taken: `swa_model`" in told
 
 
 def test_an_average_without_names_or_without_buffers_is_told_of() -> None:
@@ -537,9 +550,9 @@ def test_an_average_without_names_or_without_buffers_is_told_of() -> None:
     parameters = {key: value for key, value in state_of(seed=1).items() if "running" not in key}
     for mean in ({"shadow_params": list(parameters.values()), "decay": 0.9}, parameters):
         told = assert_found({"model": plain, "ema": mean}, plain)
-        assert "and not `ema" in told
+        assert "not taken: `ema" in told
         assert "(which has not all tensors of the network by name)" in told
-    assert "not" not in assert_found({"model": plain, "ema_losses": [0.1], "ema": {}}, plain)
+    assert "not taken" not in assert_found({"model": plain, "ema_losses": [0.1], "ema": {}}, plain)
 
 
 def test_the_order_among_several_is_that_of_timms_loader() -> None:
@@ -547,7 +560,7 @@ def test_the_order_among_several_is_that_of_timms_loader() -> None:
     assert_found({"model": a, "state_dict": b, "model_ema": c, "state_dict_ema": d}, d)
     assert_found({"model": a, "state_dict": b, "model_ema": c}, c)
     told = assert_found({"model": a, "state_dict": b}, b)
-    assert "`state_dict` is taken (no average), and not `model`" in told
+    assert "taken: `state_dict`; not taken: `model`" in told
     assert_found({"teacher": a, "model": b}, b)
 
 
@@ -820,11 +833,9 @@ def logits_by_hand(state: State) -> dict[str, Any]:
         crop_size=64, resize_size=64, mean=(0.5,) * 3, std=(0.5,) * 3
     )
     logits = {}
-    for path in sorted((ROOT / "samples" / "digits").glob("*/*.*"))[::9]:
+    for path in sorted(SOME_DIGITS.iterdir()):
         with Image.open(path) as image, torch.inference_mode():
-            logits[f"{path.parent.name}/{path.name}"] = module(preset(image.convert("RGB"))[None])[
-                0
-            ]
+            logits[path.name] = module(preset(image.convert("RGB"))[None])[0]
     return logits
 
 
@@ -832,7 +843,8 @@ def run(folder: Path, **model: Any) -> tuple[dict[str, Any], str]:
     """Each image's scores by label, and what was told."""
     keys = {key: value for key, value in DIGITS_MODEL.items() if key != "labels"}
     log = Log()
-    run_here(write_job(folder, model={**keys, **model}, top_k=10), log=log)
+    job = write_job(folder, model={**keys, **model}, top_k=10, batch_size=3, input=str(SOME_DIGITS))
+    run_here(job, log=log)
     records = map(json.loads, (folder / "out" / "predictions.jsonl").read_text().splitlines())
     return {
         record["path"]: {one["label"]: one["score"] for one in record["predictions"]}
@@ -848,7 +860,7 @@ def test_one_output_with_a_sigmoid_is_two_classes(tmp_path: Path) -> None:
     saved = {"model": plain, "model_ema": average, "args": args, "acc": np.float64(0.9)}
     torch.save(saved, tmp_path / "bce.ckpt")
     scores, told = run(tmp_path, weights="bce.ckpt", activation="sigmoid")
-    assert "`model_ema` is taken (an average of the weights), and not `model`" in told
+    assert "taken: `model_ema`, an average of the weights; not taken: `model`" in told
     for path, (logit,) in logits_by_hand(one_output(digits())).items():
         score = float(torch.sigmoid(logit))
         assert scores[path] == pytest.approx({"0": 1 - score, "1": score}, abs=1e-4)
