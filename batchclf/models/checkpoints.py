@@ -7,7 +7,7 @@ import re
 import tarfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,7 +33,7 @@ _HARMLESS = re.compile(
     r"argparse\.Namespace|types\.SimpleNamespace|datetime\.\w+|pathlib(\._local)?\.\w*Path"
     r"|typing\.Any|builtins\.(list|dict|tuple|int|float|str|bool)|functools\.partial"
     r"|numpy\.(dtype|ndarray|bool_?|[a-z]+\d+|dtypes\.\w+|_?core\.multiarray\.(scalar|_reconstruct))"
-    r"|torch\.(optim\.[\w.]+|nn\.modules\.loss\.\w+)|omegaconf\.[\w.]+|collections\.defaultdict"
+    r"|torch\.(optim|nn\.modules)\.[\w.]+|omegaconf\.[\w.]+|collections\.defaultdict"
     r"|(pytorch_lightning|lightning|lightning_fabric)\.[\w.]*\.AttributeDict"
 )
 """What trainers keep beside the tensors: settings and figures (torchvision's own training script
@@ -44,6 +44,8 @@ _READ_BY_TORCH = re.compile(
     r"|torch\.(_utils|_tensor|storage|serialization|nn\.parameter)\.\w+|torch\.\w+"
 )
 _NETWORK_LAYERS = re.compile(r"torch\.nn\.modules\.(?!loss\.)|torchvision\.models\.|timm\.models\.")
+_OF_A_NETWORK = ({"_modules"}, {"in_features", "in_channels"})
+"""Names in the state of pickled layers: a class that is only mentioned has none, a loss not all."""
 
 
 class _Ignored:
@@ -168,14 +170,17 @@ def _is_safetensors(beginning: bytes) -> bool:
 def _load_tensors(path: Path, what: str) -> Any:
     with contextlib.suppress(pickle.UnpicklingError):
         return _load_pickle(path)
-    names = dict.fromkeys(_names_in(path))
+    names, texts = _contents(path)
     unknown = [
-        name for name in names if not (_HARMLESS.fullmatch(name) or _READ_BY_TORCH.fullmatch(name))
+        name
+        for name in dict.fromkeys(names)
+        if not (_HARMLESS.fullmatch(name) or _READ_BY_TORCH.fullmatch(name))
     ]
-    if any(_NETWORK_LAYERS.match(name) for name in names):
+    has_layers = all(some & texts for some in _OF_A_NETWORK)
+    if has_layers and any(_NETWORK_LAYERS.match(name) for name in names):
         raise ModelError(
-            f"{what}: holds a whole pickled model ({unknown[0]}), which could run code when "
-            "loaded; where it was trained, save the weights alone:"
+            f"{what}: holds a whole pickled model ({(unknown or names)[0]}), which could run code "
+            "when loaded; where it was trained, save the weights alone:"
             + _saving(
                 path,
                 "torch.load({!r}, map_location='cpu', weights_only=False)"
@@ -214,30 +219,35 @@ def _empty_dict(*_: object) -> dict[object, object]:
     return {}
 
 
-def _names_in(path: Path) -> Iterator[str]:
-    """The classes and functions that a pickled file names, in its order; nothing is loaded."""
-    if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            # A magic number, a protocol and a description of the machine come before the tree.
-            for _ in range(4):
-                yield from _names_in_pickle(file)
-        return
-    with zipfile.ZipFile(path) as archive:
-        tree = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-        with archive.open(tree) as file:
-            yield from _names_in_pickle(file)
+def _contents(path: Path) -> tuple[list[str], set[str]]:
+    """The classes and functions that a pickled file names, in its order, and its texts.
+
+    Nothing is loaded.
+    """
+    names: list[str] = []
+    texts: set[str] = set()
+    with contextlib.ExitStack() as stack:
+        if zipfile.is_zipfile(path):
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            tree = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            file = stack.enter_context(archive.open(tree))
+        else:
+            file = stack.enter_context(path.open("rb"))
+        # A magic number, a protocol and a description of the machine come before a legacy tree.
+        for _ in range(4):
+            _read_pickle(file, names, texts)
+    return names, texts
 
 
-def _names_in_pickle(file: IO[bytes]) -> Iterator[str]:
-    texts: list[str] = []
-    try:
+def _read_pickle(file: IO[bytes], names: list[str], texts: set[str]) -> None:
+    last = ["", ""]
+    with contextlib.suppress(ValueError):  # no pickle, or its end is missing: torch says so
         for operation, argument, _ in pickletools.genops(file):
             if operation.name in ("GLOBAL", "INST"):
                 # Protocol 2, torch.save's own, writes Python 2's name for this module.
-                yield str(argument).replace(" ", ".").replace("__builtin__.", "builtins.")
+                names.append(str(argument).replace(" ", ".").replace("__builtin__.", "builtins."))
             elif operation.name == "STACK_GLOBAL":
-                yield ".".join(texts[-2:])
+                names.append(".".join(last))
             elif isinstance(argument, str):
-                texts.append(argument)
-    except ValueError:  # no pickle, or its end is missing: torch says so
-        return
+                texts.add(argument)
+                last = [last[1], argument]

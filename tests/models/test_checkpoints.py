@@ -612,6 +612,7 @@ def settings_of_a_trainer(others: dict[str, Any]) -> dict[str, Any]:
         "hyper_parameters": others["AttributeDict"](
             optimizer=functools.partial(torch.optim.SGD, lr=0.1)
         ),
+        "norm_layer": nn.BatchNorm2d,
         "config": config,
         "history": history,
     }
@@ -624,8 +625,8 @@ def test_settings_and_figures_beside_the_tensors_are_left_unread(
     state = state_of()
     known = set(torch.serialization.get_safe_globals())
     beside = settings_of_a_trainer(other_packages)
-    if legacy:  # a module there comes with its source code
-        del beside["criterion"]
+    if legacy:  # a module's class comes with its source code there
+        del beside["criterion"], beside["norm_layer"]
     path = tmp_path / "checkpoint.pth"
     for extra in ({key: value} for key, value in beside.items()):
         torch.save({"model": {"x": 1}} | extra, path, _use_new_zipfile_serialization=not legacy)
