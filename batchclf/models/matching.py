@@ -72,7 +72,7 @@ def network_of(
     try:
         with torch.device("meta"):
             (children, tensors), (_, others) = shapes(1000), shapes(1001)
-    except NotImplementedError:  # RegNet computes its widths with tensors
+    except RuntimeError:  # without values: RegNet computes its widths with tensors
         (children, tensors), (_, others) = shapes(1000), shapes(1001)
     number = {child: str(index) for index, child in enumerate(children)}
     return Network(
