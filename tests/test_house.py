@@ -38,7 +38,8 @@ OUTSIDE = {
     ),
     "torchvision": ("models/zoo/torchvision.py",),
     "onnx": (
-        *("models/onnx_file.py", "models/graph.py", "models/equalize.py"),
+        *("models/onnx_file.py", "models/onnx_input.py", "models/onnx_load.py"),
+        *("models/onnx_scores.py", "models/graph.py", "models/equalize.py"),
         *("models/quantize.py", "models/half.py"),
     ),
     "onnxruntime": ("runtime/", "models/quantize.py", "models/half.py"),

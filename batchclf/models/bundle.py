@@ -114,11 +114,11 @@ def open_bundle(folder: Path) -> Bundle:
                 f"{folder / name}: damaged: its SHA-256 starts {found[:12]}, "
                 f"{META_FILE} says {expected[:12]}; {_AGAIN}"
             )
-    for path in check_onnx(folder / MODEL_FILE):
-        if str(path.relative_to(folder)) not in meta.files:
+    for weights in check_onnx(folder / MODEL_FILE):
+        if weights.location not in meta.files:
             raise ModelError(
-                f"{folder / MODEL_FILE}: its weights are said to be in {path.name}, of which "
-                f"{META_FILE} has no SHA-256; {_AGAIN}"
+                f"{folder / MODEL_FILE}: its weights are said to be in {weights.location}, of "
+                f"which {META_FILE} has no SHA-256; {_AGAIN}"
             )
     return Bundle(folder, meta)
 

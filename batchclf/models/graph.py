@@ -22,7 +22,11 @@ Floats = NDArray[np.float32]
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 """Operators of layers: they take a tensor and weights."""
-QUANTISED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger")
+QUANTISED = (
+    *("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "QGemm"),
+    *("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QLinearSoftmax", "QLinearSigmoid"),
+    *("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"),
+)
 """Operators that only a quantised model has."""
 
 

@@ -7,13 +7,15 @@ takes uint8 pixels NHWC, and after it so that it gives float32 scores NK.
 Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 """
 
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 
 from batchclf.errors import ModelError
@@ -26,20 +28,32 @@ from batchclf.models.checks import (
     sample_pixels,
     tiled,
 )
+from batchclf.models.found_labels import METADATA_KEYS, labels_in
 from batchclf.models.graph import QUANTISED, save_model
-from batchclf.results.records import Activation, Pixels, Preprocess
+from batchclf.models.onnx_input import Feed, ImageInput, image_input, preprocess_of
+from batchclf.models.onnx_load import inner_graphs, load_graph, load_model
+from batchclf.models.onnx_scores import (
+    SHAPES,
+    Meaning,
+    ScoreTensor,
+    makers_of,
+    meaning_of,
+    nodes_after,
+    paired,
+    refuse_second,
+    rows_of,
+    score_tensor,
+)
+from batchclf.results.records import Activation, Preprocess
 from batchclf.spec.job import ModelSpec, PreprocessSpec
 
-OLDEST_OPSET = 7
-"""First opset whose Mul and Add broadcast as NumPy does."""
-_PASS_ON = ("Cast", "Identity", "Flatten", "Reshape", "Squeeze")
-"""Operators that hand scores on as they are."""
+DYNAMIC = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM")
+"""Operators that scale a batch by its own largest value, so that its rows depend on each other."""
 _PREFIX = "batchclf_"
-_INPUT_TYPES: dict[int, np.dtype[Any]] = {
-    TensorProto.FLOAT: np.dtype(np.float32),
-    TensorProto.FLOAT16: np.dtype(np.float16),
-    TensorProto.UINT8: np.dtype(np.uint8),
-}
+_LARGEST_BAKED = 1024
+"""A first dimension beyond it in a Reshape is no batch."""
+
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,66 +66,93 @@ class WrappedModel:
     fixed_batch: int | None
     checked_batches: tuple[int, ...]
     arithmetic: Literal["fp32", "fp16", "int8"]
+    labels: tuple[str, ...]
+    """Class names that the file itself gives; empty: none."""
+    labels_origin: str
+    """Where in the file they are."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Input:
-    """The one image input of a graph."""
+def check_file(path: Path, spec: ModelSpec, num_labels: int | None) -> None:
+    """Refuse a file for all that can be told without running it.
 
-    name: str
-    type: int
-    layout: str
-    crop: tuple[int, int]
-    fixed_batch: int | None
+    Args:
+        num_labels: how many class names the job gives; None: none.
+
+    Raises:
+        ModelError: as `wrap_onnx`.
+    """
+    model = load_graph(path)
+    image = image_input(path, model, spec)
+    preprocess_of(path, image, spec.preprocess or PreprocessSpec())
+    tensor = score_tensor(str(path), model, spec.output_name)
+    refuse_second(str(path), tensor, spec.activation)
+    if tensor.num_classes == 1 and tensor.ending == "unknown":
+        settled(spec.activation, 1, f"model.onnx: {path}")
+    known = tensor.num_classes or 0
+    if num_labels is not None and known > 1 and num_labels != known:
+        raise ModelError(
+            f"model.labels: found {num_labels:,} names for a model of {known:,} classes; give one "
+            "name per class, in index order"
+        )
 
 
 def wrap_onnx(
-    path: Path, spec: ModelSpec, folder: Path, *, batch_size: int, open_reference: OpenReference
+    path: Path,
+    spec: ModelSpec,
+    folder: Path,
+    *,
+    batch_size: int,
+    open_reference: OpenReference,
+    log: Log,
 ) -> WrappedModel:
     """Write `path` to `folder`/model.onnx with uint8 NHWC input and NK scores, and check it.
 
-    `check_onnx` has passed it: onnx and ONNX Runtime open whatever files it names.
-
     Raises:
-        ModelError: no ONNX classifier of RGB images, or something about it has to be told.
+        ModelError: no ONNX classifier of images, or something about it has to be told.
     """
-    model = _load(path)
-    given = spec.preprocess or PreprocessSpec()
-    image = _image_input(path, model, spec, given)
-    preprocess = _preprocess(path, image, given)
-    output = _score_output(path, model, spec.output_name)
-    original = open_reference(path, output)
-    _rename_earlier_wrapping(model)
-    image, output = replace(image, name=_renamed(image.name)), _renamed(output)
+    model = load_model(path, log)
+    image = image_input(path, model, spec)
+    preprocess = preprocess_of(path, image, spec.preprocess or PreprocessSpec())
+    tensor = score_tensor(str(path), model, spec.output_name)
+    _keep_only(model, tensor)
+    arithmetic = _arithmetic(model, image)
+    feed = Feed(image, preprocess, is_literal=arithmetic != "fp32")
     pixels_NHWC = sample_pixels(*image.crop)
-    feed = _as_fed(pixels_NHWC, image, preprocess)
-    expected_NK = _scores(path, _run_rows(original, feed, image.fixed_batch))
-    is_probability = _is_probability(path, model, output, expected_NK)
-    _wrap(model, image, preprocess, output)
+    with _original(path, model, tensor, folder, open_reference) as run:
+        original = _Original(path, run, feed.array(pixels_NHWC))
+        fixed_batch = _fixed_batch(original, model, image, batch_size, log)
+        outputs_NK, is_row = original.rows(fixed_batch or 1)
+    meaning = meaning_of(str(path), tensor, outputs_NK, spec.activation)
+    expected_NK = paired(outputs_NK, meaning.pair)
+    _tell(path, image, tensor, meaning, expected_NK, log)
+    wrapping = _Wrapping(feed, tensor, meaning, fixed_batch, is_row)
+    wrapping.put_around(model)
     target = folder / MODEL_FILE
     save_model(model, target)
-    checked = (image.fixed_batch,) if image.fixed_batch else tuple(sorted({1, 2, 3, batch_size}))
-    run = open_reference(target)
-    arithmetic = _arithmetic(model, image)
-    for size in checked:
-        found_NK = run(tiled(pixels_NHWC, size))
-        assert_same_scores(
-            found_NK,
-            tiled(expected_NK, size),
-            f"{path}, batch of {size}",
-            is_half=arithmetic == "fp16",
-        )
+    checked = (fixed_batch,) if fixed_batch else _sizes(batch_size)
+    with _named(path, target):
+        run = open_reference(target)
+        for size in checked:
+            assert_same_scores(
+                run(tiled(pixels_NHWC, size)),
+                tiled(expected_NK, size),
+                f"{path}, batch of {size}",
+                is_half=arithmetic == "fp16",
+            )
+    labels, origin = _labels(model, tensor, expected_NK.shape[1])
     return WrappedModel(
         preprocess,
         int(expected_NK.shape[1]),
-        "none" if is_probability else settled(spec.activation, expected_NK.shape[1], str(path)),
-        image.fixed_batch,
+        meaning.activation,
+        fixed_batch,
         checked,
         arithmetic,
+        labels,
+        origin,
     )
 
 
-def _arithmetic(model: onnx.ModelProto, image: _Input) -> Literal["fp32", "fp16", "int8"]:
+def _arithmetic(model: onnx.ModelProto, image: ImageInput) -> Literal["fp32", "fp16", "int8"]:
     """What the file's own graph computes in."""
     if any(node.op_type in QUANTISED for node in model.graph.node):
         return "int8"
@@ -119,301 +160,261 @@ def _arithmetic(model: onnx.ModelProto, image: _Input) -> Literal["fp32", "fp16"
     return "fp16" if TensorProto.FLOAT16 in types else "fp32"
 
 
-# ---- reading what the file tells -----------------------------------------------------------------
+def _tell(
+    path: Path,
+    image: ImageInput,
+    tensor: ScoreTensor,
+    meaning: Meaning,
+    scores_NK: np.ndarray[Any, Any],
+    log: Log,
+) -> None:
+    """Say what was read from the graph and is not plain."""
+    if image.num_channels == 1:
+        log(f"{path}: takes one channel, so images are made grey")
+    if tensor.note:
+        log(f"{path}: {tensor.note}")
+    if meaning.pair == "complement":
+        log(
+            f"{path}: ends with a Sigmoid over one number: two classes, and it is the score of the "
+            "second"
+        )
+    elif tensor.ending == "sigmoid":
+        log(
+            f"{path}: ends with a Sigmoid: {scores_NK.shape[1]:,} labels that do not exclude each "
+            "other, each with a score of its own"
+        )
 
 
-def _load(path: Path) -> onnx.ModelProto:
+def _labels(
+    model: onnx.ModelProto, tensor: ScoreTensor, num_classes: int
+) -> tuple[tuple[str, ...], str]:
+    """The class names in the file that are as many as its classes, and where they are."""
+    found = [(tensor.labels, "its ZipMap")]
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    for key in METADATA_KEYS:
+        found.append((labels_in(metadata.get(key, "")), f"its metadata ({key})"))
+    return next((one for one in found if len(one[0]) == num_classes), ((), ""))
+
+
+# ---- the model as it is --------------------------------------------------------------------------
+
+
+def _keep_only(model: onnx.ModelProto, tensor: ScoreTensor) -> None:
+    """Leave what the score tensor is made of; other outputs cost time, and may be no tensors."""
+    graph = model.graph
+    makers = makers_of(graph)
+    needed: set[str] = set()
+    waiting = [tensor.name, *tensor.quantised]
+    while waiting:
+        name = waiting.pop()
+        if name in needed:
+            continue
+        needed.add(name)
+        if (node := makers.get(name)) is not None:
+            waiting += _taken_by(node)
+    nodes = [node for node in graph.node if needed.intersection(node.output)]
+    outputs = [value for value in graph.output if value.name == tensor.name]
+    weights = {one.name for one in graph.initializer} - needed
+    for kept, whole in (
+        (nodes, graph.node),
+        ([one for one in graph.input if one.name not in weights], graph.input),
+        ([one for one in graph.initializer if one.name in needed], graph.initializer),
+        (outputs or [onnx.ValueInfoProto(name=tensor.name)], graph.output),
+    ):
+        del whole[:]
+        whole.extend(kept)
+
+
+def _taken_by(node: onnx.NodeProto) -> Iterator[str]:
+    """What a node takes, and what the graphs inside it take from around them."""
+    yield from node.input
+    for attribute in node.attribute:
+        for graph in inner_graphs(attribute):
+            for inner in graph.node:
+                yield from _taken_by(inner)
+            yield from (value.name for value in graph.output)
+
+
+@contextmanager
+def _original(
+    path: Path,
+    model: onnx.ModelProto,
+    tensor: ScoreTensor,
+    folder: Path,
+    open_reference: OpenReference,
+) -> Iterator[Run]:
+    """The user's model as a function, from its own input to the score tensor."""
+    with tempfile.TemporaryDirectory(prefix=".original-", dir=folder.parent) as temporary:
+        file = Path(temporary) / MODEL_FILE
+        save_model(model, file)
+        with _named(path, file):
+            run = open_reference(file, tensor.name)
+            yield run
+
+
+@contextmanager
+def _named(path: Path, copy: Path) -> Iterator[None]:
+    """Let errors about a copy speak of the file that the user knows."""
     try:
-        # Named, since `check_onnx` saw protocol buffers and a suffix may mean text to onnx.
-        model = onnx.load(path, format="protobuf")
-    except OSError as error:
-        raise ModelError(f"model.onnx: {path}: cannot be read: {error.strerror}") from None
-    except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
-        with path.open("rb") as file:
-            start = file.read(24)
-        raise ModelError(
-            f"model.onnx: {path}: not an ONNX model: it starts with {start!r}; "
-            "download or export it again"
-        ) from error
-    if not model.graph.node:
-        raise ModelError(f"model.onnx: {path}: not an ONNX model: its graph is empty")
-    opset = next(
-        (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0
-    )
-    if opset < OLDEST_OPSET:
-        raise ModelError(
-            f"model.onnx: {path}: found opset {opset}; {OLDEST_OPSET} or later is needed: "
-            "export it again with a newer opset"
-        )
-    return model
+        yield
+    except ModelError as error:
+        told = str(error).replace(str(copy), str(path))
+        raise ModelError(told if "model.onnx: " in told else f"model.onnx: {told}") from error
 
 
-def _image_input(
-    path: Path, model: onnx.ModelProto, spec: ModelSpec, given: PreprocessSpec
-) -> _Input:
-    weights = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in weights]
-    if len(inputs) != 1:
-        names = ", ".join(value.name for value in inputs) or "none"
-        raise ModelError(
-            f"model.onnx: {path}: found {len(inputs)} inputs ({names}); an image classifier has one"
-        )
-    value = inputs[0]
-    tensor = value.type.tensor_type
-    if tensor.elem_type not in _INPUT_TYPES:
-        types = {number: name for name, number in TensorProto.DataType.items()}
-        found = types.get(tensor.elem_type, f"values of an unknown type ({tensor.elem_type})")
-        raise ModelError(
-            f"model.onnx: {path}: input {value.name} takes {found}; "
-            "float32, float16 or uint8 can be fed"
-        )
-    dims = [dim.dim_value if dim.HasField("dim_value") else 0 for dim in tensor.shape.dim]
-    if len(dims) != 4:
-        raise ModelError(
-            f"model.onnx: {path}: input {value.name} has {len(dims)} dimensions; "
-            "images are fed as NCHW or NHWC"
-        )
-    layout = _layout(path, dims, spec.layout)
-    height, width = (dims[2], dims[3]) if layout == "NCHW" else (dims[1], dims[2])
-    return _Input(
-        value.name,
-        tensor.elem_type,
-        layout,
-        _crop(path, (height, width), given.crop),
-        dims[0] if dims[0] > 0 else None,
-    )
+@dataclass(frozen=True, slots=True)
+class _Original:
+    """The user's model, and a few images as it takes them."""
 
+    path: Path
+    run: Run
+    feed: np.ndarray[Any, Any]
 
-def _layout(path: Path, dims: list[int], given: str | None) -> str:
-    possible = [layout for layout, axis in (("NCHW", 1), ("NHWC", 3)) if dims[axis] in (0, 3)]
-    sure = [layout for layout, axis in (("NCHW", 1), ("NHWC", 3)) if dims[axis] == 3]
-    if given is not None and given in possible:
-        return given
-    shape = " x ".join(str(dim) if dim else "?" for dim in dims)
-    if given is not None or not possible:
-        raise ModelError(
-            f"model.onnx: {path}: the input is {shape}: no 3 colour channels"
-            + (f" in layout {given}" if given else "; RGB images can be fed")
-        )
-    if len(sure) != 1:
-        raise ModelError(
-            f"model.onnx: {path}: the input is {shape}, which may be NCHW or NHWC; "
-            "say which with model.layout"
-        )
-    return sure[0]
+    def answers_at(self, size: int) -> bool:
+        """Whether it takes a batch of `size`, and gives one row for each image."""
+        try:
+            scores = self.run(tiled(self.feed, size))
+        except ModelError:
+            return False
+        return rows_of(scores, size) is not None
 
+    def rows(self, size: int) -> tuple[np.ndarray[Any, Any], bool]:
+        """Its answer for each image, which no other image in the batch can colour, of shape NK.
 
-def _crop(
-    path: Path, size: tuple[int, int], given: int | tuple[int, int] | None
-) -> tuple[int, int]:
-    asked = (given, given) if isinstance(given, int) else given
-    if asked is None:
-        if 0 in size:
+        And whether it gives the classes of one image without an axis for the batch.
+        """
+        found = [self.run(np.repeat(row[None], size, axis=0)) for row in self.feed]
+        rows = [rows_of(scores, size) for scores in found]
+        kept = [row_NK[:1] for row_NK in rows if row_NK is not None]
+        if len(kept) < len(found):
             raise ModelError(
-                f"model.onnx: {path}: the input's height and width are open; "
-                "give model.preprocess.crop, such as 224"
+                f"model.onnx: {self.path}: gives an output of shape {found[0].shape} for a batch "
+                f"of {size}; class scores are {SHAPES}; name another output, or a tensor "
+                "inside the graph, in model.output_name"
             )
-        return size
-    for have, want in zip(size, asked, strict=True):
-        if have not in (0, want):
-            raise ModelError(
-                f"model.preprocess.crop: found {asked[0]} x {asked[1]}, "
-                f"but {path} takes {size[0]} x {size[1]}"
-            )
-    return asked
+        is_row = found[0].ndim == 1 and found[0].shape != (size,)
+        return np.concatenate(kept), is_row
 
 
-def _preprocess(path: Path, image: _Input, given: PreprocessSpec) -> Preprocess:
-    takes_bytes = image.type == TensorProto.UINT8
-    needed = ("resize",) if takes_bytes else ("resize", "mean", "std")
-    missing = [f"model.preprocess.{key}" for key in needed if getattr(given, key) is None]
-    if missing:
-        raise ModelError(
-            f"model.onnx: {path}: an ONNX file does not say how its images are prepared; give "
-            f"{', '.join(missing)} (models trained as torchvision's: resize: 256, "
-            "mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225], of pixels in 0..1; "
-            "mean: [0, 0, 0], std: [1, 1, 1] for plain 0..1)"
+# ---- batches -------------------------------------------------------------------------------------
+
+
+def _fixed_batch(
+    original: _Original,
+    model: onnx.ModelProto,
+    image: ImageInput,
+    batch_size: int,
+    log: Log,
+) -> int | None:
+    """The one batch size that the model is to be run at; None: any will do."""
+    if image.fixed_batch is not None:
+        return image.fixed_batch
+    if any(node.op_type in DYNAMIC for node in _all_nodes(model.graph)):
+        log(
+            f"{original.path}: is quantised dynamically, so images in a batch would change each "
+            "other's answers: it runs on one image at a time (batches of 1)"
         )
-    if takes_bytes and (given.mean is not None or given.std is not None):
+        return 1
+    if all(original.answers_at(size) for size in _sizes(batch_size)):
+        return None
+    sizes = _batches_to_try(model, batch_size)
+    found = next((size for size in sizes if original.answers_at(size)), None)
+    if found is None:
+        original.rows(1)  # says why not
         raise ModelError(
-            f"model.preprocess: {path} takes uint8 pixels as they are; remove mean and std"
+            f"model.onnx: {original.path}: answers for no batch of {', '.join(map(str, sizes))} "
+            "images; export it again with a batch that is open, or of 1"
         )
-    assert given.resize is not None
-    return Preprocess(
-        given.resize,
-        image.crop,
-        given.interpolation or "bilinear",
-        given.mean,
-        given.std,
-        given.channels or "rgb",
+    log(
+        f"{original.path}: its batch is open in name only: {found} is the largest of "
+        f"{', '.join(map(str, sizes))} that works, so it runs in batches of {found}"
     )
+    return found
 
 
-def _score_output(path: Path, model: onnx.ModelProto, wanted: str | None) -> str:
-    names = [value.name for value in model.graph.output]
-    if wanted is not None:
-        if wanted not in names:
-            raise ModelError(
-                f"model.output_name: found {wanted!r}; the outputs of {path} are {', '.join(names)}"
-            )
-        return wanted
-    candidates = [str(value.name) for value in model.graph.output if _may_be_scores(value)]
-    if len(candidates) == 1:
-        return candidates[0]
-    found = ", ".join(names)
-    raise ModelError(
-        f"model.onnx: {path}: "
-        + (
-            f"several outputs may be class scores ({found}); say which with model.output_name"
-            if candidates
-            else f"no output ({found}) has the shape of class scores, [N, C] or [N, C, 1, 1]"
-        )
-    )
+def _sizes(batch_size: int) -> tuple[int, ...]:
+    """Batch sizes at which a model of any is checked."""
+    return tuple(sorted({1, 2, 3, batch_size}))
 
 
-def _may_be_scores(value: onnx.ValueInfoProto) -> bool:
-    tensor = value.type.tensor_type
-    if tensor.elem_type not in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE):
-        return False
-    if not tensor.HasField("shape"):
-        return True
-    dims = [dim.dim_value if dim.HasField("dim_value") else 0 for dim in tensor.shape.dim]
-    if len(dims) == 2:
-        return True
-    return len(dims) == 4 and all(dim in (0, 1) for dim in dims[2:])
+def _batches_to_try(model: onnx.ModelProto, batch_size: int) -> list[int]:
+    """The job's batch size and its halves, largest first; then sizes that a Reshape holds."""
+    sizes = [batch_size >> shift for shift in range(batch_size.bit_length())]
+    shapes = {
+        tensor.name: tensor
+        for tensor in model.graph.initializer
+        if tensor.data_type == TensorProto.INT64 and len(tensor.dims) == 1
+    }
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
+            shapes[node.output[0]] = node.attribute[0].t
+    baked: set[int] = set()
+    for node in model.graph.node:
+        if node.op_type in ("Reshape", "Expand") and node.input[1] in shapes:
+            first = onnx.numpy_helper.to_array(shapes[node.input[1]]).ravel()[:1]
+            baked.update(int(size) for size in first if 1 < size <= _LARGEST_BAKED)
+    smaller = sorted((size for size in baked if size <= batch_size), reverse=True)
+    larger = sorted(size for size in baked if size > batch_size)
+    return list(dict.fromkeys([*sorted({*sizes, *smaller}, reverse=True), *larger]))
 
 
-# ---- running and judging -------------------------------------------------------------------------
-
-
-def _as_fed(pixels_NHWC: Pixels, image: _Input, preprocess: Preprocess) -> np.ndarray[Any, Any]:
-    """The sample as the original model wants it, computed in float64 and then cast."""
-    fed: np.ndarray[Any, Any] = pixels_NHWC
-    if preprocess.channels == "bgr":
-        fed = fed[..., ::-1]
-    if preprocess.mean is not None and preprocess.std is not None:
-        fed = (fed / 255 - np.array(preprocess.mean)) / np.array(preprocess.std)
-    if image.layout == "NCHW":
-        fed = fed.transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(fed.astype(_INPUT_TYPES[image.type]))
-
-
-def _run_rows(
-    original: Run, feed: np.ndarray[Any, Any], fixed_batch: int | None
-) -> np.ndarray[Any, Any]:
-    """The original's answer for each row alone: the reference that no batch size can colour."""
-    size = fixed_batch or 1
-    return np.concatenate([original(np.repeat(row[None], size, axis=0))[:1] for row in feed])
-
-
-def _scores(path: Path, scores: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    if scores.ndim == 4 and scores.shape[2:] == (1, 1):
-        scores = scores[:, :, 0, 0]
-    if scores.ndim != 2 or scores.shape[1] < 2:
-        raise ModelError(
-            f"model.onnx: {path}: gives an output of shape {scores.shape}; "
-            "class scores are [N, C] or [N, C, 1, 1], with at least 2 classes"
-        )
-    return scores.astype(np.float32)
-
-
-def _is_probability(
-    path: Path, model: onnx.ModelProto, output: str, scores_NK: np.ndarray[Any, Any]
-) -> bool:
-    """Rows of probabilities are not negative and add up to 1; logits of three images never do."""
-    makers = {name: node for node in model.graph.node for name in node.output}
-    last = makers.get(output)
-    while last is not None and last.op_type in _PASS_ON and last.input:
-        last = makers.get(last.input[0])
-    if last is not None and last.op_type == "Sigmoid":
-        raise ModelError(
-            f"model.onnx: {path}: ends with a Sigmoid, so its classes do not exclude each other; "
-            "batchclf ranks classes that do"
-        )
-    sums_N = scores_NK.sum(axis=1)
-    return bool((scores_NK >= 0).all() and np.allclose(sums_N, 1, atol=5e-3))
+def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in inner_graphs(attribute):
+                yield from _all_nodes(inner)
 
 
 # ---- wrapping ------------------------------------------------------------------------------------
 
 
-def _rename_earlier_wrapping(model: onnx.ModelProto) -> None:
+@dataclass(frozen=True, slots=True)
+class _Wrapping:
+    """What is put around a graph."""
+
+    feed: Feed
+    tensor: ScoreTensor
+    meaning: Meaning
+    fixed_batch: int | None
+    is_row: bool
+
+    def put_around(self, model: onnx.ModelProto) -> None:
+        """Let the graph take uint8 pixels NHWC and give float32 scores NK."""
+        graph = model.graph
+        _rename_earlier_wrapping(graph)
+        image = replace(self.feed.image, name=_renamed(self.feed.image.name))
+        tensor = replace(
+            self.tensor,
+            name=_renamed(self.tensor.name),
+            quantised=tuple(_renamed(name) for name in self.tensor.quantised),
+        )
+        before = replace(self.feed, image=image).nodes(f"{_PREFIX}pixels")
+        after = nodes_after(tensor, self.meaning, f"{_PREFIX}scores", is_row=self.is_row)
+        nodes = [*before, *graph.node, *after]
+        del graph.node[:]
+        graph.node.extend(nodes)
+        batch: int | str = self.fixed_batch or "batch"
+        pixels = helper.make_tensor_value_info(
+            f"{_PREFIX}pixels", TensorProto.UINT8, [batch, *image.crop, 3]
+        )
+        kept = [value for value in graph.input if value.name != image.name]
+        del graph.input[:]
+        graph.input.extend([pixels, *kept])
+        del graph.output[:]
+        graph.output.append(
+            helper.make_tensor_value_info(f"{_PREFIX}scores", TensorProto.FLOAT, [batch, None])
+        )
+
+
+def _rename_earlier_wrapping(graph: onnx.GraphProto) -> None:
     """Give values of an earlier wrapping other names, so that ours are free."""
-    for node in model.graph.node:
+    for node in graph.node:
         for names in (node.input, node.output):
             names[:] = [_renamed(name) for name in names]
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
         value.name = _renamed(value.name)
 
 
 def _renamed(name: str) -> str:
     return f"inner_{name}" if name.startswith(_PREFIX) else name
-
-
-def _wrap(model: onnx.ModelProto, image: _Input, preprocess: Preprocess, output: str) -> None:
-    graph = model.graph
-    before = _nodes_before(image, preprocess)
-    after = _nodes_after(output)
-    nodes = [*before, *graph.node, *after]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    height, width = image.crop
-    batch: int | str = image.fixed_batch or "batch"
-    pixels = helper.make_tensor_value_info(
-        f"{_PREFIX}pixels", TensorProto.UINT8, [batch, height, width, 3]
-    )
-    kept = [value for value in graph.input if value.name != image.name]
-    del graph.input[:]
-    graph.input.extend([pixels, *kept])
-    del graph.output[:]
-    graph.output.append(
-        helper.make_tensor_value_info(f"{_PREFIX}scores", TensorProto.FLOAT, [batch, None])
-    )
-
-
-def _nodes_before(image: _Input, preprocess: Preprocess) -> list[onnx.NodeProto]:
-    """uint8 NHWC to the original input: layout, float, multiply and add, type."""
-    steps: list[tuple[str, list[str], dict[str, Any]]] = []
-    constants: list[onnx.NodeProto] = []
-    if preprocess.channels == "bgr":
-        order = onnx.numpy_helper.from_array(np.array([2, 1, 0]))
-        constants.append(helper.make_node("Constant", [], [f"{_PREFIX}order"], value=order))
-        steps.append(("Gather", [f"{_PREFIX}order"], {"axis": 3}))
-    if image.layout == "NCHW":
-        steps.append(("Transpose", [], {"perm": [0, 3, 1, 2]}))
-    if preprocess.mean is not None and preprocess.std is not None:
-        std_C = np.array(preprocess.std)
-        shape = (1, 3, 1, 1) if image.layout == "NCHW" else (1, 1, 1, 3)
-        for name, values_C in (
-            ("scale", 1 / (255 * std_C)),
-            ("shift", -np.array(preprocess.mean) / std_C),
-        ):
-            value = onnx.numpy_helper.from_array(values_C.astype(np.float32).reshape(shape))
-            constants.append(helper.make_node("Constant", [], [f"{_PREFIX}{name}"], value=value))
-        steps.append(("Cast", [], {"to": TensorProto.FLOAT}))
-        steps.append(("Mul", [f"{_PREFIX}scale"], {}))
-        steps.append(("Add", [f"{_PREFIX}shift"], {}))
-    if image.type == TensorProto.FLOAT16:
-        steps.append(("Cast", [], {"to": TensorProto.FLOAT16}))
-    if not steps:
-        steps.append(("Identity", [], {}))
-    return [*constants, *_chain(steps, f"{_PREFIX}pixels", image.name, "in")]
-
-
-def _nodes_after(output: str) -> list[onnx.NodeProto]:
-    """The original scores to float32 of shape NK."""
-    steps: list[tuple[str, list[str], dict[str, Any]]] = [
-        ("Flatten", [], {"axis": 1}),
-        ("Cast", [], {"to": TensorProto.FLOAT}),
-    ]
-    return _chain(steps, output, f"{_PREFIX}scores", "out")
-
-
-def _chain(
-    steps: list[tuple[str, list[str], dict[str, Any]]], first: str, last: str, tag: str
-) -> list[onnx.NodeProto]:
-    names = [first, *(f"{_PREFIX}{tag}_{number}" for number in range(1, len(steps))), last]
-    return [
-        helper.make_node(operator, [names[number], *extra], [names[number + 1]], **attributes)
-        for number, (operator, extra, attributes) in enumerate(steps)
-    ]

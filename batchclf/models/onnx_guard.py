@@ -155,19 +155,50 @@ class _Walk:
             raise _Malformed("a name that is not UTF-8") from None
 
 
-def check_onnx(path: Path, key: str = "") -> list[Path]:
+@dataclass(frozen=True, slots=True)
+class WeightsFile:
+    """A file beside a model that holds weights of it."""
+
+    location: str
+    """As the model's text names it."""
+    path: Path
+    """Where it is: with `may_link`, what links lead to."""
+    identity: tuple[int, int]
+    """Its device and its number there, when it was looked at."""
+    is_link: bool
+    """Whether a symbolic link leads there."""
+
+    def open(self) -> BinaryIO:
+        """The file that was looked at, for reading, and no other that is in its place by now.
+
+        Raises:
+            ModelError: it is another one.
+            OSError: it cannot be opened.
+        """
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        status = os.fstat(descriptor)
+        if (status.st_dev, status.st_ino) != self.identity:
+            os.close(descriptor)
+            raise ModelError(f"{self.path}: was replaced while it was read; run again")
+        return os.fdopen(descriptor, "rb")
+
+
+def check_onnx(path: Path, key: str = "", *, may_link: bool = False) -> list[WeightsFile]:
     """Refuse an ONNX file that reaches out of its folder or needs foreign code.
 
     Args:
         key: what names the file in the job, for messages: "model.onnx: ".
+        may_link: whether the weights beside it may be links, symbolic or hard, to wherever whoever
+            made the folder put them, as in the cache of the Hugging Face hub. What the model's own
+            text names is in its folder, or below, all the same.
 
     Returns:
         The files beside it that hold its weights.
 
     Raises:
         ModelError: no ONNX model; an operator of another domain than `DOMAINS`; or weights that
-            are not in a regular file of one name only (no symbolic or hard links), in the model's
-            own folder or below.
+            are not in a regular file in the model's own folder or below; without `may_link`, one
+            of one name only.
     """
     what = f"{key}{path}"
     walk = _walk(path, what)
@@ -184,7 +215,8 @@ def check_onnx(path: Path, key: str = "") -> list[Path]:
                 "library of somebody's own; export the model with standard operators "
                 f"(domains {', '.join(DOMAINS[1:])})"
             )
-    return sorted({_external_file(path, what, dict(entries)) for entries in walk.external})
+    files = {_weights_file(path, what, dict(entries), may_link) for entries in walk.external}
+    return sorted(files, key=lambda file: file.location)
 
 
 def _walk(path: Path, what: str) -> _Walk:
@@ -214,7 +246,7 @@ def _walk(path: Path, what: str) -> _Walk:
         ) from None
 
 
-def _external_file(path: Path, what: str, entries: dict[str, str]) -> Path:
+def _weights_file(path: Path, what: str, entries: dict[str, str], may_link: bool) -> WeightsFile:
     """The file in which a tensor's weights are, once it is known to be the model's own.
 
     Raises:
@@ -222,21 +254,23 @@ def _external_file(path: Path, what: str, entries: dict[str, str]) -> Path:
     """
     name = entries.get("location", "")
     said = f"{what}: its weights are said to be in {_short(name)!r}"
-    parts = name.split("/")
-    if "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in parts):
+    parts = [part for part in name.split("/") if part != "." or not may_link]
+    if "\0" in name or "\\" in name or not parts or {"", ".", ".."}.intersection(parts):
         raise ModelError(f"{said}, which is no file in the model's own folder")
-    found = path.parent / name
+    found = path.parent.joinpath(*parts)
     try:
-        if os.path.realpath(found) != os.path.join(os.path.realpath(path.parent), name):
-            raise ModelError(
-                f"{said}, which is reached by a symbolic link; put the file itself beside the model"
-            )
-        status = found.stat()
+        real = os.path.realpath(found)
+        is_link = real != os.path.join(os.path.realpath(path.parent), *parts)
+        status = os.stat(real)
     except OSError as error:
         raise ModelError(f"{said}: {error.strerror}") from None
+    if is_link and not may_link:
+        raise ModelError(
+            f"{said}, which is reached by a symbolic link; put the file itself beside the model"
+        )
     if not stat.S_ISREG(status.st_mode):
         raise ModelError(f"{said}, which is no file")
-    if status.st_nlink != 1:
+    if status.st_nlink != 1 and not may_link:
         raise ModelError(
             f"{said}, which has {status.st_nlink} names (hard links), maybe outside the model's "
             "folder; put a copy of its own beside the model"
@@ -247,7 +281,8 @@ def _external_file(path: Path, what: str, entries: dict[str, str]) -> Path:
             f"{said}, from byte {start:,} to {start + length:,}, but it ends at "
             f"{status.st_size:,}; download or export it again"
         )
-    return found
+    identity = (status.st_dev, status.st_ino)
+    return WeightsFile(name, Path(real) if is_link else found, identity, is_link)
 
 
 def _number(said: str, key: str, text: str) -> int:

@@ -28,6 +28,7 @@ from batchclf.models.bundle import (
     versions_of,
 )
 from batchclf.models.checks import OpenReference, Run, assert_same_scores, sample_pixels, tiled
+from batchclf.models.found_labels import labels_beside
 from batchclf.models.golden import write_golden
 from batchclf.models.labels import imagenet_labels, read_labels, require_label_count
 from batchclf.models.onnx_guard import check_onnx
@@ -70,8 +71,8 @@ def resolve_model(
         request = _request(spec, labels)
         building = _Building(spec, request, labels, batch_size, open_reference, log)
         bundle = cached_bundle(request, building, log)
-    labels = labels or bundle.meta.labels
-    require_label_count(labels, len(bundle.meta.labels), origin)
+    require_label_count(labels or bundle.meta.labels, len(bundle.meta.labels), origin)
+    labels = labels or _found_labels(spec, bundle, log)
     return ResolvedModel(bundle, labels, _own_preprocess(spec, bundle))
 
 
@@ -93,6 +94,9 @@ def check_model(spec: ModelSpec) -> str:
         return f"{bundle.meta.name}, {len(bundle.meta.labels):,} classes, exported in {folder}"
     if spec.onnx is not None:
         _require_packages(str(spec.onnx), *ONNX_PACKAGES)
+        from batchclf.models import onnx_file
+
+        onnx_file.check_file(spec.onnx, spec, len(labels) or None)
         return f"{spec.onnx}, to be prepared at the first run"
     _import_zoo(spec).check(spec)
     return f"{spec.name} ({spec.weights}), to be exported at the first run"
@@ -164,6 +168,25 @@ def _own_labels(spec: ModelSpec) -> tuple[tuple[str, ...], str]:
     return (), "the model's own"
 
 
+def _found_labels(spec: ModelSpec, bundle: Bundle, log: Log) -> tuple[str, ...]:
+    """The bundle's own class names; of an ONNX file without any, those of a file beside it."""
+    labels = bundle.meta.labels
+    if spec.onnx is None:
+        return labels
+    if origin := bundle.meta.source.get("labels"):
+        log(f"{spec.onnx}: class names from {origin}")
+        return labels
+    for found, path in labels_beside(spec.onnx):
+        if len(found) == len(labels):
+            log(f"{spec.onnx}: class names from {path}, beside it")
+            return found
+        log(
+            f"{path}: has {len(found):,} class names, and {spec.onnx} has {len(labels):,} classes: "
+            "not used"
+        )
+    return labels
+
+
 def _request(spec: ModelSpec, labels: tuple[str, ...]) -> dict[str, object]:
     """All that decides what a built bundle is; its digest is the cache's key."""
     given = spec.preprocess or PreprocessSpec()
@@ -174,10 +197,10 @@ def _request(spec: ModelSpec, labels: tuple[str, ...]) -> dict[str, object]:
         "num_labels": len(labels) or None,  # counted before a bundle is accepted
     }
     if spec.onnx is not None:
-        external = check_onnx(spec.onnx, "model.onnx: ")
+        external = check_onnx(spec.onnx, "model.onnx: ", may_link=True)
         return request | {
             "onnx": _digest("model.onnx", spec.onnx),
-            "external": [_digest("model.onnx", path) for path in external],
+            "external": [_digest("model.onnx", weights.path) for weights in external],
             "layout": spec.layout,
             "output_name": spec.output_name,
             "versions": versions_of("onnx"),
@@ -284,7 +307,12 @@ class _Building:
         from batchclf.models import onnx_file
 
         wrapped = onnx_file.wrap_onnx(
-            spec.onnx, spec, folder, batch_size=self.batch_size, open_reference=self.open_reference
+            spec.onnx,
+            spec,
+            folder,
+            batch_size=self.batch_size,
+            open_reference=self.open_reference,
+            log=self.log,
         )
         if self.labels:
             require_label_count(self.labels, wrapped.num_classes, spec.labels or "")
@@ -292,9 +320,13 @@ class _Building:
         reference = self.open_reference(folder / MODEL_FILE)
         return BundleMeta(
             name=spec.onnx.stem,
-            source={"onnx": spec.onnx.name, "onnx_sha256": str(self.request["onnx"])},
+            source={
+                "onnx": spec.onnx.name,
+                "onnx_sha256": str(self.request["onnx"]),
+                **({"labels": wrapped.labels_origin} if wrapped.labels else {}),
+            },
             preprocess=wrapped.preprocess,
-            labels=self.labels or tuple(str(index) for index in range(wrapped.num_classes)),
+            labels=wrapped.labels or tuple(str(index) for index in range(wrapped.num_classes)),
             activation=wrapped.activation,
             fixed_batch=wrapped.fixed_batch,
             verified_batches=wrapped.checked_batches,

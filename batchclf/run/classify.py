@@ -17,6 +17,7 @@ from batchclf.results.stats import StatsCollector
 from batchclf.run.blame import explained
 from batchclf.run.plan import Plan, Task
 from batchclf.run.reporter import Reporter
+from batchclf.run.sameness import FirstAnswers
 from batchclf.runtime.classifier import WithinMemory
 from batchclf.runtime.ranking import rank
 from batchclf.runtime.streams import Rank, Streams
@@ -59,6 +60,7 @@ def classify(work: Work, refs: Iterator[ImageRef], sink: Sink) -> None:
     """
     task, stats, stop = work.plan.task, work.stats, work.stop
     classifiers = [WithinMemory(one, work.reporter.log) for one in work.opened.classifiers]
+    first = FirstAnswers()
     work.reporter.begin(task.num_images, stats.num_images, stats.num_errors)
     with (
         explained(task, work.plan.batch_size),
@@ -75,17 +77,24 @@ def classify(work: Work, refs: Iterator[ImageRef], sink: Sink) -> None:
                 batch, records = result
                 sink.write(records)
                 stats.add_records(records)
+                _warn(work, first.look(batch, records))
                 batches.release(batch)
                 check_error_limit(task.job, stats, task.num_images)
             if stop.signal_number is not None:
                 batches.stop()
             sink.tick()
             work.reporter.update(stats.num_images, stats.num_errors)
+    _warn(work, first.end())
     if stats.num_images < task.num_images:
         stop.raise_if_requested()
         raise BatchclfError(  # cannot happen; an incomplete output must never exit 0
             f"{stats.num_images:,} of {task.num_images:,} records written; run again to resume"
         )
+
+
+def _warn(work: Work, warning: str | None) -> None:
+    if warning is not None:
+        work.reporter.log(warning)
 
 
 @contextmanager

@@ -13,7 +13,14 @@ import onnxruntime as ort
 from batchclf.errors import ModelError, ProviderError
 from batchclf.results.records import ActiveProvider, Pixels, Scores
 from batchclf.runtime.faults import is_out_of_memory
-from batchclf.runtime.sessions import ERRORS_ONLY, ORT_ERRORS, Target, open_session
+from batchclf.runtime.sessions import (
+    NOTHING,
+    ORT_ERRORS,
+    Target,
+    last_sentence,
+    not_accepted,
+    open_session,
+)
 
 Classifier = Callable[[Pixels], Scores]
 """uint8 pixels of shape NHWC to float32 scores of shape NK; may be called from several threads."""
@@ -164,11 +171,11 @@ def open_reference(
         ModelError: ONNX Runtime does not accept the model, or running it fails.
     """
     settings = ort.SessionOptions()
-    settings.log_severity_level = ERRORS_ONLY
+    settings.log_severity_level = NOTHING
     try:
         session = ort.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
     except ORT_ERRORS as error:
-        raise ModelError(f"{model}: ONNX Runtime does not accept it: {error}") from error
+        raise not_accepted(model, str(error)) from error
     input_name = session.get_inputs()[0].name
     output_name = output or session.get_outputs()[0].name
 
@@ -176,7 +183,8 @@ def open_reference(
         try:
             (result,) = session.run([output_name], {input_name: array})
         except ORT_ERRORS as error:
-            raise ModelError(f"{model}: running it on {array.shape} fails: {error}") from error
+            cause = last_sentence(str(error))
+            raise ModelError(f"{model}: running it on {array.shape} fails: {cause}") from error
         return np.asarray(result)
 
     return run

@@ -35,11 +35,17 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
 )
 """ONNX Runtime's own errors share no base class but Exception."""
 ERRORS_ONLY = 3
+NOTHING = 4
+"""Severity for sessions whose errors are raised, and told of in our own words."""
 _SHAPE_OPERATORS = frozenset(
     ("Shape", "Size", "Range", "Gather", "Slice", "Squeeze", "Unsqueeze", "Constant")
 )
 """Operators that compute shapes, which every accelerator leaves to the CPU. With the one batch size
 that accelerators are given, what is computed with shapes is folded before."""
+_IR_TOO_NEW = re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)")
+_OPSET_TOO_NEW = re.compile(
+    r"Opset (\d+) is under development.*support for domain (\S+) is till opset (\d+)", re.DOTALL
+)
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")
 _UNKNOWN_OPTION = re.compile(
     r"(Invalid OpenVINO EP option: \w+|Unknown provider option: \S+|"
@@ -234,8 +240,28 @@ def _explained(
             "options are passed to the provider as they are: see its documentation"
         )
     if name == "cpu":
-        return ModelError(f"{model}: ONNX Runtime does not accept it: {message}")
-    return ProviderError(f"provider {name}: no session opens: {_last_sentence(message)}")
+        return not_accepted(model, message)
+    return ProviderError(f"provider {name}: no session opens: {last_sentence(message)}")
+
+
+def not_accepted(model: Path, message: str) -> ModelError:
+    """The error to raise for a model that ONNX Runtime does not open; `message` is what it said."""
+    runtime = f"ONNX Runtime {ort.__version__}"
+    if (found := _IR_TOO_NEW.search(message)) is not None:
+        return ModelError(
+            f"{model}: is of ONNX IR version {found[1]}, and {runtime} reads up to {found[2]}; "
+            f"export it again with an older onnx, or take a newer ONNX Runtime; where the model "
+            f"uses nothing that is newer, this will do: model = onnx.load(FILE); "
+            f"model.ir_version = {found[2]}; onnx.save(model, OTHER_FILE)"
+        )
+    if (found := _OPSET_TOO_NEW.search(message)) is not None:
+        return ModelError(
+            f"{model}: is of opset {found[1]} of {found[2]}, and {runtime} reads up to {found[3]}; "
+            f"export it again (torch.onnx.export(..., opset_version={min(18, int(found[3]))})), or "
+            f"take a newer ONNX Runtime, or convert it: onnx.save(onnx.version_converter."
+            f"convert_version(onnx.load(FILE), {found[3]}), OTHER_FILE)"
+        )
+    return ModelError(f"{model}: ONNX Runtime does not accept it: {last_sentence(message)}")
 
 
 def _cause(said: str, target: Target) -> str:
@@ -248,7 +274,7 @@ def _cause(said: str, target: Target) -> str:
     errors = re.findall(r"\[E:onnxruntime:[^\]]*\] (.*)", said)
     if not errors:
         return f"it gave no reason; `batchclf doctor` tells what {target.provider.name} needs"
-    return _last_sentence(errors[0])
+    return last_sentence(errors[0])
 
 
 def _remedy(device: str) -> str:
@@ -263,7 +289,7 @@ def _remedy(device: str) -> str:
     return ""
 
 
-def _last_sentence(message: str) -> str:
+def last_sentence(message: str) -> str:
     """An ONNX Runtime message without the C++ function names before what it says."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     text = lines[-1] if lines else "no reason given"

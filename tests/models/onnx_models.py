@@ -12,6 +12,12 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    quantize_dynamic,
+    quantize_static,
+)
 
 MEAN = (0.48, 0.45, 0.4)
 STD = (0.2, 0.25, 0.3)
@@ -175,3 +181,64 @@ def run_by_hand(path: Path, model: Classifier, pixels_NHWC: NDArray[np.uint8]) -
         (answer,) = session.run(["answer"], {"images": fed.astype(model.input_type)})
         rows.append(np.asarray(answer, np.float32)[0].reshape(-1))
     return np.stack(rows)
+
+
+# ---- other ends, and other forms -----------------------------------------------------------------
+
+
+def with_tail(
+    model: onnx.ModelProto, nodes: list[onnx.NodeProto], outputs: list[onnx.ValueInfoProto]
+) -> onnx.ModelProto:
+    """The model with `nodes` after what was its output `answer` and is now called `before`."""
+    model.graph.node[-1].output[0] = "before"
+    model.graph.node.extend(nodes)
+    del model.graph.output[:]
+    model.graph.output.extend(outputs)
+    domains = {node.domain for node in nodes} - {""}
+    model.opset_import.extend(
+        helper.make_opsetid(domain, 3 if domain == "ai.onnx.ml" else 1) for domain in domains
+    )
+    return model
+
+
+def constants(model: onnx.ModelProto, **values: Array) -> None:
+    """Add constants that nodes of a tail take."""
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(one), name) for name, one in values.items()
+    )
+
+
+def as_fed(pixels_NHWC: NDArray[np.uint8], layout: str = "NCHW") -> Array:
+    """Pixels as a script prepares them, in float32 throughout as torchvision's transforms do."""
+    mean_C, std_C = np.array(MEAN, np.float32), np.array(STD, np.float32)
+    fed = (pixels_NHWC.astype(np.float32) / np.float32(255) - mean_C) / std_C
+    return np.ascontiguousarray(fed.transpose(0, 3, 1, 2) if layout == "NCHW" else fed)
+
+
+def ask_by_hand(path: Path, output: str, fed: Array) -> Array:
+    """An output of the user's own file, for one image after another."""
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    rows = [np.asarray(session.run([output], {name: row[None]})[0]) for row in fed]
+    return np.stack([row.astype(np.float32).reshape(-1) for row in rows])
+
+
+class _Calibration(CalibrationDataReader):
+    def __init__(self, name: str, fed: Array) -> None:
+        self._rows = iter([{name: row[None]} for row in fed])
+
+    def get_next(self) -> dict[str, Array] | None:
+        return next(self._rows, None)
+
+
+def quantised(path: Path, form: Literal["QDQ", "QOperator", "dynamic"], fed: Array) -> Path:
+    """The file in 8 bits, by ONNX Runtime's own tools."""
+    target = path.with_suffix(f".{form}.onnx")
+    if form == "dynamic":
+        quantize_dynamic(path, target)
+        return target
+    name = onnx.load(path).graph.input[0].name
+    quantize_static(
+        path, target, _Calibration(name, fed), quant_format=QuantFormat[form], per_channel=False
+    )
+    return target

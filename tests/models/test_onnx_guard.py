@@ -135,7 +135,7 @@ def refusal(path: Path) -> str:
 @pytest.mark.parametrize("place", HIDING_PLACES)
 def test_a_file_is_found_wherever_a_tensor_that_names_it_hides(tmp_path: Path, place: str) -> None:
     path = write(tmp_path / "model", (place, tensor()))
-    assert check_onnx(path) == [tmp_path / "model" / WEIGHTS]
+    assert [file.path for file in check_onnx(path)] == [tmp_path / "model" / WEIGHTS]
     (tmp_path / "secret").write_bytes(bytes(64))
     write(tmp_path / "model", (place, tensor("../secret")))
     assert "'../secret', which is no file in the model's own folder" in refusal(path)
@@ -218,11 +218,57 @@ def test_links_and_special_files_are_refused(tmp_path: Path, make: Callable[[Pat
     assert repr(location) in message
 
 
+@pytest.mark.parametrize("make", [link_file, link_out, link_folder, hard_link])
+def test_links_that_whoever_made_the_folder_put_there_are_followed_where_they_may_be(
+    tmp_path: Path, make: Callable[[Path], str]
+) -> None:
+    folder = tmp_path / "model"
+    write(folder)
+    location = make(folder)
+    path = write(folder, ("initializer", tensor(f"./{location}")))
+    (found,) = check_onnx(path, may_link=True)
+    assert found.path.samefile(folder / location)
+    assert not found.path.is_symlink()
+    with found.open() as file:
+        assert len(file.read(16)) == 16
+
+
+@pytest.mark.parametrize("location", ["../secret", "sub/../../secret", "/etc/hostname", ".", "./"])
+def test_what_the_models_own_text_names_stays_in_its_folder_where_links_may_be(
+    tmp_path: Path, location: str
+) -> None:
+    (tmp_path / "model" / "sub").mkdir(parents=True)
+    (tmp_path / "secret").write_bytes(bytes(64))
+    path = write(tmp_path / "model", ("initializer", tensor(location)))
+    with pytest.raises(ModelError, match="no file in the model's own folder"):
+        check_onnx(path, may_link=True)
+
+
+@pytest.mark.parametrize("make", [dangling, circle, fifo, directory])
+def test_links_to_what_is_no_file_are_refused_all_the_same(
+    tmp_path: Path, make: Callable[[Path], str]
+) -> None:
+    folder = tmp_path / "model"
+    write(folder)
+    path = write(folder, ("initializer", tensor(make(folder))))
+    with pytest.raises(ModelError, match="its weights are said to be in"):
+        check_onnx(path, may_link=True)
+
+
+def test_a_file_that_takes_the_place_of_the_one_looked_at_is_not_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "model", ("initializer", tensor()))
+    (found,) = check_onnx(path)
+    (tmp_path / "secret").write_bytes(bytes(64))
+    os.replace(tmp_path / "secret", found.path)
+    with pytest.raises(ModelError, match="was replaced while it was read"):
+        found.open()
+
+
 def test_weights_below_the_models_folder_and_a_link_to_the_model_are_taken(tmp_path: Path) -> None:
     (tmp_path / "model" / "sub").mkdir(parents=True)
     (tmp_path / "model" / "sub" / "w.bin").write_bytes(bytes(64))
     path = write(tmp_path / "model", ("Constant", tensor("sub/w.bin")))
-    assert check_onnx(path) == [tmp_path / "model" / "sub" / "w.bin"]
+    assert [file.path for file in check_onnx(path)] == [tmp_path / "model" / "sub" / "w.bin"]
     (tmp_path / "linked").symlink_to("model")
     assert check_onnx(tmp_path / "linked" / "own.onnx")
 

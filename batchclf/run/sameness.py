@@ -1,0 +1,58 @@
+"""A model that says the same of whatever it sees is found out by its first answers."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from batchclf.results.records import Batch, Failure, Pixels, Prediction, Record
+
+ENOUGH = 8
+"""Different images with one answer that are no chance any more."""
+FEW = 3
+"""The same at the end of a job that has no more images."""
+
+
+class FirstAnswers:
+    """Compares the answers to a job's first images; costs nothing once two of them differ."""
+
+    def __init__(self) -> None:
+        self._answer: tuple[Prediction, ...] | None = None
+        self._pixels_HWC: Pixels | None = None
+        self._num_same = 0
+        self._is_over = False
+
+    def look(self, batch: Batch, records: Sequence[Record]) -> str | None:
+        """Take the next batch; returns what to warn of, once, when `ENOUGH` answers are the same.
+
+        Images with the same pixels count as one: the same answer is right for them.
+        """
+        for pixels_HWC, record in zip(batch.pixels_NHWC, records, strict=False):
+            if self._is_over:
+                return None
+            if isinstance(record.outcome, Failure):
+                continue
+            if self._answer is None or self._pixels_HWC is None:
+                self._answer, self._pixels_HWC = record.outcome, pixels_HWC.copy()
+                self._num_same = 1
+            elif record.outcome != self._answer:
+                self._is_over = True
+            elif not np.array_equal(pixels_HWC, self._pixels_HWC):
+                self._num_same += 1
+                if self._num_same == ENOUGH:
+                    return self._warning()
+        return None
+
+    def end(self) -> str | None:
+        """What to warn of when there are no more images; None: nothing, or it was said."""
+        return self._warning() if self._num_same >= FEW and not self._is_over else None
+
+    def _warning(self) -> str:
+        self._is_over = True
+        assert self._answer
+        best = self._answer[0]
+        return (
+            f"WARNING: {self._num_same} different images all got one and the same answer, "
+            f"{best.label!r} with score {best.score:.6g}: the model does not see them. Look at "
+            "model.preprocess (mean, std, channels, crop), model.output_name and "
+            "model.activation, or the file of the weights"
+        )
