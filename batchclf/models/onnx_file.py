@@ -35,6 +35,7 @@ from batchclf.models.onnx_load import inner_graphs, load_graph, load_model
 from batchclf.models.onnx_scores import (
     SHAPES,
     Meaning,
+    Pair,
     ScoreTensor,
     makers_of,
     meaning_of,
@@ -113,8 +114,8 @@ def wrap_onnx(
     model = load_model(path, log)
     image = image_input(path, model, spec)
     preprocess = preprocess_of(path, image, spec.preprocess or PreprocessSpec())
-    tensor = score_tensor(str(path), model, spec.output_name)
-    _keep_only(model, tensor)
+    tensor = _as_floats(model, score_tensor(str(path), model, spec.output_name))
+    _keep_only(model, tensor.name)
     arithmetic = _arithmetic(model, image)
     feed = Feed(image, preprocess, is_literal=arithmetic != "fp32")
     pixels_NHWC = sample_pixels(*image.crop)
@@ -125,7 +126,7 @@ def wrap_onnx(
     meaning = meaning_of(str(path), tensor, outputs_NK, spec.activation)
     expected_NK = paired(outputs_NK, meaning.pair)
     _tell(path, image, tensor, meaning, expected_NK, log)
-    wrapping = _Wrapping(feed, tensor, meaning, fixed_batch, is_row)
+    wrapping = _Wrapping(feed, tensor.name, meaning.pair, fixed_batch, is_row)
     wrapping.put_around(model)
     target = folder / MODEL_FILE
     save_model(model, target)
@@ -199,12 +200,22 @@ def _labels(
 # ---- the model as it is --------------------------------------------------------------------------
 
 
-def _keep_only(model: onnx.ModelProto, tensor: ScoreTensor) -> None:
-    """Leave what the score tensor is made of; other outputs cost time, and may be no tensors."""
+def _as_floats(model: onnx.ModelProto, tensor: ScoreTensor) -> ScoreTensor:
+    """The score tensor; of one of 8 bits, what its numbers stand for."""
+    if not tensor.quantised:
+        return tensor
+    name = f"{tensor.name}_as_floats"
+    inputs = [tensor.name, *tensor.quantised]
+    model.graph.node.append(helper.make_node("DequantizeLinear", inputs, [name]))
+    return replace(tensor, name=name)
+
+
+def _keep_only(model: onnx.ModelProto, output: str) -> None:
+    """Leave what one tensor is made of; other outputs cost time, and may be no tensors."""
     graph = model.graph
     makers = makers_of(graph)
     needed: set[str] = set()
-    waiting = [tensor.name, *tensor.quantised]
+    waiting = [output]
     while waiting:
         name = waiting.pop()
         if name in needed:
@@ -213,13 +224,13 @@ def _keep_only(model: onnx.ModelProto, tensor: ScoreTensor) -> None:
         if (node := makers.get(name)) is not None:
             waiting += _taken_by(node)
     nodes = [node for node in graph.node if needed.intersection(node.output)]
-    outputs = [value for value in graph.output if value.name == tensor.name]
+    outputs = [value for value in graph.output if value.name == output]
     weights = {one.name for one in graph.initializer} - needed
     for kept, whole in (
         (nodes, graph.node),
         ([one for one in graph.input if one.name not in weights], graph.input),
         ([one for one in graph.initializer if one.name in needed], graph.initializer),
-        (outputs or [onnx.ValueInfoProto(name=tensor.name)], graph.output),
+        (outputs or [onnx.ValueInfoProto(name=output)], graph.output),
     ):
         del whole[:]
         whole.extend(kept)
@@ -374,8 +385,8 @@ class _Wrapping:
     """What is put around a graph."""
 
     feed: Feed
-    tensor: ScoreTensor
-    meaning: Meaning
+    output: str
+    pair: Pair
     fixed_batch: int | None
     is_row: bool
 
@@ -384,13 +395,9 @@ class _Wrapping:
         graph = model.graph
         _rename_earlier_wrapping(graph)
         image = replace(self.feed.image, name=_renamed(self.feed.image.name))
-        tensor = replace(
-            self.tensor,
-            name=_renamed(self.tensor.name),
-            quantised=tuple(_renamed(name) for name in self.tensor.quantised),
-        )
         before = replace(self.feed, image=image).nodes(f"{_PREFIX}pixels")
-        after = nodes_after(tensor, self.meaning, f"{_PREFIX}scores", is_row=self.is_row)
+        output = _renamed(self.output)
+        after = nodes_after(output, f"{_PREFIX}scores", self.pair, is_row=self.is_row)
         nodes = [*before, *graph.node, *after]
         del graph.node[:]
         graph.node.extend(nodes)

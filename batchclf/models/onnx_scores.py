@@ -408,30 +408,26 @@ def paired(scores_NK: np.ndarray[Any, Any], pair: Pair) -> np.ndarray[Any, Any]:
     return np.concatenate([first_N1, scores_NK], axis=1)
 
 
-def nodes_after(
-    tensor: ScoreTensor, meaning: Meaning, output: str, *, is_row: bool
-) -> list[onnx.NodeProto]:
+def nodes_after(tensor: str, output: str, pair: Pair, *, is_row: bool) -> list[onnx.NodeProto]:
     """Nodes from the score tensor to `output`, float32 of shape NK.
 
     Args:
         is_row: whether the tensor has the classes of one image and no axis for the batch.
     """
     nodes: list[onnx.NodeProto] = []
-    name = tensor.name
+    name = tensor
 
     def add(operator: str, *inputs: str, **attributes: Any) -> str:
         made = f"{output}_{len(nodes)}"
         nodes.append(helper.make_node(operator, list(inputs), [made], **attributes))
         return made
 
-    if tensor.quantised:
-        name = add("DequantizeLinear", name, *tensor.quantised)
     name = add("Flatten", name, axis=0 if is_row else 1)
     name = add("Cast", name, to=TensorProto.FLOAT)
-    if meaning.pair == "complement":
+    if pair == "complement":
         one = onnx.numpy_helper.from_array(np.ones((1, 1), np.float32))
         name = add("Concat", add("Sub", add("Constant", value=one), name), name, axis=1)
-    elif meaning.pair == "logits":
+    elif pair == "logits":
         name = add("Concat", add("Sub", name, name), name, axis=1)
     nodes[-1].output[0] = output
     return nodes

@@ -46,6 +46,9 @@ _IR_TOO_NEW = re.compile(r"Unsupported model IR version: (\d+), max supported IR
 _OPSET_TOO_NEW = re.compile(
     r"Opset (\d+) is under development.*support for domain (\S+) is till opset (\d+)", re.DOTALL
 )
+_PLACE_IN_CODE = re.compile(
+    r"/\S+\.(?:h|hpp|cc|cpp):\d+ [^()]*\((?:[^()]|\([^()]*\))*\)(?: const)? "
+)
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")
 _UNKNOWN_OPTION = re.compile(
     r"(Invalid OpenVINO EP option: \w+|Unknown provider option: \S+|"
@@ -290,7 +293,8 @@ def _remedy(device: str) -> str:
 
 
 def last_sentence(message: str) -> str:
-    """An ONNX Runtime message without the C++ function names before what it says."""
+    """An ONNX Runtime message without the C++ files and functions before what it says."""
+    message = _PLACE_IN_CODE.sub("", message)
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     text = lines[-1] if lines else "no reason given"
     return re.sub(r"^.*(?:\[ERROR\]|\[ONNXRuntimeError\][^:]*: \d+ : \w+ :) *", "", text)

@@ -201,7 +201,7 @@ def with_tail(
     return model
 
 
-def constants(model: onnx.ModelProto, **values: Array) -> None:
+def constants(model: onnx.ModelProto, **values: Any) -> None:
     """Add constants that nodes of a tail take."""
     model.graph.initializer.extend(
         numpy_helper.from_array(np.asarray(one), name) for name, one in values.items()

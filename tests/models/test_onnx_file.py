@@ -284,7 +284,10 @@ def test_mean_or_std_for_a_file_that_takes_bytes_is_refused(tmp_path: Path, key:
         (PLAIN.but(channels=2, layout="NHWC"), r"is \? x 32 x 24 x 2: no 3 colour channels"),
         (PLAIN.but(input_type="int64"), "input images takes INT64; float32, float16 or uint8"),
         (PLAIN.but(num_classes=1), r"gives one number per image.*model\.activation"),
-        (PLAIN.but(output_type="int64"), r"no output has the shape of class scores.*\n  answer, int64"),
+        (
+            PLAIN.but(output_type="int64"),
+            r"no output has the shape of class scores.*\n  answer, int64",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, Classifier) else None,
 )
