@@ -223,7 +223,9 @@ def ask_by_hand(path: Path, output: str, fed: Array) -> Array:
     return np.stack([row.astype(np.float32).reshape(-1) for row in rows])
 
 
-class _Calibration(CalibrationDataReader):
+class Calibration(CalibrationDataReader):  # type: ignore[misc]
+    """Images for a quantiser to see, one after another."""
+
     def __init__(self, name: str, fed: Array) -> None:
         self._rows = iter([{name: row[None]} for row in fed])
 
@@ -239,6 +241,6 @@ def quantised(path: Path, form: Literal["QDQ", "QOperator", "dynamic"], fed: Arr
         return target
     name = onnx.load(path).graph.input[0].name
     quantize_static(
-        path, target, _Calibration(name, fed), quant_format=QuantFormat[form], per_channel=False
+        path, target, Calibration(name, fed), quant_format=QuantFormat[form], per_channel=False
     )
     return target

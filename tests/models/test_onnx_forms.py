@@ -136,7 +136,7 @@ def quantise(name: str, output: str, *, and_back: bool = True) -> list[onnx.Node
 def in_8_bits(operator: str) -> list[onnx.NodeProto]:
     """The operator of com.microsoft that takes and gives 8-bit numbers, and floats around it."""
     names = ["x_q", "x_scale", "x_zero", "q_scale", "q_zero"]
-    attributes = {"axis": 1, "opset": 13} if operator == "QLinearSoftmax" else {}
+    attributes: dict[str, Any] = {"axis": 1, "opset": 13} if operator == "QLinearSoftmax" else {}
     return [
         node("QuantizeLinear", ["before", "x_scale", "x_zero"], ["x_q"]),
         node(operator, names, ["y_q"], domain="com.microsoft", **attributes),
@@ -146,7 +146,8 @@ def in_8_bits(operator: str) -> list[onnx.NodeProto]:
 
 def ends(activation: str) -> dict[str, list[onnx.NodeProto]]:
     """Ways for a graph to end in an activation and not to look like it."""
-    act = node(activation, ["before"], ["p"], **({"axis": 1} if activation == "Softmax" else {}))
+    axis: list[dict[str, Any]] = [{"axis": 0}, {"axis": 1}] if activation == "Softmax" else [{}, {}]
+    act = node(activation, ["before"], ["p"], **axis[1])
     return {
         "quantised": [act, *quantise("p", "answer")],
         "quantised twice": [act, *quantise("p", "p2"), *quantise("p2", "answer")],
@@ -159,7 +160,7 @@ def ends(activation: str) -> dict[str, list[onnx.NodeProto]]:
         "reshaped": [act, *quantise("p", "p2"), node("Reshape", ["p2", "flat"], ["answer"])],
         "transposed": [
             node("Transpose", ["before"], ["t"], perm=[1, 0]),
-            node(activation, ["t"], ["p"], **({"axis": 0} if activation == "Softmax" else {})),
+            node(activation, ["t"], ["p"], **axis[0]),
             node("Transpose", ["p"], ["u"], perm=[1, 0]),
             *quantise("u", "answer"),
         ],
