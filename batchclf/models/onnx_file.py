@@ -117,11 +117,13 @@ def wrap_onnx(
     tensor = _as_floats(model, score_tensor(str(path), model, spec.output_name))
     _keep_only(model, tensor.name)
     arithmetic = _arithmetic(model, image)
+    if any(node.op_type in DYNAMIC for node in _all_nodes(model.graph)):
+        image = _one_at_a_time(path, model, image, log)
     feed = Feed(image, preprocess, is_literal=arithmetic != "fp32")
     pixels_NHWC = sample_pixels(*image.crop)
     with _original(path, model, tensor, folder, open_reference) as run:
         original = _Original(path, run, feed.array(pixels_NHWC))
-        fixed_batch = _fixed_batch(original, model, image, batch_size, log)
+        fixed_batch = _fixed_batch(original, model, image.fixed_batch, batch_size, log)
         outputs_NK, is_row = original.rows(fixed_batch or 1)
     meaning = meaning_of(str(path), tensor, outputs_NK, spec.activation)
     expected_NK = paired(outputs_NK, meaning.pair)
@@ -134,12 +136,7 @@ def wrap_onnx(
     with _named(path, target):
         run = open_reference(target)
         for size in checked:
-            assert_same_scores(
-                run(tiled(pixels_NHWC, size)),
-                tiled(expected_NK, size),
-                f"{path}, batch of {size}",
-                is_half=arithmetic == "fp16",
-            )
+            _check(path, run(tiled(pixels_NHWC, size)), tiled(expected_NK, size), arithmetic)
     labels, origin = _labels(model, tensor, expected_NK.shape[1])
     return WrappedModel(
         preprocess,
@@ -151,6 +148,24 @@ def wrap_onnx(
         labels,
         origin,
     )
+
+
+def _check(
+    path: Path, found_NK: np.ndarray[Any, Any], expected_NK: np.ndarray[Any, Any], arithmetic: str
+) -> None:
+    size = len(expected_NK)
+    try:
+        assert_same_scores(
+            found_NK, expected_NK, f"{path}, batch of {size}", is_half=arithmetic == "fp16"
+        )
+    except ModelError as error:
+        if size == 1:
+            raise
+        raise ModelError(
+            f"{error}. Images in a batch change each other's answers, as where a "
+            "BatchNormalization was exported in training mode: export it again after model.eval(), "
+            "or with a batch of 1"
+        ) from error
 
 
 def _arithmetic(model: onnx.ModelProto, image: ImageInput) -> Literal["fp32", "fp16", "int8"]:
@@ -310,22 +325,24 @@ class _Original:
 # ---- batches -------------------------------------------------------------------------------------
 
 
+def _one_at_a_time(path: Path, model: onnx.ModelProto, image: ImageInput, log: Log) -> ImageInput:
+    """Declare a batch of 1, whatever the file declares: its nodes compute what they are given."""
+    log(
+        f"{path}: is quantised dynamically, so images in a batch would change each other's "
+        "answers: it runs on one image at a time (batches of 1)"
+    )
+    (value,) = (one for one in model.graph.input if one.name == image.name)
+    value.type.tensor_type.shape.dim[0].dim_value = 1
+    del model.graph.value_info[:]
+    return replace(image, fixed_batch=1)
+
+
 def _fixed_batch(
-    original: _Original,
-    model: onnx.ModelProto,
-    image: ImageInput,
-    batch_size: int,
-    log: Log,
+    original: _Original, model: onnx.ModelProto, fixed: int | None, batch_size: int, log: Log
 ) -> int | None:
     """The one batch size that the model is to be run at; None: any will do."""
-    if image.fixed_batch is not None:
-        return image.fixed_batch
-    if any(node.op_type in DYNAMIC for node in _all_nodes(model.graph)):
-        log(
-            f"{original.path}: is quantised dynamically, so images in a batch would change each "
-            "other's answers: it runs on one image at a time (batches of 1)"
-        )
-        return 1
+    if fixed is not None:
+        return fixed
     if all(original.answers_at(size) for size in _sizes(batch_size)):
         return None
     sizes = _batches_to_try(model, batch_size)

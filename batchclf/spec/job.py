@@ -308,7 +308,8 @@ class ModelSpec(_Spec):
         None, description="Layout of the ONNX file's input, where it cannot be told from its shape."
     )
     output_name: str | None = Field(
-        None, description="Which output of the ONNX file holds the class scores, if several could."
+        None,
+        description="Which output of the ONNX file, or tensor inside it, holds the class scores.",
     )
     bundle: FilePath | None = Field(None, description="Folder that `batchclf export` wrote.")
     preprocess: PreprocessSpec | None = Field(

@@ -333,7 +333,7 @@ def test_rows_that_depend_on_their_neighbours_are_refused(tmp_path: Path) -> Non
     model.graph.node.append(helper.make_node("ReduceMean", ["before"], ["mean"], axes=[0]))
     model.graph.node.append(helper.make_node("Sub", ["before", "mean"], ["answer"]))
     onnx.save(model, tmp_path / "own.onnx")
-    with pytest.raises(ModelError, match="gives other answers than its source"):
+    with pytest.raises(ModelError, match=r"gives other answers than its source.*model\.eval\(\)"):
         resolve(tmp_path / "own.onnx")
 
 

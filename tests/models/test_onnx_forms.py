@@ -612,6 +612,20 @@ def test_files_quantised_by_onnx_runtime_give_their_own_answers(
     np.testing.assert_array_equal(answers(found, images_NHWC), expected_NK)
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_dynamic_8_bits_with_a_batch_of_its_own_run_one_image_at_a_time_too(
+    tmp_path: Path, batch: int
+) -> None:
+    images_NHWC = pixels(8)
+    path = save(WIDE.but(batch=batch), tmp_path / "own.onnx")
+    alone = save(WIDE, tmp_path / "alone.onnx")
+    found = resolve(quantised(path, "dynamic", as_fed(images_NHWC)))
+    assert found.bundle.meta.fixed_batch == 1
+    by_hand = quantised(alone, "dynamic", as_fed(images_NHWC))
+    expected_NK = ask_by_hand(by_hand, "answer", as_fed(images_NHWC))
+    np.testing.assert_array_equal(answers(found, images_NHWC), expected_NK)
+
+
 def test_every_byte_is_rounded_to_8_bits_as_torchvisions_arithmetic_has_it(tmp_path: Path) -> None:
     """Mean and std of 0.5 and an input of [-1, 1]: each byte lies between two of its steps."""
     shape: list[Dim] = ["batch", 3, 16, 16]
