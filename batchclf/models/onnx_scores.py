@@ -255,11 +255,11 @@ def _refuse_picked(what: str, name: str, makers: Makers) -> None:
         return
     if node.op_type == "NonMaxSuppression":
         raise ModelError(
-            f"model.onnx: {what}: output {name} comes from a NonMaxSuppression, so this is a "
+            f"model.onnx: {what}: output {name} comes from NonMaxSuppression, so this is a "
             "detector of objects; batchclf runs classifiers, whose output is one score per class"
         )
     raise ModelError(
-        f"model.onnx: {what}: output {name} is what a {node.op_type} picked, not a score for each "
+        f"model.onnx: {what}: output {name} is what {node.op_type} picked, not a score for each "
         f"class; take the tensor that it picked from: model.output_name: {node.input[0]}"
     )
 
@@ -273,7 +273,7 @@ def _listed(graph: onnx.GraphProto, makers: Makers) -> str:
             inner, node = node.input[0], makers.get(node.input[0])
         line = f"\n  {value.name}, {_described(value)}"
         if (picked := _picker(value.name, makers)) is not None:
-            line += f", what a {picked.op_type} picked from: model.output_name: {picked.input[0]}"
+            line += f", what {picked.op_type} picked from: model.output_name: {picked.input[0]}"
         elif not value.type.HasField("tensor_type"):
             line += f", around a tensor: model.output_name: {inner}" if inner != value.name else ""
         elif value.type.tensor_type.elem_type in _FLOATS:

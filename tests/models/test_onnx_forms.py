@@ -138,7 +138,7 @@ def in_8_bits(operator: str) -> list[onnx.NodeProto]:
     names = ["x_q", "x_scale", "x_zero", "q_scale", "q_zero"]
     attributes: dict[str, Any] = {"axis": 1, "opset": 13} if operator == "QLinearSoftmax" else {}
     return [
-        node("QuantizeLinear", ["before", "x_scale", "x_zero"], ["x_q"]),
+        node("QuantizeLinear", ["logits", "x_scale", "x_zero"], ["x_q"]),
         node(operator, names, ["y_q"], domain="com.microsoft", **attributes),
         node("DequantizeLinear", ["y_q", "q_scale", "q_zero"], ["answer"]),
     ]
@@ -147,7 +147,7 @@ def in_8_bits(operator: str) -> list[onnx.NodeProto]:
 def ends(activation: str) -> dict[str, list[onnx.NodeProto]]:
     """Ways for a graph to end in an activation and not to look like it."""
     axis: list[dict[str, Any]] = [{"axis": 0}, {"axis": 1}] if activation == "Softmax" else [{}, {}]
-    act = node(activation, ["before"], ["p"], **axis[1])
+    act = node(activation, ["logits"], ["p"], **axis[1])
     return {
         "quantised": [act, *quantise("p", "answer")],
         "quantised twice": [act, *quantise("p", "p2"), *quantise("p2", "answer")],
@@ -159,7 +159,7 @@ def ends(activation: str) -> dict[str, list[onnx.NodeProto]]:
         "identity": [act, node("Identity", ["p"], ["answer"])],
         "reshaped": [act, *quantise("p", "p2"), node("Reshape", ["p2", "flat"], ["answer"])],
         "transposed": [
-            node("Transpose", ["before"], ["t"], perm=[1, 0]),
+            node("Transpose", ["logits"], ["t"], perm=[1, 0]),
             node(activation, ["t"], ["p"], **axis[0]),
             node("Transpose", ["p"], ["u"], perm=[1, 0]),
             *quantise("u", "answer"),
@@ -169,17 +169,31 @@ def ends(activation: str) -> dict[str, list[onnx.NodeProto]]:
     }
 
 
-def add_constants(model: onnx.ModelProto) -> None:
+FLAT = PLAIN.but(num_classes=200)
+"""With scores of 1/200 or so, in steps of 1/256: rows of them add up to anything but 1."""
+
+
+def with_end(
+    tail: list[onnx.NodeProto], path: Path, output_type: int = TensorProto.FLOAT
+) -> onnx.ModelProto:
+    """The model of 200 classes, its logits made small, and `tail` after them."""
+    model = build(FLAT)
     constants(
         model,
+        small=np.float32(0.02),
         q_scale=np.float32(1 / 256),
         q_zero=np.uint8(0),
         x_scale=np.float32(0.05),
         x_zero=np.uint8(128),
-        flat=np.array([-1, 5]),
+        flat=np.array([-1, FLAT.num_classes]),
         low=np.float32(0),
         high=np.float32(1),
+        axis=np.array([1]),
     )
+    output = helper.make_tensor_value_info("answer", output_type, ["batch", FLAT.num_classes])
+    with_tail(model, [node("Mul", ["before", "small"], ["logits"]), *tail], [output])
+    onnx.save(model, path)
+    return model
 
 
 @pytest.mark.parametrize("activation", ["Softmax", "Sigmoid"])
@@ -187,10 +201,7 @@ def add_constants(model: onnx.ModelProto) -> None:
 def test_an_activation_in_the_graph_is_seen_behind_what_hands_it_on(
     tmp_path: Path, activation: str, end: str
 ) -> None:
-    model = build(PLAIN)
-    add_constants(model)
-    tail = ends(activation)[end]
-    onnx.save(with_tail(model, tail, [float_value("answer", ["batch", 5])]), tmp_path / "own.onnx")
+    with_end(ends(activation)[end], tmp_path / "own.onnx")
     found, said = resolve_and_hear(tmp_path / "own.onnx")
     assert found.bundle.meta.activation == "none"
     assert ("do not exclude each other" in said) == (activation == "Sigmoid")
@@ -202,29 +213,24 @@ def test_an_activation_in_the_graph_is_seen_behind_what_hands_it_on(
 
 
 def test_a_softmax_in_its_parts_is_one(tmp_path: Path) -> None:
-    model = build(PLAIN)
-    add_constants(model)
-    constants(model, axis=np.array([1]))
     tail = [
-        node("ReduceMax", ["before"], ["most"], axes=[1]),
-        node("Sub", ["before", "most"], ["shifted"]),
+        node("ReduceMax", ["logits"], ["most"], axes=[1]),
+        node("Sub", ["logits", "most"], ["shifted"]),
         node("Exp", ["shifted"], ["above"]),
         node("ReduceSum", ["above", "axis"], ["below"]),
         node("Div", ["above", "below"], ["p"]),
         *quantise("p", "answer"),
     ]
-    onnx.save(with_tail(model, tail, [float_value("answer", ["batch", 5])]), tmp_path / "own.onnx")
+    with_end(tail, tmp_path / "own.onnx")
     assert resolve(tmp_path / "own.onnx").bundle.meta.activation == "none"
 
 
 @pytest.mark.parametrize("name", ["own", "function"])
 def test_a_softmax_inside_a_function_of_the_file_is_one(tmp_path: Path, name: str) -> None:
-    model = build(PLAIN)
-    add_constants(model)
     body = [node("Softmax", ["x"], ["y"], axis=-1)]
     made = helper.make_function(name, "head", ["x"], ["y"], body, [helper.make_opsetid("", 17)])
-    tail = [node("head", ["before"], ["p"], domain=name), *quantise("p", "answer")]
-    with_tail(model, tail, [float_value("answer", ["batch", 5])])
+    tail = [node("head", ["logits"], ["p"], domain=name), *quantise("p", "answer")]
+    model = with_end(tail, tmp_path / "own.onnx")
     model.functions.append(made)
     onnx.save(model, tmp_path / "own.onnx")
     found = resolve(tmp_path / "own.onnx")
@@ -234,15 +240,12 @@ def test_a_softmax_inside_a_function_of_the_file_is_one(tmp_path: Path, name: st
 
 @pytest.mark.parametrize("activation", ["Softmax", "Sigmoid"])
 def test_scores_of_8_bits_are_made_floats(tmp_path: Path, activation: str) -> None:
-    model = build(PLAIN)
-    add_constants(model)
     tail = [
-        node(activation, ["before"], ["p"]),
+        node(activation, ["logits"], ["p"]),
         *quantise("p", "p2", and_back=False),
         node("Reshape", ["p2", "flat"], ["answer"]),
     ]
-    output = helper.make_tensor_value_info("answer", TensorProto.UINT8, ["batch", 5])
-    onnx.save(with_tail(model, tail, [output]), tmp_path / "own.onnx")
+    with_end(tail, tmp_path / "own.onnx", TensorProto.UINT8)
     found = resolve(tmp_path / "own.onnx")
     images_NHWC = pixels(8)
     steps_NK = ask_by_hand(tmp_path / "own.onnx", "answer", as_fed(images_NHWC))
@@ -251,9 +254,7 @@ def test_scores_of_8_bits_are_made_floats(tmp_path: Path, activation: str) -> No
 
 
 def test_log_softmax_is_a_kind_of_logits(tmp_path: Path) -> None:
-    model = build(PLAIN)
-    tail = [node("LogSoftmax", ["before"], ["answer"], axis=1)]
-    onnx.save(with_tail(model, tail, [float_value("answer", ["batch", 5])]), tmp_path / "own.onnx")
+    with_end([node("LogSoftmax", ["logits"], ["answer"], axis=1)], tmp_path / "own.onnx")
     assert resolve(tmp_path / "own.onnx").bundle.meta.activation == "softmax"
 
 
