@@ -273,6 +273,8 @@ def _original(
     with tempfile.TemporaryDirectory(prefix=".original-", dir=folder.parent) as temporary:
         file = Path(temporary) / MODEL_FILE
         save_model(model, file)
+        if (Path(temporary) / f"{MODEL_FILE}.data").exists():  # then the model has lost its weights
+            onnx.load_external_data_for_model(model, temporary)
         with _named(path, file):
             run = open_reference(file, tensor.name)
             yield run

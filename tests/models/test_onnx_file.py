@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from batchclf.errors import ModelError
+from batchclf.models import graph
 from batchclf.models.resolve import ResolvedModel, resolve_model
 from batchclf.runtime.classifier import OnnxClassifier, open_classifier, open_reference
 from batchclf.spec.job import ModelSpec
@@ -432,6 +433,17 @@ def test_weights_in_a_second_file_are_read(tmp_path: Path) -> None:
     found = resolve(path)
     assert_answers_as_by_hand(path, PLAIN, found)
     assert sorted(found.bundle.meta.files) == ["model.onnx"]
+
+
+def test_weights_too_large_for_one_file_stay_in_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "MAX_PROTOBUF_BYTES", 1000)
+    model = PLAIN.but(num_classes=64, seed=2)
+    path = save_with_external_data(model, tmp_path / "own.onnx", "own.onnx.data")
+    found = resolve(path)
+    assert sorted(found.bundle.meta.files) == ["model.onnx", "model.onnx.data"]
+    assert_answers_as_by_hand(path, model, found)
 
 
 @pytest.mark.parametrize("location", ["own.onnx.data", "weights.bin"])
