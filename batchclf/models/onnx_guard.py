@@ -32,6 +32,7 @@ _MAX_NAME_BYTES = 4096
 
 _ORT_FORMAT = b"ORTM"
 """At offset 4 of ONNX Runtime's other format, which it takes a file for whatever its name is."""
+_LFS_POINTER = b"version https://git-lfs"
 _MESSAGES = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "graph": {1: "node", 5: "tensor", 11: "value", 12: "value", 13: "value", 15: "sparse"},
@@ -233,6 +234,11 @@ def _walk(path: Path, what: str) -> _Walk:
             start = file.read(24)
             file.seek(0)
             walk = _Walk(file)
+            if start.startswith(_LFS_POINTER):
+                raise ModelError(
+                    f"{what}: is a Git LFS pointer, not the file itself; fetch it with `git lfs "
+                    "pull`, or download it from the repository's web page"
+                )
             if start[4:8] == _ORT_FORMAT:
                 raise _Malformed("ONNX Runtime's own format")
             walk.message("model", found.st_size)

@@ -111,7 +111,7 @@ def score_tensor(what: str, model: onnx.ModelProto, wanted: str | None) -> Score
             )
         value = outputs.get(wanted, onnx.ValueInfoProto(name=wanted))
         maker = makers.get(wanted)
-        if maker is not None and maker.op_type == "ZipMap":
+        if maker is not None and maker.op_type == "ZipMap" and maker.input:
             return _inside_zip_map(maker, makers, outputs)
         _refuse_picked(what, wanted, makers)
         return _tensor(value, makers)
@@ -142,7 +142,7 @@ def _candidate(
 ) -> ScoreTensor | None:
     """The class scores that an output gives or wraps; None: it cannot be them."""
     maker = makers.get(value.name)
-    if maker is not None and maker.op_type == "ZipMap":
+    if maker is not None and maker.op_type == "ZipMap" and maker.input:
         found = _inside_zip_map(maker, makers, outputs)
         return None if found.name in outputs else found
     if not value.type.HasField("tensor_type") or _picker(value.name, makers) is not None:
@@ -168,7 +168,7 @@ def _only(candidates: tuple[ScoreTensor, ...], makers: Makers) -> ScoreTensor | 
         if one.ending == "unknown":
             continue
         end = _behind(one.name, makers)
-        inner = set(_chain(end.input[0], makers)) if end is not None else set()
+        inner = set(_chain(end.input[0], makers)) if end is not None and end.input else set()
         if all(other is one or other.name in inner for other in candidates):
             return _noted(
                 one, f"takes {one.name}, the {one.ending} of the other outputs ({others})"
@@ -189,7 +189,10 @@ def _inside_zip_map(
     """The tensor of which a ZipMap makes one dictionary per image, with its keys as labels."""
     inner = node.input[0]
     keys = attribute(node, "classlabels_strings", ()) or attribute(node, "classlabels_int64s", ())
-    labels = tuple(key.decode() if isinstance(key, bytes) else str(key) for key in keys)
+    keys = keys if isinstance(keys, list) else []
+    labels = tuple(
+        key.decode(errors="replace") if isinstance(key, bytes) else str(key) for key in keys
+    )
     found = _tensor(outputs.get(inner, onnx.ValueInfoProto(name=inner)), makers)
     note = f"takes {inner}, the tensor inside the dictionaries of {node.output[0]}"
     return ScoreTensor(
@@ -242,7 +245,7 @@ def _picker(name: str, makers: Makers) -> onnx.NodeProto | None:
             if node is None or tensor in seen:
                 break
             seen.add(tensor)
-            if node.op_type in (*_PICKERS, "NonMaxSuppression"):
+            if node.op_type in (*_PICKERS, "NonMaxSuppression") and node.input:
                 return node
             if node.op_type in _JOINERS or node.op_type.startswith("Gather"):
                 waiting += node.input
@@ -308,7 +311,7 @@ def ending_of(name: str, makers: Makers) -> Ending:
     node = _behind(name, makers)
     if node is None:
         return "unknown"
-    if node.op_type == "Div":
+    if node.op_type == "Div" and len(node.input) == 2:
         above, below = (_behind(one, makers) for one in node.input)
         operators = [one.op_type for one in (above, below) if one is not None]
         return "softmax" if operators == ["Exp", "ReduceSum"] else "unknown"

@@ -447,6 +447,11 @@ def test_of_dictionaries_the_tensor_inside_is_taken_with_their_keys_as_labels(
         assert "class names from its ZipMap" in said
 
 
+def test_keys_that_are_no_text_are_labels_all_the_same(tmp_path: Path) -> None:
+    onnx.save(dictionaries({"classlabels_strings": [b"caf\xe9", *FIVE[1:]]}), tmp_path / "own.onnx")
+    assert resolve(tmp_path / "own.onnx").labels == ("caf\ufffd", *FIVE[1:])
+
+
 def test_of_a_sequence_the_tensor_inside_is_named(tmp_path: Path) -> None:
     model = build(PLAIN)
     one = helper.make_tensor_type_proto(TensorProto.FLOAT, None)

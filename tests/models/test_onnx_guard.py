@@ -393,6 +393,14 @@ def test_what_parsers_may_read_differently_is_refused(
     assert why in refusal(path)
 
 
+def test_a_git_lfs_pointer_is_named_as_one(tmp_path: Path) -> None:
+    path = tmp_path / "own.onnx"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`" in refusal(
+        path
+    )
+
+
 def test_messages_nested_without_end_are_refused(tmp_path: Path) -> None:
     inner = b""
     for _ in range(2000):  # a graph of a node with an attribute that is a graph
