@@ -290,7 +290,6 @@ def _described(value: onnx.ValueInfoProto) -> str:
     if kind != "tensor_type":
         return str(kind or "of no type").removesuffix("_type")
     tensor = value.type.tensor_type
-    names = {number: name for name, number in TensorProto.DataType.items()}
     names = {number: name.lower() for name, number in TensorProto.DataType.items()}
     names |= {TensorProto.FLOAT: "float32", TensorProto.DOUBLE: "float64"}
     name = names.get(tensor.elem_type, "of an unknown type")
