@@ -25,7 +25,7 @@ WITHOUT_GPU = ("tests/sessions/test_refusals.py", "tests/runtime")
 @nox.session
 def cpu(session: nox.Session) -> None:
     """Everything, on plain onnxruntime."""
-    _test(session, "cpu,export,test")
+    _test(session, "cpu,export,timm,hf,test")
 
 
 @nox.session

@@ -36,7 +36,10 @@ OUTSIDE = {
         *("models/export.py", "models/checkpoints.py", "models/matching.py", "models/states.py"),
         "models/zoo/",
     ),
-    "torchvision": ("models/zoo/torchvision.py",),
+    "torchvision": ("models/zoo/torchvision.py", "models/zoo/hf_processor.py"),
+    "timm": ("models/zoo/timm.py",),
+    "transformers": ("models/zoo/hf.py", "models/zoo/hf_processor.py"),
+    "huggingface_hub": ("models/zoo/",),
     "onnx": (
         *("models/onnx_file.py", "models/onnx_input.py", "models/onnx_load.py"),
         *("models/onnx_scores.py", "models/graph.py", "models/equalize.py"),
@@ -204,7 +207,8 @@ def test_a_run_from_a_cached_bundle_imports_no_torch_and_no_onnx(tmp_path: Path)
     run_here(job)
     found = imported_by_all("run", str(job), "--overwrite", "--limit", "3")
     assert {"numpy", "PIL", "onnxruntime"} <= found
-    assert found & {"torch", "torchvision", "onnx", "onnxscript", "safetensors", "ray"} == set()
+    assert found & {"torch", "torchvision", "timm", "transformers", "huggingface_hub"} == set()
+    assert found & {"onnx", "onnxscript", "safetensors", "ray"} == set()
 
 
 def test_the_process_that_watches_a_run_stays_small(tmp_path: Path) -> None:

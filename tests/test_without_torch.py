@@ -22,7 +22,7 @@ def test_a_bundle_runs_in_an_environment_without_torch(batchclf: Batchclf, tmp_p
     python = environment / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "-q", f"{ROOT}[cpu]"], check=True)
     probe = "import importlib.util as u; print([n for n in %r if u.find_spec(n)])"
-    heavy = ["torch", "torchvision", "onnx", "onnxscript"]
+    heavy = ["torch", "torchvision", "timm", "transformers", "onnx", "onnxscript"]
     found = subprocess.run(
         [python, "-c", probe % heavy], capture_output=True, text=True, check=True
     )

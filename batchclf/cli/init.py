@@ -16,8 +16,9 @@ input: {input}                  # folder (walked recursively), glob such as phot
 output: {output}                # folder for the results; created
 
 model:
-  name: {model}                 # any torchvision classification model
-  weights: DEFAULT              # torchvision weights name, path to a .pth or .safetensors file,
+  name: {model}                 # any torchvision classification model; timm/NAME; hf/FOLDER, as
+                                # transformers saved it, or hf/OWNER/NAME of the hub
+  weights: DEFAULT              # the library's name for them, path to a .pth or .safetensors file,
                                 # or none (random, for benchmarks)
   # labels: labels.txt          # imagenet, or a text file with one name per line;
                                 # default: the names that come with the weights

@@ -30,6 +30,8 @@ PACKAGES = (
     "onnx",
     "onnxscript",
     "safetensors",
+    "timm",
+    "transformers",
     "openvino",
     "ray",
 )

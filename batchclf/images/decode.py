@@ -200,7 +200,7 @@ class Decoder:
             rgb = rgb.convert("L").convert("RGB")
         size = resized_size(picture.width, picture.height, self.preprocess.resize)
         crop_h, crop_w = self.preprocess.crop
-        window = crop_window(size, (crop_w, crop_h))
+        window = crop_window(size, (crop_w, crop_h), self.preprocess.crop_rounding)
         filter_ = self.preprocess.interpolation
         enlarging = size[0] > rgb.width and size[1] > rgb.height
         if enlarging and size[0] * size[1] > MAX_RESIZED_PIXELS:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from batchclf.results.records import Interpolation, Pixels
+from batchclf.results.records import CropRounding, Interpolation, Pixels
 
 PRECISION_BITS = 22
 """Fixed-point bits of Pillow's 8-bit coefficients: 32 - 8 - 2 (src/libImaging/Resample.c)."""
@@ -53,18 +53,24 @@ def resized_size(width: int, height: int, resize: int | tuple[int, int]) -> tupl
 
 
 @lru_cache(_NUM_CACHED)
-def crop_window(size: tuple[int, int], crop: tuple[int, int]) -> Window:
+def crop_window(
+    size: tuple[int, int], crop: tuple[int, int], rounding: CropRounding = "even"
+) -> Window:
     """Centre crop of `crop` (width, height) from `size`; smaller images are centred and padded.
 
-    Source: torchvision.transforms.functional.center_crop.
+    Source: torchvision.transforms.functional.center_crop; transformers.image_transforms.center_crop
+    where it is rounded down.
     """
     (left, width, pad_left), (top, height, pad_top) = (
-        _crop_axis(length, kept) for length, kept in zip(size, crop, strict=True)
+        _crop_axis(length, kept, rounding) for length, kept in zip(size, crop, strict=True)
     )
     return Window(left, top, width, height, pad_left, pad_top)
 
 
-def _crop_axis(length: int, kept: int) -> tuple[int, int, int]:
+def _crop_axis(length: int, kept: int, rounding: CropRounding) -> tuple[int, int, int]:
+    if rounding == "down":
+        start = (length - kept) // 2  # below zero: padded, by half rounded up
+        return max(start, 0), min(length, kept), max(-start, 0)
     if kept > length:
         return 0, length, (kept - length) // 2
     return round((length - kept) / 2.0), kept, 0

@@ -83,6 +83,11 @@ def eager(model: BuiltModel, threads: int) -> Run:
 
 
 def count_outputs(module: nn.Module, preprocess: Preprocess, name: str) -> int:
+    """How many numbers a module gives per image.
+
+    Raises:
+        ModelError: it does not take images of the crop's size.
+    """
     with torch.inference_mode():
         try:
             logits_NK = module(torch.zeros(2, 3, *preprocess.crop))
@@ -148,13 +153,20 @@ def _export(module: nn.Module, path: Path, *, example: Tensor) -> None:
                 verbose=False,
             )
     except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
+        cause = _innermost(error)  # the exporter wraps it in pages of advice to its own authors
         raise ModelError(
-            f"the model cannot be exported to ONNX: {type(error).__name__}: {first_line(error)}"
+            f"the model cannot be exported to ONNX: {type(cause).__name__}: {first_line(cause)}"
         ) from error
     assert program is not None
     num_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
     _forget_origins(program)
     program.save(path, external_data=num_bytes > MAX_PROTOBUF_BYTES)
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _forget_origins(program: Any) -> None:

@@ -38,6 +38,14 @@ from batchclf.system.paths import kind_of, require_readable
 
 TORCH_PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "safetensors")
 ONNX_PACKAGES = ("onnx",)
+_LIBRARY_PACKAGES = {"torchvision": (), "timm": ("timm",), "hf": ("transformers",)}
+"""What each library of models needs beside these; its name is that of its extra, too."""
+HF_CONFIG = "config.json"
+_HF_FILES = (
+    *(HF_CONFIG, "preprocessor_config.json", "processor_config.json"),
+    *("*.safetensors", "pytorch_model*.bin", "*.index.json"),
+)
+"""Of a folder that transformers wrote: all that a model can depend on."""
 
 Log = Callable[[str], None]
 
@@ -111,9 +119,9 @@ def open_eager(spec: ModelSpec, threads: int, log: Log) -> Run | str:
     """
     if spec.name is None:
         given = "an ONNX file" if spec.onnx is not None else "a bundle"
-        return f"the job names {given}, not a torchvision model"
-    if missing := _missing(*TORCH_PACKAGES):
-        return f"{', '.join(missing)} not installed: pip install 'batchclf[export]'"
+        return f"the job names {given}, not a PyTorch model"
+    if missing := _missing(*_packages(spec)):
+        return f"{', '.join(missing)} not installed: pip install 'batchclf[{_extras(spec)}]'"
     model = _import_zoo(spec).build(spec, log)
     from batchclf.models import export
 
@@ -151,6 +159,7 @@ def _require_readable(spec: ModelSpec) -> None:
     """
     named = {
         "model.onnx": spec.onnx,
+        "model.name": spec.folder and spec.folder / HF_CONFIG,
         "model.bundle": spec.bundle and spec.bundle / META_FILE,
         "model.weights": spec.weights_path,
         "model.labels": spec.labels_path,
@@ -207,12 +216,28 @@ def _request(spec: ModelSpec, labels: tuple[str, ...]) -> dict[str, object]:
         }
     path = spec.weights_path
     return request | {
-        "name": spec.name,
+        "name": _model_name(spec),
+        "folder": _digests(spec.folder),
         "weights": spec.weights if path is None else _digest("model.weights", path),
         "num_classes": spec.num_classes,
         "transform_input": spec.transform_input,
-        "versions": versions_of("torch", "torchvision", "onnx", "onnxscript"),
+        "versions": versions_of(
+            *("torch", "torchvision", "onnx", "onnxscript"), *_LIBRARY_PACKAGES[spec.library]
+        ),
     }
+
+
+def _model_name(spec: ModelSpec) -> str:
+    """As the job says, but of a folder only its own name: the same wherever it lies."""
+    assert spec.name is not None
+    return spec.name if spec.folder is None else f"{spec.library}/{spec.folder.name}"
+
+
+def _digests(folder: Path | None) -> dict[str, str] | None:
+    if folder is None:
+        return None
+    files = sorted(path for pattern in _HF_FILES for path in folder.glob(pattern))
+    return {path.name: _digest("model.name", path) for path in files}
 
 
 def _digest(key: str, path: Path) -> str:
@@ -222,13 +247,23 @@ def _digest(key: str, path: Path) -> str:
         raise ModelError(f"{key}: {path}: cannot be read: {error.strerror}") from None
 
 
-def _require_packages(what: str, *modules: str) -> None:
+def _require_packages(what: str, *modules: str, extras: str = "export") -> None:
     if missing := _missing(*modules):
         raise UsageError(
             f"{what} has to be exported first, which needs {', '.join(missing)}: "
-            "pip install 'batchclf[export]', or run `batchclf export` where they are installed "
+            f"pip install 'batchclf[{extras}]', or run `batchclf export` where they are installed "
             "and name the folder in model.bundle"
         )
+
+
+def _packages(spec: ModelSpec) -> tuple[str, ...]:
+    """What builds the model that `spec.name` names."""
+    return (*TORCH_PACKAGES, *_LIBRARY_PACKAGES[spec.library])
+
+
+def _extras(spec: ModelSpec) -> str:
+    """The extras of this package that bring `_packages`."""
+    return f"export,{spec.library}" if _LIBRARY_PACKAGES[spec.library] else "export"
 
 
 def _missing(*modules: str) -> list[str]:
@@ -238,7 +273,7 @@ def _missing(*modules: str) -> list[str]:
 def _import_zoo(spec: ModelSpec) -> ModuleType:
     """What imports torch; kept out of every run that has its bundle."""
     assert spec.name is not None
-    _require_packages(spec.name, *TORCH_PACKAGES)
+    _require_packages(spec.name, *_packages(spec), extras=_extras(spec))
     try:
         from batchclf.models import zoo
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
@@ -272,7 +307,8 @@ class _Building:
     def _from_zoo(self, folder: Path) -> BundleMeta:
         spec = self.spec
         assert spec.name is not None
-        self.log(f"exporting {spec.name} ({spec.weights}) to ONNX; this is done once")
+        name = _model_name(spec)
+        self.log(f"exporting {name} ({spec.weights}) to ONNX; this is done once")
         model = _import_zoo(spec).build(spec, self.log)
         from batchclf.models import export
 
@@ -284,12 +320,12 @@ class _Building:
         sample_NHWC = sample_pixels(*model.preprocess.crop)
         reference = self.open_reference(folder / MODEL_FILE)
         return BundleMeta(
-            name=spec.name,
+            name=name,
             source={
-                "name": spec.name,
+                "name": name,
                 "weights": spec.weights_path.name if spec.weights_path else spec.weights,
                 "weights_sha256": str(self.request["weights"]) if spec.weights_path else None,
-                **versions_of("torch", "torchvision"),
+                **versions_of("torch", "torchvision", *_LIBRARY_PACKAGES[spec.library]),
             },
             preprocess=model.preprocess,
             labels=self.labels or model.labels,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchclf.errors import ModelError
 from batchclf.models.matching import (
@@ -51,6 +51,25 @@ class Found:
     num_classes: int
     normalisation: dict[str, list[float]]
     """`mean` and `std` of three values, where the file's network normalises its pixels itself."""
+
+    def fill(self, module: nn.Module) -> None:
+        """Put them into the network, built with as many classes.
+
+        Only counters of batch normalisation, which old files lack, stay as they are.
+        """
+        module.load_state_dict({**module.state_dict(), **self.state}, strict=True)
+
+    def require_num_classes(self, asked: int | None, path: Path) -> None:
+        """Refuse another number of classes than the job's, if it gives one.
+
+        Raises:
+            ModelError: naming both.
+        """
+        if asked not in (None, self.num_classes):
+            raise ModelError(
+                f"model.num_classes: found {asked}, but the head in {path} has "
+                f"{self.num_classes} classes"
+            )
 
 
 def find_state(loaded: object, network: Network, path: Path, log: Callable[[str], None]) -> Found:

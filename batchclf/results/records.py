@@ -18,6 +18,7 @@ DecodeMode = Literal["exact", "fast"]
 DecodeBackend = Literal["threads", "processes"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Channels = Literal["rgb", "bgr", "grey"]
+CropRounding = Literal["even", "down"]
 Activation = Literal["softmax", "sigmoid", "none"]
 """What makes scores of a model's output: none where it gives scores already."""
 
@@ -114,6 +115,9 @@ class Preprocess:
     channels: Channels = "rgb"
     """As the model takes them, and as `mean` and `std` are given: grey is Pillow's `convert("L")`
     before the resize, in each of the three."""
+    crop_rounding: CropRounding = "even"
+    """Of half a margin that is odd, at the left and at the top of the crop: to the even number, as
+    torchvision does, or down, as transformers does."""
 
 
 @dataclass(frozen=True, slots=True)

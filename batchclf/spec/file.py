@@ -31,7 +31,12 @@ MAX_SCALAR_CHARS = 8192
 MAX_SHOWN_CHARS = 300
 MAX_PROBLEMS = 20
 """As many are told at once: a file of junk has one a line."""
-PATH_KEYS = ("input", "output", "model.weights", "model.labels", "model.onnx", "model.bundle")
+PATH_KEYS = (
+    *("input", "output", "model.name", "model.weights", "model.labels", "model.onnx"),
+    "model.bundle",
+)
+FOLDER_PREFIX = "hf/"
+"""What a model's name begins with where it may go on with a folder."""
 NAMED_KEYS = ("provider", "engine")
 """Keys that take either a plain name or a mapping with `name` in it."""
 
@@ -128,6 +133,11 @@ def _resolve(key: str, value: str, base: Path, origin: str) -> str:
         return value
     if key == "model.weights" and not is_weights_path(value):
         return value
+    if key == "model.name":
+        rest = value.removeprefix(FOLDER_PREFIX)
+        if rest == value or not _is_folder(rest, base):
+            return value
+        return FOLDER_PREFIX + _resolve("model.name (hf)", rest, base, origin)
     try:
         return os.path.normpath(base / Path(value).expanduser())
     except RuntimeError:  # ~ of a user who is not there
@@ -135,6 +145,16 @@ def _resolve(key: str, value: str, base: Path, origin: str) -> str:
             f"{origin}: {key}: found {shortened(value)}; allowed: a path; "
             "there is no such user's home folder"
         ) from None
+
+
+def _is_folder(value: str, base: Path) -> bool:
+    """Whether what follows `hf/` is a folder, or is at least written as a path, and no hub name."""
+    if value.startswith(("/", "./", "../", "~")):
+        return True
+    try:
+        return (base / value).is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def _apply(document: _Document, override: Override) -> None:

@@ -261,7 +261,7 @@ _BELONGS = {
 
 
 class ModelSpec(_Spec):
-    """The model: `name` (torchvision), or `onnx` (your own file), or `bundle` (exported before)."""
+    """The model: `name` (a library's), or `onnx` (your own file), or `bundle` (exported before)."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -279,12 +279,15 @@ class ModelSpec(_Spec):
         }
     )
 
-    name: str | None = Field(
-        None, min_length=1, description="Any torchvision classification model, such as resnet50."
+    name: FileOrName | None = Field(
+        None,
+        description="Any torchvision classification model, such as resnet50; timm/NAME, one of "
+        "timm's; hf/FOLDER, what transformers' save_pretrained wrote, or hf/OWNER/NAME of the "
+        "Hugging Face hub.",
     )
     weights: FileOrName = Field(
         "DEFAULT",
-        description="torchvision weights name, path to a .pth or .safetensors file, or none.",
+        description="The library's name for them, path to a .pth or .safetensors file, or none.",
     )
     labels: FileOrName | None = Field(
         None, description="`imagenet`, or a text file with one name per line."
@@ -345,6 +348,12 @@ class ModelSpec(_Spec):
         """Whose model `name` is: one of `LIBRARIES`."""
         prefix, slash, _ = (self.name or "").partition("/")
         return prefix if slash and prefix in LIBRARIES[1:] else LIBRARIES[0]
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that transformers wrote the model to, where `name` is of one: `hf//a/b`."""
+        path = (self.name or "").partition("/")[2]
+        return Path(path) if self.library == "hf" and os.path.isabs(path) else None
 
     @property
     def labels_path(self) -> Path | None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 from batchclf.images.resample import Window, crop_window, resize_window, resized_size
@@ -80,6 +81,16 @@ def test_a_size_given_as_height_and_width_is_taken_as_it_is() -> None:
     assert resized_size(640, 480, (100, 300)) == (300, 100)
 
 
+def cut(source_HW: NDArray[np.int32], window: Window, crop: tuple[int, int]) -> NDArray[np.int32]:
+    """The window of an image, with zeros around it where the crop is larger."""
+    found_HW = np.zeros((crop[1], crop[0]), np.int32)
+    found_HW[
+        window.pad_top : window.pad_top + window.height,
+        window.pad_left : window.pad_left + window.width,
+    ] = source_HW[window.top : window.top + window.height, window.left : window.left + window.width]
+    return found_HW
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     length=st.tuples(st.integers(1, 60), st.integers(1, 60)),
@@ -93,9 +104,20 @@ def test_the_crop_window_keeps_and_pads_what_torchvision_does(
     source = np.arange(1, width * height + 1, dtype=np.int32).reshape(height, width)
     expected = np.asarray(functional.center_crop(Image.fromarray(source), [crop[1], crop[0]]))
     window = crop_window(length, crop)
-    found = np.zeros((crop[1], crop[0]), np.int32)
-    found[
-        window.pad_top : window.pad_top + window.height,
-        window.pad_left : window.pad_left + window.width,
-    ] = source[window.top : window.top + window.height, window.left : window.left + window.width]
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(cut(source, window, crop), expected)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    length=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    crop=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+)
+def test_rounded_down_the_crop_window_is_transformers(
+    length: tuple[int, int], crop: tuple[int, int]
+) -> None:
+    transforms = pytest.importorskip("transformers.image_transforms")
+    width, height = length
+    source = np.arange(1, width * height + 1, dtype=np.int32).reshape(height, width)
+    expected = transforms.center_crop(source[None], (crop[1], crop[0]), "channels_first")[0]
+    window = crop_window(length, crop, "down")
+    np.testing.assert_array_equal(cut(source, window, crop), expected)

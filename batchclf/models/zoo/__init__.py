@@ -1,11 +1,15 @@
-"""The models that a job names: torchvision's."""
+"""The models that a job names, of the libraries that build them: torchvision, timm, transformers.
 
+Each has a module of its own with `build` and `check`, imported where its library is asked for.
+"""
+
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from batchclf.models.activation import settled
 from batchclf.models.export import BuiltModel, TwoLogits
-from batchclf.models.zoo import torchvision
 from batchclf.spec.job import ModelSpec
 
 
@@ -19,9 +23,10 @@ def build(spec: ModelSpec, log: Callable[[str], None] = lambda text: None) -> Bu
             and no word of what it means.
         WeightsUnavailable: the download failed.
     """
-    model = torchvision.build(spec, log)
+    model: BuiltModel = _library(spec).build(spec, log)
     num_outputs = len(model.labels)
-    activation = settled(spec.activation, num_outputs, f"model.name: {spec.name}")
+    own = None if model.activation == "softmax" else model.activation
+    activation = settled(spec.activation or own, num_outputs, f"model.name: {spec.name}")
     if num_outputs == 1 and activation == "softmax":
         model = replace(model, module=TwoLogits(model.module), labels=("0", "1"))
     return replace(model, activation=activation)
@@ -33,4 +38,8 @@ def check(spec: ModelSpec) -> None:
     Raises:
         ModelError: with the nearest names.
     """
-    torchvision.check(spec)
+    _library(spec).check(spec)
+
+
+def _library(spec: ModelSpec) -> Any:
+    return importlib.import_module(f"batchclf.models.zoo.{spec.library}")

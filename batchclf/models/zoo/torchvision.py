@@ -1,14 +1,8 @@
 """torchvision's classification models: built with pretrained, own or random weights."""
 
-import contextlib
 import difflib
-import http.client
 import math
-import os
-import pickle
-import re
-import urllib.error
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +10,17 @@ import torch
 from torch import nn
 from torchvision import models as zoo
 
-from batchclf.errors import ModelError, WeightsUnavailable
+from batchclf.errors import ModelError
 from batchclf.models.activation import settled
 from batchclf.models.bundle import sha256_of
-from batchclf.models.checkpoints import first_line, read_checkpoint, require_safe_torch
-from batchclf.models.download import downloaded
+from batchclf.models.checkpoints import read_checkpoint, require_safe_torch
 from batchclf.models.export import BuiltModel, count_outputs
 from batchclf.models.matching import network_of, tensors_named
 from batchclf.models.states import Found, find_state
+from batchclf.models.zoo import fetch
 from batchclf.results.records import Interpolation, Preprocess
 from batchclf.spec.job import ModelSpec, PreprocessSpec
 
-_FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.pth$")
-"""As torchvision names its files: the beginning of their SHA-256."""
 _FEEDS_OWN_NORMALISATION = ("googlenet", "inception_v3")
 """Models whose pretrained weights expect `transform_input=True` (torchvision's builders set it)."""
 _TRAINING_HEADS = ("aux1.", "aux2.", "AuxLogits.")
@@ -52,7 +43,8 @@ def build(spec: ModelSpec, log: Callable[[str], None] = lambda text: None) -> Bu
     normalisation: Mapping[str, list[float]] = {}
     if spec.weights_path is not None:
         found, options = _find_weights(spec, spec.weights_path, log)
-        module = _build_from_state(name, found, options)
+        module = _bare(name, found.num_classes, **options)
+        found.fill(module)
         normalisation = found.normalisation
         labels = None
         member = _reference_weights(enum, module)
@@ -129,65 +121,14 @@ def _bare(name: str, num_classes: int, **options: object) -> nn.Module:
 
 def _build_pretrained(name: str, member: zoo.WeightsEnum, log: Callable[[str], None]) -> nn.Module:
     require_safe_torch(f"weights {member}")
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(member.url).name)
     try:
-        with _tensors_only():
-            if path.exists():
-                _require_hash(path, path.name)
-            else:
-                _download(member.url, path, log)
+        with fetch.tensors_only():
+            fetch.from_url(member.url, log)
             module: nn.Module = zoo.get_model(name, weights=member)
         return module
-    except (
-        OSError,
-        RuntimeError,
-        pickle.UnpicklingError,
-        EOFError,
-        http.client.HTTPException,
-    ) as error:
-        if isinstance(error, urllib.error.HTTPError | urllib.error.URLError | TimeoutError):
-            what = f"cannot be downloaded: {error.reason if hasattr(error, 'reason') else error}"
-        elif "invalid hash value" in str(error):
-            what = "were damaged in the download (wrong hash); a proxy may have answered instead"
-        elif isinstance(error, http.client.HTTPException):
-            what = f"cannot be downloaded: {type(error).__name__}: {first_line(error)}"
-        else:
-            what = f"cannot be loaded: {first_line(error)}"
-        raise WeightsUnavailable(
-            f"weights {member} {what}\n"
-            f"  from: {member.url}\n"
-            f"  to:   {path}\n"
-            "  Check the network and the proxy, or put the file there by hand (delete a damaged "
-            "one first), or name a file of your own in model.weights."
-        ) from error
-
-
-@contextlib.contextmanager
-def _tensors_only() -> Iterator[None]:
-    """torchvision's builders leave torch.hub its default, which is to run the code in a file."""
-    before = os.environ.get(_FORCE_WEIGHTS_ONLY)
-    os.environ[_FORCE_WEIGHTS_ONLY] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[_FORCE_WEIGHTS_ONLY]
-        if before is not None:
-            os.environ[_FORCE_WEIGHTS_ONLY] = before
-
-
-def _download(url: str, path: Path, log: Callable[[str], None]) -> None:
-    """Put weights where torch.hub looks for them, whose own download may wait for ever."""
-    log(f"downloading {url}")
-    with downloaded(url, path.parent) as partial:
-        _require_hash(partial, path.name)
-        os.replace(partial, path)
-
-
-def _require_hash(path: Path, name: str) -> None:
-    """torch.hub takes a file that is there as it is."""
-    expected = _HASH_IN_NAME.search(name)
-    if expected and not sha256_of(path).startswith(expected[1]):
-        raise RuntimeError(f"invalid hash value of {path}")
+    except fetch.LOADING as error:
+        path = fetch.path_of(member.url)
+        raise fetch.unavailable(error, str(member), member.url, path) from error
 
 
 def _weights_member(name: str, enum: Any, weights: str) -> zoo.WeightsEnum:
@@ -238,27 +179,15 @@ def _find_weights(
             options["image_size"] = patch * math.isqrt(positions.shape[1] - 1)  # less class token
     network = network_of(name, lambda count: _bare(name, count, **options), _TRAINING_HEADS)
     found = find_state(loaded, network, path, log)
-    if spec.num_classes not in (None, found.num_classes):
-        raise ModelError(
-            f"model.num_classes: found {spec.num_classes}, but the head in {path} has "
-            f"{found.num_classes} classes"
-        )
+    found.require_num_classes(spec.num_classes, path)
     return found, options
 
 
 def _is_torchvisions_own(name: str, path: Path) -> bool:
     """Whether a file, whatever its name, is one that torchvision publishes."""
-    hashes = [_HASH_IN_NAME.search(member.url) for member in zoo.get_model_weights(name)]
+    urls = [member.url for member in zoo.get_model_weights(name)]
     digest = sha256_of(path)
-    return any(found is not None and digest.startswith(found[1]) for found in hashes)
-
-
-def _build_from_state(name: str, found: Found, options: Mapping[str, object]) -> nn.Module:
-    module = _bare(name, found.num_classes, **options)
-    state = module.state_dict()
-    state.update(found.state)  # all but, in old files, the counters of batch normalisation
-    module.load_state_dict(state, strict=True)
-    return module
+    return any(digest.startswith(one) for url in urls if (one := fetch.hash_in(url)) is not None)
 
 
 def _require_same_normalisation(
