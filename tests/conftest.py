@@ -22,6 +22,9 @@ hypothesis.settings.load_profile("any machine")
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("BATCHCLF_TEST_DATA", ROOT.parent / "shared" / "data")).resolve()
 """Real weights and photos that are not the project's to pass on; tests skip where it is absent."""
+ONLY_IN_CI = pytest.mark.skipif(
+    not os.environ.get("CI"), reason="5 to 60 s each: set CI=1 to export one model of each family"
+)
 PHOTOS = DATA / "imagenet_samples"
 ODD_IMAGES = DATA / "odd_images"
 MOBILENET_WEIGHTS = DATA / "weights" / "mobilenet_v2_from_EdgeFlow_int8_static.pth"

@@ -19,7 +19,16 @@ from batchclf.images.decode import Decoder
 from batchclf.models.resolve import ResolvedModel, resolve_model
 from batchclf.runtime.classifier import open_classifier, open_reference
 from batchclf.spec.job import ModelSpec, PreprocessSpec
-from tests.conftest import DIGITS_MODEL, MOBILENET_WEIGHTS, PHOTOS, ROOT, Batchclf, data, write_job
+from tests.conftest import (
+    DIGITS_MODEL,
+    MOBILENET_WEIGHTS,
+    ONLY_IN_CI,
+    PHOTOS,
+    ROOT,
+    Batchclf,
+    data,
+    write_job,
+)
 from tests.tiny import CPU
 
 torch = pytest.importorskip("torch")
@@ -52,9 +61,6 @@ SLOW = (
     "vgg11",
     "vit_b_32",
     "wide_resnet50_2",
-)
-ONLY_IN_CI = pytest.mark.skipif(
-    not os.environ.get("CI"), reason="5 to 60 s each: set CI=1 to export one model of each family"
 )
 
 

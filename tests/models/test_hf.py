@@ -18,7 +18,7 @@ from batchclf.images.decode import Decoder
 from batchclf.models.resolve import check_model
 from batchclf.spec.file import load_job
 from batchclf.spec.job import ModelSpec
-from tests.conftest import Batchclf, read_records, write_job
+from tests.conftest import ONLY_IN_CI, Batchclf, read_records, write_job
 from tests.images.common import picture
 from tests.models.hub import hub
 from tests.models.zoo_common import (
@@ -163,7 +163,7 @@ def own_processor(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=pytest.mark.slow if k in SLOWLY else ()) for k in KINDS]
+    "kind", [pytest.param(k, marks=ONLY_IN_CI if k in SLOWLY else ()) for k in KINDS]
 )
 def test_photos_get_the_answers_of_transformers_with_its_own_processor(
     tmp_path: Path, kind: str

@@ -15,7 +15,7 @@ from batchclf.errors import ModelError, WeightsUnavailable
 from batchclf.images.decode import Decoder
 from batchclf.models.resolve import check_model
 from batchclf.spec.job import ModelSpec
-from tests.conftest import Batchclf, read_records, write_job
+from tests.conftest import ONLY_IN_CI, Batchclf, read_records, write_job
 from tests.images.common import picture
 from tests.models.hub import hub
 from tests.models.zoo_common import (
@@ -110,8 +110,7 @@ def test_border_padding_is_refused_unless_the_job_says_how_to_resize_instead() -
 
 EXPORTED = ("test_vit", "test_convnext", "test_efficientnet", "test_resnet")
 SLOWLY = [
-    pytest.param(name, marks=pytest.mark.slow)
-    for name in ("test_byobnet", "test_nfnet", "test_mambaout")
+    pytest.param(name, marks=ONLY_IN_CI) for name in ("test_byobnet", "test_nfnet", "test_mambaout")
 ]
 
 
