@@ -214,6 +214,21 @@ def test_a_session_may_round_more_than_its_precision_where_that_is_said(bundle: 
     check_golden(bundle, classify, where="here", rounding="fp16")
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+def test_scores_that_are_all_higher_are_refused_where_a_sigmoid_follows(
+    bundle: Bundle, precision: Precision
+) -> None:
+    """A softmax does not see it, a sigmoid makes another score of it."""
+
+    def shifted(pixels_NHWC: Pixels) -> Scores:
+        return classify(pixels_NHWC) + np.float32(8)
+
+    check_golden(bundle, shifted, where="here", precision=precision)
+    meta = bundle.meta.model_copy(update={"activation": "sigmoid"})
+    with pytest.raises(ProviderError, match="gives other answers"):
+        check_golden(Bundle(bundle.folder, meta), shifted, where="here", precision=precision)
+
+
 def test_a_model_that_gives_every_class_the_same_score_passes(bundle: Bundle) -> None:
     def constant(pixels_NHWC: Pixels) -> Scores:
         return np.zeros((len(pixels_NHWC), NUM_CLASSES), np.float32)
