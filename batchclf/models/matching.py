@@ -40,6 +40,8 @@ class Network:
     tensors: Mapping[str, Tensor]
     head: frozenset[str]
     """Names of the tensors whose first dimension is the number of classes."""
+    children: frozenset[str]
+    """The first parts of all names that are inside it, also of children without tensors."""
     by_index: Mapping[str, str]
     """Names with the number of each child in place of its name, as `nn.Sequential(*children)`."""
     dispensable: tuple[str, ...] = ()
@@ -79,6 +81,7 @@ def network_of(
         name=name,
         tensors=tensors,
         head=frozenset(key for key in tensors if tensors[key].shape != others[key].shape),
+        children=frozenset({*children, *(key.partition(".")[0] for key in tensors)}),
         by_index={
             f"{number[child]}.{rest}": f"{child}.{rest}"
             for child, _, rest in (key.partition(".") for key in tensors)

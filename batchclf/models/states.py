@@ -33,13 +33,18 @@ _WRAPPERS = (
 """Names that mean the model itself, the first before the next; timm's loader has the first two."""
 _AVERAGES = ("state_dict_ema", "model_ema")
 """Averages of the weights, in the order of timm's loader."""
+_COUNTERS = re.compile(r"(^|\.)(total_ops|total_params|num_batches_tracked)$")
+"""Of thop and of batch normalisation, in every layer."""
 _NO_LAYER = re.compile(
-    r"(^|\.)((total_ops|total_params|num_batches_tracked|n_averaged|queue|queue_ptr)$"
-    r"|((\w+_)?(criteri\w+|loss|losses|loss_fn|lossfn|metrics?|accuracy|acc|confmat|ema|shadow)"
-    r"|teacher(_\w+)?|(class|cls|loss|pos)_weights?|loss_\w+|log_vars?|(train|val|valid|test)_\w+)(\.|$))"
+    r"(n_averaged|queue|queue_ptr)$"
+    r"|((\w+_)?(criteri\w+|loss|losses|loss_fn|lossfn|metrics?|accuracy|acc|confmat)"
+    r"|teacher(_\w+)?|(class|cls|loss|pos)_weights?|log_vars?)(\.|$)"
 )
-"""Counters of thop and of averages, losses, metrics, the teacher of a distilled network: nothing of
-them is computed at inference."""
+"""Names beside a network: averages' counters, losses, metrics, the teacher of a distilled network.
+Nothing of them is computed at inference."""
+_FIGURES = re.compile(r"(loss|train|val|valid|test)_\w+(\.|$)")
+"""Figures of training, where they are numbers and not matrices."""
+_AVERAGE_OF = re.compile(r"(\w+_)?(ema|shadow)\.(?P<name>.+)$")
 _NORMALISATION = re.compile(r"(^|[._])(mean|std)$")
 
 
@@ -102,7 +107,7 @@ def find_state(loaded: object, network: Network, path: Path, log: Callable[[str]
     normalisation = {
         key.rpartition(".")[2].rpartition("_")[2]: chosen.group.tensors[key].flatten().tolist()
         for key in left
-        if _is_normalisation(key, chosen)
+        if _is_normalisation(key, chosen, network)
     }
     return Found(state, next(iter(rows.values())), normalisation)
 
@@ -166,29 +171,76 @@ def _keeping(candidates: Iterable[Candidate], path: Path) -> str:
 
 def _left(chosen: Candidate, complete: list[Candidate]) -> list[str]:
     """The tensors beside those taken that belong to no other network of the file."""
-    taken = {
-        key for one in complete if one.group is chosen.group for key in one.taken.values()
-    } | set(chosen.taken.values())
-    prefixes = [one.prefix for one in complete if one.group is chosen.group and one is not chosen]
-    return [
-        key
-        for key in chosen.group.tensors
-        if key not in taken and not any(prefix and key.startswith(prefix) for prefix in prefixes)
-    ]
+    of_group = [one for one in complete if one.group is chosen.group]
+    taken = {key for one in of_group for key in one.taken.values()} | set(chosen.taken.values())
+    prefixes = {one.prefix for one in of_group} | {chosen.prefix}
+
+    def belongs_to_another(key: str) -> bool:
+        nearest = max(filter(key.startswith, prefixes), key=len, default="")
+        return nearest not in ("", chosen.prefix)
+
+    return [key for key in chosen.group.tensors if key not in taken and not belongs_to_another(key)]
 
 
 def _may_be_left(key: str, chosen: Candidate, network: Network) -> bool:
+    tensor = chosen.group.tensors[key]
+    rest = key.removeprefix(chosen.prefix)
+    if (
+        rest.startswith(network.dispensable or ("\0",))
+        or not tensor.is_floating_point()  # counts something
+        or _COUNTERS.search(key)
+    ):
+        return True
+    if _is_inside(key, chosen, network):
+        return False
+    name = _beside(key, chosen)
     return bool(
-        key.removeprefix(chosen.prefix).startswith(network.dispensable or ("\0",))
-        or not chosen.group.tensors[key].is_floating_point()  # counts something
-        or _NO_LAYER.search(key)
-        or _is_normalisation(key, chosen)
+        _NO_LAYER.match(name)
+        or (_FIGURES.match(name) and tensor.ndim <= 1)
+        or _is_of_average(name, tensor, network)
+        or _is_normalisation(key, chosen, network)
     )
 
 
-def _is_normalisation(key: str, chosen: Candidate) -> bool:
-    has_three = chosen.group.tensors[key].numel() == 3
-    return bool(_NORMALISATION.search(key)) and "running" not in key and has_three
+def _beside(key: str, chosen: Candidate) -> str:
+    """What is left of a name without the beginning that it shares with the network's prefix."""
+    parts, prefix = key.split("."), chosen.prefix.split(".")[:-1]
+    shared = 0
+    while shared < min(len(parts) - 1, len(prefix)) and parts[shared] == prefix[shared]:
+        shared += 1
+    return ".".join(parts[shared:])
+
+
+def _is_inside(key: str, chosen: Candidate, network: Network) -> bool:
+    """Whether a tensor is in a child of the network, or of its head, whatever it is called there.
+
+    A layer may be called `loss_gate` or `val_proj`.
+    """
+    first = _beside(key, chosen).partition(".")[0]
+    if key.startswith(chosen.prefix) and (first in network.children or first.isdecimal()):
+        return True
+    return any(first == _beside(other, chosen).partition(".")[0] for other in chosen.taken.values())
+
+
+def _is_of_average(name: str, tensor: Tensor, network: Network) -> bool:
+    """Whether a name means an average of one of the network's tensors, or its decay.
+
+    Some averages keep the names without their dots.
+    """
+    found = _AVERAGE_OF.match(name)
+    if found is None:
+        return False
+    bare = found["name"].replace(".", "")
+    return tensor.ndim == 0 or any(bare.endswith(own.replace(".", "")) for own in network.tensors)
+
+
+def _is_normalisation(key: str, chosen: Candidate, network: Network) -> bool:
+    return (
+        bool(_NORMALISATION.search(key))
+        and "running" not in key
+        and chosen.group.tensors[key].numel() == 3
+        and not _is_inside(key, chosen, network)
+    )
 
 
 def _of_unknown(chosen: Candidate, unknown: list[str], network: Network) -> str:

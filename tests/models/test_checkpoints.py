@@ -231,12 +231,64 @@ def test_what_is_no_layer_is_left_aside_and_told() -> None:
         ("bn9.weight", (24,)),
         ("attention.qkv.weight", (24, 24)),
         ("temperature", (1,)),
+        ("conv5.val_proj.weight", (8, 8)),
+        ("conv5.val_proj.bias", (8,)),
+        ("stage2.1.ema.conv.weight", (8, 8)),
+        ("stage2.0.loss_gate", (1,)),
+        ("stage2.0.test_adapter.down.weight", (8, 8)),
+        ("stage2.0.criterion.weight", (8,)),
+        ("stage2.teacher_proj.weight", (8, 8)),
+        ("stage2.0.acc", (24,)),
+        ("stage2.0.mean", (3,)),
+        ("maxpool.shadow.weight", (3,)),
+        ("stage4.queue", (8, 8)),
+        ("val_adapter.weight", (8, 8)),
+        ("loss_gate.weight", (8, 8)),
+        ("ema.conv1x1.weight", (8, 8)),
+        ("neck.criterion.weight", (8, 8)),
     ],
 )
-@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("prefix", ["", "model.", "model.backbone."])
 def test_what_may_be_a_layer_is_not_left_aside(key: str, shape: Any, prefix: str) -> None:
     message = refused(under(prefix, state_of() | {key: torch.zeros(shape)}))
     assert f"does not fit {SMALL}: tensors 1 unknown ({prefix}{key})" in message
+
+
+@pytest.mark.parametrize("name", ["val_head", "loss_fc", "test_classifier"])
+def test_a_layer_beside_the_network_is_not_left_for_its_name(name: str) -> None:
+    layer = under(f"{name}.", nn.Linear(5, 5).state_dict())
+    message = refused(under("backbone.", state_of()) | layer)
+    assert f"{name}.weight (5, 5)" in message
+
+
+def test_a_layer_of_a_head_with_a_name_of_its_own_is_not_left_for_its_name() -> None:
+    state = under("model.backbone.", {k: v for k, v in state_of().items() if "fc." not in k})
+    head = {"model.head.weight": state_of()["fc.weight"], "model.head.bias": state_of()["fc.bias"]}
+    assert_found(state | head, state_of())
+    message = refused(state | head | {"model.head.loss_gate": torch.zeros(5)})
+    assert "model.head.loss_gate" in message
+
+
+def test_a_layer_in_a_sequential_of_the_children_is_not_left_for_its_name() -> None:
+    module = _module("resnet18", 0)
+    numbered = nn.Sequential(*module.children()).state_dict()
+    assert_found(numbered, state_of("resnet18"), "resnet18")
+    for key in ("4.1.ema.conv.weight", "8.loss_gate"):
+        assert key in refused(numbered | {key: torch.zeros(8)}, "resnet18")
+
+
+def test_a_layer_of_the_average_that_is_taken_is_not_left_as_another_networks() -> None:
+    both = under("model.", state_of()) | under("model.ema.", state_of(seed=1))
+    assert_found(both, state_of(seed=1))
+    message = refused(both | {"model.ema.stage2.0.gate.weight": torch.zeros(8, 8)})
+    assert "1 unknown (model.ema.stage2.0.gate.weight)" in message
+
+
+def test_an_average_without_buffers_and_with_names_without_dots_is_left_aside() -> None:
+    means = {f"model_ema.{key.replace('.', '')}": v for key, v in state_of(seed=1).items()}
+    means |= {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3)}
+    del means["model_ema.conv10weight"]
+    assert "left aside" in assert_found(under("model.", state_of()) | means, state_of())
 
 
 def test_a_second_head_or_a_layer_behind_the_head_is_refused() -> None:
