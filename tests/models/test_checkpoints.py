@@ -854,11 +854,39 @@ def test_whether_googlenet_normalises_once_more_is_asked_where_it_cannot_be_know
     assert told == []
 
 
-def test_transform_input_is_refused_for_models_that_have_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["DEFAULT", "none", "own.pth"])
+@pytest.mark.parametrize("ask", [torchvision.build, torchvision.check])
+def test_transform_input_is_refused_for_models_that_have_none(
+    tmp_path: Path, weights: str, ask: Callable[[ModelSpec], object]
+) -> None:
     torch.save(state_of(), tmp_path / "own.pth")
-    spec = ModelSpec(name=SMALL, weights=str(tmp_path / "own.pth"), transform_input=True)
+    weights = str(tmp_path / weights) if weights == "own.pth" else weights
+    spec = ModelSpec(name=SMALL, weights=weights, transform_input=True)
     with pytest.raises(ModelError, match=f"transform_input: found True, but {SMALL} has no such"):
+        ask(spec)
+
+
+@pytest.mark.parametrize("name", WITH_TRAINING_HEADS)
+@pytest.mark.parametrize("ask", [torchvision.build, torchvision.check])
+def test_pretrained_weights_are_refused_with_another_transform_input(
+    name: str, ask: Callable[[ModelSpec], object]
+) -> None:
+    spec = ModelSpec(name=name, transform_input=False)
+    with pytest.raises(
+        ModelError, match=r"transform_input: found False, but \w+\.IMAGENET1K_V1 was trained with"
+    ):
+        ask(spec)
+    for given_ in (None, True):
+        torchvision.check(spec.model_copy(update={"transform_input": given_}))
+
+
+def test_what_a_run_refuses_of_classes_without_a_file_is_refused_before_it() -> None:
+    spec = ModelSpec(name=SMALL, weights="none", num_classes=1)
+    with pytest.raises(ModelError, match="gives one number per image"):
         torchvision.check(spec)
+    torchvision.check(spec.model_copy(update={"activation": "sigmoid"}))
+    with pytest.raises(ModelError, match=r"num_classes: found 5, but \S+ has 1000"):
+        torchvision.check(ModelSpec(name=SMALL, num_classes=5))
 
 
 # ---- whole runs ----------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def build(spec: ModelSpec, log: Callable[[str], None] = lambda text: None) -> Bu
         ModelError: unknown model or weights, or a file that does not fit the model.
         WeightsUnavailable: the download failed.
     """
-    name, num_classes = _known_name(spec), spec.num_classes
+    name = _known_name(spec)
     enum = zoo.get_model_weights(name)
     normalisation: Mapping[str, list[float]] = {}
     if spec.weights_path is not None:
@@ -51,16 +51,11 @@ def build(spec: ModelSpec, log: Callable[[str], None] = lambda text: None) -> Bu
     elif spec.weights == "none":
         with torch.random.fork_rng():
             torch.manual_seed(0)  # the same random model on every machine
-            module = _bare(name, num_classes or 1000, **_own_normalisation(spec, default=False))
+            module = _bare(name, _num_random(spec), **_own_normalisation(spec, default=False))
         labels = None
         member = _reference_weights(enum, module)
     else:
-        member = _weights_member(name, enum, spec.weights)
-        if num_classes is not None and num_classes != len(member.meta["categories"]):
-            raise ModelError(
-                f"model.num_classes: found {num_classes}, but {member} has "
-                f"{len(member.meta['categories'])}; it goes with weights from a file, or none"
-            )
+        member = _pretrained(spec, enum)
         module = _build_pretrained(name, member, log)
         labels = tuple(member.meta["categories"])
     module = module.eval().float()
@@ -81,8 +76,10 @@ def check(spec: ModelSpec) -> None:
     if spec.weights_path is not None:
         found, _ = _find_weights(spec, spec.weights_path, lambda text: None)
         settled(spec.activation, found.num_classes, f"model.name: {name}")
-    elif spec.weights != "none":
-        _weights_member(name, zoo.get_model_weights(name), spec.weights)
+    elif spec.weights == "none":
+        settled(spec.activation, _num_random(spec), f"model.name: {name}")
+    else:
+        _pretrained(spec, zoo.get_model_weights(name))
 
 
 def _known_name(spec: ModelSpec) -> str:
@@ -92,24 +89,25 @@ def _known_name(spec: ModelSpec) -> str:
         near = difflib.get_close_matches(name, names, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names)}"
         raise ModelError(f"model.name: torchvision has no classification model {name!r}; {hint}")
+    if spec.transform_input is not None and name not in _FEEDS_OWN_NORMALISATION:
+        raise ModelError(
+            f"model.transform_input: found {spec.transform_input}, but {name} has no such option; "
+            f"{' and '.join(_FEEDS_OWN_NORMALISATION)} have"
+        )
     return name
 
 
 def _own_normalisation(spec: ModelSpec, *, default: bool) -> dict[str, object]:
-    """The option of the models that may normalise their input once more.
-
-    Raises:
-        ModelError: the job gives it to another model.
-    """
+    """The option of the models that may normalise their input once more."""
+    if spec.name not in _FEEDS_OWN_NORMALISATION:
+        return {}
     given = spec.transform_input
-    if spec.name in _FEEDS_OWN_NORMALISATION:
-        return {"transform_input": default if given is None else given}
-    if given is not None:
-        raise ModelError(
-            f"model.transform_input: found {given}, but {spec.name} has no such option; "
-            f"{' and '.join(_FEEDS_OWN_NORMALISATION)} have"
-        )
-    return {}
+    return {"transform_input": default if given is None else given}
+
+
+def _num_random(spec: ModelSpec) -> int:
+    """The classes of a model of random weights."""
+    return spec.num_classes or 1000
 
 
 def _bare(name: str, num_classes: int, **options: object) -> nn.Module:
@@ -129,6 +127,28 @@ def _build_pretrained(name: str, member: zoo.WeightsEnum, log: Callable[[str], N
     except fetch.LOADING as error:
         path = fetch.path_of(member.url)
         raise fetch.unavailable(error, str(member), member.url, path) from error
+
+
+def _pretrained(spec: ModelSpec, enum: Any) -> zoo.WeightsEnum:
+    """torchvision's own weights that the job names.
+
+    Raises:
+        ModelError: there are no such weights, or the job says of them what they are not.
+    """
+    assert spec.name is not None
+    member = _weights_member(spec.name, enum, spec.weights)
+    own = len(member.meta["categories"])
+    if spec.num_classes not in (None, own):
+        raise ModelError(
+            f"model.num_classes: found {spec.num_classes}, but {member} has {own}; it goes with "
+            "weights from a file, or none"
+        )
+    if spec.transform_input is False:
+        raise ModelError(
+            f"model.transform_input: found False, but {member} was trained with True; leave it "
+            "out: False goes with weights from a file, or none"
+        )
+    return member
 
 
 def _weights_member(name: str, enum: Any, weights: str) -> zoo.WeightsEnum:
