@@ -80,6 +80,7 @@ def resolve_model(
         building = _Building(spec, request, labels, batch_size, open_reference, log)
         bundle = cached_bundle(request, building, log)
     require_label_count(labels or bundle.meta.labels, len(bundle.meta.labels), origin)
+    _require_own_activation(spec, bundle)
     labels = labels or _found_labels(spec, bundle, log)
     return ResolvedModel(bundle, labels, _own_preprocess(spec, bundle))
 
@@ -98,6 +99,7 @@ def check_model(spec: ModelSpec) -> str:
     if spec.bundle is not None or kind_of(folder, CACHE_VARIABLE) != "nothing":
         bundle = open_bundle(folder) if spec.bundle is not None else open_cached(folder)
         require_label_count(labels or bundle.meta.labels, len(bundle.meta.labels), origin)
+        _require_own_activation(spec, bundle)
         _own_preprocess(spec, bundle)
         return f"{bundle.meta.name}, {len(bundle.meta.labels):,} classes, exported in {folder}"
     if spec.onnx is not None:
@@ -370,6 +372,29 @@ class _Building:
             files=model_files(folder),
             golden_sha256=write_golden(folder, reference, sample_NHWC, wrapped.fixed_batch),
         )
+
+
+def _require_own_activation(spec: ModelSpec, bundle: Bundle) -> None:
+    """Refuse what contradicts the bundle that a job names: its graph was made for its activation.
+
+    Raises:
+        ModelError: naming both, and the case in which both mean the same.
+    """
+    own, given = bundle.meta.activation, spec.activation
+    if spec.bundle is None or given in (None, own):
+        return
+    may_be_binary = (given, own, len(bundle.meta.labels)) == ("sigmoid", "softmax", 2)
+    raise ModelError(
+        f"model.activation: found {given}, but what the output of {bundle.folder} lacks to be "
+        f"scores is {own}, as its model.json says; leave model.activation out"
+        + (
+            ": one output with a sigmoid has become two classes in the bundle, whose softmax is "
+            "1 - sigmoid and sigmoid. If it was exported otherwise, "
+            if may_be_binary
+            else ", or, if it is wrong, "
+        )
+        + f"export the model again with activation: {given}"
+    )
 
 
 def _own_preprocess(spec: ModelSpec, bundle: Bundle) -> Preprocess:

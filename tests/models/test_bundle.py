@@ -26,7 +26,7 @@ from batchclf.models.bundle import (
     sha256_of,
     write_bundle,
 )
-from batchclf.models.resolve import ResolvedModel, confirm_batch_size, resolve_model
+from batchclf.models.resolve import ResolvedModel, check_model, confirm_batch_size, resolve_model
 from batchclf.results.records import Preprocess
 from batchclf.runtime.classifier import open_classifier, open_reference
 from batchclf.spec.job import ModelSpec
@@ -79,6 +79,10 @@ def resolve(path: Path) -> ResolvedModel:
     )
 
 
+def from_bundle(spec: ModelSpec) -> ResolvedModel:
+    return resolve_model(spec, batch_size=4, open_reference=open_reference, log=print)
+
+
 def onnx_job(folder: Path, path: Path, **keys: Any) -> Path:
     return write_job(
         folder,
@@ -99,6 +103,43 @@ def unfinished(cache: Path) -> list[str]:
         for path in cache.iterdir()
         if path.name.startswith(".") or not (path.is_dir() or path.suffix == ".lock")
     )
+
+
+# ---- what a job may say of it --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("own", "labels", "given", "advice"),
+    [
+        ("softmax", ("ant", "bee"), "sigmoid", "has become two classes in the bundle"),
+        ("softmax", ("ant", "bee", "cat"), "sigmoid", "or, if it is wrong, export the model again"),
+        ("softmax", ("ant", "bee"), "none", "or, if it is wrong, export the model again"),
+        ("none", ("ant", "bee"), "softmax", "or, if it is wrong, export the model again"),
+        ("sigmoid", ("ant", "bee"), "softmax", "export the model again with activation: softmax"),
+    ],
+)
+def test_another_activation_than_the_bundles_is_refused(
+    tmp_path: Path, own: str, labels: tuple[str, ...], given: str, advice: str
+) -> None:
+    def build(folder: Path) -> BundleMeta:
+        build_fake(folder)
+        return meta_of(folder, activation=own, labels=labels)
+
+    folder = write_bundle(tmp_path / "bundle", build).folder
+
+    def spec(activation: str | None) -> ModelSpec:
+        return ModelSpec.model_validate({"bundle": folder, "activation": activation})
+
+    for ask in (check_model, from_bundle):
+        with pytest.raises(ModelError) as caught:
+            ask(spec(given))
+        message = str(caught.value)
+        assert message.startswith(f"model.activation: found {given}, but what the output of")
+        assert f"{folder} lacks to be scores is {own}" in message
+        assert "leave model.activation out" in message
+        assert advice in message
+        ask(spec(own))
+        ask(spec(None))
 
 
 # ---- what is in it -------------------------------------------------------------------------------
