@@ -4,8 +4,10 @@ from batchclf.errors import ModelError
 from batchclf.results.records import Activation
 
 
-def settled(given: Activation | None, num_outputs: int, what: str) -> Activation:
-    """What a model of logits still lacks, by the job's `model.activation` if it says.
+def settled(
+    given: Activation | None, num_outputs: int, what: str, own: Activation = "softmax"
+) -> Activation:
+    """What a model of logits still lacks, by the job's `model.activation`, or as it says itself.
 
     One output with a sigmoid stands for two classes, and is to become the logits (0, output): their
     softmax is 1 - sigmoid and sigmoid.
@@ -13,12 +15,13 @@ def settled(given: Activation | None, num_outputs: int, what: str) -> Activation
     Raises:
         ModelError: one output, of which a softmax would make 1.0 whatever the image.
     """
+    activation = given or own
     if num_outputs > 1:
-        return given or "softmax"
-    if given in (None, "softmax"):
+        return activation
+    if activation == "softmax":
         raise ModelError(
             f"{what}: gives one number per image, whose softmax is always 1; say with "
             "model.activation what it is: sigmoid (two classes, and the number speaks for the "
             "second) or none (the number itself is the score)"
         )
-    return "softmax" if given == "sigmoid" else "none"
+    return "softmax" if activation == "sigmoid" else "none"

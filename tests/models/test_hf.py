@@ -233,6 +233,11 @@ def test_one_output_is_refused_until_the_job_says_what_it_is(tmp_path: Path) -> 
     save(tmp_path, id2label={0: "age"}, label2id={"age": 0})
     with pytest.raises(ModelError, match=r"one number per image.*model\.activation"):
         built(tmp_path)
+    with pytest.raises(ModelError, match=r"one number per image.*model\.activation"):
+        check_model(ModelSpec(name=f"hf/{tmp_path}"))
+    with pytest.raises(ModelError, match=r"num_classes: found 2, but .* names 1 classes"):
+        check_model(ModelSpec(name=f"hf/{tmp_path}", activation="none", num_classes=2))
+    check_model(ModelSpec(name=f"hf/{tmp_path}", activation="none"))
     assert built(tmp_path, activation="none").labels == ("age",)
 
 

@@ -199,6 +199,10 @@ def test_labels_are_timms_own_names_of_its_classes() -> None:
         ({"name": "timm/vit_base_patch14_dinov2.lvd142m"}, r"have no classes, only features"),
         ({"name": "timm/vit_base_patch16_clip_224.openai"}, r"give 512 numbers without names"),
         ({"name": "timm/vgg11", "num_classes": 10}, r"found 10, but vgg11 has 1000"),
+        (
+            {"name": f"timm/{SMALL}", "weights": "none", "num_classes": 1},
+            r"gives one number per image",
+        ),
         ({"name": "timm/resnet18", "transform_input": True}, r"timm's resnet18 has no such option"),
     ],
 )

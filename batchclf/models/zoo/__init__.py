@@ -25,8 +25,9 @@ def build(spec: ModelSpec, log: Callable[[str], None] = lambda text: None) -> Bu
     """
     model: BuiltModel = _library(spec).build(spec, log)
     num_outputs = len(model.labels)
-    own = None if model.activation == "softmax" else model.activation
-    activation = settled(spec.activation or own, num_outputs, f"model.name: {spec.name}")
+    activation = settled(
+        spec.activation, num_outputs, f"model.name: {spec.name}", own=model.activation
+    )
     if num_outputs == 1 and activation == "softmax":
         model = replace(model, module=TwoLogits(model.module), labels=("0", "1"))
     return replace(model, activation=activation)

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from batchclf.errors import ModelError
+from batchclf.models.activation import settled
 from batchclf.models.checkpoints import first_line, require_safe_torch
 from batchclf.models.export import BuiltModel, count_outputs
 from batchclf.models.zoo import fetch
@@ -76,12 +77,7 @@ def build(spec: ModelSpec, log: Log = lambda text: None) -> BuiltModel:
     transformers.logging.disable_progress_bar()
     folder = spec.folder if spec.folder is not None else _downloaded(spec, log)
     config = _read_config(folder)
-    labels = _labels(folder, config)
-    if spec.num_classes not in (None, len(labels)):
-        raise ModelError(
-            f"model.num_classes: found {spec.num_classes}, but {folder / _CONFIG} names "
-            f"{len(labels)} classes (id2label)"
-        )
+    labels = _labels(folder, config, spec)
     model = _random(config) if spec.weights == "none" else _load(folder, config)
     module = Logits(model).eval().float()
     preprocess = read_preprocess(folder, spec.preprocess)
@@ -91,8 +87,7 @@ def build(spec: ModelSpec, log: Log = lambda text: None) -> BuiltModel:
             f"model.name: {folder / _CONFIG}: id2label names {len(labels)} classes, but the model "
             f"gives {num_outputs} numbers per image"
         )
-    activation = _ACTIVATIONS.get(config.problem_type, "softmax")
-    return BuiltModel(module, preprocess, labels, activation)
+    return BuiltModel(module, preprocess, labels, _activation(config))
 
 
 def check(spec: ModelSpec) -> None:
@@ -104,7 +99,8 @@ def check(spec: ModelSpec) -> None:
     _refuse_foreign_keys(spec)
     if spec.folder is not None:
         config = _read_config(spec.folder)
-        _labels(spec.folder, config)
+        labels = _labels(spec.folder, config, spec)
+        settled(spec.activation, len(labels), f"model.name: {spec.name}", own=_activation(config))
         if spec.weights != "none":
             _weights_files(spec.folder)
 
@@ -190,13 +186,22 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _labels(folder: Path, config: Any) -> tuple[str, ...]:
+def _activation(config: Any) -> Activation:
+    return _ACTIVATIONS.get(config.problem_type, "softmax")
+
+
+def _labels(folder: Path, config: Any, spec: ModelSpec) -> tuple[str, ...]:
     names = config.id2label
     if not names or set(names) != set(range(len(names))):
         raise ModelError(
             f"model.name: {folder / _CONFIG}: id2label: found the keys "
             f"{', '.join(str(key) for key in list(names)[:5])}; allowed: 0 to the number of "
             "classes less 1, each once"
+        )
+    if spec.num_classes not in (None, len(names)):
+        raise ModelError(
+            f"model.num_classes: found {spec.num_classes}, but {folder / _CONFIG} names "
+            f"{len(names)} classes (id2label)"
         )
     return tuple(str(names[index]) for index in range(len(names)))
 

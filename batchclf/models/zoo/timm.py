@@ -67,7 +67,7 @@ def build(spec: ModelSpec, log: Log = lambda text: None) -> BuiltModel:
         with torch.random.fork_rng():
             torch.manual_seed(0)  # the same random model on every machine
             with _building(name, options):
-                module = _bare(name, spec.num_classes or config.num_classes or 1000, options)
+                module = _bare(name, _num_random(spec, config), options)
     else:
         _require_classes(name, spec, config)
         module = _build_pretrained(name, config, options, log)
@@ -90,7 +90,9 @@ def check(spec: ModelSpec) -> None:
     if spec.weights_path is not None:
         found = _find_weights(spec, spec.weights_path, lambda text: None)
         settled(spec.activation, found.num_classes, f"model.name: {spec.name}")
-    elif spec.weights != "none":
+    elif spec.weights == "none":
+        settled(spec.activation, _num_random(spec, _config(name)), f"model.name: {spec.name}")
+    else:
         _require_classes(name, spec, _config(name))
 
 
@@ -134,6 +136,11 @@ def _known_name(spec: ModelSpec) -> str:
 def _config(name: str) -> Any:
     """What timm knows of a model's weights: those of its tag, or its first ones."""
     return get_pretrained_cfg(name) or PretrainedCfg()
+
+
+def _num_random(spec: ModelSpec, config: Any) -> int:
+    """The classes of a model of random weights."""
+    return int(spec.num_classes or config.num_classes or 1000)
 
 
 def _tags(architecture: str) -> list[str]:
