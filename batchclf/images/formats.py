@@ -8,6 +8,8 @@ from typing import Final, Literal, NamedTuple
 
 import numpy as np
 
+from batchclf.system.paths import GIT_LFS_POINTER
+
 DECODED: Final = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")
 """Pillow's names of the formats that are decoded; every other is refused without touching it."""
 
@@ -80,7 +82,7 @@ _MAGIC: Final[tuple[tuple[int, bytes, str], ...]] = (
 )
 
 _DAMAGED_HINTS: Final[tuple[tuple[bytes, str], ...]] = (
-    (b"version https://git-lfs.github.com", "a Git LFS pointer; run `git lfs pull`"),
+    (GIT_LFS_POINTER, "a Git LFS pointer; run `git lfs pull`"),
     (b"<!doctype html", "an HTML page, perhaps a saved error or login page"),
     (b"<html", "an HTML page, perhaps a saved error or login page"),
     (b"bplist00", "a property list, perhaps an iCloud placeholder"),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from batchclf.errors import ModelError
+from batchclf.system.paths import GIT_LFS_POINTER
 
 DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc")
 """Domains whose operators are ONNX Runtime's own; those of others come in libraries."""
@@ -32,7 +33,6 @@ _MAX_NAME_BYTES = 4096
 
 _ORT_FORMAT = b"ORTM"
 """At offset 4 of ONNX Runtime's other format, which it takes a file for whatever its name is."""
-_LFS_POINTER = b"version https://git-lfs"
 _MESSAGES = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "graph": {1: "node", 5: "tensor", 11: "value", 12: "value", 13: "value", 15: "sparse"},
@@ -234,7 +234,7 @@ def _walk(path: Path, what: str) -> _Walk:
             start = file.read(24)
             file.seek(0)
             walk = _Walk(file)
-            if start.startswith(_LFS_POINTER):
+            if start.startswith(GIT_LFS_POINTER):
                 raise ModelError(
                     f"{what}: is a Git LFS pointer, not the file itself; fetch it with `git lfs "
                     "pull`, or download it from the repository's web page"

@@ -13,6 +13,8 @@ _MISTAKES = {
     errno.ENAMETOOLONG: "no path can be so long; give a shorter one",
     errno.ELOOP: "its links lead back to themselves; give what they should lead to",
 }
+GIT_LFS_POINTER = b"version https://git-lfs"
+"""How what Git LFS leaves in the place of a file that it has not fetched begins."""
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
 
 
