@@ -16,11 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from batchclf.errors import ModelError
+from batchclf.system.paths import GIT_LFS_POINTER
 
+LOADING = "torch.load({!r}, map_location='cpu', weights_only=False)"
+"""What the user is told to load a file of their own with, whatever a trainer left in it."""
 SAFE_TORCH = (2, 10)
 """Files could run code in spite of weights_only=True before (CVE-2025-32434, CVE-2026-24747)."""
 _BEGINNINGS = {
-    b"version https://git-lfs": "is a Git LFS pointer, not the weights themselves: `git lfs pull` "
+    GIT_LFS_POINTER: "is a Git LFS pointer, not the weights themselves: `git lfs pull` "
     "fetches them",
     b"\x89HDF\r\n": "is an HDF5 file, as Keras writes it, not a PyTorch one: export the model to "
     "ONNX and name the file in model.onnx",
@@ -183,8 +186,7 @@ def _load_tensors(path: Path, what: str) -> Any:
             "when loaded; where it was trained, save the weights alone:"
             + _saving(
                 path,
-                "torch.load({!r}, map_location='cpu', weights_only=False)"
-                "  # of a dict: what it has under 'model'",
+                LOADING + "  # of a dict: what it has under 'model'",
             )
         )
     if unknown:
@@ -212,7 +214,10 @@ def _stand_in(name: str) -> Callable[[], object]:
     """What is made in place of `name`; torch fills dictionaries of a few exact types only."""
     if name.endswith(".AttributeDict"):
         return OrderedDict
-    return _empty_dict if name == "collections.defaultdict" else _Ignored
+    if name == "collections.defaultdict":
+        return _empty_dict
+    kind = "ndarray" if name.endswith("multiarray._reconstruct") else name.rpartition(".")[2]
+    return type(kind, (_Ignored,), {})  # of its name, so that it can be told
 
 
 def _empty_dict(*_: object) -> dict[object, object]:

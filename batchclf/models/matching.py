@@ -108,7 +108,8 @@ def tensors_named(loaded: object, name: str) -> list[Tensor]:
 class Group:
     """The tensors of one mapping."""
 
-    path: tuple[str, ...]
+    path: tuple[object, ...]
+    """The keys and indices that lead to it."""
     tensors: dict[str, Tensor]
     """By name, without what wrappers inserted."""
     originals: dict[str, str]
@@ -124,14 +125,16 @@ class Candidate:
     taken: dict[str, str]
     """The network's name to the group's."""
     missing: tuple[str, ...]
+    zeros: tuple[str, ...] = ()
+    """Biases of a head without any."""
 
     @property
     def words(self) -> tuple[str, ...]:
-        return (*self.group.path, *filter(None, self.prefix.split(".")))
+        return (*map(str, self.group.path), *filter(None, self.prefix.split(".")))
 
     @property
     def label(self) -> str:
-        parts = (*self.group.path, *filter(None, (self.prefix,)))
+        parts = (*map(str, self.group.path), *filter(None, (self.prefix,)))
         return f"`{' / '.join(parts)}`" if parts else "the file's own tensors"
 
     @property
@@ -143,9 +146,9 @@ class Candidate:
         return any(map(AVERAGE.search, self.words))
 
 
-def walk(loaded: object) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+def walk(loaded: object) -> Iterator[tuple[tuple[object, ...], Mapping[Any, Any]]]:
     """Every mapping in `loaded`, once, with the keys that lead to it; the outer ones come first."""
-    waiting: deque[tuple[tuple[str, ...], Any]] = deque()
+    waiting: deque[tuple[tuple[object, ...], Any]] = deque()
     if isinstance(loaded, Mapping | list | tuple):
         waiting.append(((), loaded))
     seen: set[int] = set()
@@ -158,7 +161,7 @@ def walk(loaded: object) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
             yield path, value
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
         waiting.extend(
-            ((*path, str(key)), inner)
+            ((*path, key), inner)
             for key, inner in items
             if isinstance(inner, Mapping | list | tuple)
         )
@@ -183,11 +186,29 @@ def groups_of(loaded: object, what: str) -> list[Group]:
                 )
     groups = [_group(path, mapping) for path, mapping in mappings]
     if not any(group.tensors for group in groups):
-        raise ModelError(f"{what}: holds no tensors")
+        raise ModelError(f"{what}: holds no tensors{_instead(mappings)}")
     return [group for group in groups if group.tensors]
 
 
-def _group(path: tuple[str, ...], mapping: Mapping[Any, Any]) -> Group:
+def _instead(mappings: list[tuple[tuple[object, ...], Mapping[Any, Any]]]) -> str:
+    """What values a file holds in the place of tensors, and what to do about arrays."""
+    names: dict[str, list[str]] = {}
+    for _, mapping in mappings:
+        for key, value in mapping.items():
+            if not isinstance(value, Mapping):
+                names.setdefault(type(value).__name__, []).append(str(key))
+    kinds = [
+        f"{len(keys)} of {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for kind, keys in sorted(names.items(), key=lambda item: -len(item[1]))
+    ]
+    advice = (
+        "; where it was made, save tensors: torch.save({key: torch.from_numpy(array) for key, "
+        "array in arrays.items()}, 'tensors.pth')"
+    )
+    return f", but {', '.join(kinds)}{advice if 'ndarray' in names else ''}"
+
+
+def _group(path: tuple[object, ...], mapping: Mapping[Any, Any]) -> Group:
     tensors: dict[str, Tensor] = {}
     originals: dict[str, str] = {}
     for key, tensor in mapping.items():
@@ -227,7 +248,8 @@ def candidates_of(group: Group, network: Network) -> Iterator[Candidate]:
                 for name in network.tensors
                 if name not in taken and not name.endswith(_COUNTER)
             )
-            yield _with_own_head(Candidate(group, prefix, taken, tuple(missing)), network)
+            found_here = Candidate(group, prefix, taken, tuple(missing))
+            yield _without_bias(_with_own_head(found_here, network), network)
 
 
 def _splits(key: str) -> Iterator[tuple[str, str]]:
@@ -255,7 +277,9 @@ def _with_own_head(candidate: Candidate, network: Network) -> Candidate:
         if end == "weight"
         and is_head_part(parent, candidate.prefix, network)
         and all(
-            f"{parent}.{end}" in tensors and network.fits(name, tensors[f"{parent}.{end}"])
+            network.fits(name, tensors[f"{parent}.{end}"])
+            if f"{parent}.{end}" in tensors
+            else end == "bias" and _is_in_own_head(parent, candidate.prefix, network)
             for end, name in ends.items()
         )
     ]
@@ -265,16 +289,40 @@ def _with_own_head(candidate: Candidate, network: Network) -> Candidate:
     near = [parent for parent in parents if parent.startswith(outer)]
     if len(near) != 1:
         return candidate
-    head = {name: f"{near[0]}.{end}" for end, name in ends.items()}
-    return replace(candidate, taken=candidate.taken | head, missing=())
+    head = {name: f"{near[0]}.{end}" for end, name in ends.items() if f"{near[0]}.{end}" in tensors}
+    return replace(
+        candidate,
+        taken=candidate.taken | head,
+        missing=tuple(name for name in candidate.missing if name not in head),
+    )
+
+
+def _without_bias(candidate: Candidate, network: Network) -> Candidate:
+    """With zeros for the bias of a head that has a weight only, if that is all that is missing."""
+    for name in candidate.missing:
+        parent, _, end = name.rpartition(".")
+        weight = candidate.taken.get(f"{parent}.weight")
+        if (
+            end != "bias"
+            or name not in network.head
+            or weight is None
+            or weight.removesuffix("weight") + "bias" in candidate.group.tensors
+        ):
+            return candidate
+    return replace(candidate, missing=(), zeros=candidate.missing)
+
+
+def _is_in_own_head(key: str, prefix: str, network: Network) -> bool:
+    first = key.removeprefix(prefix).partition(".")[0]
+    return first in {name.partition(".")[0] for name in network.head}
 
 
 def is_head_part(key: str, prefix: str, network: Network) -> bool:
     """Whether a name that the network does not have means a head, by where it is and its words."""
+    if _is_in_own_head(key, prefix, network):
+        return True
     rest = key.removeprefix(prefix).lower()
     first = rest.partition(".")[0]
-    if first in {name.partition(".")[0] for name in network.head}:
-        return True
     if first in {name.partition(".")[0] for name in network.tensors}:
         return False
     is_numbered = not re.search("[a-z]", rest)  # behind the children of a Sequential

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from batchclf.errors import ModelError
+from batchclf.models.checkpoints import LOADING
 from batchclf.models.matching import (
     AVERAGE,
     Candidate,
@@ -99,9 +100,12 @@ def find_state(loaded: object, network: Network, path: Path, log: Callable[[str]
     if unknown:
         raise ModelError(f"{what}: {_of_unknown(chosen, unknown, network)}")
     state = {name: chosen.group.tensors[key] for name, key in chosen.taken.items()}
-    rows = {chosen.taken[name]: int(state[name].shape[0]) for name in sorted(network.head)}
+    heads = [name for name in sorted(network.head) if name in state]
+    rows = {chosen.taken[name]: int(state[name].shape[0]) for name in heads}
     if len(set(rows.values())) > 1:
         raise ModelError(f"{what}: the head has several numbers of classes: {rows}")
+    num_classes = next(iter(rows.values()))
+    state |= {name: torch.zeros(num_classes) for name in chosen.zeros}
     _report_taken(chosen, left, path, log)
     _report_others(chosen, distinct, loaded, path, log)
     normalisation = {
@@ -109,7 +113,7 @@ def find_state(loaded: object, network: Network, path: Path, log: Callable[[str]
         for key in left
         if _is_normalisation(key, chosen, network)
     }
-    return Found(state, next(iter(rows.values())), normalisation)
+    return Found(state, num_classes, normalisation)
 
 
 # ---- which of several ---------------------------------------------------------------------------
@@ -158,11 +162,10 @@ def _chosen(complete: list[Candidate], network: Network, path: Path) -> Candidat
 def _keeping(candidates: Iterable[Candidate], path: Path) -> str:
     """How to save one of several networks."""
     for one in candidates:
-        if one.group.path and not one.prefix:
-            keys = "".join(f"[{key!r}]" for key in one.group.path)
-            return (
-                f"save the one to be used alone: torch.save(torch.load('{path}'){keys}, 'one.pth')"
-            )
+        keys = one.group.path
+        if keys and not one.prefix and all(isinstance(key, str | int) for key in keys):
+            loading = LOADING.format(str(path)) + "".join(f"[{key!r}]" for key in keys)
+            return f"save the one to be used alone: torch.save({loading}, 'one.pth')"
     return "save the one to be used in a file of its own"
 
 
@@ -245,7 +248,7 @@ def _is_normalisation(key: str, chosen: Candidate, network: Network) -> bool:
 
 def _of_unknown(chosen: Candidate, unknown: list[str], network: Network) -> str:
     if any(is_head_part(key, chosen.prefix, network) for key in unknown):
-        head = [chosen.taken[name] for name in sorted(network.head)]
+        head = [chosen.taken[name] for name in sorted(network.head - {*chosen.zeros})]
         return _other_head([*head, *unknown], chosen.group, network)
     return _misfit(chosen, unknown, network)
 
@@ -339,11 +342,13 @@ def _report_taken(
         for name, key in chosen.taken.items()
         if originals[key] != name
     ]
-    if not (chosen.words or renamed or left):
+    if not (chosen.words or renamed or left or chosen.zeros):
         return
     parts = [f"{len(chosen.taken)} tensors taken{f' from {chosen.label}' if chosen.words else ''}"]
     if renamed:
         parts.append(f"{len(renamed)} of them renamed ({_listed(renamed)})")
+    if chosen.zeros:
+        parts.append(f"{_listed(chosen.zeros)} set to 0, since the head has no bias")
     if left:
         parts.append(f"{len(left)} left aside ({_listed(originals[key] for key in left)})")
     log(f"{path}: {', '.join(parts)}")
@@ -370,11 +375,11 @@ def _other_averages(loaded: object, complete: list[Candidate]) -> list[str]:
     """Averages that cannot be taken: a list without names, or parameters without the rest."""
     taken = {word for one in complete for word in one.words}
     return [
-        f"`{' / '.join((*path, str(key)))}` (which has not all tensors of the network by name)"
+        f"`{' / '.join(map(str, (*path, key)))}` (which has not all tensors of the network by name)"
         for path, mapping in walk(loaded)
         for key, value in mapping.items()
         if isinstance(value, Mapping | list | tuple) and _has_tensors(value)
-        if AVERAGE.search(str(key)) and str(key) not in taken and not taken & set(path)
+        if AVERAGE.search(str(key)) and not taken & {*map(str, path), str(key)}
     ]
 
 

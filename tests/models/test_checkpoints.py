@@ -298,7 +298,7 @@ def test_a_second_head_or_a_layer_behind_the_head_is_refused() -> None:
         assert f"{extra} (3, 5)" in message
 
 
-@pytest.mark.parametrize("key", ["stage3.2.branch2.5.weight", "conv5.0.weight", "fc.bias"])
+@pytest.mark.parametrize("key", ["stage3.2.branch2.5.weight", "conv5.0.weight", "fc.weight"])
 def test_an_untouched_layer_is_refused_by_name(key: str) -> None:
     state = under("module.", state_of())
     del state[f"module.{key}"]
@@ -393,6 +393,48 @@ def test_a_head_of_one_layer_may_have_another_name(kind: str, prefix: str) -> No
     assert all(found.state[key] is value for key, value in network(name).tensors.items())
     assert found.num_classes == 1000
     assert f"{prefix}{other}.weight is {own}.weight" in told or "renamed" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "bias"),
+    [
+        (SMALL, lambda own: {"fc.weight": own["fc.weight"]}, "fc.bias"),
+        (SMALL, lambda own: {"fc.1.weight": own["fc.weight"]}, "fc.bias"),
+        (
+            "mobilenet_v2",
+            lambda own: {"classifier.weight": own["classifier.1.weight"]},
+            "classifier.1.bias",
+        ),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_head_without_bias_gives_the_logits_of_the_model_without_it(
+    name: str, head: Callable[[State], State], bias: str, prefix: str
+) -> None:
+    own = state_of(name)
+    parent = bias.removesuffix(".bias")
+    body = {key: value for key, value in own.items() if not key.startswith(f"{parent}.")}
+    found, told = find(under(prefix, body | head(own)), name)
+    assert f"{bias} set to 0, since the head has no bias" in told
+    assert found.num_classes == 5
+    module, theirs = (zoo.get_model(name, weights=None, num_classes=5).eval() for _ in range(2))
+    found.fill(module)
+    theirs.load_state_dict(own)
+    theirs.get_submodule(parent).bias = None
+    torch.manual_seed(1)
+    pixels_NCHW = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(module(pixels_NCHW), theirs(pixels_NCHW))
+
+
+@pytest.mark.parametrize(
+    "beside", [{"fc.bias": torch.zeros(7, 5)}, {"fc.1.weight": torch.zeros(5, 5)}]
+)
+def test_a_head_whose_bias_is_another_or_behind_it_is_refused(beside: State) -> None:
+    state = {key: value for key, value in state_of().items() if key != "fc.bias"}
+    refused(state | beside)
+    renamed = {key.replace("fc.", "arc_head."): value for key, value in state.items()}
+    refused(renamed)
 
 
 def test_backbone_and_head_may_have_prefixes_of_their_own() -> None:
@@ -581,13 +623,29 @@ def test_an_average_of_the_weights_is_taken_and_told(kind: str) -> None:
     assert_found(AVERAGES[kind](plain, dict(plain)), plain)  # the same: nothing to choose
 
 
-def test_what_was_not_taken_can_be_saved_as_told() -> None:
-    loaded = {"epoch": 3, "model": state_of(), "model_ema": state_of(seed=1)}
-    told = assert_found(loaded, state_of(seed=1)).splitlines()
-    assert told[-1] == (
-        "own.pth: taken: `model_ema`, an average of the weights; not taken: `model`; for another, "
-        "save the one to be used alone: torch.save(torch.load('own.pth')['model'], 'one.pth')"
+@pytest.mark.parametrize(
+    ("wrap", "place"),
+    [
+        (lambda state: {"model": state}, "['model']"),
+        (lambda state: {"runs": [{}, {3: state}]}, "['runs'][1][3]"),
+        (lambda state: {"it's": (state,)}, '["it\'s"][0]'),
+    ],
+)
+def test_what_was_not_taken_can_be_saved_as_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrap: Callable[[State], State], place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    beside = {"args": argparse.Namespace(lr=0.1), "model_ema": state_of(seed=1)}
+    torch.save(wrap(state_of()) | beside, "own.pth")
+    told = assert_found(read_checkpoint(OWN), state_of(seed=1)).splitlines()
+    assert "taken: `model_ema`, an average of the weights; not taken: `" in told[-1]
+    line = told[-1].rpartition("save the one to be used alone: ")[2]
+    assert line == (
+        "torch.save(torch.load('own.pth', map_location='cpu', weights_only=False)"
+        f"{place}, 'one.pth')"
     )
+    exec(line, {"torch": torch})
+    assert_found(read_checkpoint(Path("one.pth")), state_of())
 
 
 def test_an_average_that_never_began_is_not_taken() -> None:
@@ -625,7 +683,7 @@ def test_several_networks_of_unknown_names_are_refused(names: tuple[str, str]) -
     assert (
         f"holds several networks that fit {SMALL}: `{first}`, `{second}`; save the one" in message
     )
-    assert f"torch.save(torch.load('own.pth')['{first}'], 'one.pth')" in message
+    assert f"weights_only=False)['{first}'], 'one.pth')" in message
     assert_found({first: state_of(), second: dict(state_of())}, state_of())
 
 
@@ -804,6 +862,20 @@ def test_a_file_of_another_kind_is_named_with_what_to_do(
         "Please file an issue",
     ):
         assert torchs_own not in str(caught.value)
+
+
+def test_a_file_of_arrays_is_told_what_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "own.pth"
+    arrays = {f"layer{index}": np.zeros((2, 2)) for index in range(4)}
+    torch.save({"model": arrays, "args": argparse.Namespace(), "epoch": 3}, path)
+    message = refused(read_checkpoint(path))
+    assert "4 of ndarray (layer0, layer1, layer2, ...), 1 of Namespace (args), 1 of int" in message
+    assert message.startswith("model.weights: own.pth: holds no tensors, but ")
+    line = message.rpartition("save tensors: ")[2]
+    exec(line.replace("'tensors.pth'", "path"), {"torch": torch, "arrays": arrays, "path": path})
+    assert read_checkpoint(path).keys() == arrays.keys()
+    torch.save(np.zeros(3), path)
+    assert "holds a ndarray, not a state dict" in refused(read_checkpoint(path))
 
 
 @pytest.mark.parametrize(
