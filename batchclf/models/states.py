@@ -190,7 +190,7 @@ def _may_be_left(key: str, chosen: Candidate, network: Network) -> bool:
     rest = key.removeprefix(chosen.prefix)
     if (
         rest.startswith(network.dispensable or ("\0",))
-        or not tensor.is_floating_point()  # counts something
+        or not (tensor.is_floating_point() or tensor.is_complex())  # counts something
         or _COUNTERS.search(key)
     ):
         return True

@@ -291,6 +291,11 @@ def test_an_average_without_buffers_and_with_names_without_dots_is_left_aside() 
     assert "left aside" in assert_found(under("model.", state_of()) | means, state_of())
 
 
+def test_a_layer_of_complex_numbers_is_not_left_as_a_counter() -> None:
+    filters = torch.zeros(8, 8, dtype=torch.complex64)
+    assert "1 unknown (conv5.filter)" in refused(state_of() | {"conv5.filter": filters})
+
+
 def test_a_second_head_or_a_layer_behind_the_head_is_refused() -> None:
     for extra in ("head.weight", "fc_gender.weight", "classifier.0.weight"):
         message = refused(under("backbone.", state_of()) | {extra: torch.zeros(3, 5)})
