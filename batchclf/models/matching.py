@@ -202,7 +202,7 @@ def _instead(mappings: list[tuple[tuple[object, ...], Mapping[Any, Any]]]) -> st
         for kind, keys in sorted(names.items(), key=lambda item: -len(item[1]))
     ]
     advice = (
-        "; where it was made, save tensors: torch.save({key: torch.from_numpy(array) for key, "
+        "; where it was made, save tensors: torch.save({key: torch.as_tensor(array) for key, "
         "array in arrays.items()}, 'tensors.pth')"
     )
     return f", but {', '.join(kinds)}{advice if 'ndarray' in names else ''}"

@@ -871,7 +871,8 @@ def test_a_file_of_another_kind_is_named_with_what_to_do(
 
 def test_a_file_of_arrays_is_told_what_it_holds(tmp_path: Path) -> None:
     path = tmp_path / "own.pth"
-    arrays = {f"layer{index}": np.zeros((2, 2)) for index in range(4)}
+    arrays: State = {f"layer{index}": np.zeros((2, 2)) for index in range(3)}
+    arrays["count"] = np.array(3)
     torch.save({"model": arrays, "args": argparse.Namespace(), "epoch": 3}, path)
     message = refused(read_checkpoint(path))
     assert "4 of ndarray (layer0, layer1, layer2, ...), 1 of Namespace (args), 1 of int" in message
