@@ -63,7 +63,9 @@ class Found:
 
         Only counters of batch normalisation, which old files lack, stay as they are.
         """
-        module.load_state_dict({**module.state_dict(), **self.state}, strict=True)
+        state = module.state_dict()  # with the versions of its layers, which MNASNet asks for
+        state.update(self.state)
+        module.load_state_dict(state, strict=True)
 
     def require_num_classes(self, asked: int | None, path: Path) -> None:
         """Refuse another number of classes than the job's, if it gives one.
