@@ -42,7 +42,8 @@ OUTSIDE = {
     "huggingface_hub": ("models/zoo/",),
     "onnx": (
         *("models/onnx_file.py", "models/onnx_input.py", "models/onnx_load.py"),
-        *("models/onnx_scores.py", "models/graph.py", "models/equalize.py"),
+        *("models/onnx_ends.py", "models/onnx_scores.py", "models/graph.py"),
+        "models/equalize.py",
         *("models/quantize.py", "models/half.py"),
     ),
     "onnxruntime": ("runtime/", "models/quantize.py", "models/half.py"),

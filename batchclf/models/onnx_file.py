@@ -30,6 +30,7 @@ from batchclf.models.checks import (
 )
 from batchclf.models.found_labels import METADATA_KEYS, labels_in
 from batchclf.models.graph import QUANTISED, save_model
+from batchclf.models.onnx_ends import Makers
 from batchclf.models.onnx_input import Feed, ImageInput, image_input, preprocess_of
 from batchclf.models.onnx_load import inner_graphs, load_graph, load_model
 from batchclf.models.onnx_scores import (
@@ -37,7 +38,6 @@ from batchclf.models.onnx_scores import (
     Meaning,
     Pair,
     ScoreTensor,
-    makers_of,
     meaning_of,
     nodes_after,
     paired,
@@ -87,7 +87,7 @@ def check_file(path: Path, spec: ModelSpec, num_labels: int | None) -> None:
     preprocess_of(path, image, spec.preprocess or PreprocessSpec())
     tensor = score_tensor(str(path), model, spec.output_name)
     refuse_second(str(path), tensor, spec.activation)
-    if tensor.num_classes == 1 and tensor.ending == "unknown":
+    if tensor.num_classes == 1 and tensor.ending in ("derived", "unknown"):
         settled(spec.activation, 1, f"model.onnx: {path}")
     known = tensor.num_classes or 0
     if num_labels is not None and known > 1 and num_labels != known:
@@ -189,11 +189,15 @@ def _tell(
         log(f"{path}: takes one channel, so images are made grey")
     if tensor.note:
         log(f"{path}: {tensor.note}")
+    if meaning.note:
+        log(f"{path}: {meaning.note}")
     if meaning.pair == "complement":
         log(
             f"{path}: ends with a Sigmoid over one number: two classes, and it is the score of the "
             "second"
         )
+    elif tensor.ending == "sigmoid" and scores_NK.shape[1] == 1:
+        log(f"{path}: ends with a Sigmoid over one number, which is the score")
     elif tensor.ending == "sigmoid":
         log(
             f"{path}: ends with a Sigmoid: {scores_NK.shape[1]:,} labels that do not exclude each "
@@ -228,7 +232,7 @@ def _as_floats(model: onnx.ModelProto, tensor: ScoreTensor) -> ScoreTensor:
 def _keep_only(model: onnx.ModelProto, output: str) -> None:
     """Leave what one tensor is made of; other outputs cost time, and may be no tensors."""
     graph = model.graph
-    makers = makers_of(graph)
+    makers = Makers(graph)
     needed: set[str] = set()
     waiting = [output]
     while waiting:

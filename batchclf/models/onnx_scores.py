@@ -6,7 +6,7 @@ Whatever cannot be told is asked for, with what to write.
 Array shapes: N images of a batch, K classes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,31 +17,14 @@ from onnx import TensorProto, helper
 from batchclf.errors import ModelError
 from batchclf.models.activation import settled
 from batchclf.models.graph import attribute
+from batchclf.models.onnx_ends import PASS_ON, Ending, Makers, behind, chain, ending_of, picker
 from batchclf.results.records import Activation
 
-Makers = Mapping[str, onnx.NodeProto]
-"""The node that makes each tensor."""
-Ending = Literal["softmax", "sigmoid", "unknown"]
 Pair = Literal["", "complement", "logits"]
 """Two classes of one output: from a probability p, (1 - p, p); from a logit z, (0, z)."""
 
-_PASS_ON = frozenset(
-    (
-        *("Cast", "Identity", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose"),
-        *("QuantizeLinear", "DequantizeLinear", "Clip", "Dropout", "Slice", "Gather", "Split"),
-    )
-)
-"""Operators that hand scores on, some of them or all, as what they are."""
-_ENDINGS: Mapping[str, Ending] = {
-    "Softmax": "softmax",
-    "QLinearSoftmax": "softmax",
-    "Sigmoid": "sigmoid",
-    "HardSigmoid": "sigmoid",
-    "QLinearSigmoid": "sigmoid",
-}
-_PICKERS = ("TopK", "ArgMax", "ArgMin")
-"""Operators that give places or a few values, no score for each class."""
-_JOINERS = ("Concat", "GatherElements", "GatherND", "SequenceConstruct")
+_UNSETTLED = ("derived", "unknown")
+"""Endings that do not say what the numbers are."""
 _WRAPPERS = ("SequenceMap", "SplitToSequence", "SequenceConstruct", "Optional")
 """Operators around a tensor in an output that is none itself."""
 _SCALE_AND_ZERO: Mapping[str, tuple[int, int]] = {
@@ -85,6 +68,8 @@ class Meaning:
 
     activation: Activation
     pair: Pair = ""
+    note: str = ""
+    """What else was seen, for the log."""
 
 
 # ---- which tensor --------------------------------------------------------------------------------
@@ -101,7 +86,7 @@ def score_tensor(what: str, model: onnx.ModelProto, wanted: str | None) -> Score
         ModelError: there is none, or several; the message lists them with what to write.
     """
     graph = model.graph
-    makers = makers_of(graph)
+    makers = Makers(graph)
     outputs = {value.name: value for value in graph.output}
     if wanted is not None:
         if wanted not in outputs and wanted not in makers:
@@ -132,11 +117,6 @@ def score_tensor(what: str, model: onnx.ModelProto, wanted: str | None) -> Score
     )
 
 
-def makers_of(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
-    """The node that makes each tensor of a graph."""
-    return {name: node for node in graph.node for name in node.output if name}
-
-
 def _candidate(
     value: onnx.ValueInfoProto, makers: Makers, outputs: Mapping[str, onnx.ValueInfoProto]
 ) -> ScoreTensor | None:
@@ -145,7 +125,7 @@ def _candidate(
     if maker is not None and maker.op_type == "ZipMap" and maker.input:
         found = _inside_zip_map(maker, makers, outputs)
         return None if found.name in outputs else found
-    if not value.type.HasField("tensor_type") or _picker(value.name, makers) is not None:
+    if not value.type.HasField("tensor_type") or picker(value.name, makers) is not None:
         return None
     tensor = value.type.tensor_type
     is_quantised = tensor.elem_type in _BYTES and _scale_and_zero(value.name, makers)
@@ -165,10 +145,10 @@ def _only(candidates: tuple[ScoreTensor, ...], makers: Makers) -> ScoreTensor | 
         return candidates[0]
     others = ", ".join(one.name for one in candidates)
     for one in candidates:
-        if one.ending == "unknown":
+        if one.ending in _UNSETTLED:
             continue
-        end = _behind(one.name, makers)
-        inner = set(_chain(end.input[0], makers)) if end is not None and end.input else set()
+        end = behind(one.name, makers)
+        inner = set(chain(end.input[0], makers)) if end is not None and end.input else set()
         if all(other is one or other.name in inner for other in candidates):
             return _noted(
                 one, f"takes {one.name}, the {one.ending} of the other outputs ({others})"
@@ -225,7 +205,7 @@ def _dims(value: onnx.ValueInfoProto) -> list[int] | None:
 
 def _scale_and_zero(name: str, makers: Makers) -> tuple[str, ...]:
     """Names of the scale and the zero point of an 8-bit tensor; empty: it has none."""
-    for tensor in _chain(name, makers, through=_PASS_ON - {"QuantizeLinear", "DequantizeLinear"}):
+    for tensor in chain(name, makers, through=PASS_ON - {"QuantizeLinear", "DequantizeLinear"}):
         node = makers.get(tensor)
         places = _SCALE_AND_ZERO.get(node.op_type) if node is not None else None
         if node is not None and places is not None:
@@ -236,24 +216,8 @@ def _scale_and_zero(name: str, makers: Makers) -> tuple[str, ...]:
 # ---- what is refused -----------------------------------------------------------------------------
 
 
-def _picker(name: str, makers: Makers) -> onnx.NodeProto | None:
-    """The node that picked classes, or boxes, where an output holds what it picked."""
-    waiting, seen = [name], set()
-    while waiting:
-        for tensor in _chain(waiting.pop(), makers):
-            node = makers.get(tensor)
-            if node is None or tensor in seen:
-                break
-            seen.add(tensor)
-            if node.op_type in (*_PICKERS, "NonMaxSuppression") and node.input:
-                return node
-            if node.op_type in _JOINERS or node.op_type.startswith("Gather"):
-                waiting += node.input
-    return None
-
-
 def _refuse_picked(what: str, name: str, makers: Makers) -> None:
-    node = _picker(name, makers)
+    node = picker(name, makers)
     if node is None:
         return
     if node.op_type == "NonMaxSuppression":
@@ -275,7 +239,7 @@ def _listed(graph: onnx.GraphProto, makers: Makers) -> str:
         while node is not None and node.op_type in _WRAPPERS and node.input:
             inner, node = node.input[0], makers.get(node.input[0])
         line = f"\n  {value.name}, {_described(value)}"
-        if (picked := _picker(value.name, makers)) is not None:
+        if (picked := picker(value.name, makers)) is not None:
             line += f", what {picked.op_type} picked from: model.output_name: {picked.input[0]}"
         elif not value.type.HasField("tensor_type"):
             line += f", around a tensor: model.output_name: {inner}" if inner != value.name else ""
@@ -302,41 +266,6 @@ def _described(value: onnx.ValueInfoProto) -> str:
 # ---- what its numbers mean -----------------------------------------------------------------------
 
 
-def ending_of(name: str, makers: Makers) -> Ending:
-    """The activation that a tensor has behind it, through what hands its numbers on.
-
-    A softmax may be in its parts: exponentials divided by their sum.
-    """
-    node = _behind(name, makers)
-    if node is None:
-        return "unknown"
-    if node.op_type == "Div" and len(node.input) == 2:
-        above, below = (_behind(one, makers) for one in node.input)
-        operators = [one.op_type for one in (above, below) if one is not None]
-        return "softmax" if operators == ["Exp", "ReduceSum"] else "unknown"
-    return _ENDINGS.get(node.op_type, "unknown")
-
-
-def _behind(name: str, makers: Makers) -> onnx.NodeProto | None:
-    """The node that computed a tensor's numbers, and does not only hand them on."""
-    *_, last = _chain(name, makers)
-    return makers.get(last)
-
-
-def _chain(name: str, makers: Makers, through: frozenset[str] = _PASS_ON) -> Iterator[str]:
-    """A tensor, and backwards all that it was before it was handed on."""
-    yield name
-    seen = {name}
-    node = makers.get(name)
-    while node is not None and node.op_type in through and node.input:
-        name = node.input[0]
-        if name in seen:  # a file may say anything
-            return
-        seen.add(name)
-        yield name
-        node = makers.get(name)
-
-
 def meaning_of(
     what: str, tensor: ScoreTensor, scores_NK: np.ndarray[Any, Any], given: Activation | None
 ) -> Meaning:
@@ -347,7 +276,8 @@ def meaning_of(
         given: the job's `model.activation`.
 
     Raises:
-        ModelError: the job's activation would be the second, or one output cannot be a score.
+        ModelError: the job's activation would be the second, one output cannot be a score, or
+            nothing tells whether the numbers are logits.
     """
     num_outputs = scores_NK.shape[1]
     refuse_second(what, tensor, given)
@@ -359,12 +289,55 @@ def meaning_of(
         )
     if tensor.ending == "sigmoid" and num_outputs == 1 and given is None:
         return Meaning("none", "complement")
-    if tensor.ending != "unknown":
+    if tensor.ending not in _UNSETTLED:
         return Meaning("none")
-    if given is None and num_outputs > 1 and _adds_up(scores_NK):
-        return Meaning("none")
+    if given is None and num_outputs > 1:
+        if _adds_up(scores_NK):
+            return Meaning("none")
+        if tensor.ending == "derived" and (scores_NK >= 0).all():
+            note = (
+                "ends with arithmetic on a softmax or sigmoid, or a comparison: its numbers, "
+                f"{_range_of(scores_NK)}, are the scores as they are"
+            )
+            return Meaning("none", note=note)
+        _refuse_doubtful(what, tensor, scores_NK)
     activation = settled(given, num_outputs, f"model.onnx: {what}")
-    return Meaning(activation, "logits" if num_outputs == 1 and given == "sigmoid" else "")
+    pair: Pair = "logits" if num_outputs == 1 and given == "sigmoid" else ""
+    return Meaning(activation, pair, _second_warning(given, scores_NK))
+
+
+def _refuse_doubtful(what: str, tensor: ScoreTensor, scores_NK: np.ndarray[Any, Any]) -> None:
+    """Refuse to guess an activation for numbers that look like the result of one.
+
+    Raises:
+        ModelError: the numbers lie between 0 and 1, or are parts of one same sum.
+    """
+    sums_N = scores_NK.sum(axis=1)
+    is_share = len(sums_N) > 1 and np.allclose(sums_N, sums_N[0], rtol=5e-3) and sums_N[0] > 0
+    # Numbers that are all the same say nothing: a model that sees nothing, and is warned of later.
+    is_positive = bool((scores_NK >= 0).all()) and np.ptp(scores_NK) > 0
+    is_likely = is_positive and (is_share or bool((scores_NK <= 1).all()))
+    if is_likely or tensor.ending == "derived":
+        raise ModelError(
+            f"model.onnx: {what}: cannot tell logits from probabilities: found scores "
+            f"{_range_of(scores_NK)}, which add up to {sums_N.min():.4g} to {sums_N.max():.4g} per "
+            "image; say with model.activation what makes scores of them: none (they are "
+            "probabilities already), softmax or sigmoid"
+        )
+
+
+def _second_warning(given: Activation | None, scores_NK: np.ndarray[Any, Any]) -> str:
+    """What to say of an activation that the job asks for and that may be the second."""
+    if given in (None, "none") or not ((scores_NK >= 0) & (scores_NK <= 1)).all():
+        return ""
+    return (
+        f"WARNING: model.activation: {given} is applied to numbers {_range_of(scores_NK)}; if they "
+        "are probabilities already, the scores will be wrong: then say none"
+    )
+
+
+def _range_of(scores_NK: np.ndarray[Any, Any]) -> str:
+    return f"of {scores_NK.min():.4g} to {scores_NK.max():.4g}"
 
 
 def refuse_second(what: str, tensor: ScoreTensor, given: Activation | None) -> None:
@@ -373,7 +346,7 @@ def refuse_second(what: str, tensor: ScoreTensor, given: Activation | None) -> N
     Raises:
         ModelError: the graph ends with a softmax or a sigmoid already, and the job asks for one.
     """
-    if tensor.ending != "unknown" and given in ("softmax", "sigmoid"):
+    if tensor.ending not in _UNSETTLED and given in ("softmax", "sigmoid"):
         raise ModelError(
             f"model.activation: found {given}, but {what} ends with a {tensor.ending.capitalize()} "
             "already; leave it out"

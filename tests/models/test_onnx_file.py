@@ -181,7 +181,8 @@ def test_any_mean_and_std_give_what_numpy_gives(
     tmp_path_factory: pytest.TempPathFactory, mean: list[float], std: list[float]
 ) -> None:
     path = save(PLAIN, tmp_path_factory.mktemp("own") / "own.onnx")
-    found = resolve(path, preprocess={"resize": 40, "mean": mean, "std": std})
+    preprocess = {"resize": 40, "mean": mean, "std": std}
+    found = resolve(path, preprocess=preprocess, activation="softmax")
     images_NHWC = pixels(3)
     fed = ((images_NHWC / 255 - np.array(mean)) / np.array(std)).transpose(0, 3, 1, 2)
     expected_NK = open_reference(path)(fed.astype(np.float32))
