@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from batchclf.results.records import Batch, Failure, ImageRef, Loaded, Prediction, Record
-from batchclf.run.sameness import ENOUGH, FEW, FirstAnswers
+from batchclf.run.sameness import ENOUGH, ENOUGH_SATURATED, FEW, FirstAnswers
 
 SAME = (Prediction("ant", 0, 0.25), Prediction("bee", 1, 0.25))
+SURE = (Prediction("ant", 0, 1.0), Prediction("bee", 1, 0.0))
 BAD = Failure("truncated", "ends early")
 
 
@@ -30,7 +31,7 @@ def test_enough_images_with_one_answer_are_warned_of_once(size: int) -> None:
     said.append(first.end())
     (warning,) = [one for one in said if one is not None]
     assert warning.startswith(f"WARNING: {ENOUGH} different images all got one and the same answer")
-    assert "'ant' with score 0.25" in warning
+    assert "'ant' with score 0.25: the model does not see them" in warning
 
 
 @pytest.mark.parametrize("count", [FEW - 1, FEW, ENOUGH - 1])
@@ -38,6 +39,27 @@ def test_a_short_job_is_judged_at_its_end(count: int) -> None:
     first = FirstAnswers()
     assert first.look(*batch_of(list(range(count)), [SAME] * count)) is None
     assert (first.end() is not None) == (count >= FEW)
+
+
+@pytest.mark.parametrize("size", [1, 7, ENOUGH_SATURATED])
+def test_many_sure_answers_are_no_proof_and_warned_of_late(size: int) -> None:
+    first, said = FirstAnswers(), []
+    for start in range(0, 2 * ENOUGH_SATURATED, size):
+        colours = list(range(start, start + size))
+        said.append(first.look(*batch_of(colours, [SURE] * size)))
+        if start + size < ENOUGH_SATURATED:
+            assert said[-1] is None
+    said.append(first.end())
+    (warning,) = [one for one in said if one is not None]
+    assert warning.startswith(f"WARNING: {ENOUGH_SATURATED} different images")
+    assert "the model may not see them" in warning
+
+
+@pytest.mark.parametrize("count", [FEW, ENOUGH, ENOUGH_SATURATED - 1])
+def test_a_short_job_of_sure_answers_is_not_judged(count: int) -> None:
+    first = FirstAnswers()
+    assert first.look(*batch_of(list(range(count)), [SURE] * count)) is None
+    assert first.end() is None
 
 
 def test_copies_of_one_image_count_once_and_failures_not_at_all() -> None:
