@@ -6,8 +6,10 @@ file beside it, Optimum's exports have transformers' config.json with `id2label`
 
 import ast
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeGuard
 
 from batchclf.errors import ModelError
 from batchclf.models.labels import MAX_LABELS_BYTES, read_labels
@@ -27,7 +29,9 @@ def labels_in(text: str) -> tuple[str, ...]:
         value = json.loads(text)
     except (ValueError, RecursionError):
         try:
-            value = ast.literal_eval(text)
+            with warnings.catch_warnings():  # of odd backslashes in what is no source of ours
+                warnings.simplefilter("ignore")
+                value = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return ()
     return labels_of(value)
@@ -38,15 +42,20 @@ def labels_of(value: object) -> tuple[str, ...]:
     if isinstance(value, Mapping):
         try:
             by_index = {int(index): name for index, name in value.items()}
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return ()
         if sorted(by_index) != list(range(len(value))):
             return ()
         value = [by_index[index] for index in range(len(by_index))]
     if not isinstance(value, list | tuple):
         return ()
-    names = tuple(name.strip() if isinstance(name, str) else "" for name in value)
+    names = tuple(name.strip() if _is_text(name) else "" for name in value)
     return () if "" in names else names
+
+
+def _is_text(name: object) -> TypeGuard[str]:
+    """Whether a name can be written into a file: JSON and Python can hold half a character."""
+    return isinstance(name, str) and not any("\ud800" <= one <= "\udfff" for one in name)
 
 
 def labels_beside(model: Path) -> list[tuple[tuple[str, ...], Path]]:

@@ -8,7 +8,7 @@ Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,13 +87,15 @@ def check_file(path: Path, spec: ModelSpec, num_labels: int | None) -> None:
     preprocess_of(path, image, spec.preprocess or PreprocessSpec())
     tensor = score_tensor(str(path), model, spec.output_name)
     refuse_second(str(path), tensor, spec.activation)
-    if tensor.num_classes == 1 and tensor.ending in ("derived", "unknown"):
-        settled(spec.activation, 1, f"model.onnx: {path}")
     known = tensor.num_classes or 0
-    if num_labels is not None and known > 1 and num_labels != known:
+    if known == 1 and tensor.ending in ("derived", "unknown"):
+        settled(spec.activation, 1, f"model.onnx: {path}")
+    if known == 1 and spec.activation != "none":
+        known = 2  # one number with a sigmoid speaks for the second of two
+    if num_labels is not None and known and num_labels != known:
         raise ModelError(
-            f"model.labels: found {num_labels:,} names for a model of {known:,} classes; give one "
-            "name per class, in index order"
+            f"model.labels: found {num_labels:,} names for a model of {known:,} "
+            f"{'class' if known == 1 else 'classes'}; give one name per class, in index order"
         )
 
 
@@ -124,11 +126,11 @@ def wrap_onnx(
     with _original(path, model, tensor, folder, open_reference) as run:
         original = _Original(path, run, feed.array(pixels_NHWC))
         fixed_batch = _fixed_batch(original, model, image.fixed_batch, batch_size, log)
-        outputs_NK, is_row = original.rows(fixed_batch or 1)
+        outputs_NK, row_length = original.rows(fixed_batch or 1)
     meaning = meaning_of(str(path), tensor, outputs_NK, spec.activation)
     expected_NK = paired(outputs_NK, meaning.pair)
     _tell(path, image, tensor, meaning, expected_NK, log)
-    wrapping = _Wrapping(feed, tensor.name, meaning.pair, fixed_batch, is_row)
+    wrapping = _Wrapping(feed, tensor.name, meaning.pair, fixed_batch, row_length)
     wrapping.put_around(model)
     target = folder / MODEL_FILE
     save_model(model, target)
@@ -137,7 +139,7 @@ def wrap_onnx(
         run = open_reference(target)
         for size in checked:
             _check(path, run(tiled(pixels_NHWC, size)), tiled(expected_NK, size), arithmetic)
-    labels, origin = _labels(model, tensor, expected_NK.shape[1])
+    labels, origin = _labels(path, model, tensor, expected_NK.shape[1], log)
     return WrappedModel(
         preprocess,
         int(expected_NK.shape[1]),
@@ -206,14 +208,22 @@ def _tell(
 
 
 def _labels(
-    model: onnx.ModelProto, tensor: ScoreTensor, num_classes: int
+    path: Path, model: onnx.ModelProto, tensor: ScoreTensor, num_classes: int, log: Log
 ) -> tuple[tuple[str, ...], str]:
     """The class names in the file that are as many as its classes, and where they are."""
     found = [(tensor.labels, "its ZipMap")]
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     for key in METADATA_KEYS:
         found.append((labels_in(metadata.get(key, "")), f"its metadata ({key})"))
-    return next((one for one in found if len(one[0]) == num_classes), ((), ""))
+    for labels, origin in found:
+        if len(labels) == num_classes:
+            return labels, origin
+        if labels:
+            log(
+                f"{path}: {origin} has {len(labels):,} class names, and the model has "
+                f"{num_classes:,} classes: not used"
+            )
+    return (), ""
 
 
 # ---- the model as it is --------------------------------------------------------------------------
@@ -302,18 +312,30 @@ class _Original:
     run: Run
     feed: np.ndarray[Any, Any]
 
-    def answers_at(self, size: int) -> bool:
-        """Whether it takes a batch of `size`, and gives one row for each image."""
-        try:
-            scores = self.run(tiled(self.feed, size))
-        except ModelError:
-            return False
-        return rows_of(scores, size) is not None
+    def answering(self, sizes: Iterable[int]) -> Iterator[int]:
+        """The batch sizes, of these, for which it gives one row for each image.
 
-    def rows(self, size: int) -> tuple[np.ndarray[Any, Any], bool]:
+        A row is as long as that of one image alone, where it answers for one: the classes of one
+        image are no numbers of as many images.
+        """
+        length = self._row_length(1)
+        for size in sizes:
+            found = length if size == 1 else self._row_length(size)
+            if found is not None and (length is None or found == length):
+                yield size
+
+    def _row_length(self, size: int) -> int | None:
+        """Numbers for each image of a batch; None: it takes no such batch, or gives no rows."""
+        try:
+            rows_NK = rows_of(self.run(tiled(self.feed, size)), size)
+        except ModelError:
+            return None
+        return None if rows_NK is None else rows_NK.shape[1]
+
+    def rows(self, size: int) -> tuple[np.ndarray[Any, Any], int | None]:
         """Its answer for each image, which no other image in the batch can colour, of shape NK.
 
-        And whether it gives the classes of one image without an axis for the batch.
+        And K, where it gives the classes of one image without an axis for the batch.
         """
         found = [self.run(np.repeat(row[None], size, axis=0)) for row in self.feed]
         rows = [rows_of(scores, size) for scores in found]
@@ -324,8 +346,9 @@ class _Original:
                 f"of {size}; class scores are {SHAPES}; name another output, or a tensor "
                 "inside the graph, in model.output_name"
             )
-        is_row = found[0].ndim == 1 and found[0].shape != (size,)
-        return np.concatenate(kept), is_row
+        scores_NK = np.concatenate(kept)
+        has_batch = found[0].ndim > 1 or found[0].shape == (size,)
+        return scores_NK, None if has_batch else scores_NK.shape[1]
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -349,10 +372,11 @@ def _fixed_batch(
     """The one batch size that the model is to be run at; None: any will do."""
     if fixed is not None:
         return fixed
-    if all(original.answers_at(size) for size in _sizes(batch_size)):
+    all_sizes = _sizes(batch_size)
+    if tuple(original.answering(all_sizes)) == all_sizes:
         return None
     sizes = _batches_to_try(model, batch_size)
-    found = next((size for size in sizes if original.answers_at(size)), None)
+    found = next(original.answering(sizes), None)
     if found is None:
         original.rows(1)  # says why not
         raise ModelError(
@@ -411,7 +435,7 @@ class _Wrapping:
     output: str
     pair: Pair
     fixed_batch: int | None
-    is_row: bool
+    row_length: int | None
 
     def put_around(self, model: onnx.ModelProto) -> None:
         """Let the graph take uint8 pixels NHWC and give float32 scores NK."""
@@ -420,7 +444,7 @@ class _Wrapping:
         image = replace(self.feed.image, name=_renamed(self.feed.image.name))
         before = replace(self.feed, image=image).nodes(f"{_PREFIX}pixels")
         output = _renamed(self.output)
-        after = nodes_after(output, f"{_PREFIX}scores", self.pair, is_row=self.is_row)
+        after = nodes_after(output, f"{_PREFIX}scores", self.pair, self.row_length)
         nodes = [*before, *graph.node, *after]
         del graph.node[:]
         graph.node.extend(nodes)

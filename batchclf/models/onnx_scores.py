@@ -364,10 +364,11 @@ def _adds_up(scores_NK: np.ndarray[Any, Any]) -> bool:
 def rows_of(scores: np.ndarray[Any, Any], num_images: int) -> np.ndarray[Any, Any] | None:
     """What a model gave for a batch as float32 of shape NK; None: not one row per image.
 
-    Takes NK with any axes of length 1 around K, N (one number per image), and K for one image.
+    Takes NK with any axes of length 1 around K, N (one number per image), and K or a number alone
+    for one image.
     """
-    if scores.ndim == 1 and num_images == 1:
-        return scores[None].astype(np.float32)
+    if scores.ndim < 2 and num_images == 1:
+        return scores.reshape(1, -1).astype(np.float32)
     if scores.ndim == 0 or scores.shape[0] != num_images or not scores.size:
         return None
     if sum(size > 1 for size in scores.shape[1:]) > 1:
@@ -383,11 +384,13 @@ def paired(scores_NK: np.ndarray[Any, Any], pair: Pair) -> np.ndarray[Any, Any]:
     return np.concatenate([first_N1, scores_NK], axis=1)
 
 
-def nodes_after(tensor: str, output: str, pair: Pair, *, is_row: bool) -> list[onnx.NodeProto]:
+def nodes_after(
+    tensor: str, output: str, pair: Pair, row_length: int | None
+) -> list[onnx.NodeProto]:
     """Nodes from the score tensor to `output`, float32 of shape NK.
 
     Args:
-        is_row: whether the tensor has the classes of one image and no axis for the batch.
+        row_length: K, where the tensor of one image has no axis for the batch; None: it has one.
     """
     nodes: list[onnx.NodeProto] = []
     name = tensor
@@ -397,7 +400,11 @@ def nodes_after(tensor: str, output: str, pair: Pair, *, is_row: bool) -> list[o
         nodes.append(helper.make_node(operator, list(inputs), [made], **attributes))
         return made
 
-    name = add("Flatten", name, axis=0 if is_row else 1)
+    if row_length is None:
+        name = add("Flatten", name, axis=1)
+    else:
+        rows = onnx.numpy_helper.from_array(np.array([-1, row_length]))
+        name = add("Reshape", name, add("Constant", value=rows))
     name = add("Cast", name, to=TensorProto.FLOAT)
     if pair == "complement":
         one = onnx.numpy_helper.from_array(np.ones((1, 1), np.float32))

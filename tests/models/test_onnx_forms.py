@@ -9,13 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import hypothesis
 import numpy as np
 import onnx
 import pytest
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from batchclf.errors import ModelError
+from batchclf.models.found_labels import labels_in
 from batchclf.models.resolve import ResolvedModel, check_model, resolve_model
 from batchclf.results.records import Activation
 from batchclf.runtime.classifier import open_reference
@@ -106,6 +109,37 @@ def test_scores_without_an_axis_for_the_batch_run_one_image_at_a_time(
     found = resolve(tmp_path / "own.onnx")
     assert found.bundle.meta.fixed_batch == 1
     assert len(found.labels) == 5
+    assert_as_by_hand(found, tmp_path / "own.onnx")
+
+
+@pytest.mark.parametrize("form", [PLAIN, PLAIN.but(num_classes=1)], ids=["classes", "one output"])
+def test_a_squeeze_of_all_axes_leaves_the_batch_open(tmp_path: Path, form: Classifier) -> None:
+    """As x.squeeze() does it: one image loses the axis of the batch, and several keep it."""
+    model = with_tail(build(form), [node("Squeeze", ["before"], ["answer"])], [])
+    model.graph.output.append(float_value("answer", None))
+    onnx.save(model, tmp_path / "own.onnx")
+    activation = "none" if form.num_classes == 1 else None
+    found = resolve(tmp_path / "own.onnx", activation=activation)
+    assert found.bundle.meta.fixed_batch is None
+    assert len(found.labels) == form.num_classes
+    assert_as_by_hand(found, tmp_path / "own.onnx")
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "batch_size"), [(2, 2), (4, 4), (8, 8), (3, 3), (2, 8), (4, 8)]
+)
+def test_the_classes_of_one_image_are_no_batch_of_as_many(
+    tmp_path: Path, num_classes: int, batch_size: int
+) -> None:
+    form = PLAIN.but(num_classes=num_classes, seed=200 + batch_size)  # built anew
+    model = build(form)
+    constants(model, first=np.array(0))
+    tail = [node("Gather", ["before", "first"], ["answer"], axis=0)]
+    onnx.save(with_tail(model, tail, [float_value("answer", [None])]), tmp_path / "own.onnx")
+    found, said = resolve_and_hear(tmp_path / "own.onnx", batch_size=batch_size)
+    assert found.bundle.meta.fixed_batch == 1
+    assert "so it runs in batches of 1" in said
+    assert len(found.labels) == num_classes
     assert_as_by_hand(found, tmp_path / "own.onnx")
 
 
@@ -785,6 +819,10 @@ def test_optimums_config_is_found_above_its_folder_onnx(tmp_path: Path) -> None:
         ({"config.json": "{"}, {}),
         ({"config.json": '["id2label"]'}, {}),
         ({"labels.txt": "a\n\nb\nc\nd"}, {}),
+        ({}, {"names": "{1e999: 'a'}"}),
+        ({}, {"names": '["a", "b", "c", "d", "\\ud800"]'}),
+        ({}, {"names": "['a', 'b', 'c']"}),
+        ({}, {"classes": '{"0": "a", "1": "b", "2": "c"}'}),
     ],
 )
 def test_class_names_that_do_not_fit_are_left(
@@ -796,7 +834,37 @@ def test_class_names_that_do_not_fit_are_left(
         (tmp_path / name).write_text(text)
     found, said = resolve_and_hear(path)
     assert found.labels == ("0", "1", "2", "3", "4")
-    assert ("has 3 class names, and" in said) == (files.get("labels.txt") == "a\nb\nc")
+    told = [len(labels_in(text)) for text in metadata.values()]
+    has_three = files.get("labels.txt") == "a\nb\nc" or told == [3]
+    assert ("has 3 class names, and" in said) == has_three
+
+
+# Text that is nearly what Python prints, or is it.
+LITERALS = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text() | st.binary(),
+    lambda inner: (
+        st.lists(inner)
+        | st.dictionaries(st.integers() | st.floats() | st.complex_numbers() | st.text(), inner)
+    ),
+    max_leaves=8,
+)
+
+
+@hypothesis.given(
+    LITERALS.map(repr) | LITERALS.map(repr).map(lambda text: text[1:] + "\\d") | st.text()
+)
+@hypothesis.example("{1e999: 'a'}")
+@hypothesis.example("{-1e999: 'a'}")
+@hypothesis.example("{" * 100_000)
+@hypothesis.example("-" * 100_000 + "1")
+@hypothesis.example("[" + "9" * 10_000 + "]")
+@hypothesis.example("{[]: 1}")
+@hypothesis.example("\0")
+@hypothesis.example("{1j: 'a'}")
+def test_any_text_for_class_names_gives_some_or_none(text: str) -> None:
+    for name in labels_in(text):
+        assert name.strip()
+        name.encode()
 
 
 # ---- validate ------------------------------------------------------------------------------------
@@ -835,6 +903,20 @@ def test_validate_counts_the_jobs_labels(tmp_path: Path) -> None:
     path = save(PLAIN, tmp_path / "own.onnx")
     with pytest.raises(ModelError, match="found 1,000 names for a model of 5 classes"):
         check_model(spec_of(path, labels="imagenet"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "known"), [({}, "2 classes"), ({"activation": "none"}, "1 class;")]
+)
+def test_validate_counts_the_labels_of_one_output(
+    tmp_path: Path, spec: dict[str, Any], known: str
+) -> None:
+    path = save(ONE.but(scores="sigmoid"), tmp_path / "own.onnx")
+    (tmp_path / "own.txt").write_text("a\nb\nc\n")
+    with pytest.raises(ModelError, match=f"found 3 names for a model of {known}"):
+        check_model(spec_of(path, labels=str(tmp_path / "own.txt"), **spec))
+    (tmp_path / "own.txt").write_text("a\n" if spec else "a\nb\n")
+    check_model(spec_of(path, labels=str(tmp_path / "own.txt"), **spec))
 
 
 # ---- always the same answer ----------------------------------------------------------------------
