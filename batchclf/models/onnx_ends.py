@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
+import numpy as np
 import onnx
 
 from batchclf.models.graph import attribute
@@ -18,11 +19,22 @@ Ending = Literal["softmax", "sigmoid", "derived", "unknown"]
 
 PASS_ON = frozenset(
     (
-        *("Cast", "Identity", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose"),
+        *(
+            "Cast",
+            "CastLike",
+            "Identity",
+            "Flatten",
+            "Reshape",
+            "Squeeze",
+            "Unsqueeze",
+            "Transpose",
+        ),
         *("QuantizeLinear", "DequantizeLinear", "Clip", "Dropout", "Slice", "Gather", "Split"),
     )
 )
 """Operators that hand scores on, some of them or all, as what they are."""
+_PASS_ALL = PASS_ON - {"QuantizeLinear", "DequantizeLinear"}
+"""Those of them that change no number."""
 _ENDINGS: Mapping[str, Ending] = {
     "Softmax": "softmax",
     "QLinearSoftmax": "softmax",
@@ -46,6 +58,7 @@ _ELEMENTWISE = frozenset(
 """Operators without weights, whose numbers are of the same classes as what they take."""
 _EXTREMES = ("ReduceMax", "ReduceMin", "ReduceMean")
 _MEANS = ("ReduceMean", "GlobalAveragePool", "QLinearGlobalAveragePool", "AveragePool")
+_LARGEST = ("ReduceMax", "GlobalMaxPool", "MaxPool")
 _FLAT = ("Gemm", "QGemm", "Flatten", "GlobalAveragePool", "GlobalMaxPool")
 """Operators whose second axis is that of the classes."""
 _SUMS = ("ReduceSum", "ReduceL1")
@@ -70,8 +83,8 @@ class Makers(dict[str, onnx.NodeProto]):
         )
         self.constants = {one.name: one for one in graph.initializer}
         for node in graph.node:
-            if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
-                self.constants[node.output[0]] = node.attribute[0].t
+            if node.op_type == "Constant" and node.attribute and node.output:
+                self.constants[node.output[0]] = _value_of(node.attribute[0])
 
     def is_constant(self, name: str) -> bool:
         """Whether no image changes a tensor."""
@@ -80,16 +93,36 @@ class Makers(dict[str, onnx.NodeProto]):
 
     def scalar(self, name: str) -> float | None:
         """A constant of one number, in 8 bits too; None: it is no such thing."""
+        *_, name = chain(name, self, _PASS_ALL)
         node = self.get(name)
-        if node is not None and node.op_type == "DequantizeLinear":
-            value, scale, zero = ([*map(self.scalar, node.input), 0.0])[:3]
-            if value is None or scale is None or zero is None:
-                return None
-            return (value - zero) * scale
+        if node is None or node.op_type != "DequantizeLinear":
+            return self._number(name)
+        value, scale, zero = ([*map(self._number, node.input), 0.0])[:3]
+        return None if value is None or not scale or zero is None else (value - zero) * scale
+
+    def _number(self, name: str) -> float | None:
+        *_, name = chain(name, self, _PASS_ALL)
         tensor = self.constants.get(name)
         if tensor is None or math.prod(tensor.dims) != 1 or tensor.external_data:
             return None
-        return float(onnx.numpy_helper.to_array(tensor).ravel()[0])
+        try:
+            return float(onnx.numpy_helper.to_array(tensor).ravel()[0])
+        except (ValueError, TypeError):  # text, or not the bytes of its type
+            return None
+
+
+def _value_of(given: onnx.AttributeProto) -> onnx.TensorProto:
+    """The value of a Constant as a tensor."""
+    match given.name:
+        case "value_float":
+            return onnx.numpy_helper.from_array(np.array(given.f))
+        case "value_int":
+            return onnx.numpy_helper.from_array(np.array(given.i))
+        case "value_floats":
+            return onnx.numpy_helper.from_array(np.array(given.floats, np.float64))
+        case "value_ints":
+            return onnx.numpy_helper.from_array(np.array(given.ints, np.int64))
+    return given.t
 
 
 def chain(name: str, makers: Makers, through: frozenset[str] = PASS_ON) -> Iterator[str]:
@@ -231,20 +264,22 @@ class _Endings:
             return _ENDINGS[operator]
         if operator == "Exp":
             return "softmax" if self._is_log_softmax(node.input[0]) else "unknown"
+        if operator in (*_MEANS, *_LARGEST):
+            return self._reduced(node, depth)
         if operator in _COMPARISONS:
             return "derived"
-        if operator in _MEANS:
-            return self.of(node.input[0], depth)
-        if operator in ("ReduceMax", "GlobalMaxPool", "MaxPool"):
-            inner = self.of(node.input[0], depth)
-            return "derived" if inner == "softmax" else inner
         if operator == "Concat":
             return self._joined(node, depth)
-        if (fraction := self._fraction(node)) is not None:
-            found = self._of_fraction(*fraction, depth)
-            if found != "unknown":
-                return found
-        return self._combined(name, node, depth)
+        fraction = self._fraction(node)
+        found = self._of_fraction(*fraction, depth) if fraction else "unknown"
+        return self._combined(name, node, depth) if found == "unknown" else found
+
+    def _reduced(self, node: onnx.NodeProto, depth: int) -> Ending:
+        """Of a mean or the largest over pixels, tokens or models; over classes it is neither."""
+        if node.op_type.startswith("Reduce") and _is_over_classes(node, self._makers):
+            return "unknown"
+        inner = self.of(node.input[0], depth)
+        return "derived" if inner == "softmax" and node.op_type in _LARGEST else inner
 
     def _combined(self, name: str, node: onnx.NodeProto, depth: int) -> Ending:
         """Of arithmetic with constants, or of several activations."""

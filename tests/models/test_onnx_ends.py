@@ -143,6 +143,13 @@ TANH = [
 SIGMOIDS: dict[str, Nodes] = {
     "divided": [*PARTS, node("Div", ["unit", "below"], ["answer"])],
     "reciprocal": [*PARTS, node("Reciprocal", ["below"], ["answer"])],
+    "constants in nodes": [
+        *MINUS,
+        node("Constant", [], ["one"], value_float=1.0),
+        node("CastLike", ["one", "exp"], ["one_2"]),
+        node("Add", ["one_2", "exp"], ["below"]),
+        node("Div", ["one_2", "below"], ["answer"]),
+    ],
     "tanh": TANH,
     "mean": [P, OTHER, P2, *MEAN],
     "stacked mean": [P, OTHER, P2, *STACK],
@@ -183,7 +190,7 @@ def test_a_sigmoid_is_seen_in_its_parts_and_in_a_mean(tmp_path: Path, form: str)
         resolve(path, activation="sigmoid")
 
 
-@pytest.mark.parametrize("form", ["divided", "reciprocal", "tanh"])
+@pytest.mark.parametrize("form", ["divided", "reciprocal", "constants in nodes", "tanh"])
 def test_a_sigmoid_in_its_parts_over_one_number_is_the_score_of_the_second_of_two(
     tmp_path: Path, form: str
 ) -> None:
@@ -197,6 +204,15 @@ def test_a_sigmoid_in_its_parts_over_one_number_is_the_score_of_the_second_of_tw
     alone, said = resolve_and_hear(path, activation="none")
     assert alone.labels == ("0",)
     assert "Sigmoid over one number, which is the score" in said
+
+
+@pytest.mark.parametrize("reduction", ["ReduceMax", "ReduceMean"])
+def test_the_largest_of_several_sigmoids_is_not_the_score_of_the_second_of_two(
+    tmp_path: Path, reduction: str
+) -> None:
+    path = with_ending(tmp_path / "own.onnx", [P, node(reduction, ["p"], ["answer"], axes=[1])], 1)
+    with pytest.raises(ModelError, match="gives one number per image"):
+        resolve(path)
 
 
 @pytest.mark.parametrize("form", SOFTMAXES)
@@ -267,6 +283,15 @@ def test_a_graph_that_goes_round_or_on_and_on_is_no_traceback(
     start, stop = node("Neg", ["logits"], ["x0"]), node("Mul", ["x3000", "none"], ["answer"])
     path = with_ending(tmp_path / "own.onnx", [start, *doubled, stop])
     check_model(spec_of(path, **given))
+    scaled = [
+        node("DequantizeLinear", ["b", "q_scale"], ["a"]),
+        node("DequantizeLinear", ["a", "q_scale"], ["b"]),
+        node("Constant", [], ["text"], value_string="one"),
+        node("Mul", ["logits", "text"], ["c"]),
+        node("Mul", ["c", "b"], ["answer"]),
+    ]
+    with pytest.raises(ModelError):
+        resolve(with_ending(path, scaled), **given)
     round_about = [node("Add", ["answer", "p"], ["x"]), node("Mul", ["x", "x"], ["answer"])]
     with pytest.raises(ModelError):
         resolve(with_ending(path, [S, *round_about]), **given)
