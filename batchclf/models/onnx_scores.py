@@ -296,8 +296,8 @@ def meaning_of(
             return Meaning("none")
         if tensor.ending == "derived" and (scores_NK >= 0).all():
             note = (
-                "ends with arithmetic on a softmax or sigmoid, or a comparison: its numbers, "
-                f"{_range_of(scores_NK)}, are the scores as they are"
+                f"its scores, {_range_of(scores_NK)}, are made from a softmax, a sigmoid or a "
+                "comparison, and taken as they are"
             )
             return Meaning("none", note=note)
         _refuse_doubtful(what, tensor, scores_NK)

@@ -230,13 +230,13 @@ def test_arithmetic_on_probabilities_gets_no_softmax_and_is_said(tmp_path: Path,
     path = with_ending(tmp_path / "own.onnx", DERIVED[form])
     found, said = resolve_and_hear(path)
     assert found.bundle.meta.activation == "none"
-    assert "arithmetic on a softmax or sigmoid" in said
+    assert "made from a softmax, a sigmoid or a comparison, and taken as they are" in said
     assert_as_by_hand(found, path)
 
 
 @pytest.mark.parametrize(
     ("heads", "said"),
-    [([P, OTHER, P2], "10 labels that do not"), ([S, OTHER, S2], "arithmetic on a softmax")],
+    [([P, OTHER, P2], "10 labels that do not"), ([S, OTHER, S2], "made from a softmax")],
     ids=["sigmoid", "softmax"],
 )
 def test_the_probabilities_of_several_heads_are_kept(
