@@ -244,11 +244,16 @@ def read_results(results: Path) -> dict[str, Row]:
 
 def page(swept: Swept, names: Sequence[str], rows: dict[str, Row]) -> str:
     """The markdown page: one table row per model, in alphabetical order."""
+    num_run = sum(name in rows for name in names)
     accepted = sum(name in rows and not rows[name].error for name in names)
+    of_all = f"{len(names)} models export"
+    if num_run < len(names):
+        left = f"the other {len(names) - num_run} of {len(names)} were not run"
+        of_all = f"the {num_run} models that were run export ({left})"
     lines = [
         f"# {swept.what}, exported",
         "",
-        f"{accepted} of {len(names)} models export with a dynamic batch axis and give PyTorch's "
+        f"{accepted} of {of_all} with a dynamic batch axis and give PyTorch's "
         f"logits at batch sizes 1, 2, 3 and {BATCH_SIZE}, with random weights, on the CPU. A model "
         "that gives other logits is refused at export.",
         "",
