@@ -7,7 +7,10 @@ from batchclf.results.records import Activation
 def settled(
     given: Activation | None, num_outputs: int, what: str, own: Activation = "softmax"
 ) -> Activation:
-    """What a model of logits still lacks, by the job's `model.activation`, or as it says itself.
+    """What a model of logits still lacks, by the job's `model.activation` if it says.
+
+    `own` is what the model itself says, and holds where the job says nothing: with a sigmoid of its
+    own, one output is one label that is there or not.
 
     One output with a sigmoid stands for two classes, and is to become the logits (0, output): their
     softmax is 1 - sigmoid and sigmoid.
@@ -15,7 +18,9 @@ def settled(
     Raises:
         ModelError: one output, of which a softmax would make 1.0 whatever the image.
     """
-    activation = given or own
+    if given is None and own != "softmax":
+        return own
+    activation = given or "softmax"
     if num_outputs > 1:
         return activation
     if activation == "softmax":

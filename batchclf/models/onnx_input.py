@@ -73,7 +73,7 @@ def image_input(path: Path, model: onnx.ModelProto, spec: ModelSpec) -> ImageInp
         tensor.elem_type,
         layout,
         dims[dict(_AXES)[layout]] or 3,
-        _crop(path, (height, width), given.crop),
+        _crop(path, (height, width), given.crop_size),
         dims[0] or None,
     )
 
@@ -98,10 +98,7 @@ def _layout(path: Path, dims: list[int], given: str | None) -> str:
     return sure[0]
 
 
-def _crop(
-    path: Path, size: tuple[int, int], given: int | tuple[int, int] | None
-) -> tuple[int, int]:
-    asked = (given, given) if isinstance(given, int) else given
+def _crop(path: Path, size: tuple[int, int], asked: tuple[int, int] | None) -> tuple[int, int]:
     if asked is None:
         if 0 in size:
             raise ModelError(

@@ -109,7 +109,7 @@ def check_model(spec: ModelSpec) -> str:
         onnx_file.check_file(spec.onnx, spec, len(labels) or None)
         return f"{spec.onnx}, to be prepared at the first run"
     _import_zoo(spec).check(spec)
-    return f"{spec.name} ({spec.weights}), to be exported at the first run"
+    return f"{spec.display_name} ({spec.weights}), to be exported at the first run"
 
 
 def open_eager(spec: ModelSpec, threads: int, log: Log) -> Run | str:
@@ -275,7 +275,7 @@ def _missing(*modules: str) -> list[str]:
 def _import_zoo(spec: ModelSpec) -> ModuleType:
     """What imports torch; kept out of every run that has its bundle."""
     assert spec.name is not None
-    _require_packages(spec.name, *_packages(spec), extras=_extras(spec))
+    _require_packages(spec.display_name, *_packages(spec), extras=_extras(spec))
     try:
         from batchclf.models import zoo
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
@@ -403,9 +403,8 @@ def _own_preprocess(spec: ModelSpec, bundle: Bundle) -> Preprocess:
     given = spec.preprocess
     if given is None or spec.bundle is None:
         return preprocess
-    crop = (given.crop, given.crop) if isinstance(given.crop, int) else given.crop
     for key, value in (
-        ("crop", crop),
+        ("crop", given.crop_size),
         ("mean", given.mean),
         ("std", given.std),
         ("channels", given.channels),

@@ -225,6 +225,11 @@ class PreprocessSpec(_Spec):
         False, description="Turn the image as its EXIF orientation says; torchvision does not."
     )
 
+    @property
+    def crop_size(self) -> tuple[int, int] | None:
+        """`crop` as height and width."""
+        return (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
+
     @model_validator(mode="after")
     def _std_divides(self) -> "PreprocessSpec":
         if self.std is not None and min(self.std) <= 0:
@@ -354,6 +359,11 @@ class ModelSpec(_Spec):
         """The folder that transformers wrote the model to, where `name` is of one: `hf//a/b`."""
         path = (self.name or "").partition("/")[2]
         return Path(path) if self.library == "hf" and os.path.isabs(path) else None
+
+    @property
+    def display_name(self) -> str:
+        """`name` as messages say it: of a folder, its path alone."""
+        return str(self.folder or self.name)
 
     @property
     def labels_path(self) -> Path | None:

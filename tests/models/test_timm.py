@@ -3,8 +3,8 @@
 Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 """
 
+import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from PIL import Image
 from batchclf.errors import ModelError, WeightsUnavailable
 from batchclf.images.decode import Decoder
 from batchclf.models.resolve import check_model
-from batchclf.spec.job import ModelSpec
-from tests.conftest import ONLY_IN_CI, Batchclf, read_records, write_job
+from batchclf.spec.job import ModelSpec, PreprocessSpec
+from tests.conftest import ONLY_IN_CI, ROOT, Batchclf, read_records, write_job
 from tests.images.common import picture
 from tests.models.hub import hub
 from tests.models.zoo_common import (
@@ -33,10 +33,13 @@ torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 safetensors = pytest.importorskip("safetensors.torch")
 
-from batchclf.models.zoo import build  # noqa: E402
+from batchclf.models.zoo import build, check  # noqa: E402
 from batchclf.models.zoo import timm as ours  # noqa: E402
+from tests import sweep  # noqa: E402
+from tests.sweep import Row, Swept  # noqa: E402
 
 __all__ = ["fake_hub_cache"]
+SWEPT = Swept("timm", "timm/", list, "Some of timm's models", "TIMM.md")
 SMALL = "test_vit"
 """160 x 160 pixels, 0.4 million parameters."""
 
@@ -70,8 +73,8 @@ def test_the_pixels_of_every_preprocessing_in_timm_are_those_of_its_own_transfor
     assert len(kinds) > 100
     for name in kinds:
         config = data_config(name)
-        module: Any = SimpleNamespace(pretrained_cfg=timm.models.get_pretrained_cfg(name).to_dict())
-        preprocess = ours._preprocess(name, module, None)
+        pretrained_cfg = timm.models.get_pretrained_cfg(name).to_dict()
+        preprocess = ours._preprocess(name, pretrained_cfg, None)
         assert preprocess.mean == tuple(config["mean"])
         assert preprocess.std == tuple(config["std"])
         if max(preprocess.crop) > 600:
@@ -97,13 +100,13 @@ def test_border_padding_is_refused_unless_the_job_says_how_to_resize_instead() -
     name = next(
         name for name in timm.list_pretrained() if data_config(name)["crop_mode"] == "border"
     )
-    module: Any = SimpleNamespace(pretrained_cfg=timm.models.get_pretrained_cfg(name).to_dict())
+    spec = ModelSpec.model_validate({"name": f"timm/{name}", "weights": "none"})
     with pytest.raises(ModelError, match=r"CenterCropOrPad \(crop_mode: border.*give model\.prep"):
-        ours._preprocess(name, module, None)
-    given = ModelSpec.model_validate(
-        {"name": f"timm/{name}", "preprocess": {"resize": 70, "crop": 64}}
-    ).preprocess
-    assert ours._preprocess(name, module, given).resize == 70
+        check(spec)
+    given = spec.model_copy(update={"preprocess": PreprocessSpec(resize=70, crop=64)})
+    check(given)
+    pretrained_cfg = timm.models.get_pretrained_cfg(name).to_dict()
+    assert ours._preprocess(name, pretrained_cfg, given.preprocess).resize == 70
 
 
 # ---- logits --------------------------------------------------------------------------------------
@@ -204,11 +207,15 @@ def test_labels_are_timms_own_names_of_its_classes() -> None:
             r"gives one number per image",
         ),
         ({"name": "timm/resnet18", "transform_input": True}, r"timm's resnet18 has no such option"),
+        (
+            {"name": f"timm/{SMALL}", "weights": "none", "num_classes": 1},
+            rf"timm/{SMALL}: gives one number per image",
+        ),
     ],
 )
 def test_what_timm_has_not_is_refused_with_what_it_has(keys: dict[str, Any], message: str) -> None:
     spec = ModelSpec.model_validate(keys)
-    for refuse in (build, ours.check):
+    for refuse in (build, check):
         with pytest.raises(ModelError, match=message):
             refuse(spec)
 
@@ -224,6 +231,19 @@ def test_where_timm_is_not_installed_the_extra_is_named(monkeypatch: pytest.Monk
     )
     with pytest.raises(UsageError, match=r"needs timm: pip install 'batchclf\[export,timm\]'"):
         check_model(ModelSpec(name="timm/resnet18"))
+
+
+def test_the_page_of_a_sweep_tells_what_was_not_run_from_what_was() -> None:
+    rows = {"a": Row("a"), "b": Row("b", error="refused")}
+    begun = sweep.page(SWEPT, ["a", "b", "c"], rows)
+    assert "1 of the 2 models that were run export (the other 1 of 3 were not run) with" in begun
+    assert "1 of 2 models export with a dynamic batch axis" in sweep.page(SWEPT, ["a", "b"], rows)
+    kept = (ROOT / "batchclf" / "models" / "TIMM.md").read_text()
+    found = re.search(r"of the (\d+) models that were run .*other (\d+) of (\d+) were not", kept)
+    assert found
+    num_run, num_left, num_all = map(int, found.groups())
+    assert num_left == kept.count("| not run |")
+    assert num_run + num_left == num_all
 
 
 # ---- the download --------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def build(spec: ModelSpec, log: Callable[[str], None] = lambda text: None) -> Bu
     model: BuiltModel = _library(spec).build(spec, log)
     num_outputs = len(model.labels)
     activation = settled(
-        spec.activation, num_outputs, f"model.name: {spec.name}", own=model.activation
+        spec.activation, num_outputs, f"model.name: {spec.display_name}", model.activation
     )
     if num_outputs == 1 and activation == "softmax":
         model = replace(model, module=TwoLogits(model.module), labels=("0", "1"))

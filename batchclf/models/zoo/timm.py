@@ -13,7 +13,7 @@ from timm.data import (
     ImageNetInfo,
     create_transform,
     infer_imagenet_subset,
-    resolve_model_data_config,
+    resolve_data_config,
 )
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import nn
@@ -73,7 +73,8 @@ def build(spec: ModelSpec, log: Log = lambda text: None) -> BuiltModel:
         module = _build_pretrained(name, config, options, log)
         labels = _labels(config)
     module = module.eval().float()
-    preprocess = _preprocess(name, module, spec.preprocess)
+    pretrained_cfg: Any = module.pretrained_cfg
+    preprocess = _preprocess(name, pretrained_cfg, spec.preprocess)
     num_outputs = count_outputs(module, preprocess, f"{_PREFIX}{name}")
     if len(labels) != num_outputs:
         labels = tuple(str(index) for index in range(num_outputs))
@@ -81,19 +82,23 @@ def build(spec: ModelSpec, log: Log = lambda text: None) -> BuiltModel:
 
 
 def check(spec: ModelSpec) -> None:
-    """Refuse an unknown model or weights name, or a weights file that does not read.
+    """Refuse what `build` would refuse, as far as it can be told without building or downloading.
 
     Raises:
-        ModelError: with the nearest names.
+        ModelError: unknown model or weights, a file that does not fit the model, preprocessing that
+            is not served, or one output and no word of what it means.
     """
     name = _known_name(spec)
+    config = _config(name)
     if spec.weights_path is not None:
-        found = _find_weights(spec, spec.weights_path, lambda text: None)
-        settled(spec.activation, found.num_classes, f"model.name: {spec.name}")
+        num_classes = _find_weights(spec, spec.weights_path, lambda text: None).num_classes
     elif spec.weights == "none":
-        settled(spec.activation, _num_random(spec, _config(name)), f"model.name: {spec.name}")
+        num_classes = _num_random(spec, config)
     else:
-        _require_classes(name, spec, _config(name))
+        _require_classes(name, spec, config)
+        num_classes = config.num_classes
+    settled(spec.activation, num_classes, f"model.name: {spec.name}")
+    _preprocess(name, config.to_dict(), spec.preprocess)
 
 
 # ---- names ---------------------------------------------------------------------------------------
@@ -174,6 +179,12 @@ def _require_classes(name: str, spec: ModelSpec, config: Any) -> None:
         )
 
 
+def _num_random(spec: ModelSpec, config: Any) -> int:
+    """Of a model of random weights."""
+    num_classes: int = spec.num_classes or config.num_classes or 1000
+    return num_classes
+
+
 def _labels(config: Any) -> tuple[str, ...]:
     """timm's own names of the classes of its weights; empty where it has none."""
     if config.label_names is not None:
@@ -188,13 +199,8 @@ def _labels(config: Any) -> tuple[str, ...]:
 
 def _size_option(spec: ModelSpec, config: Any) -> dict[str, object]:
     """The image size to build for, where the job gives one to a model that has it built in."""
-    crop = _crop(spec.preprocess)
+    crop = spec.preprocess.crop_size if spec.preprocess is not None else None
     return {"img_size": crop} if crop is not None and config.fixed_input_size else {}
-
-
-def _crop(given: PreprocessSpec | None) -> tuple[int, int] | None:
-    crop = given.crop if given is not None else None
-    return (crop, crop) if isinstance(crop, int) else crop
 
 
 @contextmanager
@@ -269,15 +275,17 @@ def _build_pretrained(name: str, config: Any, options: Mapping[str, object], log
 # ---- preprocessing -------------------------------------------------------------------------------
 
 
-def _preprocess(name: str, module: nn.Module, overrides: PreprocessSpec | None) -> Preprocess:
+def _preprocess(
+    name: str, pretrained_cfg: Mapping[str, Any], overrides: PreprocessSpec | None
+) -> Preprocess:
     """The steps of timm's own transforms for evaluation, with the user's parts in their place.
 
     As with timm's `--img-size`, a crop that the user gives changes the resize with it.
     """
     given = overrides or PreprocessSpec()
-    own_crop = _crop(given)
+    own_crop = given.crop_size
     arguments = {"input_size": (3, *own_crop)} if own_crop is not None else None
-    config = resolve_model_data_config(module, args=arguments)
+    config = resolve_data_config(arguments, pretrained_cfg=pretrained_cfg)
     if config["input_size"][0] != 3:
         raise ModelError(
             f"model.name: {_PREFIX}{name} takes images of {config['input_size'][0]} channels; "

@@ -236,11 +236,10 @@ def _preprocess(member: zoo.WeightsEnum, overrides: PreprocessSpec | None) -> Pr
     """The transforms of `member`, with the user's parts in place of theirs."""
     preset = member.transforms()
     given = overrides or PreprocessSpec()
-    crop = given.crop or preset.crop_size[0]
     interpolation: Interpolation = given.interpolation or preset.interpolation.value
     return Preprocess(
         resize=given.resize or preset.resize_size[0],
-        crop=(crop, crop) if isinstance(crop, int) else crop,
+        crop=given.crop_size or (preset.crop_size[0], preset.crop_size[0]),
         interpolation=interpolation,
         mean=given.mean or tuple(preset.mean),
         std=given.std or tuple(preset.std),
