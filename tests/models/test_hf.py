@@ -5,6 +5,7 @@ Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 
 import json
 import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,17 @@ from PIL import Image
 from batchclf.errors import ModelError, WeightsUnavailable
 from batchclf.images.decode import Decoder
 from batchclf.models.resolve import check_model
+from batchclf.runtime.ranking import activated
 from batchclf.spec.file import load_job
-from batchclf.spec.job import ModelSpec
+from batchclf.spec.job import ModelSpec, PreprocessSpec
 from tests.conftest import ONLY_IN_CI, Batchclf, read_records, write_job
 from tests.images.common import picture
-from tests.models.hub import hub
+from tests.models.hub import COMMIT, hub
 from tests.models.zoo_common import (
+    LEAST_SPREAD,
     ask_hub_at,
     assert_same_answers,
+    decoded,
     fake_hub_cache,
     photos,
     resolved,
@@ -33,9 +37,10 @@ from tests.models.zoo_common import (
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
 functional = pytest.importorskip("torchvision.transforms.functional")
 
-from batchclf.models.export import BuiltModel  # noqa: E402
+from batchclf.models.export import BuiltModel, eager  # noqa: E402
 from batchclf.models.zoo import build, fetch, hf_processor  # noqa: E402
 
 __all__ = ["fake_hub_cache"]
@@ -184,20 +189,45 @@ def test_photos_get_the_answers_of_transformers_with_its_own_processor(
     assert_same_answers(scores_of(model, paths), expected_NK)
 
 
-def test_transformers_pipeline_with_its_default_processor_finds_the_same_classes(
-    tmp_path: Path,
-) -> None:
-    theirs = save(tmp_path / "mine")
-    model = resolved(f"hf/{tmp_path / 'mine'}")
+def pipelines_scores(theirs: Any, processor: Any, paths: list[Path]) -> np.ndarray[Any, Any]:
+    """Scores NK of transformers' own pipeline, in the order of the classes."""
     pipeline = transformers.pipeline(
-        "image-classification",
-        model=theirs,
-        image_processor=transformers.AutoImageProcessor.from_pretrained(tmp_path / "mine"),
-        device="cpu",
+        "image-classification", model=theirs, image_processor=processor, device="cpu"
     )
-    paths = photos()
-    found = [model.labels[index] for index in scores_of(model, paths).argmax(1)]
-    assert found == [pipeline(Image.open(path))[0]["label"] for path in paths]
+    given = [pipeline(Image.open(path), top_k=len(NAMES)) for path in paths]
+    by_name = [{one["label"]: one["score"] for one in row} for row in given]
+    return np.array([[row[name] for name in NAMES.values()] for row in by_name])
+
+
+PIPELINE_ATOL = 1e-5
+"""Of scores in 0..1, with the same pixels."""
+FAST_PIPELINE_ATOL = 0.1
+"""With the default processor, whose pixels are up to two levels of 255 off: it resizes tensors."""
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=() if k in ("vit", "resnet") else ONLY_IN_CI) for k in KINDS],
+)
+def test_transformers_pipeline_gives_the_same_classes_and_scores(tmp_path: Path, kind: str) -> None:
+    theirs = save(tmp_path, kind)
+    ours, paths = built(tmp_path), photos()
+    run = eager(ours, 1)
+    found_NK = activated(
+        np.concatenate([run(decoded(ours.preprocess, path)[None]) for path in paths]),
+        ours.activation,
+    )
+    assert np.ptp(found_NK, axis=0).max() > LEAST_SPREAD, "the scores depend on the photo"
+    pillow_NK = pipelines_scores(theirs, own_processor(tmp_path), paths)
+    np.testing.assert_allclose(found_NK, pillow_NK, rtol=0, atol=PIPELINE_ATOL)
+    np.testing.assert_array_equal(found_NK.argmax(1), pillow_NK.argmax(1))
+    default = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    default_NK = pipelines_scores(theirs, default, paths)
+    np.testing.assert_allclose(found_NK, default_NK, rtol=0, atol=FAST_PIPELINE_ATOL)
+    top_two_N2 = np.sort(found_NK, axis=1)[:, -2:]
+    is_sure_N = top_two_N2[:, 1] - top_two_N2[:, 0] > 2 * np.abs(found_NK - default_NK).max()
+    assert is_sure_N.any()
+    np.testing.assert_array_equal(found_NK.argmax(1)[is_sure_N], default_NK.argmax(1)[is_sure_N])
 
 
 def test_a_run_from_a_folder_beside_the_job_writes_its_own_labels(
@@ -239,6 +269,33 @@ def test_one_output_is_refused_until_the_job_says_what_it_is(tmp_path: Path) -> 
         check_model(ModelSpec(name=f"hf/{tmp_path}", activation="none", num_classes=2))
     check_model(ModelSpec(name=f"hf/{tmp_path}", activation="none"))
     assert built(tmp_path, activation="none").labels == ("age",)
+
+
+def test_one_label_of_a_model_of_several_keeps_its_name_and_its_own_score(
+    tmp_path: Path, batchclf: Batchclf
+) -> None:
+    one: dict[str, Any] = {"id2label": {0: "cat"}, "label2id": {"cat": 0}}
+    save(tmp_path / "mine", problem_type="multi_label_classification", **one)
+    ours = built(tmp_path / "mine")
+    assert (ours.labels, ours.activation) == (("cat",), "sigmoid")
+    check_model(ModelSpec(name=f"hf/{tmp_path / 'mine'}"))
+    two = built(tmp_path / "mine", activation="sigmoid")
+    assert (two.labels, two.activation) == (("0", "1"), "softmax"), "the job says two classes"
+    job = write_job(tmp_path, model={"name": "hf/mine"}, input=str(photos()[0].parent))
+    done = batchclf("run", job, "--limit", "2")
+    assert done.exit_code == 0, done.stderr
+    pipeline = transformers.pipeline(
+        "image-classification",
+        model=str(tmp_path / "mine"),
+        image_processor=own_processor(tmp_path / "mine"),
+        device="cpu",
+    )
+    for record in read_records(tmp_path / "out"):
+        with Image.open(photos()[0].parent / record["path"]) as image:
+            (expected,) = pipeline(image)
+        (found,) = record["predictions"]
+        assert found["label"] == expected["label"] == "cat"
+        assert found["score"] == pytest.approx(expected["score"], abs=PIPELINE_ATOL)
 
 
 def test_the_random_weights_of_none_are_the_same_every_time(tmp_path: Path) -> None:
@@ -356,6 +413,74 @@ def test_what_cannot_be_expressed_is_refused_with_key_and_value(
     assert built(tmp_path, preprocess=given).preprocess.resize == 64
 
 
+def test_what_the_job_leaves_open_still_comes_from_the_processor(tmp_path: Path) -> None:
+    transformers.MobileViTImageProcessor(resample=3).save_pretrained(tmp_path)
+    given = PreprocessSpec(resize=72, crop=64, mean=(0.0,) * 3, std=(1.0,) * 3)
+    told: list[str] = []
+    found = hf_processor.read_preprocess(tmp_path, given, told.append)
+    assert (found.interpolation, found.channels, found.crop_rounding) == ("bicubic", "bgr", "down")
+    assert not told
+    own = given.model_copy(update={"channels": "rgb", "interpolation": "nearest"})
+    found = hf_processor.read_preprocess(tmp_path, own, told.append)
+    assert (found.interpolation, found.channels) == ("nearest", "rgb")
+    edit(tmp_path / "preprocessor_config.json", do_pad=True)
+    found = hf_processor.read_preprocess(tmp_path, given, told.append)
+    assert (found.interpolation, found.channels) == ("bicubic", "bgr")
+    assert "do_pad: found True; this step is not served; the job's own resize" in told.pop()
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert hf_processor.read_preprocess(tmp_path, given, told.append).interpolation == "bilinear"
+    assert "with interpolation: bilinear, channels: rgb (if the model was trained with" in told[0]
+
+
+ODD: tuple[Any, ...] = (None, 0, -1, 2.5, "a", [], {}, 1e308, [0.5, 0.5], {"a": [None]})
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [("vit", "config.json")]
+    + [(kind, "preprocessor_config.json") for kind in ("vit", "mobilevit", "convnext")],
+)
+def test_odd_values_are_refused_or_work_and_nothing_else(
+    tmp_path: Path, kind: str, file: str
+) -> None:
+    save(tmp_path, kind)
+    path = tmp_path / file
+    sound = json.loads(path.read_text())
+    refusals: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # NumPy's
+        for key in sorted({*sound, "rescale_factor", "image_mean", "image_std", "crop_pct"}):
+            for value in ODD:
+                path.write_text(json.dumps(sound | {key: value}))
+                try:
+                    check_model(ModelSpec(name=f"hf/{tmp_path}"))
+                    if file == "config.json":
+                        built(tmp_path)
+                except ModelError as error:
+                    refusals.append(str(error))
+    assert len(refusals) > 20
+    assert not [refusal for refusal in refusals if "\n" in refusal]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"image_mean": [0.5, 0.5]}, r"image_mean: found .0\.5, 0\.5.; allowed: 3 numbers"),
+        ({"rescale_factor": "a"}, r"rescale_factor: found a; allowed: a number from 1e-06"),
+        ({"image_std": 0}, r"image_std: found 0; allowed: 3 numbers, or one for all,"),
+        ({"size": {"height": 64, "width": 0}}, r"size: found .*whole numbers from 1 to 8192"),
+        ({"do_center_crop": True, "crop_size": {"shortest_edge": 9}}, r"crop_size: found \{'shor"),
+    ],
+)
+def test_odd_values_of_a_processor_are_named(
+    tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    transformers.CLIPImageProcessor(size=square(64), do_center_crop=False).save_pretrained(tmp_path)
+    edit(tmp_path / "preprocessor_config.json", **keys)
+    with pytest.raises(ModelError, match=message):
+        hf_processor.read_preprocess(tmp_path, None)
+
+
 def test_a_processor_that_does_more_than_its_keys_say_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,6 +526,44 @@ def test_a_model_without_a_trained_head_is_refused(tmp_path: Path) -> None:
     model.vit.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"missing \(classifier\.bias, .*trained as an image"):
         built(tmp_path)
+
+
+def test_tensors_that_the_model_has_no_place_for_are_refused(tmp_path: Path) -> None:
+    state = save(tmp_path).state_dict()
+    extra = {"vit.pooler.dense.weight": torch.ones(2), "vit.embeddings.mask_token": torch.ones(1)}
+    safetensors.save_file({**state, **extra}, tmp_path / "model.safetensors", {"format": "pt"})
+    told: list[str] = []
+    build(ModelSpec(name=f"hf/{tmp_path}"), told.append)
+    assert any(
+        "does not need vit.embeddings.mask_token, vit.pooler.dense.weight" in t for t in told
+    )
+    for name in (
+        "vit.layers.0.attention.q_proj.lora_A.weight",
+        "classifier.norm.weight",
+        "vit.pooler.dense.lora_A.weight",
+    ):
+        safetensors.save_file(
+            {**state, **extra, name: torch.ones(3)},
+            tmp_path / "model.safetensors",
+            {"format": "pt"},
+        )
+        with pytest.raises(ModelError, match=rf"has no place for 1 of .* \({name}\).*merge adap"):
+            built(tmp_path)
+
+
+def test_what_a_run_refuses_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    save(tmp_path)
+    with pytest.raises(ModelError, match=r"num_classes: found 9, but .* names 5 classes"):
+        check_model(ModelSpec(name=f"hf/{tmp_path}", num_classes=9))
+    edit(tmp_path / "preprocessor_config.json", do_resize=False)
+    with pytest.raises(ModelError, match=r"do_resize: found False"):
+        check_model(ModelSpec(name=f"hf/{tmp_path}"))
+    save(tmp_path, id2label={0: "age"}, label2id={"age": 0})
+    with pytest.raises(ModelError, match=rf"name: {tmp_path}: gives one number per image"):
+        check_model(ModelSpec(name=f"hf/{tmp_path}"))
+    assert check_model(ModelSpec(name=f"hf/{tmp_path}", activation="none")).startswith(
+        f"{tmp_path} (DEFAULT)"
+    )
 
 
 def test_code_beside_a_model_is_not_run(tmp_path: Path) -> None:
@@ -450,6 +613,7 @@ def test_a_run_downloads_a_model_from_the_hub(batchclf: Batchclf, tmp_path: Path
         env = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}
         done = batchclf("run", job, "--limit", "2", env=env)
     assert done.exit_code == 0, done.stderr
+    assert f"me/mine: taken is revision {COMMIT}" in done.stderr
     assert not [line for line in asked if "own.py" in line], "no code is even downloaded"
     assert [line for line in asked if "me/mine" not in line] == [], "nothing else is asked for"
     there = batchclf("run", job, "--limit", "2", "--overwrite", env=env)

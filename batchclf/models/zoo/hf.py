@@ -6,14 +6,16 @@ Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 """
 
 import json
-import pickle
-from collections.abc import Callable, Mapping
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification
@@ -24,8 +26,8 @@ from batchclf.models.activation import settled
 from batchclf.models.checkpoints import first_line, require_safe_torch
 from batchclf.models.export import BuiltModel, count_outputs
 from batchclf.models.zoo import fetch
-from batchclf.models.zoo.hf_processor import read_preprocess
-from batchclf.results.records import Activation
+from batchclf.models.zoo.hf_processor import MALFORMED, read_preprocess
+from batchclf.results.records import Activation, Preprocess
 from batchclf.spec.job import ModelSpec
 
 Log = Callable[[str], None]
@@ -38,12 +40,15 @@ _UNSERVED = {
     "quantization_config": "save the model without quantisation; batchclf quantises by precision",
     "adapter_config": "merge the adapter (`model.merge_and_unload()`) and save the model",
 }
-_MALFORMED = (
-    *(OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError),
-    *(EOFError, pickle.UnpicklingError, SafetensorError, StrictDataclassError),
+_HARMLESS = re.compile(
+    r"(^|\.)(pooler\.dense\.(weight|bias)|mask_token|position_ids|num_batches_tracked"
+    r"|relative_position_index)$"
 )
-"""What transformers raises on a configuration or weights that it cannot use."""
+"""Tensors that a classifier may do without: of pretraining, of a backbone's other output (both are
+left over where a classifier was made of them), and what a model computes itself."""
 _ACTIVATIONS: Mapping[str | None, Activation] = {
+    None: "softmax",
+    "single_label_classification": "softmax",
     "multi_label_classification": "sigmoid",
     "regression": "none",
 }
@@ -62,6 +67,16 @@ class Logits(nn.Module):
         return logits_NK
 
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What the files beside the weights say."""
+
+    config: Any
+    labels: tuple[str, ...]
+    activation: Activation
+    preprocess: Preprocess
+
+
 def build(spec: ModelSpec, log: Log = lambda text: None) -> BuiltModel:
     """Build an image classifier of transformers from a folder, or from the hub.
 
@@ -73,48 +88,83 @@ def build(spec: ModelSpec, log: Log = lambda text: None) -> BuiltModel:
         WeightsUnavailable: the download failed.
     """
     _refuse_foreign_keys(spec)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     folder = spec.folder if spec.folder is not None else _downloaded(spec, log)
-    config = _read_config(folder)
-    labels = _labels(folder, config, spec)
-    model = _random(config) if spec.weights == "none" else _load(folder, config)
-    module = Logits(model).eval().float()
-    preprocess = read_preprocess(folder, spec.preprocess)
-    num_outputs = count_outputs(module, preprocess, str(spec.name))
-    if num_outputs != len(labels):
+    read = _read(spec, folder, log)
+    with _refusing(f"model.name: {folder}: the model cannot be built as {_CONFIG} says"):
+        is_random = spec.weights == "none"
+        model = _random(read.config) if is_random else _load(folder, read.config, log)
+        module = Logits(model).eval().float()
+        num_outputs = count_outputs(module, read.preprocess, f"model.name: {folder}")
+    if num_outputs != len(read.labels):
         raise ModelError(
-            f"model.name: {folder / _CONFIG}: id2label names {len(labels)} classes, but the model "
-            f"gives {num_outputs} numbers per image"
+            f"model.name: {folder / _CONFIG}: id2label names {len(read.labels)} classes, but the "
+            f"model gives {num_outputs} numbers per image"
         )
-    return BuiltModel(module, preprocess, labels, _activation(config))
+    return BuiltModel(module, read.preprocess, read.labels, read.activation)
 
 
 def check(spec: ModelSpec) -> None:
-    """Refuse a folder that holds no image classifier; what is on the hub is not asked for.
+    """Refuse what `build` would refuse of a folder, as far as it can be told without its tensors.
+
+    What is on the hub is not asked for.
 
     Raises:
-        ModelError: with what is missing.
+        ModelError: as `build`.
     """
     _refuse_foreign_keys(spec)
     if spec.folder is not None:
-        config = _read_config(spec.folder)
-        labels = _labels(spec.folder, config, spec)
-        settled(spec.activation, len(labels), f"model.name: {spec.name}", own=_activation(config))
         if spec.weights != "none":
+            _read_json(spec.folder / _CONFIG)
             _weights_files(spec.folder)
+        _read(spec, spec.folder, lambda text: None)
+
+
+def _read(spec: ModelSpec, folder: Path, log: Log) -> _Read:
+    """What the files beside the weights say, and whether it goes with the job.
+
+    Raises:
+        ModelError: it does not, or is not served.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    config = _read_config(folder)
+    labels = _labels(folder, config)
+    if spec.num_classes not in (None, len(labels)):
+        raise ModelError(
+            f"model.num_classes: found {spec.num_classes}, but {folder / _CONFIG} names "
+            f"{len(labels)} classes (id2label)"
+        )
+    if not isinstance(config.problem_type, str | None) or config.problem_type not in _ACTIVATIONS:
+        raise ModelError(
+            f"model.name: {folder / _CONFIG}: problem_type: found {config.problem_type!s:.80}; "
+            f"allowed: {', '.join(filter(None, _ACTIVATIONS))}"
+        )
+    activation = _ACTIVATIONS[config.problem_type]
+    settled(spec.activation, len(labels), f"model.name: {spec.display_name}", activation)
+    return _Read(config, labels, activation, read_preprocess(folder, spec.preprocess, log))
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Say what transformers cannot use; what it and torch only warn of is compared or refused."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (*MALFORMED, SafetensorError) as error:
+        raise ModelError(f"{what}: {first_line(error)}") from error
 
 
 def _refuse_foreign_keys(spec: ModelSpec) -> None:
     if spec.weights not in ("DEFAULT", "none"):
         raise ModelError(
-            f"model.weights: found {spec.weights}, but those of {spec.name} lie in its folder: "
-            "DEFAULT, or none"
+            f"model.weights: found {spec.weights}, but those of {spec.display_name} lie in its "
+            "folder: DEFAULT, or none"
         )
     if spec.transform_input is not None:
         raise ModelError(
-            f"model.transform_input: found {spec.transform_input}, but {spec.name} has no such "
-            "option"
+            f"model.transform_input: found {spec.transform_input}, but {spec.display_name} has "
+            "no such option"
         )
 
 
@@ -125,6 +175,10 @@ def _downloaded(spec: ModelSpec, log: Log) -> Path:
     folder = fetch.snapshot_from_hub(name, (*_SETTINGS, *_SAFE_WEIGHTS), log)
     if not _fitting(folder, _SAFE_WEIGHTS) and spec.weights != "none":
         folder = fetch.snapshot_from_hub(name, (*_SETTINGS, *_PICKLED_WEIGHTS), log)
+    log(
+        f"{name}: taken is revision {folder.name}, for later runs too (another: "
+        f"hf/{name.partition('@')[0]}@REVISION in model.name)"
+    )
     return folder
 
 
@@ -152,7 +206,7 @@ def _read_config(folder: Path) -> Any:
             raise ModelError(f"{what}: {key}: found {written[key]!s:.80}, not served; {advice}")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except _MALFORMED as error:
+    except MALFORMED as error:
         own_code = "; its own code (auto_map) is not run" if "auto_map" in written else ""
         raise ModelError(
             f"{what}: transformers {transformers.__version__} cannot read it{own_code}: "
@@ -163,7 +217,7 @@ def _read_config(folder: Path) -> Any:
         raise ModelError(
             f"{what}: transformers {transformers.__version__} has no image classifier of "
             f"model_type {model_type!r}{own_code}; "
-            f"architectures: {', '.join(written.get('architectures') or ['none'])}"
+            f"architectures: {_listed(written.get('architectures'))}"
         )
     num_channels = getattr(config, "num_channels", 3)
     if num_channels != 3:
@@ -186,22 +240,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _activation(config: Any) -> Activation:
-    return _ACTIVATIONS.get(config.problem_type, "softmax")
+def _listed(names: Any) -> str:
+    return ", ".join(map(str, names)) if isinstance(names, list) and names else str(names)
 
 
-def _labels(folder: Path, config: Any, spec: ModelSpec) -> tuple[str, ...]:
+def _labels(folder: Path, config: Any) -> tuple[str, ...]:
     names = config.id2label
-    if not names or set(names) != set(range(len(names))):
+    if not isinstance(names, dict) or not names or set(names) != set(range(len(names))):
+        keys = f"the keys {_listed(list(names)[:5])}" if isinstance(names, dict) else str(names)
         raise ModelError(
-            f"model.name: {folder / _CONFIG}: id2label: found the keys "
-            f"{', '.join(str(key) for key in list(names)[:5])}; allowed: 0 to the number of "
-            "classes less 1, each once"
-        )
-    if spec.num_classes not in (None, len(names)):
-        raise ModelError(
-            f"model.num_classes: found {spec.num_classes}, but {folder / _CONFIG} names "
-            f"{len(names)} classes (id2label)"
+            f"model.name: {folder / _CONFIG}: id2label: found {keys:.200}; allowed: 0 to the "
+            "number of classes less 1, each once"
         )
     return tuple(str(names[index]) for index in range(len(names)))
 
@@ -239,30 +288,47 @@ def _random(config: Any) -> nn.Module:
     return model
 
 
-def _load(folder: Path, config: Any) -> nn.Module:
+def _load(folder: Path, config: Any, log: Log) -> nn.Module:
     is_safe = _weights_files(folder)[0].name.startswith("model")
     what = f"model.name: {folder}"
-    try:
-        with fetch.tensors_only():
-            # Eager attention: another name might be that of code on the hub.
-            model, info = AutoModelForImageClassification.from_pretrained(
-                folder,
-                config=config,
-                trust_remote_code=False,
-                local_files_only=True,
-                use_safetensors=is_safe,
-                dtype=torch.float32,
-                attn_implementation="eager",
-                output_loading_info=True,
-            )
-    except _MALFORMED as error:
-        raise ModelError(f"{what}: its weights cannot be loaded: {first_line(error)}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{what}: {len(missing)} tensors of {type(model).__name__} are missing "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}), which would stay "
-            "random; was the model trained as an image classifier?"
+    with _refusing(f"{what}: its weights cannot be loaded"), fetch.tensors_only():
+        # Eager attention: another name might be that of code on the hub.
+        model, info = AutoModelForImageClassification.from_pretrained(
+            folder,
+            config=config,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=is_safe,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            output_loading_info=True,
         )
+    kind = type(model).__name__
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{what}: {len(missing)} tensors of {kind} are missing ({_some(missing)}), which would "
+            "stay random; was the model trained as an image classifier?"
+        )
+    _require_all_used(what, kind, sorted(info["unexpected_keys"]), log)
     built: nn.Module = model
     return built
+
+
+def _require_all_used(what: str, kind: str, unexpected: list[str], log: Log) -> None:
+    """Refuse tensors in the file that the model has no place for: it was trained with them.
+
+    Raises:
+        ModelError: naming some of them.
+    """
+    if left := [name for name in unexpected if not _HARMLESS.search(name)]:
+        raise ModelError(
+            f"{what}: {kind} has no place for {len(left)} of the tensors in its weights "
+            f"({_some(left)}), and would give other answers without them; merge adapters "
+            "(`model.merge_and_unload()`), or save the model as the class it was trained as"
+        )
+    if unexpected:
+        log(f"{what}: {kind} does not need {_some(unexpected)} of its weights: left")
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
