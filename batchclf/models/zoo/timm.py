@@ -179,12 +179,6 @@ def _require_classes(name: str, spec: ModelSpec, config: Any) -> None:
         )
 
 
-def _num_random(spec: ModelSpec, config: Any) -> int:
-    """Of a model of random weights."""
-    num_classes: int = spec.num_classes or config.num_classes or 1000
-    return num_classes
-
-
 def _labels(config: Any) -> tuple[str, ...]:
     """timm's own names of the classes of its weights; empty where it has none."""
     if config.label_names is not None:
