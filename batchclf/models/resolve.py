@@ -278,10 +278,13 @@ def _import_zoo(spec: ModelSpec) -> ModuleType:
     _require_packages(spec.display_name, *_packages(spec), extras=_extras(spec))
     try:
         from batchclf.models import zoo
+
+        zoo.library(spec)
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
         raise UsageError(
-            f"torch and torchvision cannot be imported together: {error}; they come in matching "
-            "pairs from one index: pip install --force-reinstall 'batchclf[export]'"
+            f"{' and '.join(('torch', 'torchvision', *_LIBRARY_PACKAGES[spec.library]))} cannot be "
+            f"imported together: {error}; torch and torchvision come in matching pairs from one "
+            f"index: pip install --force-reinstall 'batchclf[{_extras(spec)}]'"
         ) from error
     return zoo
 

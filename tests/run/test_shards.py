@@ -128,7 +128,7 @@ def test_what_a_shard_left_that_was_killed_while_it_listed_does_not_outlive_its_
 
 def changes(folder: Path) -> dict[str, tuple[dict[str, Any], tuple[str, ...], str]]:
     """Keys and options that make another job, and what the refusal calls it."""
-    labels = folder / "labels.txt"
+    labels = folder / "names of mine.txt"  # no name that is looked for beside a model
     labels.write_text("".join(f"class {index}\n" for index in range(10)))
     other = tiny_model(folder, nan_when_dark=True)
     other["onnx"] = str(Path(other["onnx"]).rename(folder / "other.onnx"))

@@ -23,7 +23,7 @@ def build(spec: ModelSpec, log: Callable[[str], None] = lambda text: None) -> Bu
             and no word of what it means.
         WeightsUnavailable: the download failed.
     """
-    model: BuiltModel = _library(spec).build(spec, log)
+    model: BuiltModel = library(spec).build(spec, log)
     num_outputs = len(model.labels)
     activation = settled(
         spec.activation, num_outputs, f"model.name: {spec.display_name}", model.activation
@@ -39,8 +39,9 @@ def check(spec: ModelSpec) -> None:
     Raises:
         ModelError: with the nearest names.
     """
-    _library(spec).check(spec)
+    library(spec).check(spec)
 
 
-def _library(spec: ModelSpec) -> Any:
+def library(spec: ModelSpec) -> Any:
+    """The module that builds what `spec.name` names; importing it imports that library."""
     return importlib.import_module(f"batchclf.models.zoo.{spec.library}")
