@@ -7,7 +7,7 @@ import re
 import tarfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -112,6 +112,12 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def examples_of(names: Iterable[str]) -> str:
+    """The first three of some names, for messages."""
+    names = list(names)
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
 def _require_weights_kind(path: Path, beginning: bytes, what: str) -> None:

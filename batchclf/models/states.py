@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from batchclf.errors import ModelError
-from batchclf.models.checkpoints import LOADING
+from batchclf.models.checkpoints import LOADING, examples_of
 from batchclf.models.matching import (
     AVERAGE,
     Candidate,
@@ -274,10 +274,10 @@ def _refusal(groups: list[Group], candidates: list[Candidate], network: Network)
             return _other_head(parts, best.group, network)
     if best.taken and set(best.missing) == network.head:
         return (
-            f"has no head for {network.name}: {_listed(best.missing)} missing"
-            f"{f', and {_listed(unknown)} beside the rest' if unknown else ''}; a backbone alone, "
-            "as self-supervised training leaves it, gives no classes: train a head, and save the "
-            "weights of both"
+            f"has no head for {network.name}: {examples_of(best.missing)} missing"
+            f"{f', and {examples_of(unknown)} beside the rest' if unknown else ''}; a backbone "
+            "alone, as self-supervised training leaves it, gives no classes: train a head, and "
+            "save the weights of both"
         )
     return _misfit(best, unknown, network)
 
@@ -285,9 +285,9 @@ def _refusal(groups: list[Group], candidates: list[Candidate], network: Network)
 def _other_head(parts: list[str], group: Group, network: Network) -> str:
     shapes = [f"{group.originals[key]} {tuple(group.tensors[key].shape)}" for key in parts]
     return (
-        f"has another head than {network.name}: {_listed(shapes)}. What lies between such layers "
-        "is not in the file, so it cannot be built from it; where the model was made, export it, "
-        "and name the file in model.onnx:"
+        f"has another head than {network.name}: {examples_of(shapes)}. What lies between such "
+        "layers is not in the file, so it cannot be built from it; where the model was made, "
+        "export it, and name the file in model.onnx:"
         "\n    import torch"
         "\n    pixels, batch = torch.zeros(2, 3, 224, 224), torch.export.Dim.DYNAMIC"
         "\n    torch.onnx.export(model.eval(), (pixels,), 'model.onnx', dynamo=True, "
@@ -305,7 +305,7 @@ def _misfit(candidate: Candidate, unknown: Iterable[str], network: Network) -> s
     ]
     missing = [name for name, key in there.items() if key not in tensors]
     parts = [
-        f"{len(keys)} {kind} ({_listed(keys)})"
+        f"{len(keys)} {kind} ({examples_of(keys)})"
         for kind, keys in (
             ("missing", missing),
             ("unknown", [originals[key] for key in unknown]),
@@ -327,11 +327,6 @@ def _form(tensor: Tensor) -> str:
     )
 
 
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-
-
 # ---- what is told --------------------------------------------------------------------------------
 
 
@@ -348,11 +343,11 @@ def _report_taken(
         return
     parts = [f"{len(chosen.taken)} tensors taken{f' from {chosen.label}' if chosen.words else ''}"]
     if renamed:
-        parts.append(f"{len(renamed)} of them renamed ({_listed(renamed)})")
+        parts.append(f"{len(renamed)} of them renamed ({examples_of(renamed)})")
     if chosen.zeros:
-        parts.append(f"{_listed(chosen.zeros)} set to 0, since the head has no bias")
+        parts.append(f"{examples_of(chosen.zeros)} set to 0, since the head has no bias")
     if left:
-        parts.append(f"{len(left)} left aside ({_listed(originals[key] for key in left)})")
+        parts.append(f"{len(left)} left aside ({examples_of(originals[key] for key in left)})")
     log(f"{path}: {', '.join(parts)}")
 
 

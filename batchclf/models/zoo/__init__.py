@@ -34,10 +34,10 @@ def build(spec: ModelSpec, log: Callable[[str], None] = lambda text: None) -> Bu
 
 
 def check(spec: ModelSpec) -> None:
-    """Refuse an unknown model or weights name, or a weights file that does not read.
+    """Refuse what `build` would refuse, as far as it can be told without building or downloading.
 
     Raises:
-        ModelError: with the nearest names.
+        ModelError: as `build`.
     """
     library(spec).check(spec)
 

@@ -28,7 +28,13 @@ from batchclf.system.alive import alive
 _FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.pth$")
 """As torchvision and timm name their files: the beginning of their SHA-256."""
-LOADING = (OSError, RuntimeError, pickle.UnpicklingError, EOFError, http.client.HTTPException)
+LOADING_ERRORS = (
+    OSError,
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+    http.client.HTTPException,
+)
 """What downloading a file, and loading it into a model, may raise."""
 
 
@@ -72,7 +78,7 @@ def from_url(url: str, log: Callable[[str], None]) -> Path:
 
 
 def unavailable(error: BaseException, what: str, url: str, path: Path) -> WeightsUnavailable:
-    """The error for weights that `LOADING` kept from being used."""
+    """The error for weights that `LOADING_ERRORS` kept from being used."""
     if isinstance(error, urllib.error.HTTPError | urllib.error.URLError | TimeoutError):
         why = f"cannot be downloaded: {error.reason if hasattr(error, 'reason') else error}"
     elif "invalid hash value" in str(error):

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from batchclf.errors import ModelError
 from batchclf.models.activation import settled
-from batchclf.models.checkpoints import first_line, require_safe_torch
+from batchclf.models.checkpoints import examples_of, first_line, require_safe_torch
 from batchclf.models.export import BuiltModel, count_outputs
 from batchclf.models.zoo import fetch
 from batchclf.models.zoo.hf_processor import MALFORMED, read_preprocess
@@ -306,8 +306,8 @@ def _load(folder: Path, config: Any, log: Log) -> nn.Module:
     kind = type(model).__name__
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
-            f"{what}: {len(missing)} tensors of {kind} are missing ({_some(missing)}), which would "
-            "stay random; was the model trained as an image classifier?"
+            f"{what}: {len(missing)} tensors of {kind} are missing ({examples_of(missing)}), which "
+            "would stay random; was the model trained as an image classifier?"
         )
     _require_all_used(what, kind, sorted(info["unexpected_keys"]), log)
     built: nn.Module = model
@@ -323,12 +323,8 @@ def _require_all_used(what: str, kind: str, unexpected: list[str], log: Log) -> 
     if left := [name for name in unexpected if not _HARMLESS.search(name)]:
         raise ModelError(
             f"{what}: {kind} has no place for {len(left)} of the tensors in its weights "
-            f"({_some(left)}), and would give other answers without them; merge adapters "
+            f"({examples_of(left)}), and would give other answers without them; merge adapters "
             "(`model.merge_and_unload()`), or save the model as the class it was trained as"
         )
     if unexpected:
-        log(f"{what}: {kind} does not need {_some(unexpected)} of its weights: left")
-
-
-def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        log(f"{what}: {kind} does not need {examples_of(unexpected)} of its weights: left")

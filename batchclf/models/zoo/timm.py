@@ -261,7 +261,7 @@ def _build_pretrained(name: str, config: Any, options: Mapping[str, object], log
                 exportable=_EXPORTABLE,
                 **options,
             )
-    except (*fetch.LOADING, SafetensorError, KeyError, ValueError) as error:
+    except (*fetch.LOADING_ERRORS, SafetensorError, KeyError, ValueError) as error:
         raise fetch.unavailable(error, f"{_PREFIX}{name}", url, path) from error
     return module
 

@@ -124,7 +124,7 @@ def _build_pretrained(name: str, member: zoo.WeightsEnum, log: Callable[[str], N
             fetch.from_url(member.url, log)
             module: nn.Module = zoo.get_model(name, weights=member)
         return module
-    except fetch.LOADING as error:
+    except fetch.LOADING_ERRORS as error:
         path = fetch.path_of(member.url)
         raise fetch.unavailable(error, str(member), member.url, path) from error
 
