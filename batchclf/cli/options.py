@@ -18,16 +18,20 @@ _DIRECT = {
     "provider": ("--provider", None, str, "cpu, cuda or openvino."),
     "precision": ("--precision", None, str, "fp32, fp16, bf16 or int8."),
     "top_k": ("--top-k", None, int, "Classes per record."),
-    "input": ("-i", "--input", str, "Folder, glob, or .txt or .jsonl list."),
+    "input": ("-i", "--input", str, "Folder, image, glob, list or archive; may be repeated."),
     "output": ("-o", "--output", str, "Folder for the results."),
 }
+_REPEATABLE = ("input",)
 
 
 def job_options(command: Command) -> Command:
     """Add JOB and the options that override its keys; `load` reads them."""
     for key, (short, long, kind, text) in reversed(_DIRECT.items()):
         names = [name for name in (short, long) if name]
-        command = click.option(*names, f"override_{key}", type=kind, help=text)(command)
+        several = key in _REPEATABLE
+        command = click.option(*names, f"override_{key}", type=kind, help=text, multiple=several)(
+            command
+        )
     command = click.option(
         "--set",
         "sets",
@@ -65,9 +69,11 @@ def load(job: Path, sets: tuple[str, ...], direct: dict[str, Any]) -> "JobSpec":
     overrides = [parse_set(text) for text in sets]
     for key, value in direct.items():
         name = key.removeprefix("override_")
-        if value is not None:
+        values = value if name in _REPEATABLE else (value,) if value is not None else ()
+        if values:
             option = next(text for text in _DIRECT[name][:2] if text and text.startswith("--"))
-            override = Override(name, value, f"{option} {value}")
+            given = values[0] if len(values) == 1 else list(values)
+            override = Override(name, given, " ".join(f"{option} {one}" for one in values))
             overrides.insert(0 if name == "provider" else len(overrides), override)
     spec = load_job(job, overrides)
     require_flavour()

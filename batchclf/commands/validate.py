@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from batchclf.images.source import open_source
-from batchclf.images.store import list_paths, require_images
+from batchclf.images.store import open_input
 from batchclf.models.resolve import Log, check_model
 from batchclf.run.output import require_separate_output
 from batchclf.runtime.providers import PROVIDERS, installed_flavours
@@ -30,12 +29,11 @@ def check_job(job: JobSpec, log: Log) -> Checked:
     require_separate_output(job)
     fallback = settle_provider(job, log)
     provider = PROVIDERS["cpu" if fallback is not None else job.provider.name]
-    source = open_source(job.input, allow_outside_links=job.loader.allow_outside_links)
-    require_images(source)
+    store = open_input(job)
     model = check_model(job.model)
-    paths = list_paths(source)
-    num_images = sum(1 for _ in paths)
+    entries = store.entries()
+    num_images = sum(1 for _ in entries)
     flavours = ", ".join(f"{name} {version}" for name, version in installed_flavours().items())
     return Checked(
-        num_images, paths.num_left_out, f"{provider.execution_provider} of {flavours}", model
+        num_images, entries.num_left_out, f"{provider.execution_provider} of {flavours}", model
     )

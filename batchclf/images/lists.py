@@ -3,11 +3,12 @@
 import base64
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import orjson
@@ -22,6 +23,7 @@ CHUNK_PATHS = 16_384
 """Of a list, looked up at once among those before; fewer at first, so that the first come soon."""
 NUM_SHELVES = 16
 _DIGEST_BYTES = 16
+_Item = TypeVar("_Item")
 _Digests = NDArray[np.bytes_]
 """16 bytes each, however long the path; two of a million are equal in one of 10^26 lists."""
 _FIRST_OF_SHELF = np.array([bytes([256 // NUM_SHELVES * n]) for n in range(1, NUM_SHELVES)], "S16")
@@ -51,17 +53,21 @@ def read_list(spec: Path) -> Iterator[bytes]:
         yield path
 
 
-def mark_repeated(paths: Iterable[bytes]) -> Iterator[tuple[list[bytes], NDArray[np.bool_]]]:
-    """The paths in the same order, some at a time, and of each whether it stood there before.
+def mark_repeated(
+    items: Iterable[_Item], path_of: Callable[[_Item], bytes]
+) -> Iterator[tuple[list[_Item], NDArray[np.bool_]]]:
+    """The items in the same order, some at a time, and of each whether its path came before.
 
     Costs 16 bytes of memory per path, and hardly more.
     """
     shelves: list[list[_Digests]] = [[] for _ in range(NUM_SHELVES)]
-    iterator = iter(paths)
+    iterator = iter(items)
     num_paths = 1
     while chunk := list(islice(iterator, num_paths)):
         num_paths = min(2 * num_paths, CHUNK_PATHS)
-        digests = b"".join(blake2b(path, digest_size=_DIGEST_BYTES).digest() for path in chunk)
+        digests = b"".join(
+            blake2b(path, digest_size=_DIGEST_BYTES).digest() for path in map(path_of, chunk)
+        )
         # Sorted, with the place of the first of each. All have 16 bytes, so that NumPy, to which
         # NUL bytes at the end of a text are nothing, compares them right.
         unique, first = np.unique(np.frombuffer(digests, "S16"), return_index=True)

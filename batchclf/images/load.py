@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from batchclf.images.decode import Decoder
-from batchclf.images.source import Source
-from batchclf.images.store import MAX_FILE_BYTES, read_image_file
+from batchclf.images.local import MAX_FILE_BYTES
+from batchclf.images.source import AnySource
+from batchclf.images.store import Store, open_store
 from batchclf.results.records import Failure, ImageRef, Loaded, Pixels, Preprocess
 from batchclf.spec.job import JobSpec
 
@@ -13,20 +14,20 @@ from batchclf.spec.job import JobSpec
 class Loader:
     """Loads a job's images; plain data, so that it can be sent to other processes."""
 
-    source: Source
+    store: Store
     decoder: Decoder
     max_bytes: int = MAX_FILE_BYTES
 
     def __call__(self, ref: ImageRef, slot_HWC: Pixels) -> Loaded:
         """Read and decode one image; a failure leaves its slot zero."""
-        data = read_image_file(self.source, ref.path, self.max_bytes)
+        data = self.store.read(ref, self.max_bytes)
         if isinstance(data, Failure):
             slot_HWC[:] = 0
             return Loaded(failure=data)
         return self.decoder(data, ref.path, slot_HWC)
 
 
-def loader_of(job: JobSpec, source: Source, preprocess: Preprocess) -> Loader:
+def loader_of(job: JobSpec, source: AnySource, preprocess: Preprocess) -> Loader:
     """What loads a job's images."""
     decoder = Decoder(
         preprocess,
@@ -35,4 +36,4 @@ def loader_of(job: JobSpec, source: Source, preprocess: Preprocess) -> Loader:
         max_pixels=job.loader.max_pixels,
         strict=job.loader.strict,
     )
-    return Loader(source, decoder, job.loader.max_bytes)
+    return Loader(open_store(source), decoder, job.loader.max_bytes)

@@ -1,4 +1,4 @@
-"""The input as data: which folder, glob or list, and what it selects; where it lies is store.py's.
+"""The input as data: which folder, glob, list or archive, and what it selects.
 
 A folder is walked, a glob selects among what a walk finds, a .txt or .jsonl list names its files.
 """
@@ -11,7 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from batchclf.errors import EnvironmentFailed, NoImagesError, UsageError
+from batchclf.errors import EnvironmentFailed, NoImagesError
+from batchclf.images.archives import is_archive
+from batchclf.spec.input import ParquetSpec, Place, places_of
+from batchclf.spec.job import JobSpec
 from batchclf.system.paths import kind_of, reason, refusal
 
 LIST_SUFFIXES = (".txt", ".jsonl")
@@ -20,48 +23,121 @@ Selects = Callable[[bytes], bool]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """An input, as plain data that can be sent to other processes."""
+class Rows:
+    """Which columns of Parquet files hold the images, and the paths of their records."""
 
-    spec: Path
-    """The job's `input`, as given."""
-    kind: Literal["folder", "glob", "list"]
+    column: str | None = None
+    """None: the only one that holds images."""
+    id: str | None = None
+    """None: the image's own path, or else the file and the row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One place with images, as plain data that can be sent to other processes."""
+
+    spec: Place
+    """As the job gives it."""
+    kind: Literal["folder", "glob", "list", "file"]
     root: bytes
-    """The folder that its paths are relative to."""
+    """The folder, or the address, that its paths are relative to."""
     confined: bool
     """Whether links that lead out of `root` are refused; lists name their files themselves."""
     names: tuple[str, ...] = ()
-    """Of a glob: the names below `root`, from the first with a wildcard on."""
+    """Of a glob: the names below `root`, from the first with a wildcard on; of a file, its own."""
+    rows: Rows = Rows()
     identity: tuple[int, int] | None = None
     """Device and number (inode) of the folder that `root` was when the source was opened; None: it
     was not there, which only a job that needs no more images survives."""
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether it lies on another machine."""
+        return isinstance(self.spec, str)
 
-def open_source(spec: Path, *, allow_outside_links: bool = False) -> Source:
-    """The source that the job's `input` names.
+    @property
+    def opens_archives(self) -> bool:
+        """Whether files with an archive's suffix are opened: where the job, or a list, names them.
+
+        One that merely lies in a folder of photos is not meant to be unpacked.
+        """
+        if self.kind in ("file", "glob"):
+            return is_archive(os.fsencode(self.names[-1]))
+        return self.kind == "list"
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Several places, one after the other."""
+
+    parts: tuple[Source, ...]
+    prefixes: tuple[bytes, ...]
+    """What comes before the paths of each, so that they are relative to one folder for all."""
+
+
+AnySource = Source | Sources
+
+
+def source_of(job: JobSpec) -> AnySource:
+    """The source that a job's `input` names.
 
     Raises:
         NoImagesError: nothing is there.
-        UsageError: the input is neither a folder, a glob nor a list.
+        UsageError: no machine could look it up.
+        EnvironmentFailed: what is there cannot be looked at.
+    """
+    given = job.input
+    rows = Rows(given.column, given.id) if isinstance(given, ParquetSpec) else Rows()
+    confined = not job.loader.allow_outside_links
+    parts = tuple(_open_place(place, confined, rows) for place in places_of(given))
+    return parts[0] if len(parts) == 1 else _together(parts)
+
+
+def _open_place(place: Place, confined: bool, rows: Rows) -> Source:
+    if isinstance(place, str):
+        return _open_address(place, confined, rows)
+    return replace(open_source(place, allow_outside_links=not confined), rows=rows)
+
+
+def open_source(spec: Path, *, allow_outside_links: bool = False) -> Source:
+    """The source at one path.
+
+    Raises:
+        NoImagesError: nothing is there.
+        UsageError: no machine could look it up.
         EnvironmentFailed: what is there cannot be looked at.
     """
     confined = not allow_outside_links
     kind = kind_of(spec, "input")
     if kind == "folder":
         return _identified(Source(spec, "folder", os.fsencode(spec), confined))
-    if kind == "file":
+    if kind != "nothing":
+        folder = os.fsencode(spec.parent)
         if spec.suffix.lower() in LIST_SUFFIXES:
-            return _identified(Source(spec, "list", os.fsencode(spec.parent), confined=False))
-        raise UsageError(
-            f"input: {spec}: found a single file; "
-            "give a folder, a glob such as photos/*.jpg, or a .txt or .jsonl list of paths"
-        )
+            return _identified(Source(spec, "list", folder, confined=False))
+        # The user named it, so a link may lead wherever it does.
+        return _identified(Source(spec, "file", folder, False, (spec.name,)))
     root, names = _split_glob(spec)
     if not names:
         raise NoImagesError(f"input: {spec}: found 0 images: no such folder or file")
     if kind_of(root, "input") != "folder":
         raise NoImagesError(f"input: {spec}: found 0 images: {root} is not a folder")
     return _identified(Source(spec, "glob", os.fsencode(root), confined, names))
+
+
+def _open_address(address: str, confined: bool, rows: Rows) -> Source:
+    raise NotImplementedError(address)
+
+
+def _together(parts: tuple[Source, ...]) -> Sources:
+    """Several sources; the paths of local ones are relative to the folder around all of these."""
+    roots = [os.path.abspath(part.root) for part in parts if not part.is_remote]
+    around = os.path.commonpath(roots) if roots else b"/"
+    prefixes = []
+    for part in parts:
+        root = part.root if part.is_remote else os.path.relpath(os.path.abspath(part.root), around)
+        prefixes.append(b"" if root == b"." else root.rstrip(b"/") + b"/")
+    return Sources(parts, tuple(prefixes))
 
 
 def require_still_there(source: Source) -> None:

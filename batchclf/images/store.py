@@ -1,354 +1,232 @@
-"""Where images lie: an input to a stream of paths in a fixed order, a path to the file's content.
+"""Where images lie: what an input holds, in a fixed order, and the content of each image.
 
-Folders are walked depth first with the names of each folder sorted by bytes. Nothing is filtered
-by suffix: what a file is, its content tells (decode.py). Left out, and counted, are only hidden
-folders and hidden files without an image suffix (`.git/`, `.DS_Store`); a glob selects further.
+Files, of this machine (local.py) or of a bucket (remote.py), are listed, opened and read in ranges;
+a store lists their images, those inside of archives as well, and reads an image that it listed.
 """
 
-import errno
-import os
-import stat
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
-from functools import partial
-from itertools import compress, islice
-from typing import TypeVar
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import compress
+from typing import Protocol
 
-from batchclf.errors import EnvironmentFailed, NoImagesError
+from batchclf.errors import NoImagesError
+from batchclf.images.archives import Ranges, is_archive, list_members, read_member
 from batchclf.images.formats import looks_like_image, suffix_format
-from batchclf.images.lists import mark_repeated, read_list
-from batchclf.images.source import Source, require_still_there, selector
-from batchclf.results.records import Failure
-from batchclf.system.paths import reason, refusal
-
-MAX_PATH_BYTES = 4095
-"""Longest path that Linux opens (PATH_MAX less its NUL)."""
-MAX_FILE_BYTES = 2**31
-"""A larger file is no photo: reading it would only cost the memory. The default."""
-RETRY_AFTER_S = (0.05, 0.2)
-"""What a disk or a file server refuses is asked for again after these pauses."""
-NUM_TRIES = 1 + len(RETRY_AFTER_S)
-OUT_OF_MEMORY = "out of memory while reading"
-NUM_TRIED = 100
-"""Files of a list that are looked for before a job begins."""
-_LASTING = (
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
-    *(errno.EACCES, errno.EPERM, errno.ENXIO, errno.ENODEV),
-)
-"""Errors that say what is wrong with a path: trying again would not help."""
-_Found = TypeVar("_Found")
+from batchclf.images.lists import mark_repeated
+from batchclf.images.local import MAX_FILE_BYTES, LocalFiles
+from batchclf.images.source import AnySource, Source, Sources, source_of
+from batchclf.results.records import Entry, Failure, ImageRef
+from batchclf.spec.job import JobSpec
 
 
-class Paths:
-    """The paths of an input, relative to its root, in a fixed order; each iteration looks anew."""
+class Paths(Protocol):
+    """Paths in a fixed order; each iteration looks anew."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.num_left_out = 0
-        """Hidden files and folders, or duplicate lines of a list, seen by the last iteration."""
+    @property
+    def num_left_out(self) -> int:
+        """Hidden or repeated ones, seen by the last iteration."""
 
-    def __iter__(self) -> Iterator[bytes]:
-        self.num_left_out = 0
-        return self._listed() if self.source.kind == "list" else self._walked()
-
-    def _listed(self) -> Iterator[bytes]:
-        for paths, is_repeated in mark_repeated(read_list(self.source.spec)):
-            self.num_left_out += int(is_repeated.sum())
-            yield from compress(paths, ~is_repeated)
-
-    def _walked(self) -> Iterator[bytes]:
-        return filter(selector(self.source), _walk(self))
+    def __iter__(self) -> Iterator[bytes]: ...
 
 
-def list_paths(source: Source) -> Paths:
-    """What an input holds, as an iterable.
+class Files(Ranges, Protocol):
+    """The files of one source."""
+
+    def paths(self) -> Paths:
+        """What the source holds, relative to its root."""
+
+    def glimpse(self) -> Iterator[bytes]:
+        """Paths in no order and not all, the first of which comes sooner than that of `paths`."""
+
+    def require_some(self) -> None:
+        """Refuse a source of which the first files are all missing."""
+
+    def head(self, path: bytes) -> bytes:
+        """The first bytes of a file; empty where it cannot be read."""
+
+    def read(self, path: bytes, max_bytes: int) -> bytes | Failure:
+        """The whole content of one file, or why it cannot be read."""
+
+
+class Entries(Protocol):
+    """What an input holds, in a fixed order; each iteration looks anew."""
+
+    @property
+    def num_left_out(self) -> int:
+        """Hidden or repeated entries, seen by the last iteration."""
+
+    @property
+    def located(self) -> bool:
+        """Whether an entry may have a location."""
+
+    def __iter__(self) -> Iterator[Entry]: ...
+
+
+class Store(Protocol):
+    """Images, wherever they lie; plain data, so that it can be sent to other processes."""
+
+    @property
+    def source(self) -> AnySource:
+        """The input as data."""
+
+    def entries(self) -> Entries:
+        """The images, as they are to be listed."""
+
+    def require_images(self) -> None:
+        """Refuse an input in which nothing looks like an image, by suffix or by first bytes.
+
+        Raises:
+            NoImagesError: naming the place and what was found instead.
+        """
+
+    def read(self, ref: ImageRef, max_bytes: int) -> bytes | Failure:
+        """The whole content of one listed image, or why it cannot be read.
+
+        Raises:
+            EnvironmentFailed: the whole input has gone, or this process can open no more files.
+        """
+
+
+def open_input(job: JobSpec) -> Store:
+    """The store of a job's images, of which there is at least one.
 
     Raises:
-        UsageError: while it is iterated: a line of a list holds no path.
-        EnvironmentFailed: while it is iterated: a list or a folder cannot be read.
+        NoImagesError: nothing is there, or nothing looks like an image.
+        BatchclfError: as `source_of`.
     """
-    return Paths(source)
+    store = open_store(source_of(job))
+    store.require_images()
+    return store
 
 
-def require_images(source: Source) -> None:
-    """Refuse an input in which nothing looks like an image, by suffix or by first bytes.
+def open_store(source: AnySource) -> Store:
+    """What lists and reads the images of a source."""
+    if isinstance(source, Sources):
+        return SeveralStores(source, tuple(map(FileStore, source.parts)))
+    return FileStore(source)
 
-    Raises:
-        NoImagesError: naming the folder and what was found instead.
-    """
-    if any(map(suffix_format, _glimpse(source))):
-        return
-    if source.kind == "list":
-        _require_some(source)
-    num_files = 0
-    for path in list_paths(source):
-        num_files += 1
-        if suffix_format(path) or looks_like_image(_head(os.path.join(source.root, path))):
+
+# ---- one place -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FileStore:
+    """Files that are images, or archives of images."""
+
+    source: Source
+
+    @property
+    def files(self) -> Files:
+        """The files of its source."""
+        return LocalFiles(self.source)
+
+    def entries(self) -> "FileEntries":
+        """As `Store`."""
+        return FileEntries(self.source, self.files)
+
+    def require_images(self) -> None:
+        """As `Store`."""
+        files = self.files
+        if any(map(suffix_format, files.glimpse())):
             return
-    where = os.fsdecode(source.root)
-    found = f"{num_files:,} files, none of them an image" if num_files else "no files"
-    raise NoImagesError(f"input: {where}: found 0 images ({found}); check the job's `input`")
-
-
-def _require_some(source: Source) -> None:
-    """Refuse a list of which the first files are all missing: what it names lies elsewhere."""
-    tried = [os.path.join(source.root, path) for path in islice(list_paths(source), NUM_TRIED)]
-    if tried and not any(map(os.path.lexists, tried)):
+        files.require_some()
+        num_files = 0
+        for entry in self.entries():
+            num_files += 1
+            if suffix_format(entry.path) or looks_like_image(self._head(entry)):
+                return
+        found = f"{num_files:,} files, none of them an image" if num_files else "no files"
         raise NoImagesError(
-            f"input: {source.spec}: found 0 images: the first {len(tried):,} files of the list "
-            f"are not there, such as {os.fsdecode(tried[0])}; is what they lie on mounted?"
+            f"input: {self.source.spec}: found 0 images ({found}); check the job's `input`"
         )
 
+    def _head(self, entry: Entry) -> bytes:
+        if not entry.location:
+            return self.files.head(entry.path)
+        found = read_member(self.files, entry.location, MAX_FILE_BYTES)
+        return b"" if isinstance(found, Failure) else found
 
-# ---- folders and globs ---------------------------------------------------------------------------
-
-
-def _glimpse(source: Source) -> Iterator[bytes]:
-    """Paths in no order and not all, the first of which comes sooner than that of `Paths`."""
-    selected = selector(source)
-    prefixes = [] if source.kind == "list" else [b""]
-    while prefixes:
-        prefix = prefixes.pop()
-        with suppress(OSError), os.scandir(os.path.join(source.root, prefix)) as entries:
-            for entry in entries:
-                path = prefix + entry.name
-                if entry.is_dir():
-                    if not entry.is_symlink() and not entry.name.startswith(b"."):
-                        prefixes.append(path + b"/")
-                elif selected(path):
-                    yield path
+    def read(self, ref: ImageRef, max_bytes: int) -> bytes | Failure:
+        """As `Store`."""
+        if ref.location:
+            return read_member(self.files, ref.location, max_bytes)
+        return self.files.read(ref.path, max_bytes)
 
 
-def _walk(paths: Paths) -> Iterator[bytes]:
-    """Every entry below the root but folders themselves.
+class FileEntries:
+    """The images of one source; those of an archive come where the archive would."""
 
-    A folder that cannot be entered (no permission, a link that leads to a folder around it or out
-    of the root) is yielded as an entry of its own, so that reading it records why.
+    def __init__(self, source: Source, files: Files) -> None:
+        self.located = source.opens_archives
+        self._source = source
+        self._files = files
+        self._paths = files.paths()
 
-    Raises:
-        EnvironmentFailed: a folder cannot be listed for a cause that may pass, such as EIO, or the
-            whole input has gone. The listing is frozen: to go on without the folder would lose its
-            images for good.
-    """
-    top = _insisting(paths.source, b"", partial(_enter, paths, b"", frozenset()))
-    stack = [top] if top else []
-    while stack:
-        entry = next(stack[-1], None)
-        if entry is None:
-            stack.pop()
-            continue
-        path, is_link, around = entry
-        if is_link is None or (is_link and _is_refused(paths.source, path)):
-            yield path
-        elif below := _insisting(paths.source, path, partial(_enter, paths, path, around)):
-            stack.append(below)
-        else:
-            yield path
+    @property
+    def num_left_out(self) -> int:
+        return self._paths.num_left_out
 
+    def __iter__(self) -> Iterator[Entry]:
+        if not self.located:
+            return map(Entry, self._paths)
+        return self._unpacked()
 
-_Identities = frozenset[tuple[int, int]]
-_Entries = Iterator[tuple[bytes, bool | None, _Identities]]
-"""Of each entry: its path, whether it is a link where it is a folder (else None), folders around.
-"""
+    def _unpacked(self) -> Iterator[Entry]:
+        for path in self._paths:
+            if is_archive(path):
+                yield from list_members(self._files, path)
+            else:
+                yield Entry(path)
 
 
-def _insisting(
-    source: Source, path: bytes, enter: Callable[[], _Entries | None]
-) -> _Entries | None:
-    try:
-        return _insist(enter)
-    except OSError as error:
-        if path and error.errno in _LASTING:
-            require_still_there(source)
-            return None
-        raise refusal("input", os.fsdecode(os.path.join(source.root, path)), error) from error
+# ---- several places ------------------------------------------------------------------------------
 
 
-def _is_refused(source: Source, path: bytes) -> bool:
-    if not source.confined:
-        return False
-    target = os.path.realpath(os.path.join(source.root, path))
-    return not _is_inside(target, os.path.realpath(source.root))
+@dataclass(frozen=True, slots=True)
+class SeveralStores:
+    """The images of several sources, one after the other."""
+
+    source: Sources
+    parts: tuple[FileStore, ...]
+
+    def entries(self) -> "SeveralEntries":
+        """As `Store`; a location begins with the number of the part."""
+        return SeveralEntries(self.source.prefixes, [part.entries() for part in self.parts])
+
+    def require_images(self) -> None:
+        """As `Store`: of each part, since one without images is a mistake."""
+        for part in self.parts:
+            part.require_images()
+
+    def read(self, ref: ImageRef, max_bytes: int) -> bytes | Failure:
+        """As `Store`."""
+        number, _, location = ref.location.partition(b":")
+        path = ref.path.removeprefix(self.source.prefixes[int(number)])
+        part = self.parts[int(number)]
+        return part.read(replace(ref, path=path, location=location), max_bytes)
 
 
-def _enter(paths: Paths, path: bytes, around: _Identities) -> _Entries | None:
-    """One folder's entries, sorted by bytes; None for a folder that is not to be entered.
+class SeveralEntries:
+    """The images of several sources; what two of them hold is listed once."""
 
-    A million files are held as their bare names: 80 bytes each.
-    """
-    full = os.path.join(paths.source.root, path)
-    found = os.stat(full)
-    identity = (found.st_dev, found.st_ino)
-    if identity in around or (path and not os.access(full, os.R_OK | os.X_OK)):
-        return None
-    names: list[bytes] = []
-    folders: dict[bytes, bool] = {}
-    num_left_out = 0
-    with os.scandir(full) as entries:
-        for entry in entries:
-            name = entry.name
-            is_folder = _is_folder(entry)
-            if name.startswith(b".") and (is_folder or not suffix_format(name)):
-                num_left_out += 1
-                continue
-            if is_folder:
-                folders[name] = entry.is_symlink()
-            names.append(name)
-    paths.num_left_out += num_left_out
-    names.sort()
-    prefix = path + b"/" if path else b""
-    inside = around | {identity}
-    return ((prefix + name, folders.get(name), inside) for name in names)
+    located = True
 
+    def __init__(self, prefixes: tuple[bytes, ...], parts: list[FileEntries]) -> None:
+        self._prefixes = prefixes
+        self._parts = parts
+        self._num_repeated = 0
 
-def _is_folder(entry: os.DirEntry[bytes]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError as error:
-        if error.errno in _LASTING:  # a link that cannot be followed
-            return False
-        raise
+    @property
+    def num_left_out(self) -> int:
+        return self._num_repeated + sum(part.num_left_out for part in self._parts)
 
+    def __iter__(self) -> Iterator[Entry]:
+        self._num_repeated = 0
+        for entries, is_repeated in mark_repeated(self._all(), lambda entry: entry.path):
+            self._num_repeated += int(is_repeated.sum())
+            yield from compress(entries, ~is_repeated)
 
-def _is_inside(real_path: bytes, real_root: bytes) -> bool:
-    return real_path == real_root or real_path.startswith(real_root.rstrip(b"/") + b"/")
-
-
-# ---- reading -------------------------------------------------------------------------------------
-
-
-def read_image_file(
-    source: Source, path: bytes, max_bytes: int = MAX_FILE_BYTES
-) -> bytes | Failure:
-    """The whole content of one listed file, or why it cannot be read.
-
-    Nothing but a regular file is read, and opening never blocks (a FIFO named x.jpg would).
-
-    Raises:
-        EnvironmentFailed: the whole input has gone, or no descriptor is left to open it with.
-    """
-    full = os.path.join(source.root, path)
-    try:
-        return _insist(lambda: _read_file(source, full, max_bytes))
-    except MemoryError:
-        return Failure("oom", OUT_OF_MEMORY)
-    except OSError as error:
-        return _failure(source, error, full)
-
-
-def _insist(action: Callable[[], _Found]) -> _Found:
-    """What `action` returns, tried again after errors that may pass (EIO, ESTALE, timeouts)."""
-    for pause_s in RETRY_AFTER_S:
-        try:
-            return action()
-        except OSError as error:
-            if error.errno in _LASTING:
-                raise
-        time.sleep(pause_s)
-    return action()
-
-
-def _read_file(source: Source, full: bytes, max_bytes: int) -> bytes | Failure:
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-    try:
-        descriptor = os.open(full, flags | os.O_NOFOLLOW)
-    except OSError as error:
-        if error.errno != errno.ELOOP or not os.path.islink(full):
-            raise
-        if refused := _refuse_link(source, full):
-            return refused
-        descriptor = os.open(full, flags)
-    with ExitStack() as stack:
-        stack.callback(os.close, descriptor)
-        found = _read_regular(descriptor, max_bytes)
-    if isinstance(found, Failure) and os.path.isdir(full):
-        # Listed only because it could not be walked.
-        if len(full) >= MAX_PATH_BYTES:
-            return Failure("path_too_long", f"a folder whose path has {len(full):,} bytes")
-        if not os.access(full, os.R_OK | os.X_OK):
-            return Failure("permission_denied", "a folder that may not be entered")
-    return found
-
-
-def _refuse_link(source: Source, full: bytes) -> Failure | None:
-    target = os.path.realpath(full, strict=True)
-    if os.path.isdir(target) and _is_inside(os.path.realpath(os.path.dirname(full)), target):
-        return Failure("symlink_loop", "a link to a folder around it")
-    if source.confined and not _is_inside(target, os.path.realpath(source.root)):
-        return Failure(
-            "outside_root",
-            "a link that leads out of the input folder; "
-            "set loader.allow_outside_links: true to follow it",
-        )
-    return None
-
-
-def _failure(source: Source, error: OSError, full: bytes) -> Failure:
-    require_still_there(source)
-    match error.errno:
-        case errno.ENOENT | errno.ENOTDIR:
-            if os.path.islink(full):
-                return Failure("vanished", "a link to a file that is not there")
-            return Failure("vanished", "no longer there; it was when the input was listed")
-        case errno.ELOOP:
-            return Failure("symlink_loop", "a link that leads back to itself")
-        case errno.EACCES | errno.EPERM:
-            return Failure("permission_denied", f"may not be read: {reason(error)}")
-        case errno.ENAMETOOLONG:
-            return Failure("path_too_long", f"the path has {len(full):,} bytes, too many to open")
-        case errno.ENXIO | errno.ENODEV | errno.EISDIR:
-            return Failure("not_regular_file", "not a regular file")
-        case errno.ENOMEM:
-            return Failure("oom", OUT_OF_MEMORY)
-        case errno.ENOTCONN:  # of a file in a list, which may lie anywhere
-            raise refusal("input", os.fsdecode(full), error) from error
-        case errno.EMFILE | errno.ENFILE:
-            raise EnvironmentFailed(
-                f"input: {os.fsdecode(full)}: cannot be opened: {reason(error)}; raise the limit "
-                "(`ulimit -n`) or choose fewer loader.workers, and run again to resume"
-            ) from error
-    return Failure("io_error", f"tried {NUM_TRIES} times: {reason(error)}")
-
-
-def _read_regular(descriptor: int, max_bytes: int) -> bytes | Failure:
-    before = os.fstat(descriptor)
-    if not stat.S_ISREG(before.st_mode):
-        return Failure("not_regular_file", f"found a {_kind(before.st_mode)}, not a regular file")
-    if before.st_size > max_bytes:
-        return Failure(
-            "too_large_bytes", f"{before.st_size:,} bytes; loader.max_bytes allows {max_bytes:,}"
-        )
-    chunks: list[bytes] = []
-    # One byte more than the size: a file that grows is seen without another call.
-    while chunk := os.read(descriptor, max(before.st_size + 1, 65536)):
-        chunks.append(chunk)
-        if len(chunk) == before.st_size:
-            break
-    data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-    after = os.fstat(descriptor)
-    if len(data) != before.st_size or after.st_mtime_ns != before.st_mtime_ns:
-        return Failure("changed", "changed while it was read")
-    return data
-
-
-def _kind(mode: int) -> str:
-    kinds = {
-        stat.S_IFDIR: "folder",
-        stat.S_IFIFO: "FIFO",
-        stat.S_IFSOCK: "socket",
-        stat.S_IFCHR: "character device",
-        stat.S_IFBLK: "block device",
-    }
-    return kinds.get(stat.S_IFMT(mode), "special file")
-
-
-def _head(full: bytes) -> bytes:
-    """The first bytes of a regular file; empty where it cannot be read."""
-    try:
-        if not stat.S_ISREG(os.stat(full).st_mode):
-            return b""
-        with open(full, "rb") as file:
-            return file.read(32)
-    except OSError:
-        return b""
+    def _all(self) -> Iterator[Entry]:
+        for number, (prefix, part) in enumerate(zip(self._prefixes, self._parts, strict=True)):
+            for path, location in part:
+                yield Entry(prefix + path, b"%d:%s" % (number, location))

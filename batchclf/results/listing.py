@@ -1,8 +1,9 @@
 """The frozen listing: the order of a job's images, placed once, shared by all of its shards.
 
 listing.nul holds the paths, each ended by a NUL byte, and behind the last one a line of JSON: whose
-listing it is, how many paths it has, and their digest. It is written under a private name and put
-in its place whole, so that of several shards that list at once the first wins.
+listing it is, how many paths it has, and their digest. Where the input holds archives, each path is
+followed by where its bytes lie, ended by a NUL byte as well. It is written under a private name and
+put in its place whole, so that of several shards that list at once the first wins.
 """
 
 import ctypes
@@ -23,7 +24,7 @@ import numpy as np
 from batchclf.errors import ResumeRefused
 from batchclf.results.files import RunFiles, output_failed, reading, sync_folder
 from batchclf.results.identity import Extent, Identity, Strict, as_written
-from batchclf.results.records import ImageRef
+from batchclf.results.records import Entry, ImageRef, refs_of
 
 READ_BYTES = 1 << 16
 """Of the listing at once; its paths as objects take several times as much."""
@@ -44,6 +45,7 @@ class _Trailer(Strict):
     extent: Extent
     extends: tuple[Extent, ...] = ()
     num_left_out: int
+    located: bool = False
     job: Identity
 
 
@@ -59,6 +61,8 @@ class Listing:
     """Whose listing it is: what all shards must have in common."""
     extends: tuple[Extent, ...] = ()
     """What it was before it was extended, as far as run records may tell of; it begins so."""
+    located: bool = False
+    """Whether each path is followed by where its bytes lie."""
     file: FileIdentity | None = field(default=None, compare=False)
     """The file that it stands in."""
 
@@ -72,7 +76,18 @@ class Listing:
         Raises:
             EnvironmentFailed: the listing cannot be read.
         """
-        return itertools.starmap(ImageRef, enumerate(self.paths(start, stop), start))
+        return refs_of(self.entries(start, stop), start)
+
+    def entries(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
+        """The entries `start` to `stop` as they were listed.
+
+        Raises:
+            EnvironmentFailed: the listing cannot be read.
+        """
+        if not self.located:
+            return map(Entry, self.paths(start, stop))
+        fields = self._fields(start, stop)
+        return itertools.starmap(Entry, zip(fields, fields, strict=True))
 
     def paths(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
         """The paths alone of the entries `start` to `stop`.
@@ -80,8 +95,12 @@ class Listing:
         Raises:
             EnvironmentFailed: the listing cannot be read.
         """
-        count = None if stop is None else max(0, stop - start)
-        return itertools.islice(_nul_paths(self.path, start), count)
+        return itertools.islice(self._fields(start, stop), 0, None, 2 if self.located else 1)
+
+    def _fields(self, start: int, stop: int | None) -> Iterator[bytes]:
+        each = 2 if self.located else 1
+        count = None if stop is None else max(0, stop - start) * each
+        return itertools.islice(_nul_fields(self.path, start * each), count)
 
     def is_in_place(self, files: RunFiles) -> bool:
         """Whether the listing in an output folder is the file that it stands in.
@@ -97,12 +116,16 @@ class Listing:
 
 
 class Entries(Protocol):
-    """Paths to be listed, and how much of the input was left out, once they have been."""
+    """What is to be listed, and how much of the input was left out, once it has been."""
 
     @property
     def num_left_out(self) -> int: ...
 
-    def __iter__(self) -> Iterator[bytes]: ...
+    @property
+    def located(self) -> bool:
+        """Whether an entry may have a location."""
+
+    def __iter__(self) -> Iterator[Entry]: ...
 
 
 def open_listing(files: RunFiles) -> Listing | None:
@@ -140,7 +163,7 @@ def drafted(
 ) -> Iterator[Listing]:
     """A listing of `entries` for `job`, or `extends` with those that it lacks, not yet in place.
 
-    It has at most `limit` paths, and a name of its own within the block, unless `place` moved it.
+    It has at most `limit` entries, and a name of its own within the block, unless `place` moved it.
 
     Raises:
         EnvironmentFailed: disk full, I/O error.
@@ -241,22 +264,20 @@ def _rename_noreplace(source: Path, target: Path) -> None:
         raise OSError(number, os.strerror(number), os.fspath(target))
 
 
-def new_paths(listing: Listing, paths: Iterable[bytes]) -> Iterator[bytes]:
-    """Those `paths` that a listing does not hold.
+def new_entries(listing: Listing, entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Those `entries` whose paths a listing does not hold.
 
     Compares hashes of 64 bits, in 8 bytes per listed path: two of a million paths share one in 1 of
     10^7 listings, and one of them would then be taken for listed.
     """
     known = np.fromiter(map(hash, listing.paths()), np.int64)
     known.sort()
-    iterator = iter(paths)
+    iterator = iter(entries)
     while chunk := list(itertools.islice(iterator, WRITE_PATHS)):
-        hashes = np.fromiter(map(hash, chunk), np.int64, len(chunk))
+        hashes = np.fromiter((hash(entry.path) for entry in chunk), np.int64, len(chunk))
         places = np.searchsorted(known, hashes)
         is_known = known[np.minimum(places, len(known) - 1)] == hashes if len(known) else places > 0
-        for path, listed in zip(chunk, is_known, strict=True):
-            if not listed:
-                yield path
+        yield from itertools.compress(chunk, ~np.asarray(is_known))
 
 
 def _write(
@@ -267,14 +288,19 @@ def _write(
     extends: Listing | None,
 ) -> Listing:
     before: tuple[Extent, ...] = ()
-    paths: Iterator[bytes] = iter(entries)
+    listed = iter(entries)
     if extends is not None:
         before = (*extends.extends, extends.extent)
-        paths = itertools.chain(extends.paths(), new_paths(extends, paths))
+        listed = itertools.chain(extends.entries(), new_entries(extends, listed))
     with open(draft, "xb") as file:
-        extent = _write_paths(file, itertools.islice(paths, limit))
-        num_left_out = entries.num_left_out
-        trailer = _Trailer(extent=extent, extends=before, num_left_out=num_left_out, job=job)
+        extent = _write_entries(file, itertools.islice(listed, limit), entries.located)
+        trailer = _Trailer(
+            extent=extent,
+            extends=before,
+            num_left_out=entries.num_left_out,
+            located=entries.located,
+            job=job,
+        )
         # json, not orjson: a path that is not UTF-8 is kept as escapes.
         file.write(json.dumps(asdict(trailer)).encode("ascii"))
         file.flush()
@@ -282,10 +308,11 @@ def _write(
         return _as_listing(draft, trailer, os.fstat(file.fileno()))
 
 
-def _write_paths(file: BinaryIO, paths: Iterator[bytes]) -> Extent:
+def _write_entries(file: BinaryIO, entries: Iterator[Entry], located: bool) -> Extent:
     num_images, digest = 0, hashlib.sha256()
-    while chunk := list(itertools.islice(paths, WRITE_PATHS)):
-        data = b"\0".join(chunk) + b"\0"
+    while chunk := list(itertools.islice(entries, WRITE_PATHS)):
+        fields = itertools.chain.from_iterable(chunk) if located else (one.path for one in chunk)
+        data = b"\0".join(fields) + b"\0"
         file.write(data)
         digest.update(data)
         num_images += len(chunk)
@@ -299,6 +326,7 @@ def _as_listing(path: Path, trailer: _Trailer, found: os.stat_result) -> Listing
         trailer.num_left_out,
         trailer.job,
         trailer.extends,
+        trailer.located,
         _identity(found),
     )
 
@@ -307,13 +335,13 @@ def _identity(found: os.stat_result) -> FileIdentity:
     return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
-def _nul_paths(listing: Path, start: int) -> Iterator[bytes]:
+def _nul_fields(listing: Path, start: int) -> Iterator[bytes]:
     rest = b""
     num_left = start
     for chunk in _chunks(listing):
-        *paths, rest = (rest + chunk).split(b"\0")
-        yield from paths[num_left:]
-        num_left = max(0, num_left - len(paths))
+        *fields, rest = (rest + chunk).split(b"\0")
+        yield from fields[num_left:]
+        num_left = max(0, num_left - len(fields))
 
 
 def _chunks(listing: Path) -> Iterator[bytes]:

@@ -4,9 +4,9 @@ Array shapes are suffixes: N images of a batch, H rows, W columns, C colour chan
 K classes. `pixels_NHWC` is uint8, `logits_NK` and `scores_NK` are float32.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +23,28 @@ Activation = Literal["softmax", "sigmoid", "none"]
 """What makes scores of a model's output: none where it gives scores already."""
 
 
+class Entry(NamedTuple):
+    """One image of an input, as it is listed."""
+
+    path: bytes
+    """Relative to the input folder, separated by `/`; bytes, since names need not be UTF-8."""
+    location: bytes = b""
+    """Where its bytes lie, for who listed it to find them again; empty: the path says it."""
+
+
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """One entry of the frozen listing: its place in the whole job and its path as recorded."""
+    """One entry of the frozen listing: its place in the whole job, its path as recorded."""
 
     index: int
     path: bytes
-    """Relative to the input folder, separated by `/`; bytes, since names need not be UTF-8."""
+    location: bytes = b""
+    """As of `Entry`."""
+
+
+def refs_of(entries: Iterable[Entry], first: int = 0) -> Iterator[ImageRef]:
+    """The entries of a listing, from the one with the number `first`."""
+    return (ImageRef(index, *entry) for index, entry in enumerate(entries, first))
 
 
 @dataclass(frozen=True, slots=True)

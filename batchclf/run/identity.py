@@ -1,7 +1,6 @@
 """Which job an output belongs to: what its records depend on, and what may change between runs."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 
@@ -15,6 +14,7 @@ from batchclf.results.identity import Fingerprint, Identity
 from batchclf.results.lines import RECORDS_RECIPE
 from batchclf.results.listing import Listing
 from batchclf.results.run_record import RunRecord, read_run
+from batchclf.spec.input import as_text
 from batchclf.spec.job import JobSpec
 
 
@@ -35,7 +35,7 @@ def identity_of(job: JobSpec, model: ResolvedModel, limit: int | None) -> Identi
         top_k=job.top_k,
         precision=job.precision,
         converted=None if nested is None else nested.digest,
-        input=os.fspath(job.input),
+        input=as_text(job.input),
         limit=limit,
         allow_outside_links=job.loader.allow_outside_links,
     )

@@ -5,8 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
-from batchclf.images.source import Source, open_source
-from batchclf.images.store import list_paths, require_images
+from batchclf.images.store import Store, open_input
 from batchclf.models.resolve import ResolvedModel, resolve_model
 from batchclf.results.identity import Identity
 from batchclf.results.listing import FileIdentity, Listing, drafted, file_of, open_listing
@@ -41,7 +40,7 @@ class Found:
     """Run records of other shards, by the names of their files."""
     settle: Callable[[], str | None]
     """Prove the provider, once: why the CPU takes its place, where the job allows that."""
-    source: Callable[[], Source]
+    store: Callable[[], Store]
     """Open the input, once; a finished job does not need it to be there.
 
     Raises:
@@ -75,10 +74,10 @@ def look(run: Run) -> Found:
     job, files, options = run.job, run.files, run.options
     record = None if options.overwrite else read_run(files)
     settle = cache(partial(settle_provider, job, run.reporter.log))
-    source = cache(partial(_open_source, run))
+    store = cache(partial(open_input, job))
     if record is None or not record.is_finished:  # else they may be gone
         settle()
-        source()
+        store()
     model = resolve_model(
         job.model, batch_size=job.batch_size, open_reference=open_reference, log=run.reporter.log
     )
@@ -100,19 +99,12 @@ def look(run: Run) -> Found:
         thrown_away=file_of(files) if is_thrown_away else None,
         others=others,
         settle=settle,
-        source=source,
+        store=store,
     )
     _require_own(found)
     run.reporter.before_write()
     remove_leftovers(files, is_complete=record is not None and record.status == "complete")
     return found
-
-
-def _open_source(run: Run) -> Source:
-    job = run.job
-    source = open_source(job.input, allow_outside_links=job.loader.allow_outside_links)
-    require_images(source)
-    return source
 
 
 def _require_own(found: Found) -> None:
@@ -151,7 +143,7 @@ def listed(found: Found) -> Iterator[Listing]:
     if listing is not None and not is_extended:
         yield listing
         return
-    entries = list_paths(found.source())
+    entries = found.store().entries()
     run.reporter.before_write()
     limit = run.options.limit
     if listing is not None and found.record is not None:

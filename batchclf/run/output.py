@@ -10,6 +10,7 @@ from batchclf.images.source import would_list
 from batchclf.results.files import RunFiles
 from batchclf.results.lock import Lease, only_writer
 from batchclf.results.records import Shard
+from batchclf.spec.input import places_of
 from batchclf.spec.job import JobSpec
 from batchclf.system.paths import kind_of
 
@@ -24,20 +25,24 @@ def require_separate_output(job: JobSpec) -> None:
         UsageError: also when the output is a file.
         EnvironmentFailed: one of them cannot be looked at.
     """
-    kind = kind_of(job.input, "input")
     if kind_of(job.output, "output") not in ("folder", "nothing"):
         raise UsageError(f"output: {job.output} is a file; give a folder")
     # Path.resolve raises RuntimeError at a link that leads to itself.
-    source, output = Path(os.path.realpath(job.input)), Path(os.path.realpath(job.output))
-    if would_list(source, output / "predictions.jsonl"):
-        raise UsageError(
-            f"output: {job.output} lies inside the input {job.input}; give a folder outside it"
-        )
-    if kind == "file" and source.is_relative_to(output):
-        raise UsageError(
-            f"output: {job.output} holds the input {job.input}, which a run could overwrite; "
-            "give another folder"
-        )
+    output = Path(os.path.realpath(job.output))
+    for place in places_of(job.input):
+        if not isinstance(place, Path):
+            continue
+        kind = kind_of(place, "input")
+        source = Path(os.path.realpath(place))
+        if would_list(source, output / "predictions.jsonl"):
+            raise UsageError(
+                f"output: {job.output} lies inside the input {place}; give a folder outside it"
+            )
+        if kind == "file" and source.is_relative_to(output):
+            raise UsageError(
+                f"output: {job.output} holds the input {place}, which a run could overwrite; "
+                "give another folder"
+            )
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from batchclf.images.load import loader_of
 from batchclf.images.prefetch import Load, Quarantine
-from batchclf.images.source import Source
+from batchclf.images.source import AnySource
 from batchclf.models.resolve import ResolvedModel
 from batchclf.results.records import DecodeBackend, Failure
 from batchclf.run.request import Run
@@ -20,7 +20,7 @@ class Task:
     """So many images of an input, to be classified with a model as a job says."""
 
     job: JobSpec
-    source: Source
+    source: AnySource
     model: ResolvedModel
     num_images: int
     """With those that have a record already."""

@@ -66,7 +66,7 @@ def make_ready(found: Found, listing: Listing, todo: Append | Replace) -> Ready:
     if isinstance(todo, Replace):  # run.json will say that all records are durable
         run.reporter.before_write()
         sync_records(run.files.predictions, todo.done.num_bytes)
-    task = Task(run.job, found.source(), found.model, num_images)
+    task = Task(run.job, found.store().source, found.model, num_images)
     run = try_suspects(run, task, listing.refs())
     plan = make_plan(run, task)
     opened = _open(found, plan, listing)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from batchclf.errors import NoImagesError
 from batchclf.images.load import loader_of
 from batchclf.images.prefetch import Decoding, Load, Memory, Prefetcher, threads
-from batchclf.images.source import Source, open_source
-from batchclf.images.store import list_paths, require_images
+from batchclf.images.source import AnySource
+from batchclf.images.store import open_input
 from batchclf.models.resolve import ResolvedModel
-from batchclf.results.records import ImageRef, Pixels
+from batchclf.results.records import ImageRef, Pixels, refs_of
 from batchclf.spec.job import JobSpec, auto
 from batchclf.system.machine import usable_cores
 
@@ -31,7 +31,7 @@ def evenly_spread(
 
 def load_sample(
     job: JobSpec,
-    source: Source,
+    source: AnySource,
     model: ResolvedModel,
     refs: Iterable[ImageRef],
     decode: Decode = threads,
@@ -62,7 +62,6 @@ def sample_input(job: JobSpec, model: ResolvedModel, *, size: int = SAMPLE_SIZE)
     Raises:
         NoImagesError: the input holds no image, or not one of the sample decodes.
     """
-    source = open_source(job.input, allow_outside_links=job.loader.allow_outside_links)
-    require_images(source)
-    refs = [ImageRef(index, path) for index, path in enumerate(list_paths(source))]
-    return load_sample(job, source, model, evenly_spread(refs, len(refs), size))
+    store = open_input(job)
+    refs = list(refs_of(store.entries()))
+    return load_sample(job, store.source, model, evenly_spread(refs, len(refs), size))

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from batchclf.errors import JobFileError
+from batchclf.spec.input import TAGS, is_address
 from batchclf.spec.job import JobSpec, is_weights_path
 from batchclf.system.paths import require_readable
 
@@ -124,12 +125,25 @@ def _resolve_paths(document: _Document, base: Path) -> None:
         node: Any = document.data
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
-        if isinstance(node, dict) and isinstance(node.get(leaf), str) and node[leaf]:
-            node[leaf] = _resolve(key, node[leaf], base, document.origins[key])
+        if isinstance(node, dict) and leaf in node:
+            node[leaf] = _resolve_all(key, node[leaf], base, document.origins[key])
+
+
+def _resolve_all(key: str, value: Any, base: Path, origin: str) -> Any:
+    """A path-valued key's value with the paths in it absolute: an input may hold several."""
+    if isinstance(value, str):
+        return _resolve(key, value, base, origin) if value else value
+    if key == "input" and isinstance(value, list):
+        return [_resolve_all(key, one, base, origin) for one in value]
+    if key == "input" and isinstance(value, dict) and "parquet" in value:
+        return value | {"parquet": _resolve_all(key, value["parquet"], base, origin)}
+    return value
 
 
 def _resolve(key: str, value: str, base: Path, origin: str) -> str:
     if key == "model.labels" and value == "imagenet":
+        return value
+    if key == "input" and is_address(value):
         return value
     if key == "model.weights" and not is_weights_path(value):
         return value
@@ -175,8 +189,8 @@ def _apply(document: _Document, override: Override) -> None:
             )
         node[parent] = node = child
     value = os.fspath(override.value) if isinstance(override.value, Path) else override.value
-    if override.key in PATH_KEYS and isinstance(value, str) and value:
-        value = _resolve(override.key, value, Path.cwd(), override.option)
+    if override.key in PATH_KEYS:
+        value = _resolve_all(override.key, value, Path.cwd(), override.option)
     node[leaf] = value
     for key in [one for one in document.origins if one.startswith(f"{override.key}.")]:
         del document.origins[key]  # replaced with what held it
@@ -291,7 +305,7 @@ def _origins(name: str, node: yaml.Node, prefix: str = "") -> dict[str, str]:
 
 def _describe(detail: ErrorDetails, document: _Document) -> str:
     """One validation error as a line: where, key, what was found, what is allowed."""
-    location = [str(part) for part in detail["loc"]]
+    location = [str(part) for part in detail["loc"] if part not in TAGS]
     key = shortened(".".join(location))
     origin, written = _written(location, document)
     if detail["type"] == "extra_forbidden":
@@ -329,7 +343,8 @@ def _keys_at(location: Sequence[str]) -> list[str]:
 def _fields_at(location: Sequence[str]) -> Mapping[str, FieldInfo]:
     spec: type[BaseModel] = JobSpec
     for part in location:
-        inner = _spec_in(spec.model_fields[part].annotation)
+        info = spec.model_fields.get(part)
+        inner = None if info is None else _spec_in(info.annotation)
         if inner is None:
             return {}
         spec = inner
@@ -337,10 +352,9 @@ def _fields_at(location: Sequence[str]) -> Mapping[str, FieldInfo]:
 
 
 def _spec_in(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_spec_in, get_args(annotation))), None)
 
 
 def _help_for(location: Sequence[str]) -> str:

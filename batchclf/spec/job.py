@@ -25,6 +25,7 @@ from batchclf.results.records import (
     Interpolation,
     Precision,
 )
+from batchclf.spec.input import InputSpec, as_path, can_name_a_file
 
 MAX_INTEGER = 2**53
 """Largest whole number that every reader of JSON keeps, so the largest that run.json holds."""
@@ -82,21 +83,8 @@ def is_weights_path(value: str) -> bool:
     return value.endswith(WEIGHT_SUFFIXES) or os.sep in value
 
 
-def _path(value: object) -> object:
-    if isinstance(value, Path) or (isinstance(value, str) and value and _can_name_a_file(value)):
-        return Path(value)
-    raise PydanticCustomError("path", "a path, as text")
-
-
-def _can_name_a_file(value: str) -> bool:
-    try:
-        return b"\0" not in os.fsencode(value)
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-
-
 def _file_or_name(value: str) -> str:
-    if not _can_name_a_file(value):
+    if not can_name_a_file(value):
         raise PydanticCustomError("path", "a name, or a path, as text")
     return value
 
@@ -187,7 +175,7 @@ PerChannelAboveZero = Annotated[
 DeviceId = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 ProviderOption = Annotated[str | int | float | bool, BeforeValidator(_provider_option)]
 FilePath = Annotated[
-    Path, BeforeValidator(_path), WithJsonSchema({"type": "string", "minLength": 1})
+    Path, BeforeValidator(as_path), WithJsonSchema({"type": "string", "minLength": 1})
 ]
 FileOrName = Annotated[str, Field(min_length=1), AfterValidator(_file_or_name)]
 Count = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
@@ -479,7 +467,10 @@ class EngineSpec(_Spec):
 class JobSpec(_Spec):
     """One job: classify the images of `input` with `model` and write records to `output`."""
 
-    input: FilePath = Field(description="Folder (walked recursively), glob, .txt or .jsonl list.")
+    input: InputSpec = Field(
+        description="Folder (walked recursively), one image, glob, .txt or .jsonl list, .tar, .zip "
+        "or .parquet; or a list of these."
+    )
     output: FilePath = Field(description="Folder for the results; created.")
     model: ModelSpec
     provider: Annotated[

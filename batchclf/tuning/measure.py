@@ -18,10 +18,10 @@ from batchclf.errors import NoImagesError
 from batchclf.images.decode_pool import Workers, open_decoding
 from batchclf.images.load import loader_of
 from batchclf.images.prefetch import Memory, Prefetcher
-from batchclf.images.source import Source
+from batchclf.images.source import AnySource
 from batchclf.models.resolve import Log, ResolvedModel
 from batchclf.results.files import RunFiles
-from batchclf.results.records import DecodeMode, ImageRef, Pixels, Record
+from batchclf.results.records import DecodeMode, Entry, ImageRef, Pixels, Record
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import RecordWriter
 from batchclf.run.classify import Work, classify
@@ -46,7 +46,7 @@ class Bench:
     """What is measured: a job, its model, and a sample of its images."""
 
     job: JobSpec
-    source: Source
+    source: AnySource
     model: ResolvedModel
     refs: Sequence[ImageRef]
     num_listed: int
@@ -76,18 +76,18 @@ def job_with(job: JobSpec, settings: Settings) -> JobSpec:
 
 
 def spread(
-    paths: Iterable[bytes], size: int, until: Callable[[], bool]
+    entries: Iterable[Entry], size: int, until: Callable[[], bool]
 ) -> tuple[list[ImageRef], int, bool]:
-    """About `size` to twice as many of the paths, evenly spread, in memory that does not grow.
+    """About `size` to twice as many of the entries, evenly spread, in memory that does not grow.
 
     Returns:
-        The sample, the number of paths seen, and whether those are all: `until` ends the listing.
+        The sample, the number of entries seen, and whether those are all: `until` ends the listing.
     """
     kept: list[ImageRef] = []
     step, count = 1, 0
-    for count, path in enumerate(paths, start=1):
+    for count, entry in enumerate(entries, start=1):
         if (count - 1) % step == 0:
-            kept.append(ImageRef(count - 1, path))
+            kept.append(ImageRef(count - 1, *entry))
             if len(kept) == 2 * size:
                 kept, step = kept[::2], 2 * step
         if count % 1024 == 0 and until():

@@ -9,18 +9,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from itertools import starmap
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from batchclf.errors import UsageError
-from batchclf.images.source import open_source
-from batchclf.images.store import list_paths, require_images
+from batchclf.images.store import open_input
 from batchclf.models.resolve import Log, resolve_model
 from batchclf.results.files import replace_file
-from batchclf.results.records import ImageRef
+from batchclf.results.records import refs_of
 from batchclf.run.output import hold_output
 from batchclf.runtime.classifier import open_reference
 from batchclf.sessions.open import settle_provider
@@ -51,24 +49,25 @@ def tune_job(job: JobSpec, options: TuneOptions, *, log: Log, stop: StopRequest)
     fallback = None
     for precision in dict.fromkeys((job.precision, *options.precisions)):
         fallback = settle_provider(job.model_copy(update={"precision": precision}), log)
-    source = open_source(job.input, allow_outside_links=job.loader.allow_outside_links)
-    require_images(source)
+    store = open_input(job)
     with hold_output(job), _journal(job.output / "tune.jsonl") as lines:
         model = resolve_model(
             job.model, batch_size=job.batch_size, open_reference=open_reference, log=log
         )
         clock.prepared()
         refs, num_listed, is_whole = spread(
-            list_paths(source), SAMPLE_SIZE, lambda: clock.left_s(LISTING_SHARE) <= 0
+            store.entries(), SAMPLE_SIZE, lambda: clock.left_s(LISTING_SHARE) <= 0
         )
         if not is_whole:
             log(f"the sample is of the first {num_listed:,} images: no time to list more")
         with tempfile.TemporaryDirectory(dir=job.output, prefix=".tune-") as folder:
-            bench = Bench(job, source, model, refs, num_listed, Path(folder), stop, log)
+            bench = Bench(job, store.source, model, refs, num_listed, Path(folder), stop, log)
             # Where the listing was whole, the sample is a run's: int8 then is converted once.
-            sampled = starmap(ImageRef, enumerate(list_paths(source))) if is_whole else refs
+            sampled = refs_of(store.entries()) if is_whole else refs
             num_sampled = num_listed if is_whole else len(refs)
-            sample = partial(load_sample, job, source, model, evenly_spread(sampled, num_sampled))
+            sample = partial(
+                load_sample, job, store.source, model, evenly_spread(sampled, num_sampled)
+            )
             sessions = Sessions(bench, cache(sample), fallback)
             tuned = Tuning(
                 bench, sessions, options, clock, lambda record: lines.append(as_line(record))

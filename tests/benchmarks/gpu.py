@@ -30,11 +30,11 @@ import orjson
 
 from batchclf.errors import BatchclfError
 from batchclf.images.prefetch import zeroed_pixels
-from batchclf.images.source import open_source
-from batchclf.images.store import list_paths
+from batchclf.images.source import source_of
+from batchclf.images.store import open_store
 from batchclf.models.resolve import resolve_model
 from batchclf.models.variants import needed_variant, resolve_variant
-from batchclf.results.records import DecodeBackend, DecodeMode, ImageRef
+from batchclf.results.records import DecodeBackend, DecodeMode, refs_of
 from batchclf.runtime.classifier import open_classifier, open_reference
 from batchclf.runtime.sessions import ORT_ERRORS
 from batchclf.runtime.timing import measure_throughput
@@ -210,8 +210,8 @@ class Bench:
         """Images/s of reading and decoding alone, with every usable core."""
         job = load_job(self.job(self.arguments.models[0]))
         model = resolve_model(job.model, batch_size=64, open_reference=open_reference, log=log)
-        source = open_source(job.input, allow_outside_links=False)
-        refs = [ImageRef(number, path) for number, path in enumerate(list_paths(source))]
+        source = source_of(job)
+        refs = list(refs_of(open_store(source).entries()))
         found = {}
         for mode, backend in itertools.product(get_args(DecodeMode), get_args(DecodeBackend)):
             loader = job.loader.model_copy(update={"backend": backend})

@@ -11,10 +11,10 @@ import json
 from functools import partial
 from pathlib import Path
 
-from batchclf.images.source import open_source
-from batchclf.images.store import list_paths
+from batchclf.images.source import source_of
+from batchclf.images.store import open_store
 from batchclf.models.resolve import resolve_model
-from batchclf.results.records import ImageRef
+from batchclf.results.records import refs_of
 from batchclf.runtime.classifier import open_reference
 from batchclf.runtime.timing import measure_throughput
 from batchclf.sessions.open import Wanted, open_devices
@@ -37,8 +37,8 @@ def main() -> None:
     model = resolve_model(
         job.model, batch_size=job.batch_size, open_reference=open_reference, log=log
     )
-    source = open_source(job.input)
-    refs = [ImageRef(index, path) for index, path in enumerate(list_paths(source))]
+    source = source_of(job)
+    refs = list(refs_of(open_store(source).entries()))
     bench = Bench(job, source, model, refs, len(refs), job.output, StopRequest(), print)
     workers = auto(job.loader.workers, usable_cores())
     decoding = measure_decoding(bench, job.loader.decode, workers, arguments.seconds)

@@ -33,8 +33,8 @@ from typing import Any
 
 import numpy as np
 
-from batchclf.images.source import open_source
-from batchclf.images.store import list_paths
+from batchclf.images.source import source_of
+from batchclf.images.store import open_store
 from batchclf.models.resolve import resolve_model
 from batchclf.results.files import RunFiles
 from batchclf.results.listing import drafted, place
@@ -61,13 +61,13 @@ import sys, time
 from pathlib import Path
 from batchclf.run import job  # all that a job has in memory when it lists
 from batchclf.images.source import open_source
-from batchclf.images.store import list_paths
+from batchclf.images.store import open_store
 from batchclf.results.files import RunFiles
 from batchclf.results.listing import drafted, place
 from tests.results.common import IDENTITY
 started = time.perf_counter()
 files = RunFiles(Path(sys.argv[2]))
-with drafted(files, IDENTITY, list_paths(open_source(Path(sys.argv[1])))) as draft:
+with drafted(files, IDENTITY, open_store(open_source(Path(sys.argv[1]))).entries()) as draft:
     place(files, draft)
 print(time.perf_counter() - started)
 facts = Path("/proc/self/status").read_text()
@@ -269,9 +269,9 @@ def write_records(job_file: Path, files: RunFiles, num_done: int) -> None:
     model = resolve_model(
         job.model, batch_size=job.batch_size, open_reference=open_reference, log=log
     )
-    source = open_source(job.input)
+    store = open_store(source_of(job))
     identity = identity_of(job, model, None)
-    with drafted(files, identity, list_paths(source)) as draft:
+    with drafted(files, identity, store.entries()) as draft:
         listing = place(files, draft)
     outcome = tuple(
         Prediction(label, 100 * index, 0.654321 / (1 + index))

@@ -29,9 +29,10 @@ from PIL import Image
 import batchclf.run.plan
 from batchclf.images.decode import Decoder
 from batchclf.images.load import loader_of
+from batchclf.images.local import MAX_FILE_BYTES
 from batchclf.images.prefetch import Load, zeroed_pixels
-from batchclf.images.source import open_source
-from batchclf.images.store import list_paths, read_image_file
+from batchclf.images.source import source_of
+from batchclf.images.store import open_store
 from batchclf.models.resolve import ResolvedModel, resolve_model
 from batchclf.results.files import RunFiles
 from batchclf.results.lines import encode_record
@@ -39,9 +40,9 @@ from batchclf.results.records import (
     ActiveProvider,
     DecodeBackend,
     DecodeMode,
-    ImageRef,
     Pixels,
     Scores,
+    refs_of,
 )
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import RecordWriter
@@ -132,13 +133,13 @@ def whole(
     job, model = prepare(folder, num_images, decode)
     loader = job.loader.model_copy(update={"workers": workers, "backend": backend})
     job = job.model_copy(update={"loader": loader})
-    source = open_source(job.input)
+    source = source_of(job)
     files = RunFiles(Path(tempfile.mkdtemp(dir=folder)))
     null = cast(OnnxClassifier, NullModel())
     opened = Opened([null], ActiveProvider("cpu", "cpu", "CPU"), model.bundle, zeroed_pixels, None)
     stats = StatsCollector(cpu_seconds, peak_rss_mb)
     watch = _Stopwatch()
-    refs = (ImageRef(index, path) for index, path in enumerate(list_paths(source)))
+    refs = refs_of(open_store(source).entries())
     with RecordWriter(files.predictions, 0) as writer, _slower_decoding(outside_ms / 1000):
         run = Run(job, RunOptions(), watch, StopRequest())
         plan = make_plan(run, Task(job, source, model, num_images))
@@ -183,8 +184,8 @@ def _slower_decoding(outside_s: float) -> Iterator[None]:
 def parts(folder: Path, num_images: int, decode: DecodeMode) -> Iterator[dict[str, Any]]:
     """CPU microseconds per image of each step alone, on one thread."""
     job, model = prepare(folder, num_images, decode)
-    source = open_source(job.input)
-    refs = [ImageRef(index, path) for index, path in enumerate(list_paths(source))]
+    store = open_store(source_of(job))
+    refs = list(refs_of(store.entries()))
     data = (folder / "originals" / "0.jpg").read_bytes()
     decoder = Decoder(model.preprocess, mode=decode)
     slot_HWC = np.zeros((EDGE, EDGE, 3), np.uint8)
@@ -200,7 +201,7 @@ def parts(folder: Path, num_images: int, decode: DecodeMode) -> Iterator[dict[st
         refs[:BATCH_SIZE], loaded, rank(scores_NK, labels, 5, activation="softmax")
     )
     for name, call, per_call in (
-        ("read", lambda: read_image_file(source, refs[0].path), 1),
+        ("read", lambda: store.read(refs[0], MAX_FILE_BYTES), 1),
         ("decode", lambda: decoder(data, b"0.jpg", slot_HWC), 1),
         ("rank", ranked, BATCH_SIZE),
         ("encode", lambda: b"".join(map(encode_record, records)), BATCH_SIZE),

@@ -40,8 +40,8 @@ import numpy as np
 import psutil
 
 from batchclf.images.load import loader_of
-from batchclf.images.source import open_source
-from batchclf.images.store import list_paths
+from batchclf.images.source import Source, source_of
+from batchclf.images.store import open_store
 from batchclf.models.resolve import open_eager, resolve_model
 from batchclf.results.records import ImageRef
 from batchclf.runtime.classifier import open_reference
@@ -288,12 +288,13 @@ def pytorch_top1(job_file: Path) -> Top1:
     run = open_eager(job.model, usable_cores(), print)
     if isinstance(run, str):
         sys.exit(run)
-    source = open_source(job.input)
+    source = source_of(job)
     load = loader_of(job, source, model.preprocess)
     slot_NHWC = np.zeros((1, *model.preprocess.crop, 3), np.uint8)
     by_file: dict[int, int] = {}
     found: dict[str, int] = {}
-    for index, path in enumerate(list_paths(source)):
+    assert isinstance(source, Source)
+    for index, (path, _) in enumerate(open_store(source).entries()):
         inode = os.stat(os.path.join(source.root, path)).st_ino
         if inode not in by_file:
             load(ImageRef(index, path), slot_NHWC[0])

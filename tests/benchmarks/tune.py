@@ -21,8 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from batchclf.images.source import open_source
-from batchclf.images.store import list_paths
+from batchclf.images.source import source_of
+from batchclf.images.store import open_store
 from batchclf.models.resolve import resolve_model
 from batchclf.runtime.classifier import open_reference
 from batchclf.sessions.sample import sample_input
@@ -68,8 +68,8 @@ def sweep(
     model = resolve_model(
         job.model, batch_size=job.batch_size, open_reference=open_reference, log=print
     )
-    source = open_source(job.input, allow_outside_links=job.loader.allow_outside_links)
-    refs, num_listed, _ = spread(list_paths(source), SAMPLE_SIZE, lambda: False)
+    source = source_of(job)
+    refs, num_listed, _ = spread(open_store(source).entries(), SAMPLE_SIZE, lambda: False)
     rates: dict[Settings, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(job, source, model, refs, len(refs), Path(folder), silent, print)

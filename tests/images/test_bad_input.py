@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from batchclf.images.local import LocalFiles
 from batchclf.images.source import open_source
-from batchclf.images.store import list_paths, read_image_file
 from batchclf.results.records import Failure, Loaded, Preprocess
 from tests.conftest import ROOT, read_records
 from tests.images.common import (
@@ -297,8 +297,8 @@ def test_a_container_of_countless_parts_is_explained_without_reading_them_all() 
 def test_a_bad_file_is_recorded_with_its_code(tmp_path: Path, bad: Bad) -> None:
     (tmp_path / bad.name).write_bytes(bad.make())
     source = open_source(tmp_path)
-    (path,) = list_paths(source)
-    content = read_image_file(source, path)
+    (path,) = LocalFiles(source).paths()
+    content = LocalFiles(source).read(path)
     assert not isinstance(content, Failure)
     _, loaded = decode(content, path)
     assert loaded.failure is not None

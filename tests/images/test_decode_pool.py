@@ -28,6 +28,7 @@ from batchclf.images.jpeg import decoder_name
 from batchclf.images.load import Loader
 from batchclf.images.prefetch import Load, Memory, Prefetcher, threads
 from batchclf.images.source import open_source
+from batchclf.images.store import open_store
 from batchclf.results.records import Failure, ImageRef, Loaded, Pixels, Preprocess
 from batchclf.system.children import start_python
 from tests.conftest import Batchclf, command, read_records
@@ -59,7 +60,7 @@ def refs_of(count: int = 33) -> list[ImageRef]:
 
 
 def loader_of(folder: Path, max_pixels: int = 10**6) -> Loader:
-    return Loader(open_source(folder), Decoder(PREPROCESS, max_pixels=max_pixels))
+    return Loader(open_store(open_source(folder)), Decoder(PREPROCESS, max_pixels=max_pixels))
 
 
 def collect(batches: Prefetcher) -> tuple[list[Loaded], Pixels]:

@@ -29,9 +29,10 @@ from batchclf.images import lists
 from batchclf.images.decode import Decoder
 from batchclf.images.lists import mark_repeated
 from batchclf.images.load import Loader
+from batchclf.images.local import LocalFiles
 from batchclf.images.source import Source, open_source
-from batchclf.images.store import list_paths, read_image_file, require_images
-from batchclf.results.records import Failure, ImageRef, Loaded, Preprocess
+from batchclf.images.store import open_store
+from batchclf.results.records import Entry, Failure, ImageRef, Loaded, Preprocess
 from tests.conftest import ROOT
 from tests.images.common import decode, encode, picture
 from tests.mounts import dead_mount
@@ -49,7 +50,7 @@ def write(root: Path, *names: str | bytes, content: bytes = JPEG) -> None:
 
 
 def listed(source: Source) -> list[bytes]:
-    return list(list_paths(source))
+    return list(LocalFiles(source).paths())
 
 
 def read(source: Source, path: bytes, timeout_s: float = 10.0) -> bytes | Failure:
@@ -57,7 +58,7 @@ def read(source: Source, path: bytes, timeout_s: float = 10.0) -> bytes | Failur
     found: list[bytes | Failure] = []
 
     def work() -> None:
-        found.append(read_image_file(source, path))
+        found.append(LocalFiles(source).read(path))
 
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
@@ -113,7 +114,7 @@ def test_the_listing_is_depth_first_with_names_in_the_order_of_their_bytes(tree:
         source = open_source(Path(folder))
         # Depth first with sorted names is the order of the paths taken as lists of names.
         expected = sorted(files, key=lambda path: path.split(b"/"))
-        paths = list_paths(source)
+        paths = LocalFiles(source).paths()
         assert list(paths) == expected
         assert list(paths) == expected, "and again"
         assert paths.num_left_out == 0
@@ -155,7 +156,7 @@ def test_hidden_folders_and_hidden_files_that_are_no_images_are_left_out_and_cou
     write(tmp_path, "b/.hidden.png", "b/.jpg", "notes.txt")
     source = open_source(tmp_path)
     expected = [b".a.jpg", b"a.jpg", b"b/.hidden.png", b"b/.jpg", b"notes.txt"]
-    paths = list_paths(source)
+    paths = LocalFiles(source).paths()
     for _ in range(2):
         assert list(paths) == expected
         assert paths.num_left_out == 3
@@ -168,7 +169,7 @@ def test_the_files_of_a_large_folder_are_held_as_bare_names(tmp_path: Path) -> N
     source = open_source(tmp_path)
     tracemalloc.start()
     try:
-        assert sum(1 for _ in list_paths(source)) == num_files
+        assert sum(1 for _ in LocalFiles(source).paths()) == num_files
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -184,7 +185,7 @@ def test_a_long_list_costs_few_bytes_a_line_however_long_its_paths_are(
     source = list_of(tmp_path, b"".join(line % number for number in range(num_lines)))
     tracemalloc.start()
     try:
-        assert sum(1 for _ in list_paths(source)) == num_lines
+        assert sum(1 for _ in LocalFiles(source).paths()) == num_lines
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -198,8 +199,8 @@ def test_an_input_is_data_that_lists_and_loads_the_same_in_another_process(
     write(tmp_path, "a/1.jpg", "a/2.jpg", "b/.hidden", "b/x.png", "list.txt", content=JPEG)
     (tmp_path / "list.txt").write_bytes(b"b/x.png\na/1.jpg\ngone.jpg\nb/x.png\n")
     source = open_source(tmp_path / spec)
-    loader = Loader(source, Decoder(Preprocess(8, (8, 8), "bilinear", None, None)))
-    paths = list_paths(source)
+    loader = Loader(open_store(source), Decoder(Preprocess(8, (8, 8), "bilinear", None, None)))
+    paths = LocalFiles(source).paths()
     expected = list(paths), paths.num_left_out, [load(loader, path) for path in paths]
     assert len(expected[0]) > 1
     done = subprocess.run(
@@ -216,10 +217,11 @@ def test_an_input_is_data_that_lists_and_loads_the_same_in_another_process(
 
 ELSEWHERE = """
 import pickle, sys
-from batchclf.images.store import list_paths
+from batchclf.images.local import LocalFiles
+from batchclf.images.store import open_store
 from tests.images.test_source import load
 source, loader = pickle.load(sys.stdin.buffer)
-paths = list_paths(source)
+paths = LocalFiles(source).paths()
 found = list(paths), paths.num_left_out, [load(loader, path) for path in paths]
 sys.stdout.buffer.write(pickle.dumps(found))
 """
@@ -261,7 +263,7 @@ ODD_NAMES = {
 def test_any_name_is_listed_byte_for_byte_and_read(tmp_path: Path, name: bytes) -> None:
     write(tmp_path, name, name + b".d/" + name if len(name) < 250 else b"d/" + name)
     source = open_source(tmp_path)
-    require_images(source)
+    open_store(source).require_images()
     paths = listed(source)
     assert name in paths
     assert len(paths) == 2
@@ -511,14 +513,14 @@ def test_an_input_folder_that_may_not_be_read_is_an_error_that_names_it(
     write(open_folder, "in/1.jpg")
     (open_folder / "in").chmod(0o000)
     with unprivileged(), pytest.raises(BatchclfError, match="in"):
-        require_images(open_source(open_folder / "in"))
+        open_store(open_source(open_folder / "in")).require_images()
 
 
 def test_a_list_that_may_not_be_read_is_an_error_that_names_it(open_folder: Path) -> None:
     write(open_folder, "list.txt", content=b"1.jpg\n")
     (open_folder / "list.txt").chmod(0o000)
     with unprivileged(), pytest.raises(BatchclfError, match=r"list\.txt"):
-        require_images(open_source(open_folder / "list.txt"))
+        open_store(open_source(open_folder / "list.txt")).require_images()
 
 
 def test_a_list_that_opens_but_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -544,7 +546,7 @@ def test_a_file_or_folder_gone_since_the_listing_is_recorded_as_vanished(tmp_pat
 
 def test_a_listing_does_not_end_early_where_its_input_goes_away_meanwhile(tmp_path: Path) -> None:
     write(tmp_path, "in/a/1.jpg", "in/b/1.jpg")
-    paths = iter(list_paths(open_source(tmp_path / "in")))
+    paths = iter(LocalFiles(open_source(tmp_path / "in")).paths())
     assert next(paths) == b"a/1.jpg"
     (tmp_path / "in").rename(tmp_path / "elsewhere")
     with pytest.raises(EnvironmentFailed, match=r"input: .*/in: is no longer the folder"):
@@ -561,15 +563,15 @@ def test_an_image_is_not_taken_for_vanished_where_its_input_is_another_folder(
     write(tmp_path, "in/2.jpg")
     for source in sources:
         with pytest.raises(EnvironmentFailed, match="another folder is there now"):
-            read_image_file(source, b"1.jpg")
-        assert read_image_file(source, b"2.jpg") == JPEG, "as after a file system is mounted again"
+            LocalFiles(source).read(b"1.jpg")
+        assert LocalFiles(source).read(b"2.jpg") == JPEG, "as after a file system is mounted again"
 
 
 def test_an_image_on_a_dead_mount_ends_the_job_wherever_its_list_lies(tmp_path: Path) -> None:
     (tmp_path / "mount").mkdir()
     source = list_of(tmp_path, b"mount/1.jpg\n")
     with dead_mount(tmp_path / "mount"), pytest.raises(EnvironmentFailed, match="ENOTCONN"):
-        read_image_file(source, b"mount/1.jpg")
+        LocalFiles(source).read(b"mount/1.jpg")
 
 
 def _grow(path: Path) -> None:
@@ -610,7 +612,7 @@ def test_a_file_that_changes_while_it_is_read_is_recorded_as_changed(
         return found
 
     monkeypatch.setattr(os, "read", read_and_change)
-    found = read_image_file(open_source(tmp_path), b"x.jpg")
+    found = LocalFiles(open_source(tmp_path)).read(b"x.jpg")
     assert found == Failure("changed", "changed while it was read")
     assert num_reads >= after_reads
 
@@ -628,8 +630,8 @@ def test_a_file_replaced_while_it_is_read_gives_one_whole_version(
         (tmp_path / "new").replace(path)
         return descriptor
 
-    monkeypatch.setattr("batchclf.images.store.os.open", open_and_replace)
-    found = read_image_file(open_source(tmp_path), b"x.jpg")
+    monkeypatch.setattr("batchclf.images.local.os.open", open_and_replace)
+    found = LocalFiles(open_source(tmp_path)).read(b"x.jpg")
     assert found == JPEG
 
 
@@ -637,7 +639,7 @@ def test_a_file_replaced_while_it_is_read_gives_one_whole_version(
 def test_a_file_of_any_size_is_read_whole(tmp_path: Path, num_bytes: int) -> None:
     content = bytes(number % 251 for number in range(1000)) * (num_bytes // 1000 + 1)
     (tmp_path / "x").write_bytes(content[:num_bytes])
-    assert read_image_file(open_source(tmp_path), b"x") == content[:num_bytes]
+    assert LocalFiles(open_source(tmp_path)).read(b"x") == content[:num_bytes]
 
 
 def test_reading_leaves_no_descriptor_open(tmp_path: Path) -> None:
@@ -648,15 +650,15 @@ def test_reading_leaves_no_descriptor_open(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     before = len(os.listdir("/proc/self/fd"))
     for path in (b"a.jpg", b"d", b"loop", b"fifo", b"gone") * 20:
-        read_image_file(source, path)
+        LocalFiles(source).read(path)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_file_of_more_bytes_than_the_job_allows_is_not_read(tmp_path: Path) -> None:
     write(tmp_path, "x.jpg", content=b"12345")
     source = open_source(tmp_path)
-    assert read_image_file(source, b"x.jpg", max_bytes=5) == b"12345"
-    found = read_image_file(source, b"x.jpg", max_bytes=4)
+    assert LocalFiles(source).read(b"x.jpg", max_bytes=5) == b"12345"
+    found = LocalFiles(source).read(b"x.jpg", max_bytes=4)
     assert found == Failure("too_large_bytes", "5 bytes; loader.max_bytes allows 4")
 
 
@@ -671,13 +673,14 @@ def test_a_sparse_file_of_a_terabyte_is_refused_at_once(tmp_path: Path) -> None:
 READ = """
 import os, sys
 from batchclf.images.source import open_source
-from batchclf.images.store import list_paths, read_image_file
+from batchclf.images.local import LocalFiles
+from batchclf.images.store import open_store
 from pathlib import Path
 folder = Path(sys.argv[1])
 source = open_source(folder)
-paths = list_paths(source)
+paths = LocalFiles(source).paths()
 print(list(paths), paths.num_left_out)
-found = read_image_file(source, b"x.jpg")
+found = LocalFiles(source).read(b"x.jpg")
 print(len(found) if isinstance(found, bytes) else (found.code, found.message))
 """
 
@@ -787,7 +790,7 @@ def list_of(tmp_path: Path, content: bytes, name: str = "list.txt") -> Source:
 def test_a_list_is_taken_line_by_line(
     tmp_path: Path, content: bytes, expected: list[bytes], num_left_out: int
 ) -> None:
-    paths = list_paths(list_of(tmp_path, content))
+    paths = LocalFiles(list_of(tmp_path, content)).paths()
     for _ in range(2):
         assert list(paths) == expected
         assert paths.num_left_out == num_left_out
@@ -799,14 +802,18 @@ def test_of_a_path_that_a_list_names_again_the_first_counts(numbers: list[int], 
     paths = [b"%d.jpg" % number for number in numbers]
     with patch.object(lists, "CHUNK_PATHS", chunk):
         marked = [
-            pair for some, marks in mark_repeated(paths) for pair in zip(some, marks, strict=True)
+            pair
+            for some, marks in mark_repeated(paths, bytes)
+            for pair in zip(some, marks, strict=True)
         ]
     assert [path for path, _ in marked] == paths
     assert [path for path, repeated in marked if not repeated] == list(dict.fromkeys(paths))
 
 
 def test_the_first_paths_of_a_list_come_before_its_last_lines_are_read(tmp_path: Path) -> None:
-    paths = iter(list_paths(list_of(tmp_path, b'"a.jpg"\n"b.jpg"\n"c.jpg"\n{}\n', "list.jsonl")))
+    paths = iter(
+        LocalFiles(list_of(tmp_path, b'"a.jpg"\n"b.jpg"\n"c.jpg"\n{}\n', "list.jsonl")).paths()
+    )
     assert [next(paths), next(paths), next(paths)] == [b"a.jpg", b"b.jpg", b"c.jpg"]
     with pytest.raises(UsageError, match=r"list\.jsonl:4"):
         next(paths)
@@ -815,7 +822,7 @@ def test_the_first_paths_of_a_list_come_before_its_last_lines_are_read(tmp_path:
 def test_a_list_with_many_lines_twice_is_taken_without_the_second_ones(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     paths = [b"%d.jpg" % number for number in rng.integers(0, 60_000, 100_000)]
-    found = list_paths(list_of(tmp_path, b"\n".join(paths)))
+    found = LocalFiles(list_of(tmp_path, b"\n".join(paths))).paths()
     assert list(found) == list(dict.fromkeys(paths))
     assert found.num_left_out == len(paths) - len(set(paths))
 
@@ -850,7 +857,7 @@ def test_a_jsonl_list_holds_texts_or_objects_with_a_path(tmp_path: Path) -> None
         '{"path": "a.jpg"}',
     ]
     source = list_of(tmp_path, "\ufeff".encode() + "\r\n".join(lines).encode(), "list.JSONL")
-    paths = list_paths(source)
+    paths = LocalFiles(source).paths()
     assert list(paths) == [b"a.jpg", b"b/1.jpg", "café.jpg".encode(), b"caf\xe9.jpg"]
     assert paths.num_left_out == 1
 
@@ -996,19 +1003,19 @@ def test_an_input_without_any_image_is_refused(tmp_path: Path, files: tuple[str,
     (tmp_path / "empty" / "folder").mkdir(parents=True)
     write(tmp_path, *files, content=b"plain text\n")
     with pytest.raises(NoImagesError, match="found 0 images"):
-        require_images(open_source(tmp_path))
+        open_store(open_source(tmp_path)).require_images()
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \r\n", b"\xef\xbb\xbf", b"a.txt\nb\n"])
 def test_a_list_without_any_image_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(NoImagesError, match="found 0 images"):
-        require_images(list_of(tmp_path, content))
+        open_store(list_of(tmp_path, content)).require_images()
 
 
 def test_a_glob_that_matches_nothing_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "1.jpg")
     with pytest.raises(NoImagesError, match="found 0 images"):
-        require_images(open_source(tmp_path / "*.png"))
+        open_store(open_source(tmp_path / "*.png")).require_images()
 
 
 @pytest.mark.parametrize(
@@ -1025,7 +1032,7 @@ def test_one_file_with_the_name_or_content_of_an_image_is_enough(
 ) -> None:
     write(tmp_path, "a/notes.txt", content=b"plain text\n")
     write(tmp_path, name, content=content)
-    require_images(open_source(tmp_path))
+    open_store(open_source(tmp_path)).require_images()
 
 
 def test_looking_for_an_image_does_not_wait_until_a_large_folder_is_sorted(tmp_path: Path) -> None:
@@ -1033,7 +1040,7 @@ def test_looking_for_an_image_does_not_wait_until_a_large_folder_is_sorted(tmp_p
     source = open_source(tmp_path)
     tracemalloc.start()
     try:
-        require_images(source)
+        open_store(source).require_images()
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -1053,21 +1060,21 @@ def test_what_the_input_leaves_out_is_no_image_of_it(
 ) -> None:
     write(tmp_path, *names, content=b"plain text\n")
     with pytest.raises(NoImagesError, match="found 0 images"):
-        require_images(open_source(tmp_path / spec))
+        open_store(open_source(tmp_path / spec)).require_images()
 
 
 def test_an_image_behind_a_link_to_a_folder_is_enough(tmp_path: Path) -> None:
     write(tmp_path, "in/notes.txt", content=b"plain text\n")
     write(tmp_path, "out/1.jpg")
     (tmp_path / "in" / "link").symlink_to("../out")
-    require_images(open_source(tmp_path / "in", allow_outside_links=True))
+    open_store(open_source(tmp_path / "in", allow_outside_links=True)).require_images()
 
 
 def test_looking_for_an_image_does_not_block_on_a_fifo(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     code_ = "from batchclf.images.source import *; import pathlib, sys\n"
-    code_ += "from batchclf.images.store import require_images\n"
-    code_ += "require_images(open_source(pathlib.Path(sys.argv[1])))"
+    code_ += "from batchclf.images.store import open_store\n"
+    code_ += "open_store(open_source(pathlib.Path(sys.argv[1]))).require_images()"
     done = subprocess.run(
         [sys.executable, "-c", code_, tmp_path],
         cwd=ROOT,
@@ -1079,7 +1086,15 @@ def test_looking_for_an_image_does_not_block_on_a_fifo(tmp_path: Path) -> None:
     assert "NoImagesError" in done.stderr
 
 
-def test_a_single_image_as_input_is_an_error_that_says_what_to_give(tmp_path: Path) -> None:
-    write(tmp_path, "a.jpg")
-    with pytest.raises(UsageError, match="give a folder"):
-        open_source(tmp_path / "a.jpg")
+def test_a_single_image_is_an_input_of_one(tmp_path: Path) -> None:
+    write(tmp_path, "in/a.jpg", "in/b.jpg")
+    store = open_store(open_source(tmp_path / "in" / "a.jpg"))
+    store.require_images()
+    assert list(store.entries()) == [Entry(b"a.jpg")]
+    assert store.read(ImageRef(0, b"a.jpg"), 10_000) == JPEG
+
+
+def test_a_single_file_that_is_no_image_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "a.csv", content=b"path,label")
+    with pytest.raises(NoImagesError, match="1 files, none of them an image"):
+        open_store(open_source(tmp_path / "a.csv")).require_images()

@@ -7,7 +7,7 @@ from typing import Any
 from batchclf.results.files import RunFiles
 from batchclf.results.identity import Extent, Fingerprint, Identity
 from batchclf.results.listing import Listing, drafted, place
-from batchclf.results.records import ActiveProvider
+from batchclf.results.records import ActiveProvider, Entry
 from batchclf.results.run_record import NOTHING_DURABLE, RunRecord
 
 IDENTITY = Identity(
@@ -57,17 +57,20 @@ def a_record(**changes: Any) -> RunRecord:
 
 
 class Entries:
-    """Paths to be listed, of an input with so many others."""
+    """Paths to be listed, of an input with so many others; some with a location."""
 
-    def __init__(self, paths: Sequence[bytes], num_left_out: int = 0) -> None:
-        self._paths = paths
+    def __init__(
+        self, paths: Sequence[bytes], num_left_out: int = 0, locations: Sequence[bytes] = ()
+    ) -> None:
+        self._entries = list(map(Entry, paths, locations or [b""] * len(paths)))
         self.num_left_out = num_left_out
+        self.located = bool(locations)
 
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._paths)
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries)
 
 
-def placed(files: RunFiles, paths: Sequence[bytes]) -> Listing:
+def placed(files: RunFiles, paths: Sequence[bytes], locations: Sequence[bytes] = ()) -> Listing:
     """The listing of these paths, in its place, or the one that is there."""
-    with drafted(files, IDENTITY, Entries(paths)) as draft:
+    with drafted(files, IDENTITY, Entries(paths, locations=locations)) as draft:
         return place(files, draft)

@@ -19,7 +19,7 @@ from batchclf.results.files import RunFiles
 from batchclf.results.identity import Extent
 from batchclf.results.lines import find_done
 from batchclf.results.listing import drafted, open_listing, place, take_away
-from batchclf.results.records import ImageRef, Prediction, Record, Shard
+from batchclf.results.records import Entry, ImageRef, Prediction, Record, Shard
 from batchclf.results.writer import RecordWriter
 from tests.results.common import IDENTITY, Entries, placed
 
@@ -38,24 +38,35 @@ def folder_for_listings() -> Iterator[Path]:
 
 
 @given(
-    paths=st.lists(NAMES, max_size=12),
+    entries=st.lists(st.tuples(NAMES, st.just(b"") | NAMES), max_size=12),
+    located=st.booleans(),
     start=st.integers(0, 14),
     stop=st.none() | st.integers(0, 14),
     read_bytes=st.integers(1, 64),
 )
 def test_a_listing_gives_its_paths_back_from_anywhere_to_anywhere(
-    folder_for_listings: Path, paths: list[bytes], start: int, stop: int | None, read_bytes: int
+    folder_for_listings: Path,
+    entries: list[tuple[bytes, bytes]],
+    located: bool,
+    start: int,
+    stop: int | None,
+    read_bytes: int,
 ) -> None:
     files = RunFiles(folder_for_listings)
-    placed(files, paths)
+    paths, locations = [path for path, _ in entries], [found for _, found in entries]
+    placed(files, paths, locations if located else ())
     found = open_listing(files)
     assert found is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(listing, "READ_BYTES", read_bytes)
         refs = list(found.refs(start, stop))
+        assert list(found.paths(start, stop)) == paths[start:stop]
     files.listing.unlink()
-    assert refs == [ImageRef(index, path) for index, path in enumerate(paths)][start:stop]
-    assert found.extent == Extent(len(paths), sha256(paths))
+    locations = locations if found.located else [b""] * len(paths)
+    expected = list(map(ImageRef, range(len(paths)), paths, locations))
+    assert refs == expected[start:stop]
+    fields = [field for entry in entries for field in entry] if found.located else paths
+    assert found.extent == Extent(len(paths), sha256(fields))
     assert found.job == IDENTITY
 
 
@@ -145,8 +156,8 @@ def test_a_draft_that_is_not_placed_leaves_nothing(files: RunFiles) -> None:
 
 
 class Failing(Entries):
-    def __iter__(self) -> Iterator[bytes]:
-        yield b"a"
+    def __iter__(self) -> Iterator[Entry]:
+        yield Entry(b"a")
         raise OSError(5, "Input/output error")
 
 

@@ -26,7 +26,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 SLOW = (
     "look.resolve_model",
-    "look.list_paths",
+    "look.drafted",
     "job.make_ready",
     "append.classify",
     "retry.classify",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from batchclf.images.source import open_source
+from batchclf.images.source import source_of
 from batchclf.models.resolve import resolve_model
 from batchclf.results.files import RunFiles
 from batchclf.results.records import Failure, ImageRef, Prediction, Record, Shard
@@ -21,7 +21,7 @@ from tests.tiny import write_tiny_job
 def a_plan(folder: Path) -> Plan:
     job = load_job(write_tiny_job(folder))
     model = resolve_model(job.model, batch_size=4, open_reference=open_reference, log=print)
-    task = Task(job, open_source(job.input), model, num_images=300)
+    task = Task(job, source_of(job), model, num_images=300)
     guilty = {b"a.jpg": Failure("timeout", "too slow")}
     return Plan(task, batch_size=4, num_workers=2, backend="threads", quarantined=guilty)
 

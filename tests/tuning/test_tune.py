@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from batchclf.cli.init import TEMPLATE
 from batchclf.errors import JobFileError, ProviderError
-from batchclf.results.records import ImageRef, Precision
+from batchclf.results.records import Entry, ImageRef, Precision
 from batchclf.runtime.faults import is_out_of_memory
 from batchclf.runtime.providers import installed_flavours
 from batchclf.spec import edit
@@ -480,7 +480,7 @@ def test_the_smallest_batch_tells_how_long_others_take_and_the_jobs_own_is_next(
 
 @given(st.integers(0, 3000), st.integers(1, 40))
 def test_a_sample_is_spread_evenly_over_a_listing_of_unknown_length(count: int, size: int) -> None:
-    kept, seen, is_whole = spread((b"%d" % n for n in range(count)), size, lambda: False)
+    kept, seen, is_whole = spread((Entry(b"%d" % n) for n in range(count)), size, lambda: False)
     assert (seen, is_whole) == (count, True)
     assert min(count, size) <= len(kept) < 2 * size
     assert kept == [ImageRef(one.index, b"%d" % one.index) for one in kept]

@@ -1,0 +1,122 @@
+"""The job's `input`: a path or an address, a list of these, or the rows of Parquet files."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+)
+from pydantic_core import PydanticCustomError
+
+SCHEMES = ("s3", "gs", "az", "https", "http")
+"""How the addresses begin that are read from elsewhere."""
+MAX_INPUTS = 10_000
+TAGS = ("(place)", "(places)", "(parquet)")
+"""Which form an input has, as validation names it; no key that a user wrote."""
+Place = Path | str
+"""A path of this machine, or the address (`s3://bucket/photos`) of another."""
+
+
+def is_address(value: str) -> bool:
+    """Whether a text is an address, such as s3://bucket/photos, rather than a path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value) is not None
+
+
+def can_name_a_file(value: str) -> bool:
+    """Whether a text can be turned into the bytes of a path."""
+    try:
+        return b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
+def as_path(value: object) -> object:
+    """A path as text, as a Path."""
+    if isinstance(value, Path) or (isinstance(value, str) and value and can_name_a_file(value)):
+        return Path(value)
+    raise PydanticCustomError("path", "a path, as text")
+
+
+def _as_place(value: object) -> object:
+    if not isinstance(value, str) or not is_address(value):
+        return as_path(value)
+    scheme, _, rest = value.partition("://")
+    if scheme in SCHEMES and rest.strip("/") and value.isprintable():
+        return value
+    raise PydanticCustomError(
+        "address", "a path, or the address of a bucket or server: s3://, gs://, az:// or https://"
+    )
+
+
+def _as_places(value: object) -> object:
+    """Several, also where one is given."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _form(value: object) -> str:
+    if isinstance(value, dict | ParquetSpec):
+        return "(parquet)"
+    return "(places)" if isinstance(value, list | tuple) else "(place)"
+
+
+_PLACE_SCHEMA = {"type": "string", "minLength": 1}
+_Place = Annotated[Path | str, BeforeValidator(_as_place), WithJsonSchema(_PLACE_SCHEMA)]
+_Places = Annotated[
+    tuple[_Place, ...],
+    BeforeValidator(_as_places),
+    Field(min_length=1, max_length=MAX_INPUTS),
+]
+_Name = Annotated[str, Field(min_length=1)]
+
+
+class ParquetSpec(BaseModel):
+    """Rows of Parquet files, with an image in each."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    parquet: Annotated[
+        _Places,
+        WithJsonSchema(
+            {"anyOf": [_PLACE_SCHEMA, {"type": "array", "items": _PLACE_SCHEMA, "minItems": 1}]}
+        ),
+    ] = Field(description="A .parquet file, a glob, or a list of these.")
+    column: _Name | None = Field(
+        None,
+        description="The column with the images: binary, or a struct of `bytes` and `path`; "
+        "default: the only such column.",
+    )
+    id: _Name | None = Field(
+        None, description="The column with the path of each record; default: the image's own path."
+    )
+
+
+InputSpec = Annotated[
+    Annotated[_Place, Tag("(place)")]
+    | Annotated[_Places, Tag("(places)")]
+    | Annotated[ParquetSpec, Tag("(parquet)")],
+    Discriminator(_form),
+]
+
+
+def places_of(given: Place | tuple[Place, ...] | ParquetSpec) -> tuple[Place, ...]:
+    """Each place that an input names."""
+    if isinstance(given, ParquetSpec):
+        return given.parquet
+    return given if isinstance(given, tuple) else (given,)
+
+
+def as_text(given: Place | tuple[Place, ...] | ParquetSpec) -> str:
+    """An input as messages and the run record say it: a single one is just its path."""
+    if isinstance(given, ParquetSpec):
+        return json.dumps(given.model_dump(mode="json"))
+    texts = [os.fspath(place) for place in places_of(given)]
+    return json.dumps(texts) if isinstance(given, tuple) else texts[0]
