@@ -56,6 +56,7 @@ OUTSIDE = {
     "click": ("cli/",),
     "tqdm": ("cli/progress.py", "engines/display.py"),
     "pydantic": ("spec/", "models/bundle.py", "results/identity.py", "results/run_record.py"),
+    "obstore": ("system/bucket.py",),
     "psutil": (),
     "ray": (),
 }

@@ -78,18 +78,19 @@ def command(
         from batchclf.engines.local.engine import run_in_worker
 
         result = run_in_worker(prepare, stop, STARTED, adopts=True)
+    predictions = result.files.shown(result.files.predictions)
     if not result.was_complete:
-        _print_summary(result.summary, result.files.predictions)
+        _print_summary(result.summary, predictions)
     if as_json:
         answer = {
             "status": "complete",
             "exit_code": 0,
             "was_complete": result.was_complete,
-            "predictions": str(result.files.predictions),
+            "predictions": predictions,
             "type": "summary",
             **asdict(result.summary),
         }
-        print_result(json.dumps(answer), f"the job is complete: {result.files.predictions}")
+        print_result(json.dumps(answer), f"the job is complete: {predictions}")
 
 
 def _parse_codes(text: str) -> frozenset[str]:
@@ -107,7 +108,7 @@ def _parse_shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _print_summary(summary: "Summary", predictions: Path) -> None:
+def _print_summary(summary: "Summary", predictions: str) -> None:
     provider, check = summary.provider, summary.precision_check
     lines = [
         f"{summary.num_images:,} images: {summary.num_ok:,} ok, {summary.num_errors:,} errors"

@@ -64,12 +64,15 @@ def command(
         spec = load(job, sets, direct)
         if is_applied:
             _require_editable(job)
+        from batchclf.run.output import local_output
         from batchclf.tuning.stages import TuneOptions
         from batchclf.tuning.tune import tune_job
 
+        output = local_output(spec)
+
         options = TuneOptions(budget, sizes, more_precisions, more_decodes)
         tuned = tune_job(spec, options, log=progress.log, stop=stop)
-    files = f"{spec.output / 'tune.jsonl'}, {spec.output / 'tune.png'}"
+    files = f"{output / 'tune.jsonl'}, {output / 'tune.png'}"
     done = f"tuning is complete: {files}"
     try:
         if not as_json:
@@ -80,7 +83,7 @@ def command(
 
             write_settings(job, tuned.keys)
     if as_json:
-        print_result(json.dumps(_answer(tuned, spec.output, is_applied)), done)
+        print_result(json.dumps(_answer(tuned, output, is_applied)), done)
         return
     if is_applied:
         say(f"batchclf: written into {job}")

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import platformdirs
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from batchclf.errors import EnvironmentFailed, ModelError
 from batchclf.models.onnx_guard import check_onnx
 from batchclf.results.records import Activation, Preprocess
+from batchclf.system import cache
 from batchclf.system.alive import alive
 from batchclf.system.paths import kind_of
 
@@ -36,7 +36,6 @@ MAX_PROTOBUF_BYTES = 1_900_000_000
 """Protocol buffers end at 2 GiB; larger models keep their weights in a second file."""
 MAX_META_BYTES = 64_000_000
 """A million labels, twice over."""
-CACHE_VARIABLE = "BATCHCLF_CACHE_DIR"
 BEAT_S = 0.5
 """How often who waits for another process tells that it is alive."""
 _AGAIN = "write it again with `batchclf export`"
@@ -213,7 +212,7 @@ def cached_bundle(
     except OSError as error:
         raise EnvironmentFailed(
             f"{cache_folder()}: the model cache cannot be written: {error.strerror}; "
-            f"set {CACHE_VARIABLE} to a folder that can"
+            f"set {cache.VARIABLE} to a folder that can"
         ) from error
     try:
         if folder.exists():  # the process that held the lock before has built it
@@ -279,7 +278,7 @@ def _require_private(folder: Path) -> None:
         return
     raise EnvironmentFailed(
         f"{folder}: this folder of the model cache {why}, so a model in it may be anybody's; "
-        f"set {CACHE_VARIABLE} to a folder of your own, or make this one yours, without what is in "
+        f"set {cache.VARIABLE} to a folder of your own, or make this one yours, without what is in "
         "it"
     )
 
@@ -299,9 +298,8 @@ def remember_batch_size(bundle: Bundle, batch_size: int) -> None:
 
 
 def cache_folder() -> Path:
-    """Where bundles are cached: `BATCHCLF_CACHE_DIR`, or the user's cache folder."""
-    base = os.environ.get(CACHE_VARIABLE)
-    return (Path(base) if base else platformdirs.user_cache_path("batchclf")) / "bundles"
+    """Where bundles are cached."""
+    return cache.cache_root() / "bundles"
 
 
 def list_cache() -> tuple[int, int, bool]:

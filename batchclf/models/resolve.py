@@ -13,7 +13,6 @@ import numpy as np
 
 from batchclf.errors import ModelError, UsageError
 from batchclf.models.bundle import (
-    CACHE_VARIABLE,
     META_FILE,
     MODEL_FILE,
     Bundle,
@@ -34,6 +33,7 @@ from batchclf.models.labels import imagenet_labels, read_labels, require_label_c
 from batchclf.models.onnx_guard import check_onnx
 from batchclf.results.records import Pixels, Preprocess, Scores
 from batchclf.spec.job import ModelSpec, PreprocessSpec
+from batchclf.system import cache
 from batchclf.system.paths import kind_of, require_readable
 
 TORCH_PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "safetensors")
@@ -96,7 +96,7 @@ def check_model(spec: ModelSpec) -> str:
     _require_readable(spec)
     labels, origin = _own_labels(spec)
     folder = spec.bundle or cached_folder(_request(spec, labels))
-    if spec.bundle is not None or kind_of(folder, CACHE_VARIABLE) != "nothing":
+    if spec.bundle is not None or kind_of(folder, cache.VARIABLE) != "nothing":
         bundle = open_bundle(folder) if spec.bundle is not None else open_cached(folder)
         require_label_count(labels or bundle.meta.labels, len(bundle.meta.labels), origin)
         _require_own_activation(spec, bundle)

@@ -24,6 +24,12 @@ class RunFiles:
 
     folder: Path
     shard: Shard = field(default_factory=Shard)
+    address: str | None = None
+    """Of a bucket, where the output is to be; the folder then is where it is made."""
+
+    def shown(self, path: Path) -> str:
+        """A file of the output, as people find it."""
+        return str(path) if self.address is None else f"{self.address.rstrip('/')}/{path.name}"
 
     @property
     def predictions(self) -> Path:

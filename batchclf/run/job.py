@@ -47,9 +47,8 @@ def _attempt(run: Run) -> RunResult | None:
         todo = decide(found, listing)
         if isinstance(todo, Nothing):
             summary = todo.summary
-            run.reporter.log(
-                f"already complete: {summary.num_images:,} images in {run.files.predictions}"
-            )
+            where = run.files.shown(run.files.predictions)
+            run.reporter.log(f"already complete: {summary.num_images:,} images in {where}")
             return RunResult(run.files, found.bounds(listing)[0], summary, was_complete=True)
         ready = make_ready(found, listing, todo)
         ready.stats.listed(list_s)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from batchclf.errors import UsageError
 from batchclf.images.source import would_list
-from batchclf.results.files import RunFiles
 from batchclf.results.lock import Lease, only_writer
 from batchclf.results.records import Shard
+from batchclf.run.request import files_of
 from batchclf.spec.input import places_of
 from batchclf.spec.job import JobSpec
 from batchclf.system.paths import kind_of
@@ -25,6 +25,9 @@ def require_separate_output(job: JobSpec) -> None:
         UsageError: also when the output is a file.
         EnvironmentFailed: one of them cannot be looked at.
     """
+    if isinstance(job.output, str):
+        _require_separate_addresses(job, job.output)
+        return
     if kind_of(job.output, "output") not in ("folder", "nothing"):
         raise UsageError(f"output: {job.output} is a file; give a folder")
     # Path.resolve raises RuntimeError at a link that leads to itself.
@@ -45,6 +48,27 @@ def require_separate_output(job: JobSpec) -> None:
             )
 
 
+def _require_separate_addresses(job: JobSpec, output: str) -> None:
+    for place in places_of(job.input):
+        if isinstance(place, str) and f"{output.rstrip('/')}/".startswith(f"{place.rstrip('/')}/"):
+            raise UsageError(
+                f"output: {output} lies inside the input {place}; give an address outside it"
+            )
+
+
+def local_output(job: JobSpec) -> Path:
+    """A job's output folder, for what cannot write to a bucket.
+
+    Raises:
+        UsageError: it is an address.
+    """
+    if isinstance(job.output, str):
+        raise UsageError(
+            f"output: {job.output}: only `run` writes to a bucket; give a folder: -o FOLDER"
+        )
+    return job.output
+
+
 @contextmanager
 def hold_output(
     job: JobSpec, shard: Shard | None = None, renewed: Callable[[], None] = lambda: None
@@ -57,5 +81,5 @@ def hold_output(
         EnvironmentFailed: it cannot be created or written.
     """
     require_separate_output(job)
-    with only_writer(RunFiles(job.output, shard or Shard()), renewed) as lease:
+    with only_writer(files_of(job, shard or Shard()), renewed) as lease:
         yield lease

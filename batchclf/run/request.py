@@ -5,13 +5,21 @@ from dataclasses import dataclass, field
 
 from batchclf.results.files import RunFiles
 from batchclf.results.lines import read_records
-from batchclf.results.records import Record
+from batchclf.results.mirror import working_folder
+from batchclf.results.records import Record, Shard
 from batchclf.results.stats import Summary
 from batchclf.run.recovery import Recovery
 from batchclf.run.reporter import Reporter
 from batchclf.spec.job import JobSpec
 from batchclf.spec.options import RunOptions
 from batchclf.system.interrupt import StopRequest
+
+
+def files_of(job: JobSpec, shard: Shard) -> RunFiles:
+    """The files of a job's output, on this machine."""
+    if isinstance(job.output, str):
+        return RunFiles(working_folder(job.output, shard), shard, job.output)
+    return RunFiles(job.output, shard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +34,7 @@ class Run:
 
     @property
     def files(self) -> RunFiles:
-        return RunFiles(self.job.output, self.options.shard)
+        return files_of(self.job, self.options.shard)
 
 
 @dataclass(frozen=True, slots=True)

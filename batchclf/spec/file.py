@@ -143,7 +143,7 @@ def _resolve_all(key: str, value: Any, base: Path, origin: str) -> Any:
 def _resolve(key: str, value: str, base: Path, origin: str) -> str:
     if key == "model.labels" and value == "imagenet":
         return value
-    if key == "input" and is_address(value):
+    if key in ("input", "output") and is_address(value):
         return value
     if key == "model.weights" and not is_weights_path(value):
         return value

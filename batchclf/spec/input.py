@@ -19,6 +19,8 @@ from pydantic_core import PydanticCustomError
 
 SCHEMES = ("s3", "gs", "az", "https", "http")
 """How the addresses begin that are read from elsewhere."""
+BUCKETS = SCHEMES[:3]
+"""And of those, to which can be written."""
 MAX_INPUTS = 10_000
 TAGS = ("(place)", "(places)", "(parquet)")
 """Which form an input has, as validation names it; no key that a user wrote."""
@@ -49,12 +51,24 @@ def as_path(value: object) -> object:
 def _as_place(value: object) -> object:
     if not isinstance(value, str) or not is_address(value):
         return as_path(value)
-    scheme, _, rest = value.partition("://")
-    if scheme in SCHEMES and rest.strip("/") and value.isprintable():
+    if _is_of(value, SCHEMES):
         return value
     raise PydanticCustomError(
         "address", "a path, or the address of a bucket or server: s3://, gs://, az:// or https://"
     )
+
+
+def _as_output(value: object) -> object:
+    if not isinstance(value, str) or not is_address(value):
+        return as_path(value)
+    if _is_of(value, BUCKETS):
+        return value
+    raise PydanticCustomError("bucket", "a path, or an address in a bucket: s3://, gs:// or az://")
+
+
+def _is_of(address: str, schemes: tuple[str, ...]) -> bool:
+    scheme, _, rest = address.partition("://")
+    return scheme in schemes and bool(rest.strip("/")) and address.isprintable()
 
 
 def _as_places(value: object) -> object:
@@ -70,6 +84,7 @@ def _form(value: object) -> str:
 
 _PLACE_SCHEMA = {"type": "string", "minLength": 1}
 _Place = Annotated[Path | str, BeforeValidator(_as_place), WithJsonSchema(_PLACE_SCHEMA)]
+OutputSpec = Annotated[Path | str, BeforeValidator(_as_output), WithJsonSchema(_PLACE_SCHEMA)]
 _Places = Annotated[
     tuple[_Place, ...],
     BeforeValidator(_as_places),

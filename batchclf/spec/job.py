@@ -25,7 +25,7 @@ from batchclf.results.records import (
     Interpolation,
     Precision,
 )
-from batchclf.spec.input import InputSpec, as_path, can_name_a_file
+from batchclf.spec.input import InputSpec, OutputSpec, as_path, can_name_a_file
 
 MAX_INTEGER = 2**53
 """Largest whole number that every reader of JSON keeps, so the largest that run.json holds."""
@@ -471,7 +471,9 @@ class JobSpec(_Spec):
         description="Folder (walked recursively), one image, glob, .txt or .jsonl list, .tar, .zip "
         "or .parquet; or a list of these."
     )
-    output: FilePath = Field(description="Folder for the results; created.")
+    output: OutputSpec = Field(
+        description="Folder for the results, created; or an address in a bucket."
+    )
     model: ModelSpec
     provider: Annotated[
         ProviderSpec,

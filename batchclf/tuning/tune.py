@@ -19,7 +19,7 @@ from batchclf.images.store import open_input
 from batchclf.models.resolve import Log, resolve_model
 from batchclf.results.files import replace_file
 from batchclf.results.records import refs_of
-from batchclf.run.output import hold_output
+from batchclf.run.output import hold_output, local_output
 from batchclf.runtime.classifier import open_reference
 from batchclf.sessions.open import settle_provider
 from batchclf.sessions.sample import evenly_spread, load_sample
@@ -46,11 +46,12 @@ def tune_job(job: JobSpec, options: TuneOptions, *, log: Log, stop: StopRequest)
     """
     clock = Clock(options.budget_s)
     _require_matplotlib()
+    output = local_output(job)
     fallback = None
     for precision in dict.fromkeys((job.precision, *options.precisions)):
         fallback = settle_provider(job.model_copy(update={"precision": precision}), log)
     store = open_input(job)
-    with hold_output(job), _journal(job.output / "tune.jsonl") as lines:
+    with hold_output(job), _journal(output / "tune.jsonl") as lines:
         model = resolve_model(
             job.model, batch_size=job.batch_size, open_reference=open_reference, log=log
         )
@@ -60,7 +61,7 @@ def tune_job(job: JobSpec, options: TuneOptions, *, log: Log, stop: StopRequest)
         )
         if not is_whole:
             log(f"the sample is of the first {num_listed:,} images: no time to list more")
-        with tempfile.TemporaryDirectory(dir=job.output, prefix=".tune-") as folder:
+        with tempfile.TemporaryDirectory(dir=output, prefix=".tune-") as folder:
             bench = Bench(job, store.source, model, refs, num_listed, Path(folder), stop, log)
             # Where the listing was whole, the sample is a run's: int8 then is converted once.
             sampled = refs_of(store.entries()) if is_whole else refs
@@ -75,7 +76,7 @@ def tune_job(job: JobSpec, options: TuneOptions, *, log: Log, stop: StopRequest)
         lines.append({"type": "best", **as_facts(tuned.best), "keys": tuned.keys})
         from batchclf.tuning.plot import draw  # late: matplotlib starts slowly
 
-        replace_file(job.output / "tune.png", draw(tuned))
+        replace_file(output / "tune.png", draw(tuned))
     return tuned
 
 

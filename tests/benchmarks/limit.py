@@ -15,6 +15,7 @@ from batchclf.images.source import source_of
 from batchclf.images.store import open_store
 from batchclf.models.resolve import resolve_model
 from batchclf.results.records import refs_of
+from batchclf.run.output import local_output
 from batchclf.runtime.classifier import open_reference
 from batchclf.runtime.timing import measure_throughput
 from batchclf.sessions.open import Wanted, open_devices
@@ -39,7 +40,7 @@ def main() -> None:
     )
     source = source_of(job)
     refs = list(refs_of(open_store(source).entries()))
-    bench = Bench(job, source, model, refs, len(refs), job.output, StopRequest(), print)
+    bench = Bench(job, source, model, refs, len(refs), local_output(job), StopRequest(), print)
     workers = auto(job.loader.workers, usable_cores())
     decoding = measure_decoding(bench, job.loader.decode, workers, arguments.seconds)
     sample = partial(sample_input, job, model)

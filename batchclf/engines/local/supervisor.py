@@ -5,7 +5,7 @@ What to do otherwise then, run/recovery.py tells.
 
 import signal
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import cast
 
@@ -13,6 +13,7 @@ from batchclf.engines.display import Display
 from batchclf.engines.local.board import Board
 from batchclf.engines.local.messages import Message, Setup
 from batchclf.engines.local.process import WorkerProcess, Workers
+from batchclf.engines.local.sender import Sender
 from batchclf.engines.local.signals import STOP_SIGNALS
 from batchclf.errors import (
     BatchclfError,
@@ -24,13 +25,15 @@ from batchclf.errors import (
 )
 from batchclf.results.files import RunFiles
 from batchclf.results.lock import Lease
+from batchclf.results.mirror import Mirror
 from batchclf.results.records import Failure
 from batchclf.results.run_record import mark_ended
 from batchclf.run.output import hold_output
 from batchclf.run.recovery import Beginning, Death, Progress, Recovery, recover
-from batchclf.run.request import RunResult
+from batchclf.run.request import RunResult, files_of
 from batchclf.spec.job import JobSpec
 from batchclf.spec.options import RunOptions
+from batchclf.system.bucket import Bucket
 from batchclf.system.children import how_it_ended
 from batchclf.system.interrupt import StopRequest
 
@@ -65,6 +68,7 @@ class Supervisor:
         self._guilty: dict[bytes, Failure] = {}
         self._num_images = 0
         """What this worker works on; 0: it has not begun."""
+        self._sender: Sender | None = None
 
     def run(self, job: JobSpec, options: RunOptions) -> RunResult:
         """Run a job to its end, or resume it.
@@ -72,19 +76,34 @@ class Supervisor:
         Raises:
             BatchclfError: with the exit code and what to do; the output stays resumable.
         """
+        files = files_of(job, options.shard)
         with (
             self._stop.drained_by_caller(),
             hold_output(job, options.shard, self._board.renewed) as lease,
+            self._sending(files, options) as self._sender,
         ):
             self._board.renewed()
             try:
-                return self._run(job, options, lease)
+                result = self._run(job, options, lease)
+                if self._sender is not None:
+                    self._sender.finish()
+                return result
             except BaseException as error:
                 self._workers.kill()
-                self._mark(RunFiles(job.output, options.shard), error, lease)
+                self._mark(files, error, lease)
                 raise
             finally:  # before the output is let go of
                 self._workers.kill()
+
+    def _sending(
+        self, files: RunFiles, options: RunOptions
+    ) -> AbstractContextManager[Sender | None]:
+        """What sends the output to its bucket, where it is to be in one."""
+        if files.address is None:
+            return nullcontext()
+        bucket = Bucket(files.address, "output")
+        mirror = Mirror(bucket, files, overwrite=options.overwrite)
+        return Sender(mirror, self._display, self._stop)
 
     def _run(self, job: JobSpec, options: RunOptions, lease: Lease) -> RunResult:
         recovery = Recovery()
@@ -147,6 +166,8 @@ class Supervisor:
                 return self._after_hanging_up(worker)
             self._show()
             lease.check()
+            if self._sender is not None:
+                self._sender.check()
             if self._stop.signal_number is not None:
                 if ends_at is None:
                     ends_at = time.monotonic() + DRAIN_S

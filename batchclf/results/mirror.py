@@ -1,0 +1,251 @@
+"""An output in a bucket: the job writes to a folder of this machine, and what is durable is sent.
+
+parts/00000042.jsonl holds records from image 42 of the listing on: written whole or not at all, and
+only where no such part is. So of two runs that write to one address, the later one at a part ends.
+predictions.jsonl comes last, by multipart upload; run.json says `complete` only after it.
+
+A run begins with what the bucket holds, not with what an earlier run left in the folder: it may
+have been another machine's.
+"""
+
+import re
+from dataclasses import replace
+from hashlib import sha256
+from itertools import islice, pairwise
+from pathlib import Path
+
+from batchclf.errors import ResumeRefused
+from batchclf.results.files import RunFiles, output_failed, read_bytes, remove, replace_file
+from batchclf.results.listing import open_listing
+from batchclf.results.records import Shard
+from batchclf.results.run_record import Durable, RunRecord, read_run, write_run
+from batchclf.system.bucket import AlreadyThere, Bucket
+from batchclf.system.cache import cache_root
+from batchclf.system.machine import boot_id
+
+MAX_PART_BYTES = 1 << 25
+_PART = re.compile(r"parts/(\d{8,})\.jsonl")
+
+
+def working_folder(address: str, shard: Shard) -> Path:
+    """The folder of this machine in which a job writes what goes to an address."""
+    digest = sha256(f"{address.rstrip('/')}{shard.suffix}".encode()).hexdigest()
+    return cache_root() / "outputs" / digest[:16]
+
+
+class Mirror:
+    """What of a job's output lies in a bucket, and what is still to be sent."""
+
+    def __init__(self, bucket: Bucket, files: RunFiles, *, overwrite: bool) -> None:
+        self._bucket = bucket
+        self._files = files
+        self._overwrite = overwrite
+        self._parts: dict[int, int] = {}
+        """Of each part there, by the number of its first image: how many images."""
+        self._num_bytes = 0
+        self._num_images = 0
+        """Sent in parts."""
+        self._pulled: dict[Path, bytes | None] = {}
+        """What the bucket held of the run records and the listing."""
+        self._num_retries = 0
+        self._first: int | None = None
+        """The first image of this shard, once the run has begun."""
+
+    # ---- before the run --------------------------------------------------------------------------
+
+    def pull(self) -> None:
+        """Make the working folder what the bucket holds.
+
+        Raises:
+            ResumeRefused: what is there cannot be gone on from.
+            EnvironmentFailed: the bucket does not give it, or the folder cannot be written.
+        """
+        files = self._files
+        for path in (*files.folder.glob("run*.json"), files.predictions, files.stats, files.retry):
+            remove(path)
+        self._fetch(files.listing)
+        for name in self._bucket.names():
+            if re.fullmatch(r"run(-\d{5}-of-\d{5})?\.json", name):
+                self._fetch(files.folder / name)
+        if self._overwrite:
+            return
+        self._fetch(files.stats)
+        record, listing = read_run(files), open_listing(files)
+        if record is None or listing is None:
+            return
+        self._num_retries = len(record.retries)
+        first, last = files.shard.bounds(listing.num_images)
+        if record.status == "complete":
+            self._take_predictions(first, last)
+        else:
+            self._take_parts(first, last)
+            # Parts are whole, and here: as good as synced since this machine was started.
+            durable = Durable(self._num_bytes, self._num_images, boot_id())
+            write_run(files, replace(record, durable=durable))
+            self._pulled[files.run] = read_bytes(files.run)
+
+    def _fetch(self, path: Path) -> None:
+        data = self._bucket.read(path.name)
+        self._pulled[path] = data
+        if data is None:
+            remove(path)
+        else:
+            replace_file(path, data)
+
+    def _take_predictions(self, first: int, last: int) -> None:
+        """All records of a complete job; a retry may have replaced some of those in the parts."""
+        self._fetch(self._files.predictions)
+        numbers = self._numbers_of_parts(first, last)
+        self._parts = {one: after - one for one, after in pairwise((*numbers, last))}
+        self._num_bytes = len(self._pulled.pop(self._files.predictions) or b"")
+        self._num_images = last - first
+
+    def _take_parts(self, first: int, last: int) -> None:
+        """The parts, which follow each other from the first image on, as predictions.jsonl."""
+        path = self._files.predictions
+        try:
+            with path.open("wb") as file:
+                for number in self._numbers_of_parts(first, last):
+                    expected = first + self._num_images
+                    data = self._bucket.read(_name_of(number)) if number == expected else None
+                    if data is None:
+                        raise ResumeRefused(
+                            f"output: {self._bucket.address}/{_name_of(expected)} is not there, "
+                            f"but {_name_of(number)} is; give another output, or --overwrite to "
+                            "start anew"
+                        )
+                    file.write(data)
+                    self._note(number, data)
+        except OSError as error:
+            raise output_failed(path, error) from error
+
+    def _note(self, number: int, data: bytes) -> None:
+        self._parts[number] = data.count(b"\n")
+        self._num_images += self._parts[number]
+        self._num_bytes += len(data)
+
+    def _numbers_of_parts(self, first: int, last: int) -> list[int]:
+        names = self._bucket.names("parts")
+        numbers = [int(found[1]) for name in names if (found := _PART.fullmatch(name))]
+        return sorted(number for number in numbers if first <= number < last)
+
+    # ---- during the run --------------------------------------------------------------------------
+
+    def push(self, *, is_over: bool = False) -> bool:
+        """Send what has become durable since; `is_over`: the run has ended.
+
+        Returns:
+            Whether the run has begun, so that there was something to send.
+
+        Raises:
+            ResumeRefused: another run has written the same part, or begun with another listing.
+            EnvironmentFailed: the bucket does not take it.
+        """
+        files, record = self._files, read_run(self._files)
+        if record is None or record.retry is not None or not self._begin(record, is_over):
+            return False
+        if len(record.retries) == self._num_retries:
+            self._send_parts(record.durable.num_bytes)
+        self._send(files.stats)
+        self._send(files.run)  # last: what it says is durable is there by now
+        return True
+
+    def _begin(self, record: RunRecord, is_over: bool) -> bool:
+        """Claim the output in the bucket once the run has claimed its folder; whether it has."""
+        files = self._files
+        if self._first is not None:
+            return True
+        if read_bytes(files.run) == self._pulled.get(files.run):
+            return False
+        if record.status != "running" and not is_over:
+            return False
+        if (listing := open_listing(files)) is None:
+            return False
+        first, last = files.shard.bounds(listing.num_images)
+        if self._overwrite:
+            self._discard(first, last)
+        self._place_listing()
+        self._first = first
+        return True
+
+    def _place_listing(self) -> None:
+        path = self._files.listing
+        data, before = read_bytes(path), self._pulled.get(path)
+        if data is None or data == before:
+            return
+        if before is not None:  # extended, or begun anew
+            self._bucket.write(path.name, data)
+            return
+        try:
+            self._bucket.create(path.name, data)
+        except AlreadyThere:
+            if self._bucket.read(path.name) != data:
+                raise ResumeRefused(
+                    f"output: {self._bucket.address}/{path.name}: another run placed a listing "
+                    "while this one began; run the same command again"
+                ) from None
+
+    def _discard(self, first: int, last: int) -> None:
+        """Remove what --overwrite throws away; run.json goes last."""
+        files = self._files
+        self._bucket.remove([_name_of(number) for number in self._numbers_of_parts(first, last)])
+        self._bucket.remove([files.predictions.name, files.stats.name])
+        self._bucket.remove([files.run.name])
+
+    def _send_parts(self, num_bytes: int) -> None:
+        """Send the records up to so many bytes, as far as they are not there."""
+        assert self._first is not None
+        with self._files.predictions.open("rb") as file:
+            file.seek(self._num_bytes)
+            while (num_left := num_bytes - self._num_bytes) > 0:
+                data = file.read(min(MAX_PART_BYTES, num_left))
+                if num_left > MAX_PART_BYTES:
+                    data += file.readline()
+                self._create_part(self._first + self._num_images, data)
+
+    def _create_part(self, number: int, data: bytes) -> None:
+        try:
+            self._bucket.create(_name_of(number), data)
+        except AlreadyThere:
+            if self._bucket.read(_name_of(number)) != data:  # else the answer to it was lost
+                raise ResumeRefused(
+                    f"output: {self._bucket.address}/{_name_of(number)} is there already: another "
+                    "batchclf is writing to this output; wait for it, or give another one"
+                ) from None
+        self._note(number, data)
+
+    def _send(self, path: Path) -> None:
+        if (data := read_bytes(path)) is not None:
+            self._bucket.write(path.name, data)
+
+    # ---- after the run ---------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Send all that is left of a complete job; the bucket says that it is, too, then.
+
+        Raises:
+            ResumeRefused, EnvironmentFailed: as `push`.
+        """
+        files, record = self._files, read_run(self._files)
+        if read_bytes(files.run) == self._pulled.get(files.run) or record is None:
+            return  # it was complete
+        if not self._begin(record, is_over=True):
+            return
+        if len(record.retries) == self._num_retries:
+            self._send_parts(record.durable.num_bytes)
+        else:
+            self._rewrite_parts()
+        self._bucket.write(files.predictions.name, files.predictions)
+        self._send(files.stats)
+        self._send(files.run)
+
+    def _rewrite_parts(self) -> None:
+        """Put the records of a retry into the parts as well."""
+        with self._files.predictions.open("rb") as file:
+            for number, num_images in sorted(self._parts.items()):
+                lines = islice(file, num_images)
+                self._bucket.write(_name_of(number), b"".join(lines))
+
+
+def _name_of(part: int) -> str:
+    return f"parts/{part:08d}.jsonl"

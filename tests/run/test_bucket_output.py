@@ -1,0 +1,238 @@
+"""An output in a bucket: parts as they become durable, the whole at the end, resumed from there."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.buckets import Server, running_server
+from tests.conftest import Batchclf, command
+from tests.tiny import assert_same_records, link_digits, write_tiny_job
+
+NUM_IMAGES = 120
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with running_server() as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def environment(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """This machine's folders and the credentials; each test is a machine of its own."""
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a job whose output is `s3://bucket/NAME`."""
+    link_digits(tmp_path / "photos", NUM_IMAGES)
+
+    def write(name: str, **keys: Any) -> Path:
+        output = f"s3://bucket/{name}"
+        return write_tiny_job(tmp_path, input=str(tmp_path / "photos"), output=output, **keys)
+
+    return write
+
+
+def records(data: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def forget_this_machine(cache: Path) -> None:
+    """Go on as if on another machine: nothing of the output lies here."""
+    shutil.rmtree(cache / "outputs", ignore_errors=True)
+
+
+def test_a_job_with_a_bucket_as_output_leaves_all_of_its_files_there(
+    job: Callable[..., Path], server: Server, batchclf: Batchclf, tmp_path: Path, model_cache: Path
+) -> None:
+    local = batchclf("run", job("whole"), "-o", tmp_path / "local")
+    assert local.exit_code == 0, local.stderr
+    done = batchclf("run", job("whole"), "--json")
+    assert done.exit_code == 0, done.stderr
+    assert done.json["predictions"] == "s3://bucket/whole/predictions.jsonl"
+    found = server.objects("whole/")
+    assert sorted(found) == [
+        *("listing.nul", "parts/00000000.jsonl", "predictions.jsonl", "run.json", "stats.jsonl"),
+    ]
+    expected = (tmp_path / "local" / "predictions.jsonl").read_bytes()
+    assert_same_records(records(found["predictions.jsonl"]), records(expected))
+    assert found["parts/00000000.jsonl"] == found["predictions.jsonl"]
+    run = json.loads(found["run.json"])
+    assert (run["status"], run["job"]["output"]) == ("complete", "s3://bucket/whole")
+    everything = b"".join(found.values())
+    assert b"test-secret" not in everything
+    assert b"test-key" not in everything
+
+    forget_this_machine(model_cache)
+    again = batchclf("run", job("whole"), "--json")
+    assert (again.exit_code, again.json["was_complete"]) == (0, True), again.stderr
+    assert server.objects("whole/") == found
+
+
+def test_a_stopped_job_goes_on_from_the_bucket_on_another_machine(
+    job: Callable[..., Path], server: Server, batchclf: Batchclf, model_cache: Path
+) -> None:
+    slow = job("stopped", batch_size=2, loader={"workers": 1, "prefetch": 1})
+    with subprocess.Popen(command("run", slow), stderr=subprocess.PIPE) as process:
+        time.sleep(0.1)
+        while "run.json" not in server.objects("stopped/") and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    found = server.objects("stopped/")
+    num_sent = len(records(b"".join(found[name] for name in sorted(found) if "parts/" in name)))
+    if process.returncode == 143:
+        assert json.loads(found["run.json"])["status"] == "interrupted"
+        assert "predictions.jsonl" not in found
+    forget_this_machine(model_cache)
+    done = batchclf("run", job("stopped", batch_size=2))
+    assert done.exit_code == 0, done.stderr
+    if process.returncode == 143 and num_sent:
+        assert f"resuming after {num_sent}" in done.stderr
+    found = server.objects("stopped/")
+    parts = b"".join(found[name] for name in sorted(found) if name.startswith("parts/"))
+    assert parts == found["predictions.jsonl"]
+    assert len(records(parts)) == NUM_IMAGES
+
+
+def parts_of(found: dict[str, bytes]) -> dict[int, bytes]:
+    """The parts in a bucket, by the number of their first image."""
+    names = sorted(name for name in found if name.startswith("parts/"))
+    return {int(name[6:-6]): found[name] for name in names}
+
+
+def assert_complete(found: dict[str, bytes]) -> list[dict[str, Any]]:
+    """Parts that follow each other, and are all of predictions.jsonl; gives the records back."""
+    parts, expected = parts_of(found), 0
+    for number, data in parts.items():
+        assert number == expected
+        expected += len(records(data))
+    assert b"".join(parts.values()) == found["predictions.jsonl"]
+    assert json.loads(found["run.json"])["status"] == "complete"
+    return records(found["predictions.jsonl"])
+
+
+IN_SMALL_PARTS = """
+import sys
+from batchclf import run_job
+from batchclf.engines.local import sender
+from batchclf.results import mirror
+sender.PART_S, sender.LOOK_S, mirror.MAX_PART_BYTES = 0.05, 0.05, 700
+run_job(sys.argv[1])
+"""
+
+
+def test_a_job_killed_at_work_goes_on_after_its_last_part(
+    job: Callable[..., Path], server: Server, batchclf: Batchclf, model_cache: Path
+) -> None:
+    slow = job("killed", batch_size=1, loader={"workers": 1}, runtime={"streams": 1})
+    with subprocess.Popen([sys.executable, "-c", IN_SMALL_PARTS, slow]) as process:
+        while len(parts_of(server.objects("killed/"))) < 2 and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
+    before = parts_of(server.objects("killed/"))
+    assert len(before) >= 2
+    forget_this_machine(model_cache)
+    done = batchclf("run", slow)
+    assert done.exit_code == 0, done.stderr
+    found = server.objects("killed/")
+    assert len(assert_complete(found)) == NUM_IMAGES
+    assert before.items() <= parts_of(found).items(), "what was there stays"
+
+
+def test_parts_that_do_not_follow_each_other_are_refused(
+    job: Callable[..., Path], server: Server, batchclf: Batchclf
+) -> None:
+    subprocess.run([sys.executable, "-c", IN_SMALL_PARTS, job("gap")], check=True)
+    parts = sorted(parts_of(server.objects("gap/")))
+    run = json.loads(server.objects("gap/")["run.json"]) | {"status": "running"}
+    server.client.put_object(Bucket="bucket", Key="gap/run.json", Body=json.dumps(run))
+    server.client.delete_object(Bucket="bucket", Key=f"gap/parts/{parts[1]:08d}.jsonl")
+    done = batchclf("run", job("gap"))
+    assert done.exit_code == 2
+    assert f"s3://bucket/gap/parts/{parts[1]:08d}.jsonl is not there" in done.stderr
+    assert batchclf("run", job("gap"), "--overwrite").exit_code == 0
+    assert len(assert_complete(server.objects("gap/"))) == NUM_IMAGES
+
+
+def test_of_two_runs_to_one_address_the_later_to_write_a_part_ends(
+    job: Callable[..., Path], server: Server, batchclf: Batchclf
+) -> None:
+    theirs = b'{"path":"theirs"}\n'
+    server.client.put_object(Bucket="bucket", Key="crossed/parts/00000000.jsonl", Body=theirs)
+    done = batchclf("run", job("crossed"))
+    assert done.exit_code == 2
+    assert "another batchclf is writing to this output" in done.stderr
+    found = server.objects("crossed/")
+    assert found["parts/00000000.jsonl"] == theirs
+    assert "predictions.jsonl" not in found
+    assert json.loads(found.get("run.json", b'{"status":"running"}'))["status"] != "complete"
+
+
+def test_failures_are_tried_again_and_new_images_added_in_a_bucket_too(
+    job: Callable[..., Path],
+    server: Server,
+    batchclf: Batchclf,
+    tmp_path: Path,
+    model_cache: Path,
+) -> None:
+    (bad,) = (tmp_path / "photos").glob("000007.*")
+    good = bad.read_bytes()
+    bad.unlink()  # a link
+    bad.write_bytes(good[:100])
+    assert batchclf("run", job("again")).exit_code == 0
+    assert assert_complete(server.objects("again/"))[7]["status"] == "error"
+    bad.write_bytes(good)
+    forget_this_machine(model_cache)
+    assert batchclf("run", job("again"), "--retry-failed").exit_code == 0
+    assert assert_complete(server.objects("again/"))[7]["status"] == "ok"
+    (tmp_path / "photos" / "zzz.png").write_bytes(good)
+    forget_this_machine(model_cache)
+    assert batchclf("run", job("again"), "--extend").exit_code == 0
+    assert len(assert_complete(server.objects("again/"))) == NUM_IMAGES + 1
+
+
+def test_shards_write_to_one_address_from_machines_of_their_own(
+    job: Callable[..., Path], server: Server, batchclf: Batchclf, tmp_path: Path, model_cache: Path
+) -> None:
+    for number in (2, 0, 1):
+        forget_this_machine(model_cache)
+        done = batchclf("run", job("shards"), "--shard", f"{number}/3")
+        assert done.exit_code == 0, done.stderr
+    found = server.objects("shards/")
+    assert sorted(parts_of(found)) == [0, 40, 80]
+    whole = b"".join(found[f"predictions-{n:05d}-of-00003.jsonl"] for n in range(3))
+    assert b"".join(parts_of(found).values()) == whole
+    assert batchclf("run", job("whole3")).exit_code == 0
+    assert_same_records(records(whole), records(server.objects("whole3/")["predictions.jsonl"]))
+    refused = batchclf("run", job("shards", top_k=2), "--shard", "0/3")
+    assert refused.exit_code == 2
+    assert "top_k" in refused.stderr
+
+
+def test_commands_that_write_beside_the_records_ask_for_a_folder(
+    job: Callable[..., Path], batchclf: Batchclf
+) -> None:
+    done = batchclf("tune", job("tune"))
+    assert done.exit_code == 2
+    assert "give a folder: -o FOLDER" in done.stderr
+
+
+def test_an_output_in_a_bucket_that_refuses_ends_at_once(
+    job: Callable[..., Path], batchclf: Batchclf
+) -> None:
+    done = batchclf("run", job("x"), "-o", "s3://no-such-bucket/x")
+    assert done.exit_code == 5
+    assert "output: s3://no-such-bucket/x" in done.stderr
+    assert "NoSuchBucket" in done.stderr
