@@ -12,6 +12,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    JsonValue,
     Tag,
     WithJsonSchema,
 )
@@ -73,7 +74,10 @@ def _is_of(address: str, schemes: tuple[str, ...]) -> bool:
 
 def _as_places(value: object) -> object:
     """Several, also where one is given."""
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+    places = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if 1 <= len(places) <= MAX_INPUTS:
+        return places
+    raise PydanticCustomError("places", "from one path to {most}", {"most": f"{MAX_INPUTS:,}"})
 
 
 def _form(value: object) -> str:
@@ -82,14 +86,16 @@ def _form(value: object) -> str:
     return "(places)" if isinstance(value, list | tuple) else "(place)"
 
 
-_PLACE_SCHEMA = {"type": "string", "minLength": 1}
+_PLACE_SCHEMA: dict[str, JsonValue] = {"type": "string", "minLength": 1}
 _Place = Annotated[Path | str, BeforeValidator(_as_place), WithJsonSchema(_PLACE_SCHEMA)]
 OutputSpec = Annotated[Path | str, BeforeValidator(_as_output), WithJsonSchema(_PLACE_SCHEMA)]
-_Places = Annotated[
-    tuple[_Place, ...],
-    BeforeValidator(_as_places),
-    Field(min_length=1, max_length=MAX_INPUTS),
-]
+_SEVERAL_SCHEMA: dict[str, JsonValue] = {
+    "type": "array",
+    "items": _PLACE_SCHEMA,
+    "minItems": 1,
+    "maxItems": MAX_INPUTS,
+}
+_Places = Annotated[tuple[_Place, ...], BeforeValidator(_as_places)]
 _Name = Annotated[str, Field(min_length=1)]
 
 
@@ -98,12 +104,9 @@ class ParquetSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    parquet: Annotated[
-        _Places,
-        WithJsonSchema(
-            {"anyOf": [_PLACE_SCHEMA, {"type": "array", "items": _PLACE_SCHEMA, "minItems": 1}]}
-        ),
-    ] = Field(description="A .parquet file, a glob, or a list of these.")
+    parquet: Annotated[_Places, WithJsonSchema({"anyOf": [_PLACE_SCHEMA, _SEVERAL_SCHEMA]})] = (
+        Field(description="A .parquet file, a glob, or a list of these.")
+    )
     column: _Name | None = Field(
         None,
         description="The column with the images: binary, or a struct of `bytes` and `path`; "
@@ -116,7 +119,7 @@ class ParquetSpec(BaseModel):
 
 InputSpec = Annotated[
     Annotated[_Place, Tag("(place)")]
-    | Annotated[_Places, Tag("(places)")]
+    | Annotated[_Places, WithJsonSchema(_SEVERAL_SCHEMA), Tag("(places)")]
     | Annotated[ParquetSpec, Tag("(parquet)")],
     Discriminator(_form),
 ]
