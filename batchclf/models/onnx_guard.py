@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from batchclf.errors import ModelError
+from batchclf.models.own_files import WeightsFile, says, shortened, weights_file
 from batchclf.system.paths import GIT_LFS_POINTER
 
 DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc")
@@ -156,34 +157,6 @@ class _Walk:
             raise _Malformed("a name that is not UTF-8") from None
 
 
-@dataclass(frozen=True, slots=True)
-class WeightsFile:
-    """A file beside a model that holds weights of it."""
-
-    location: str
-    """As the model's text names it."""
-    path: Path
-    """Where it is: with `may_link`, what links lead to."""
-    identity: tuple[int, int]
-    """Its device and its number there, when it was looked at."""
-    is_link: bool
-    """Whether a symbolic link leads there."""
-
-    def open(self) -> BinaryIO:
-        """The file that was looked at, for reading, and no other that is in its place by now.
-
-        Raises:
-            ModelError: it is another one.
-            OSError: it cannot be opened.
-        """
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        status = os.fstat(descriptor)
-        if (status.st_dev, status.st_ino) != self.identity:
-            os.close(descriptor)
-            raise ModelError(f"{self.path}: was replaced while it was read; run again")
-        return os.fdopen(descriptor, "rb")
-
-
 def check_onnx(path: Path, key: str = "", *, may_link: bool = False) -> list[WeightsFile]:
     """Refuse an ONNX file that reaches out of its folder or needs foreign code.
 
@@ -204,7 +177,7 @@ def check_onnx(path: Path, key: str = "", *, may_link: bool = False) -> list[Wei
     what = f"{key}{path}"
     walk = _walk(path, what)
     for domain, operator in sorted(walk.operators):
-        name = f"{_short(domain) or 'ai.onnx'}:{_short(operator)}"
+        name = f"{shortened(domain) or 'ai.onnx'}:{shortened(operator)}"
         if operator in LOADS_FILES:
             raise ModelError(
                 f"{what}: has an operator {name}, which loads a model compiled elsewhere from a "
@@ -253,49 +226,24 @@ def _walk(path: Path, what: str) -> _Walk:
 
 
 def _weights_file(path: Path, what: str, entries: dict[str, str], may_link: bool) -> WeightsFile:
-    """The file in which a tensor's weights are, once it is known to be the model's own.
+    """The file in which a tensor's weights are, once it is known to hold them.
 
     Raises:
         ModelError: see `check_onnx`.
     """
     name = entries.get("location", "")
-    said = f"{what}: its weights are said to be in {_short(name)!r}"
-    parts = [part for part in name.split("/") if part != "." or not may_link]
-    if "\0" in name or "\\" in name or not parts or {"", ".", ".."}.intersection(parts):
-        raise ModelError(f"{said}, which is no file in the model's own folder")
-    found = path.parent.joinpath(*parts)
-    try:
-        real = os.path.realpath(found)
-        is_link = real != os.path.join(os.path.realpath(path.parent), *parts)
-        status = os.stat(real)
-    except OSError as error:
-        raise ModelError(f"{said}: {error.strerror}") from None
-    if is_link and not may_link:
-        raise ModelError(
-            f"{said}, which is reached by a symbolic link; put the file itself beside the model"
-        )
-    if not stat.S_ISREG(status.st_mode):
-        raise ModelError(f"{said}, which is no file")
-    if status.st_nlink != 1 and not may_link:
-        raise ModelError(
-            f"{said}, which has {status.st_nlink} names (hard links), maybe outside the model's "
-            "folder; put a copy of its own beside the model"
-        )
+    found = weights_file(path.parent, name, what, may_link=may_link)
+    said = says(what, name)
     start, length = (_number(said, key, entries.get(key, "0")) for key in ("offset", "length"))
-    if start + length > status.st_size:
+    if start + length > found.num_bytes:
         raise ModelError(
             f"{said}, from byte {start:,} to {start + length:,}, but it ends at "
-            f"{status.st_size:,}; download or export it again"
+            f"{found.num_bytes:,}; download or export it again"
         )
-    identity = (status.st_dev, status.st_ino)
-    return WeightsFile(name, Path(real) if is_link else found, identity, is_link)
+    return found
 
 
 def _number(said: str, key: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise ModelError(f"{said} with {key} {_short(text)!r}, which is no number of bytes")
+        raise ModelError(f"{said} with {key} {shortened(text)!r}, which is no number of bytes")
     return int(text)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."

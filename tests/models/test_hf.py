@@ -4,9 +4,12 @@ Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 """
 
 import json
+import re
+import resource
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -568,6 +571,149 @@ def test_what_a_run_refuses_is_refused_before_it_is_built(tmp_path: Path) -> Non
     assert check_model(ModelSpec(name=f"hf/{tmp_path}", activation="none")).startswith(
         f"{tmp_path} (DEFAULT)"
     )
+
+
+ABSURD = 10**9
+
+
+@contextmanager
+def memory_limit(num_bytes: int) -> Iterator[None]:
+    """Raise MemoryError in this process where it takes more, and spare the machine."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "message"),
+    [
+        ("vit", {"num_hidden_layers": ABSURD}, r"num_hidden_layers: found 1,000,000,000; allowed"),
+        ("dinov2", {"num_hidden_layers": ABSURD}, r"num_hidden_layers: found"),  # makes names of it
+        ("swin", {"depths": [1, ABSURD]}, r"depths: found"),
+        ("efficientnet", {"depth_coefficient": 1e9}, r"depth_coefficient: found"),
+        ("vit", {"encoder": {"num_layers": ABSURD}}, r"num_layers: found"),
+        ("vit", {"id2label": None, "label2id": None, "num_labels": ABSURD}, r"num_labels: found"),
+        ("vit", {"hidden_size": ABSURD}, r"its tensors take [\d,]+ GB, and .* are free"),
+        ("vit", {"num_hidden_layers": 1000, "hidden_size": 16_384}, r"its tensors take"),
+    ],
+)
+@pytest.mark.parametrize("weights", ["DEFAULT", "none"])
+def test_absurd_numbers_are_refused_before_memory_is_taken_for_them(
+    tmp_path: Path, kind: str, keys: dict[str, Any], message: str, weights: str
+) -> None:
+    save(tmp_path, kind)
+    edit(tmp_path / "config.json", **keys)
+    with memory_limit(4 * 2**30), pytest.raises(ModelError, match=message) as caught:
+        built(tmp_path, weights=weights)
+    assert "\n" not in str(caught.value)
+
+
+# ---- weights in several files --------------------------------------------------------------------
+
+INDEX = "model.safetensors.index.json"
+
+
+def save_sharded(folder: Path) -> list[str]:
+    """A model whose weights are in several files: their names."""
+    save(folder).save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    names = sorted(path.name for path in folder.glob("model-*.safetensors"))
+    assert len(names) > 1
+    return names
+
+
+def name_in_index(folder: Path, name: str, instead_of: str) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    weight_map = {
+        tensor: name if file == instead_of else file for tensor, file in index["weight_map"].items()
+    }
+    (folder / INDEX).write_text(json.dumps(index | {"weight_map": weight_map}))
+
+
+def refusal_of(folder: Path) -> str:
+    """What `validate` and `run` say of it, before anything of the weights is read."""
+    refusals = []
+    for ask in (lambda: check_model(ModelSpec(name=f"hf/{folder}")), lambda: built(folder)):
+        with pytest.raises(ModelError) as caught:
+            ask()
+        refusals.append(str(caught.value))
+    assert refusals[0] == refusals[1]
+    assert "\n" not in refusals[0]
+    return refusals[0]
+
+
+@pytest.mark.parametrize("place", ["../other/{}", "sub/../../other/{}", "{root}/other/{}"])
+def test_an_index_that_names_files_outside_its_folder_is_refused(
+    tmp_path: Path, place: str
+) -> None:
+    first, *_ = save_sharded(tmp_path / "mine")
+    (tmp_path / "mine" / "sub").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "mine" / first).rename(tmp_path / "other" / first)
+    name = place.format(first, root=tmp_path)
+    name_in_index(tmp_path / "mine", name, first)
+    said = f"{INDEX}: its weights are said to be in {name!r}, which is no file in the model's own"
+    assert said in refusal_of(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("which", ["a shard", "the index", "a folder of shards", "pickled"])
+def test_weights_that_are_links_out_of_the_folder_are_refused(tmp_path: Path, which: str) -> None:
+    first, *_ = save_sharded(tmp_path / "mine")
+    name = {"the index": INDEX, "pickled": "pytorch_model.bin"}.get(which, first)
+    (tmp_path / "other").mkdir()
+    if which == "pickled":
+        for path in tmp_path.glob("mine/model*"):
+            path.unlink()
+        (tmp_path / "mine" / name).touch()
+    (tmp_path / "mine" / name).rename(tmp_path / "other" / name)
+    if which == "a folder of shards":
+        (tmp_path / "mine" / "sub").symlink_to("../other")
+        name_in_index(tmp_path / "mine", f"sub/{first}", first)
+    else:
+        (tmp_path / "mine" / name).symlink_to(f"../other/{name}")
+    assert "which is a link to " in (said := refusal_of(tmp_path / "mine"))
+    assert said.endswith("put the file itself into the folder")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", r"weight_map: found None; allowed: the file of each tensor"),
+        ('{"weight_map": {"a": 3}}', r"said to be in '3', which is no \*\.safetensors"),
+        (
+            '{"weight_map": {"a": "own.bin"}}',
+            r"said to be in 'own\.bin', which is no \*\.safetensors",
+        ),
+        ("[", r"index\.json: cannot be read"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    save_sharded(tmp_path)
+    (tmp_path / INDEX).write_text(text)
+    assert re.search(message, refusal_of(tmp_path))
+
+
+def test_a_configuration_cannot_name_its_weights(tmp_path: Path) -> None:
+    save(tmp_path)
+    edit(tmp_path / "config.json", transformers_weights="other.safetensors.index.json")
+    assert "transformers_weights: found other" in refusal_of(tmp_path)
+
+
+def test_shards_in_the_folder_and_in_the_hubs_cache_are_loaded(
+    tmp_path: Path, fake_hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_sharded(tmp_path / "repository")
+    assert len(built(tmp_path / "repository").labels) == len(NAMES)
+    with hub({"me/mine": tmp_path / "repository"}) as (url, _):
+        ask_hub_at(url, monkeypatch)
+        assert len(build(ModelSpec(name="hf/me/mine")).labels) == len(NAMES)
+    (snapshot,) = fake_hub_cache.glob("*/snapshots/*")
+    assert (snapshot / INDEX).is_symlink()
+    (tmp_path / "linked").symlink_to(snapshot)
+    assert len(built(tmp_path / "linked").labels) == len(NAMES)
 
 
 def test_code_beside_a_model_is_not_run(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 """
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -25,10 +26,12 @@ from batchclf.errors import ModelError
 from batchclf.models.activation import settled
 from batchclf.models.checkpoints import examples_of, first_line, require_safe_torch
 from batchclf.models.export import BuiltModel, count_outputs
+from batchclf.models.own_files import says, weights_file
 from batchclf.models.zoo import fetch
 from batchclf.models.zoo.hf_processor import MALFORMED, read_preprocess
 from batchclf.results.records import Activation, Preprocess
 from batchclf.spec.job import ModelSpec
+from batchclf.system.children import available_memory
 
 Log = Callable[[str], None]
 
@@ -38,8 +41,17 @@ _SAFE_WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.
 _PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 _UNSERVED = {
     "quantization_config": "save the model without quantisation; batchclf quantises by precision",
+    "transformers_weights": "call the file it names model.safetensors and take the key out",
     "adapter_config": "merge the adapter (`model.merge_and_unload()`) and save the model",
 }
+_LAYERS = re.compile(
+    r"(^|_)(layers?|depths?|blocks?|stages?|repeats|convs|levels)$"
+    r"|^(depth_coefficient|num_self_attends_per_block)$"
+)
+"""Keys that say how often something is built."""
+_CLASSES = re.compile(r"^num_(labels|classes)$")
+_MOST = ((_LAYERS, 1000), (_CLASSES, 1_000_000))
+"""Beyond these no classifier was seen; transformers makes lists of so many names at once."""
 _HARMLESS = re.compile(
     r"(^|\.)(pooler\.dense\.(weight|bias)|mask_token|position_ids|num_batches_tracked"
     r"|relative_position_index)$"
@@ -91,6 +103,7 @@ def build(spec: ModelSpec, log: Log = lambda text: None) -> BuiltModel:
     folder = spec.folder if spec.folder is not None else _downloaded(spec, log)
     read = _read(spec, folder, log)
     with _refusing(f"model.name: {folder}: the model cannot be built as {_CONFIG} says"):
+        _require_room(read.config)
         is_random = spec.weights == "none"
         model = _random(read.config) if is_random else _load(folder, read.config, log)
         module = Logits(model).eval().float()
@@ -115,7 +128,7 @@ def check(spec: ModelSpec) -> None:
     if spec.folder is not None:
         if spec.weights != "none":
             _read_json(spec.folder / _CONFIG)
-            _weights_files(spec.folder)
+            _require_weights(spec.folder)
         _read(spec, spec.folder, lambda text: None)
 
 
@@ -204,6 +217,7 @@ def _read_config(folder: Path) -> Any:
     for key, advice in _UNSERVED.items():
         if key in written:
             raise ModelError(f"{what}: {key}: found {written[key]!s:.80}, not served; {advice}")
+    _require_bounded(what, written)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except MALFORMED as error:
@@ -223,6 +237,25 @@ def _read_config(folder: Path) -> Any:
     if num_channels != 3:
         raise ModelError(f"{what}: num_channels: found {num_channels}; only models of 3 are served")
     return config
+
+
+def _require_bounded(what: str, written: dict[str, Any]) -> None:
+    """Refuse numbers with which transformers would take all time and memory to read the rest.
+
+    Raises:
+        ModelError: naming the key.
+    """
+    left: list[tuple[str, Any]] = list(written.items())
+    while left:
+        key, value = left.pop()
+        if isinstance(value, dict):
+            left += value.items()
+        elif isinstance(value, list):
+            left += [(key, one) for one in value]
+        elif isinstance(value, int | float):
+            for keys, most in _MOST:
+                if keys.search(key) and value > most:
+                    raise ModelError(f"{what}: {key}: found {value:,}; allowed: up to {most:,}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -262,34 +295,98 @@ def _fitting(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
-def _weights_files(folder: Path) -> list[Path]:
-    """The files of a folder's weights: safetensors where there are any.
+def _require_weights(folder: Path) -> bool:
+    """Whether a folder's weights are safetensors, as they are where it has any; else pickled.
 
     Raises:
-        ModelError: there are none, or they are pickled and torch may run code in them.
+        ModelError: there are none, they are not the folder's own, or they are pickled and torch
+            may run code in them.
     """
     if found := _fitting(folder, _SAFE_WEIGHTS):
-        return found
+        _require_own(folder, found, ".safetensors")
+        return True
     if found := _fitting(folder, _PICKLED_WEIGHTS):
         require_safe_torch(f"model.name: {found[0]}")
-        return found
+        _require_own(folder, found, ".bin")
+        return False
     raise ModelError(
         f"model.name: {folder}: holds neither model.safetensors nor pytorch_model.bin; save the "
         "model with `model.save_pretrained(folder)`"
     )
 
 
-def _random(config: Any) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # the same random model on every machine
-        model: nn.Module = AutoModelForImageClassification.from_config(
-            config, trust_remote_code=False, attn_implementation="eager"
+def _require_own(folder: Path, files: list[Path], suffix: str) -> None:
+    """Refuse weights from outside the folder, which transformers would read.
+
+    Raises:
+        ModelError: a file, or one that an index names, is not in the folder, or is a link to what
+            is no file of the same repository in the hub's cache.
+    """
+    for path in files:
+        _require_own_file(folder, path.name, f"model.name: {folder}")
+        if path.suffix == ".json":
+            for name in sorted(_shards(path, suffix)):
+                _require_own_file(folder, name, f"model.name: {path}")
+
+
+def _require_own_file(folder: Path, name: str, what: str) -> None:
+    found = weights_file(folder, name, what, may_link=True)
+    snapshot = Path(os.path.realpath(folder))  # as the cache has it: snapshots/REVISION
+    is_blob = found.path.parent == snapshot.parent.parent / "blobs"
+    if found.is_link and not (is_blob and snapshot.parent.name == "snapshots"):
+        raise ModelError(
+            f"{says(what, name)}, which is a link to {found.path}; put the file itself into the "
+            "folder"
         )
+
+
+def _shards(index: Path, suffix: str) -> set[str]:
+    """The files that an index of weights names."""
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ModelError(
+            f"model.name: {index}: weight_map: found {names!s:.80}; allowed: the file of each "
+            "tensor, by the tensor's name"
+        )
+    for name in names.values():
+        if not isinstance(name, str) or not name.endswith(suffix):
+            raise ModelError(f"{says(f'model.name: {index}', str(name))}, which is no *{suffix}")
+    return set(names.values())
+
+
+def _require_room(config: Any) -> None:
+    """Refuse a model that is too large for this machine, before memory is taken for it.
+
+    Tensors that the files lack would be made as well, until they are missed.
+
+    Raises:
+        ValueError: it is.
+    """
+    with torch.device("meta"):
+        sketch = _untrained(config)
+    num_bytes = sum(4 * tensor.numel() for tensor in sketch.parameters())
+    if num_bytes > (available := available_memory()):
+        raise ValueError(
+            f"its tensors take {num_bytes / 1e9:,.0f} GB, and {available / 1e9:,.1f} GB of memory "
+            "are free; are the sizes and numbers of layers right?"
+        )
+
+
+def _untrained(config: Any) -> nn.Module:
+    model: nn.Module = AutoModelForImageClassification.from_config(
+        config, trust_remote_code=False, attn_implementation="eager"
+    )
     return model
 
 
+def _random(config: Any) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same random model on every machine
+        return _untrained(config)
+
+
 def _load(folder: Path, config: Any, log: Log) -> nn.Module:
-    is_safe = _weights_files(folder)[0].name.startswith("model")
+    is_safe = _require_weights(folder)
     what = f"model.name: {folder}"
     with _refusing(f"{what}: its weights cannot be loaded"), fetch.tensors_only():
         # Eager attention: another name might be that of code on the hub.
