@@ -100,6 +100,30 @@ class Graph:
         return [node for node in self.nodes if node.name in names]
 
 
+@dataclass(slots=True)
+class NodeChain:
+    """Nodes that are put before or after a graph, made one after another."""
+
+    prefix: str
+    """Of the names of the tensors between them."""
+    made: list[onnx.NodeProto] = field(default_factory=list)
+
+    def add(self, operator: str, *inputs: str, **attributes: Any) -> str:
+        """Append a node of one output; returns that tensor's name."""
+        output = f"{self.prefix}_{len(self.made)}"
+        self.made.append(helper.make_node(operator, list(inputs), [output], **attributes))
+        return output
+
+    def constant(self, values: NDArray[Any]) -> str:
+        """Append a constant; returns its name."""
+        return self.add("Constant", value=numpy_helper.from_array(values))
+
+    def ended(self, output: str) -> list[onnx.NodeProto]:
+        """All nodes, the last of which makes the tensor `output`."""
+        self.made[-1].output[0] = output
+        return self.made
+
+
 def _own_weights(model: onnx.ModelProto) -> None:
     """Name every node; give every layer weights, and Conv and Gemm a bias, that no other node uses.
 

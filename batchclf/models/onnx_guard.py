@@ -232,8 +232,8 @@ def _weights_file(path: Path, what: str, entries: dict[str, str], may_link: bool
         ModelError: see `check_onnx`.
     """
     name = entries.get("location", "")
-    found = weights_file(path.parent, name, what, may_link=may_link)
     said = says(what, name)
+    found = weights_file(path.parent, name, said, may_link=may_link)
     start, length = (_number(said, key, entries.get(key, "0")) for key in ("offset", "length"))
     if start + length > found.num_bytes:
         raise ModelError(

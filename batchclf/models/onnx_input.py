@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from batchclf.errors import ModelError
+from batchclf.models.graph import NodeChain
 from batchclf.results.records import Pixels, Preprocess
 from batchclf.spec.job import ModelSpec, PreprocessSpec
 
@@ -191,33 +192,23 @@ class Feed:
 
     def nodes(self, pixels: str) -> list[onnx.NodeProto]:
         """Nodes from the tensor `pixels`, uint8 NHWC with 3 channels, to the graph's own input."""
-        made: list[onnx.NodeProto] = []
+        chain = NodeChain(pixels)
         name = pixels
-
-        def add(operator: str, *inputs: str, **attributes: Any) -> str:
-            output = f"{pixels}_{len(made)}"
-            made.append(helper.make_node(operator, list(inputs), [output], **attributes))
-            return output
-
-        def constant(values: np.ndarray[Any, Any]) -> str:
-            return add("Constant", value=onnx.numpy_helper.from_array(values))
-
         if self.image.num_channels == 1:
-            name = add("Gather", name, constant(np.array([0])), axis=3)
+            name = chain.add("Gather", name, chain.constant(np.array([0])), axis=3)
         elif self.preprocess.channels == "bgr":
-            name = add("Gather", name, constant(np.array([2, 1, 0])), axis=3)
+            name = chain.add("Gather", name, chain.constant(np.array([2, 1, 0])), axis=3)
         if self.image.layout == "NCHW":
-            name = add("Transpose", name, perm=[0, 3, 1, 2])
+            name = chain.add("Transpose", name, perm=[0, 3, 1, 2])
         if self.preprocess.mean is not None:
-            name = add("Cast", name, to=TensorProto.FLOAT)
+            name = chain.add("Cast", name, to=TensorProto.FLOAT)
             for operator, values in self._steps():
-                name = add(operator, name, constant(values))
+                name = chain.add(operator, name, chain.constant(values))
         if self.image.type == TensorProto.FLOAT16:
-            name = add("Cast", name, to=TensorProto.FLOAT16)
-        if not made:
-            add("Identity", name)
-        made[-1].output[0] = self.image.name
-        return made
+            name = chain.add("Cast", name, to=TensorProto.FLOAT16)
+        if not chain.made:
+            chain.add("Identity", name)
+        return chain.ended(self.image.name)
 
     def _steps(self) -> list[tuple[str, np.ndarray[Any, Any]]]:
         """Operators of the normalisation, each with its constant, in the shape of the layout."""

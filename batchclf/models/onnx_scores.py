@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from batchclf.errors import ModelError
 from batchclf.models.activation import settled
-from batchclf.models.graph import attribute
+from batchclf.models.graph import NodeChain, attribute
 from batchclf.models.onnx_ends import PASS_ON, Ending, Makers, behind, chain, ending_of, picker
 from batchclf.results.records import Activation
 
@@ -392,24 +392,16 @@ def nodes_after(
     Args:
         row_length: K, where the tensor of one image has no axis for the batch; None: it has one.
     """
-    nodes: list[onnx.NodeProto] = []
+    nodes = NodeChain(output)
     name = tensor
-
-    def add(operator: str, *inputs: str, **attributes: Any) -> str:
-        made = f"{output}_{len(nodes)}"
-        nodes.append(helper.make_node(operator, list(inputs), [made], **attributes))
-        return made
-
     if row_length is None:
-        name = add("Flatten", name, axis=1)
+        name = nodes.add("Flatten", name, axis=1)
     else:
-        rows = onnx.numpy_helper.from_array(np.array([-1, row_length]))
-        name = add("Reshape", name, add("Constant", value=rows))
-    name = add("Cast", name, to=TensorProto.FLOAT)
+        name = nodes.add("Reshape", name, nodes.constant(np.array([-1, row_length])))
+    name = nodes.add("Cast", name, to=TensorProto.FLOAT)
     if pair == "complement":
-        one = onnx.numpy_helper.from_array(np.ones((1, 1), np.float32))
-        name = add("Concat", add("Sub", add("Constant", value=one), name), name, axis=1)
+        first = nodes.add("Sub", nodes.constant(np.ones((1, 1), np.float32)), name)
+        nodes.add("Concat", first, name, axis=1)
     elif pair == "logits":
-        name = add("Concat", add("Sub", name, name), name, axis=1)
-    nodes[-1].output[0] = output
-    return nodes
+        nodes.add("Concat", nodes.add("Sub", name, name), name, axis=1)
+    return nodes.ended(output)

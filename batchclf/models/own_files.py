@@ -5,6 +5,7 @@ Who reads a model resolves such names itself, and has been led out of the folder
 
 import os
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -42,18 +43,17 @@ class WeightsFile:
         return os.fdopen(descriptor, "rb")
 
 
-def weights_file(folder: Path, name: str, what: str, *, may_link: bool = False) -> WeightsFile:
+def weights_file(folder: Path, name: str, said: str, *, may_link: bool = False) -> WeightsFile:
     """The file that a model in `folder` says holds its weights, once it is known to be its own.
 
     Args:
-        what: names the text that says so, for messages.
+        said: the beginning of messages, see `says`.
         may_link: whether it may be a link, symbolic or hard, to anywhere.
 
     Raises:
         ModelError: it is no regular file in the folder, or below; without `may_link`, one of one
             name only.
     """
-    said = says(what, name)
     parts = [part for part in name.split("/") if part != "." or not may_link]
     if "\0" in name or "\\" in name or not parts or {"", ".", ".."}.intersection(parts):
         raise ModelError(f"{said}, which is no file in the model's own folder")
@@ -77,6 +77,37 @@ def weights_file(folder: Path, name: str, what: str, *, may_link: bool = False) 
         )
     identity = (status.st_dev, status.st_ino)
     return WeightsFile(name, Path(real) if is_link else found, identity, status.st_size, is_link)
+
+
+def own_file(folder: Path, name: str, said: str) -> None:
+    """Refuse what is no file right in a folder, nor one of its repository in the hub's cache.
+
+    There, `snapshots/REVISION` holds links to files in `blobs`.
+
+    Raises:
+        ModelError: it is none; `said` is the beginning of the message.
+    """
+    found = weights_file(folder, name, said, may_link=True)
+    if "/" in name:
+        raise ModelError(f"{said}; put the file right into the folder and name it alone")
+    snapshot = Path(os.path.realpath(folder))
+    is_blob = found.path.parent == snapshot.parent.parent / "blobs"
+    if found.is_link and not (is_blob and snapshot.parent.name == "snapshots"):
+        raise ModelError(
+            f"{said}, which is a link to {found.path}; put the file itself into the folder"
+        )
+
+
+def own_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files in a folder whose names fit `patterns`, sorted.
+
+    Raises:
+        ModelError: one is none of the folder's own, see `own_file`.
+    """
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    for path in files:
+        own_file(folder, path.name, f"model.name: {folder}: holds {path.name!r}")
+    return files
 
 
 def says(what: str, name: str) -> str:

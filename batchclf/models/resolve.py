@@ -31,6 +31,7 @@ from batchclf.models.found_labels import labels_beside
 from batchclf.models.golden import write_golden
 from batchclf.models.labels import imagenet_labels, read_labels, require_label_count
 from batchclf.models.onnx_guard import check_onnx
+from batchclf.models.own_files import own_files
 from batchclf.results.records import Pixels, Preprocess, Scores
 from batchclf.spec.job import ModelSpec, PreprocessSpec
 from batchclf.system import cache
@@ -43,7 +44,7 @@ _LIBRARY_PACKAGES = {"torchvision": (), "timm": ("timm",), "hf": ("transformers"
 HF_CONFIG = "config.json"
 _HF_FILES = (
     *(HF_CONFIG, "preprocessor_config.json", "processor_config.json"),
-    *("*.safetensors", "pytorch_model*.bin", "*.index.json"),
+    *("*.safetensors", "*.bin", "*.index.json"),
 )
 """Of a folder that transformers wrote: all that a model can depend on."""
 
@@ -238,8 +239,7 @@ def _model_name(spec: ModelSpec) -> str:
 def _digests(folder: Path | None) -> dict[str, str] | None:
     if folder is None:
         return None
-    files = sorted(path for pattern in _HF_FILES for path in folder.glob(pattern))
-    return {path.name: _digest("model.name", path) for path in files}
+    return {path.name: _digest("model.name", path) for path in own_files(folder, _HF_FILES)}
 
 
 def _digest(key: str, path: Path) -> str:

@@ -3,17 +3,28 @@
 Each has a module of its own with `build` and `check`, imported where its library is asked for.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Protocol
 
 from batchclf.models.activation import settled
 from batchclf.models.export import BuiltModel, TwoLogits
 from batchclf.spec.job import ModelSpec
 
+Log = Callable[[str], None]
 
-def build(spec: ModelSpec, log: Callable[[str], None] = lambda text: None) -> BuiltModel:
+
+class Library(Protocol):
+    """What the module of a library offers."""
+
+    def build(self, spec: ModelSpec, log: Log) -> BuiltModel:
+        """Build the model; raises what `build` below does."""
+
+    def check(self, spec: ModelSpec) -> None:
+        """Refuse it; raises what `check` below does."""
+
+
+def build(spec: ModelSpec, log: Log = lambda text: None) -> BuiltModel:
     """Build the model that `spec.name` names, with pretrained, own or random weights.
 
     `log` is told of a download.
@@ -23,7 +34,7 @@ def build(spec: ModelSpec, log: Callable[[str], None] = lambda text: None) -> Bu
             and no word of what it means.
         WeightsUnavailable: the download failed.
     """
-    model: BuiltModel = library(spec).build(spec, log)
+    model = library(spec).build(spec, log)
     num_outputs = len(model.labels)
     activation = settled(
         spec.activation, num_outputs, f"model.name: {spec.display_name}", model.activation
@@ -42,6 +53,16 @@ def check(spec: ModelSpec) -> None:
     library(spec).check(spec)
 
 
-def library(spec: ModelSpec) -> Any:
+def library(spec: ModelSpec) -> Library:
     """The module that builds what `spec.name` names; importing it imports that library."""
-    return importlib.import_module(f"batchclf.models.zoo.{spec.library}")
+    if spec.library == "timm":
+        from batchclf.models.zoo import timm
+
+        return timm
+    if spec.library == "hf":
+        from batchclf.models.zoo import hf
+
+        return hf
+    from batchclf.models.zoo import torchvision
+
+    return torchvision

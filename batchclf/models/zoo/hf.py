@@ -6,7 +6,6 @@ Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 """
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +25,7 @@ from batchclf.errors import ModelError
 from batchclf.models.activation import settled
 from batchclf.models.checkpoints import examples_of, first_line, require_safe_torch
 from batchclf.models.export import BuiltModel, count_outputs
-from batchclf.models.own_files import says, weights_file
+from batchclf.models.own_files import own_file, own_files, says
 from batchclf.models.zoo import fetch
 from batchclf.models.zoo.hf_processor import MALFORMED, read_preprocess
 from batchclf.results.records import Activation, Preprocess
@@ -101,6 +100,7 @@ def build(spec: ModelSpec, log: Log = lambda text: None) -> BuiltModel:
     """
     _refuse_foreign_keys(spec)
     folder = spec.folder if spec.folder is not None else _downloaded(spec, log)
+    own_files(folder, _SETTINGS)
     read = _read(spec, folder, log)
     with _refusing(f"model.name: {folder}: the model cannot be built as {_CONFIG} says"):
         _require_room(read.config)
@@ -126,6 +126,7 @@ def check(spec: ModelSpec) -> None:
     """
     _refuse_foreign_keys(spec)
     if spec.folder is not None:
+        own_files(spec.folder, _SETTINGS)
         if spec.weights != "none":
             _read_json(spec.folder / _CONFIG)
             _require_weights(spec.folder)
@@ -186,7 +187,7 @@ def _downloaded(spec: ModelSpec, log: Log) -> Path:
     assert spec.name is not None
     name = spec.name.partition("/")[2]
     folder = fetch.snapshot_from_hub(name, (*_SETTINGS, *_SAFE_WEIGHTS), log)
-    if not _fitting(folder, _SAFE_WEIGHTS) and spec.weights != "none":
+    if not own_files(folder, _SAFE_WEIGHTS) and spec.weights != "none":
         folder = fetch.snapshot_from_hub(name, (*_SETTINGS, *_PICKLED_WEIGHTS), log)
     log(
         f"{name}: taken is revision {folder.name}, for later runs too (another: "
@@ -291,10 +292,6 @@ def _labels(folder: Path, config: Any) -> tuple[str, ...]:
 # ---- the weights ---------------------------------------------------------------------------------
 
 
-def _fitting(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    return [path for pattern in patterns for path in folder.glob(pattern)]
-
-
 def _require_weights(folder: Path) -> bool:
     """Whether a folder's weights are safetensors, as they are where it has any; else pickled.
 
@@ -302,12 +299,12 @@ def _require_weights(folder: Path) -> bool:
         ModelError: there are none, they are not the folder's own, or they are pickled and torch
             may run code in them.
     """
-    if found := _fitting(folder, _SAFE_WEIGHTS):
-        _require_own(folder, found, ".safetensors")
+    if found := own_files(folder, _SAFE_WEIGHTS):
+        _require_own_shards(folder, found, ".safetensors")
         return True
-    if found := _fitting(folder, _PICKLED_WEIGHTS):
+    if found := own_files(folder, _PICKLED_WEIGHTS):
         require_safe_torch(f"model.name: {found[0]}")
-        _require_own(folder, found, ".bin")
+        _require_own_shards(folder, found, ".bin")
         return False
     raise ModelError(
         f"model.name: {folder}: holds neither model.safetensors nor pytorch_model.bin; save the "
@@ -315,29 +312,16 @@ def _require_weights(folder: Path) -> bool:
     )
 
 
-def _require_own(folder: Path, files: list[Path], suffix: str) -> None:
-    """Refuse weights from outside the folder, which transformers would read.
+def _require_own_shards(folder: Path, files: list[Path], suffix: str) -> None:
+    """Refuse an index that names files outside the folder: transformers would read them.
 
     Raises:
-        ModelError: a file, or one that an index names, is not in the folder, or is a link to what
-            is no file of the same repository in the hub's cache.
+        ModelError: it does, or is none.
     """
-    for path in files:
-        _require_own_file(folder, path.name, f"model.name: {folder}")
-        if path.suffix == ".json":
-            for name in sorted(_shards(path, suffix)):
-                _require_own_file(folder, name, f"model.name: {path}")
-
-
-def _require_own_file(folder: Path, name: str, what: str) -> None:
-    found = weights_file(folder, name, what, may_link=True)
-    snapshot = Path(os.path.realpath(folder))  # as the cache has it: snapshots/REVISION
-    is_blob = found.path.parent == snapshot.parent.parent / "blobs"
-    if found.is_link and not (is_blob and snapshot.parent.name == "snapshots"):
-        raise ModelError(
-            f"{says(what, name)}, which is a link to {found.path}; put the file itself into the "
-            "folder"
-        )
+    for index in files:
+        if index.suffix == ".json":
+            for name in sorted(_shards(index, suffix)):
+                own_file(folder, name, says(f"model.name: {index}", name))
 
 
 def _shards(index: Path, suffix: str) -> set[str]:
