@@ -1,14 +1,13 @@
 """A Hugging Face hub on the loopback, that serves folders as repositories."""
 
 import hashlib
-import http.server
 import json
 import re
-import socketserver
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.models.loopback import Request, serving
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -16,40 +15,21 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @contextmanager
 def hub(repositories: Mapping[str, Path]) -> Iterator[tuple[str, list[str]]]:
     """The server's URL, and what it was asked for: `METHOD path`."""
-    asked: list[str] = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self._answer()
+    def answer(request: Request) -> None:
+        body, refusal = _found(repositories, request.path.partition("?")[0])
+        request.send_response(404 if refusal else 200)
+        if refusal:
+            request.send_header("X-Error-Code", refusal)
+        request.send_header("Content-Length", str(len(body)))
+        request.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        request.send_header("X-Repo-Commit", COMMIT)
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(body)
 
-        def do_HEAD(self) -> None:
-            self._answer()
-
-        def _answer(self) -> None:
-            path = self.path.partition("?")[0]
-            asked.append(f"{self.command} {path}")
-            body, refusal = _found(repositories, path)
-            self.send_response(404 if refusal else 200)
-            if refusal:
-                self.send_header("X-Error-Code", refusal)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def log_message(self, *arguments: object) -> None:
-            """Quiet."""
-
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}", asked
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(answer) as server:
+        yield server
 
 
 def _found(repositories: Mapping[str, Path], path: str) -> tuple[bytes, str]:

@@ -188,6 +188,12 @@ def test_labels_are_timms_own_names_of_its_classes() -> None:
     [
         ({"name": "timm/resnet81"}, r"has no model 'resnet81'; did you mean .*timm/resnet"),
         (
+            {"name": "timm/hf-hub:me/mine"},
+            r"found timm/hf-hub:me/mine, but .*`hf download me/mine`, then give name: timm/ARCHIT",
+        ),
+        ({"name": "timm/hf-hub:timm/resnet18.a1_in1k"}, r"own: give timm/resnet18\.a1_in1k$"),
+        ({"name": "timm/local-dir:mine"}, r"; give name: timm/ARCHITECTURE .*mean, std, interpol"),
+        (
             {"name": "timm/resnet18.a1_in2k"},
             r"model\.name: .*'a1_in2k'; did you mean a1",
         ),

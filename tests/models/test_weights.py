@@ -5,17 +5,14 @@ Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 
 import gc
 import hashlib
-import http.server
 import os
 import pickle
 import socket
-import socketserver
 import threading
 import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from batchclf.runtime.classifier import open_reference
 from batchclf.spec.job import ModelSpec
 from tests.conftest import DATA, DIGITS_MODEL, MOBILENET_WEIGHTS, Batchclf, data, write_job
 from tests.engines.common import fault, finished, started
+from tests.models.loopback import Answer, Request, serving
 
 torch = pytest.importorskip("torch")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -461,36 +459,11 @@ def test_a_number_of_classes_goes_with_no_named_weights() -> None:
 
 # ---- the download --------------------------------------------------------------------------------
 
-Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
-
-
-@contextmanager
-def serving(answer: Answer) -> Iterator[tuple[str, list[str]]]:
-    """A server on the loopback that answers with `answer`: its URL, and the paths asked for."""
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            answer(self)
-
-        def log_message(self, *arguments: object) -> None:
-            """Quiet."""
-
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}", asked
-        finally:
-            server.shutdown()
-            thread.join()
-
 
 def sending(
     body: bytes, kind: str = "application/octet-stream", length: int | None = None
 ) -> Answer:
-    def answer(request: http.server.BaseHTTPRequestHandler) -> None:
+    def answer(request: Request) -> None:
         request.send_response(200)
         request.send_header("Content-Type", kind)
         request.send_header("Content-Length", str(len(body) if length is None else length))
@@ -546,7 +519,7 @@ def test_weights_are_downloaded_once_and_checked(
     with serving(sending(body)) as (url, asked):
         model = resolve_named(monkeypatch, "mobilenet_v2", f"{url}/{name}")
         again = resolve_named(monkeypatch, "mobilenet_v2", f"{url}/{name}")
-    assert asked == [f"/{name}"]
+    assert asked == [f"GET /{name}"]
     assert again == model
     assert files_under(torch_home) == [name]
     assert model.labels[281] == "tabby"
@@ -555,19 +528,19 @@ def test_weights_are_downloaded_once_and_checked(
     assert open_reference(model.bundle.model_path)(pixels_NHWC).shape == (2, 1000)
 
 
-def close_at_once(request: http.server.BaseHTTPRequestHandler) -> None:
+def close_at_once(request: Request) -> None:
     request.connection.shutdown(socket.SHUT_RDWR)
 
 
-def not_found(request: http.server.BaseHTTPRequestHandler) -> None:
+def not_found(request: Request) -> None:
     request.send_error(404)
 
 
-def no_http(request: http.server.BaseHTTPRequestHandler) -> None:
+def no_http(request: Request) -> None:
     request.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n")
 
 
-def chunks_that_stop(request: http.server.BaseHTTPRequestHandler) -> None:
+def chunks_that_stop(request: Request) -> None:
     request.protocol_version = "HTTP/1.1"
     request.send_response(200)
     request.send_header("Transfer-Encoding", "chunked")
@@ -722,7 +695,7 @@ def slow_job(folder: Path, url: str) -> tuple[Path, dict[str, str]]:
 def test_a_download_that_stalls_is_given_up_in_time(tmp_path: Path, begun: bool) -> None:
     is_over = threading.Event()
 
-    def stall(request: http.server.BaseHTTPRequestHandler) -> None:
+    def stall(request: Request) -> None:
         if begun:
             sending(bytes(1_000_000), length=14_000_000)(request)
         is_over.wait()
@@ -744,7 +717,7 @@ def test_a_download_that_stalls_is_given_up_in_time(tmp_path: Path, begun: bool)
 def test_a_download_and_a_wait_for_it_may_take_longer_than_a_stall(tmp_path: Path) -> None:
     body, name = weights_file()
 
-    def trickle(request: http.server.BaseHTTPRequestHandler) -> None:
+    def trickle(request: Request) -> None:
         sending(body[:100], length=len(body))(request)
         for first in range(100, 1000, 100):
             time.sleep(1)

@@ -36,6 +36,11 @@ LOADING_ERRORS = (
     http.client.HTTPException,
 )
 """What downloading a file, and loading it into a model, may raise."""
+PARTS_OF_TIMM = (
+    "its weights file in model.weights, its label_names in model.labels, and its pretrained_cfg in "
+    "model.preprocess: crop (input_size), resize (input_size / crop_pct), mean, std, interpolation"
+)
+"""Where a job has what timm writes into one folder (`architecture` goes into model.name)."""
 
 
 @contextlib.contextmanager

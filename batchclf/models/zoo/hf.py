@@ -211,7 +211,7 @@ def _read_config(folder: Path) -> Any:
     if model_type is None and "architecture" in written:
         raise ModelError(
             f"{what}: written by timm, not by transformers; give name: "
-            f"timm/{written['architecture']} and the folder's weights file in model.weights"
+            f"timm/{written['architecture']}, {fetch.PARTS_OF_TIMM}"
         )
     if (folder / "adapter_config.json").exists():
         written["adapter_config"] = "adapter_config.json"

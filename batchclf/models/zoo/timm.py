@@ -108,6 +108,8 @@ def _known_name(spec: ModelSpec) -> str:
     """The model's name in timm: the architecture, and `.tag` where the job names the weights."""
     assert spec.name is not None
     name = spec.name.removeprefix(_PREFIX)
+    if ":" in name:
+        raise _not_by_source(spec.name, *name.split(":", 1))
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
@@ -136,6 +138,18 @@ def _known_name(spec: ModelSpec) -> str:
             f"{tag!r}{hint} Known are {', '.join(tags) or 'none'}; or give a file, or none"
         )
     return f"{architecture}.{tag}" if tag else architecture
+
+
+def _not_by_source(name: str, source: str, place: str) -> ModelError:
+    """The error for what timm itself would take: `hf-hub:OWNER/NAME`, `local-dir:FOLDER`."""
+    said = f"model.name: found {name}, but timm's models are served by architecture"
+    if source == "hf-hub" and place.startswith(_PREFIX):
+        return ModelError(f"{said}; this one is timm's own: give {place}")
+    first = f"run `hf download {place}`, then give" if source == "hf-hub" else "give"
+    return ModelError(
+        f"{said}; {first} name: {_PREFIX}ARCHITECTURE (`architecture` in its config.json), "
+        f"{fetch.PARTS_OF_TIMM}"
+    )
 
 
 def _config(name: str) -> Any:
