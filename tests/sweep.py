@@ -3,7 +3,8 @@
 What `tests.sweep_torchvision` and `tests.sweep_timm` share. Each model is built with random
 weights, exported and compared in a process of its own, so that its memory is returned. Results are
 appended to `--results` (JSON, one line per model); run the same command again to go on where a
-sweep stopped, or delete a line to measure that model anew.
+sweep stopped, or delete a line to measure that model anew. With `--keep`, rows of the page that
+`--results` does not hold stay as they are.
 
 Freshly built models hide errors: a head of zeros (ViT) or vanishing activations (MNASNet) give
 logits that do not depend on the image, and a layer scale of 1e-6 (ConvNeXt) mutes whole blocks. So
@@ -45,12 +46,14 @@ LADDER = ((1e-6, 1e-6), (1e-5, 1e-5), (1e-4, 1e-5), (1e-3, 1e-4))
 """(rtol, atol), tight to loose; atol is in units of the model's largest |logit|."""
 LEAST_SPREAD = 0.01
 """Below this change of the logits between images, a match says little."""
-TIME_LIMIT_S = 2400
+TIME_LIMIT_S = 2400.0
 COLUMNS = (
     "model", "crop", "result", "within rtol / atol", "largest difference", "relative",
     "own rounding", "spread", "MB", "files", "export s", "peak GB",
 )  # fmt: skip
 AS_BUILT = " (as built)"
+MATCHES = "matches"
+NOT_RUN = "not run"
 Array = np.ndarray[Any, Any]
 
 
@@ -200,16 +203,20 @@ def _compare(row: Row, outputs: Sequence[Array], expected_NK: Array) -> None:
 
 
 def sweep(
-    swept: Swept, names: Sequence[str], results: Path, after_each: Callable[[], None]
+    swept: Swept,
+    names: Sequence[str],
+    results: Path,
+    time_limit_s: float,
+    after_each: Callable[[], None],
 ) -> None:
     """Measure the models that `results` does not hold yet, each in a process of its own."""
     done = read_results(results)
     for number, name in enumerate(names, 1):
         if name in done:
             continue
-        rows = [_measure_apart(swept, name)]
+        rows = [_measure_apart(swept, name, time_limit_s)]
         if rows[0].error and rows[0].difference is not None:
-            rows.append(_measure_apart(swept, name + AS_BUILT))
+            rows.append(_measure_apart(swept, name + AS_BUILT, time_limit_s))
         with results.open("a") as file:
             file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
         for row in rows:
@@ -218,14 +225,14 @@ def sweep(
         after_each()
 
 
-def _measure_apart(swept: Swept, name: str) -> Row:
+def _measure_apart(swept: Swept, name: str, time_limit_s: float) -> Row:
     command = [sys.executable, "-m", f"tests.sweep_{swept.library}", "--measure", name]
     try:
         child = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIME_LIMIT_S, check=False
+            command, capture_output=True, text=True, timeout=time_limit_s, check=False
         )
     except subprocess.TimeoutExpired:
-        return Row(name, error=f"not done after {TIME_LIMIT_S} s")
+        return Row(name, error=f"not done after {time_limit_s:g} s")
     if child.returncode < 0:
         return Row(name, error=f"killed by signal {-child.returncode} (9: out of memory?)")
     if child.returncode > 0:
@@ -242,10 +249,34 @@ def read_results(results: Path) -> dict[str, Row]:
     return {row.name: row for row in rows}
 
 
-def page(swept: Swept, names: Sequence[str], rows: dict[str, Row]) -> str:
-    """The markdown page: one table row per model, in alphabetical order."""
-    num_run = sum(name in rows for name in names)
-    accepted = sum(name in rows and not rows[name].error for name in names)
+def kept_lines(swept: Swept, text: str) -> dict[str, str]:
+    """The lines of a page's table, by model, of those that were run.
+
+    Raises:
+        ValueError: the page was made with other versions of the libraries.
+    """
+    if _versions(swept) not in text:
+        raise ValueError(f"the page was not made with {_versions(swept)}; measure all models anew")
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return {_cells(line)[0]: line for line in lines[1:] if _cells(line)[2] != NOT_RUN}
+
+
+def _versions(swept: Swept) -> str:
+    return ", ".join(f"{name} {version(name)}" for name in swept.packages)
+
+
+def _cells(line: str) -> list[str]:
+    return line.removeprefix("| ").split(" | ")
+
+
+def page(swept: Swept, names: Sequence[str], rows: dict[str, Row], kept: dict[str, str]) -> str:
+    """The markdown page: one table row per model, in alphabetical order.
+
+    `kept` has lines of an earlier page, for models that are not in `rows`.
+    """
+    table = kept | {name: _line(row) for name, row in rows.items()}
+    num_run = sum(name in table for name in names)
+    accepted = sum(name in table and _cells(table[name])[2].startswith(MATCHES) for name in names)
     of_all = f"{len(names)} models export"
     if num_run < len(names):
         left = f"the other {len(names) - num_run} of {len(names)} were not run"
@@ -258,7 +289,7 @@ def page(swept: Swept, names: Sequence[str], rows: dict[str, Row]) -> str:
         "that gives other logits is refused at export.",
         "",
         f"Made on {datetime.now(UTC):%Y-%m-%d} with "
-        + ", ".join(f"{name} {version(name)}" for name in swept.packages)
+        + _versions(swept)
         + ". To make it again (tests/sweep.py says how the weights are drawn):",
         "",
         f"    python -m tests.sweep_{swept.library} --output {swept.page}",
@@ -278,14 +309,15 @@ def page(swept: Swept, names: Sequence[str], rows: dict[str, Row]) -> str:
         f"| {' | '.join(COLUMNS)} |",
         "|" + "---|" * len(COLUMNS),
     ]
-    lines += [_line(rows.get(name, Row(name, error="not run"))) for name in sorted({*names, *rows})]
+    table = {name: _line(Row(name, error=NOT_RUN)) for name in names} | table
+    lines += [table[name] for name in sorted(table)]
     return "\n".join(lines) + "\n"
 
 
 def _result(row: Row) -> str:
     if row.error:
         return row.error.replace("|", r"\|")
-    return "matches" if (row.spread or 0) >= LEAST_SPREAD else "matches, but hardly sees the image"
+    return MATCHES if (row.spread or 0) >= LEAST_SPREAD else f"{MATCHES}, but hardly sees the image"
 
 
 def _line(row: Row) -> str:
@@ -313,16 +345,21 @@ def main(swept: Swept) -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these models alone")
     parser.add_argument("--results", type=Path, default=Path(f"sweep_{swept.library}.jsonl"))
     parser.add_argument("--output", type=Path, help="markdown page, written anew after each model")
+    parser.add_argument("--keep", action="store_true", help="the other rows of the page")
+    parser.add_argument("--time-limit", type=float, default=TIME_LIMIT_S, metavar="SECONDS")
     parser.add_argument("--measure", metavar="NAME", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(asdict(measure(swept, arguments.measure))))
         return
     known = swept.names()
+    kept = kept_lines(swept, arguments.output.read_text()) if arguments.keep else {}
 
     def write_page() -> None:
         if arguments.output:
-            arguments.output.write_text(page(swept, known, read_results(arguments.results)))
+            rows = read_results(arguments.results)
+            arguments.output.write_text(page(swept, known, rows, kept))
 
-    sweep(swept, arguments.only or known, arguments.results, write_page)
+    names = arguments.only or known
+    sweep(swept, names, arguments.results, arguments.time_limit, write_page)
     write_page()

@@ -160,6 +160,7 @@ def _export(module: nn.Module, path: Path, *, example: Tensor) -> None:
     assert program is not None
     num_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
     _forget_origins(program)
+    _register_constants(program.model.graph)
     program.save(path, external_data=num_bytes > MAX_PROTOBUF_BYTES)
 
 
@@ -167,6 +168,18 @@ def _innermost(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+def _register_constants(graph: Any) -> None:
+    """Give the graph the constants that it uses and does not hold.
+
+    Where one tensor is clamped twice, onnxscript makes two constants under one name and keeps one.
+    """
+    for node in graph:
+        for value in node.inputs:
+            is_constant = value is not None and value.const_value is not None
+            if is_constant and value.producer() is None and value.name not in graph.initializers:
+                graph.register_initializer(value)
 
 
 def _forget_origins(program: Any) -> None:

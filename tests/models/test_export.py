@@ -17,6 +17,7 @@ from PIL import Image
 from batchclf.errors import ModelError
 from batchclf.images.decode import Decoder
 from batchclf.models.resolve import ResolvedModel, resolve_model
+from batchclf.results.records import Preprocess
 from batchclf.runtime.classifier import open_classifier, open_reference
 from batchclf.spec.job import ModelSpec, PreprocessSpec
 from tests.conftest import (
@@ -242,6 +243,22 @@ def test_an_export_that_answers_otherwise_at_any_size_is_refused(
 
     with pytest.raises(ModelError, match=message):
         export.export_model(model, tmp_path, batch_size=6, open_reference=open_spoilt)
+
+
+class ClampedTwice(torch.nn.Module):  # type: ignore[misc, name-defined]
+    """Both clamps take one tensor: the exporter gives their bounds the same names."""
+
+    def forward(self, pixels_NCHW: Any) -> Any:
+        means_NK = pixels_NCHW.mean((2, 3)) * 2
+        half = means_NK.maximum(torch.tensor(-0.5)).minimum(torch.tensor(0.5))
+        return half + 2 * means_NK.maximum(torch.tensor(-0.25)).minimum(torch.tensor(0.75))
+
+
+def test_a_tensor_that_is_clamped_twice_keeps_the_bounds_of_both(tmp_path: Path) -> None:
+    preprocess = Preprocess(16, (16, 16), "bilinear", (0.5,) * 3, (0.25,) * 3)
+    model = export.BuiltModel(ClampedTwice().eval(), preprocess, ("a", "b", "c"))
+    checked = export.export_model(model, tmp_path, batch_size=4, open_reference=open_reference)
+    assert checked == (1, 2, 3, 4)
 
 
 @pytest.mark.parametrize(("name", "crop"), [("vit_b_32", 100), ("inception_v3", 32)])

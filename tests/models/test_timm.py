@@ -241,15 +241,33 @@ def test_where_timm_is_not_installed_the_extra_is_named(monkeypatch: pytest.Monk
 
 def test_the_page_of_a_sweep_tells_what_was_not_run_from_what_was() -> None:
     rows = {"a": Row("a"), "b": Row("b", error="refused")}
-    begun = sweep.page(SWEPT, ["a", "b", "c"], rows)
+    begun = sweep.page(SWEPT, ["a", "b", "c"], rows, {})
     assert "1 of the 2 models that were run export (the other 1 of 3 were not run) with" in begun
-    assert "1 of 2 models export with a dynamic batch axis" in sweep.page(SWEPT, ["a", "b"], rows)
+    all_run = sweep.page(SWEPT, ["a", "b"], rows, {})
+    assert "1 of 2 models export with a dynamic batch axis" in all_run
+
+
+def test_a_sweep_keeps_the_rows_of_its_page_that_it_did_not_measure() -> None:
+    rows = {name: Row(name, crop=64, spread=0.5) for name in ("a", "b", "b (as built)")}
+    before = sweep.page(SWEPT, ["a", "b", "c"], rows, {})
+    kept = sweep.kept_lines(SWEPT, before)
+    assert sorted(kept) == sorted(rows), "what was not run is not kept"
+    assert sweep.page(SWEPT, ["a", "b", "c"], {}, kept) == before
+    after = sweep.page(SWEPT, ["a", "b", "c"], {"b": Row("b", error="refused")}, kept)
+    assert "1 of the 2 models that were run export (the other 1 of 3" in after
+    assert "| b |  | refused |" in after
+    with pytest.raises(ValueError, match=r"not made with torch .*; measure all models anew"):
+        sweep.kept_lines(SWEPT, before.replace("onnx ", "onnx 0"))
+
+
+def test_the_page_of_timms_models_and_the_readme_give_the_counts_of_its_table() -> None:
     kept = (ROOT / "batchclf" / "models" / "TIMM.md").read_text()
-    found = re.search(r"of the (\d+) models that were run .*other (\d+) of (\d+) were not", kept)
-    assert found
-    num_run, num_left, num_all = map(int, found.groups())
-    assert num_left == kept.count("| not run |")
-    assert num_run + num_left == num_all
+    rows = [line.split(" | ") for line in kept.splitlines() if line.startswith("| ")][1:]
+    families = [cells for cells in rows if not cells[0].endswith(sweep.AS_BUILT)]
+    accepted = sum(cells[2].startswith(sweep.MATCHES) for cells in families)
+    assert re.search(rf"^{accepted} of (the )?\d+ models ", kept, re.M)
+    readme = (ROOT / "README.md").read_text()
+    assert f"[{accepted} of its {len(families)} families](batchclf/models/TIMM.md)" in readme
 
 
 # ---- the download --------------------------------------------------------------------------------
