@@ -7,61 +7,53 @@ scale and resizes only what the crop keeps. Neither depends on which of the two 
 Array shapes: H rows and W columns of the crop, C = 3 (RGB).
 """
 
-import ctypes
 import io
 import logging
-import re
-import struct
 import warnings
-import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image
 
-from batchclf.images.formats import (
-    ADVICE,
-    DECODED,
-    content_format,
-    describe_odd_tiff,
-    describe_stranger,
-    promised_bytes,
-    suffix_format,
+from batchclf.images.deep import RANGELESS, to_rgb
+from batchclf.images.failures import (
+    BadImage,
+    explain,
+    too_large,
+    unsupported,
+    unsupported_mode,
 )
-from batchclf.images.jpeg import bits_per_sample, is_reducible, read_jpeg
-from batchclf.images.profile import is_srgb, profile_in_jpeg
+from batchclf.images.formats import CAMERA_SUFFIXES, DECODED, content_format
+from batchclf.images.jpeg import is_reducible, read_jpeg
+from batchclf.images.notes import colour_notes, content_notes, name_notes
+from batchclf.images.profile import profile_in_jpeg
 from batchclf.images.resample import Window, crop_window, resize_window, resized_size
-from batchclf.results.records import DecodeMode, Failure, Loaded, Pixels, Preprocess
+from batchclf.images.tiff import (
+    first_directory,
+    is_camera_raw,
+    is_tiled_in_strips,
+    silence_libtiff,
+)
+from batchclf.results.records import (
+    DecodeMode,
+    Failure,
+    Loaded,
+    Pixels,
+    Preprocess,
+    SixteenBit,
+)
 
-PIXELS_RECIPE = 1
+PIXELS_RECIPE = 2
 """Counted up when an image comes to give other pixels, or another failure, than before."""
-
-
-def _silence_libtiff() -> None:
-    """Keep libtiff from printing to stderr; its errors reach us as exceptions all the same.
-
-    Pillow offers no setting for it, so the library is found among those it has loaded.
-    """
-    try:
-        loaded = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return
-    # address, permissions, offset, device, inode, path
-    for path in {line.split(maxsplit=5)[5] for line in loaded if "/libtiff" in line}:
-        library = ctypes.CDLL(path)
-        for handler in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
-            handler.argtypes, handler.restype = [ctypes.c_void_p], ctypes.c_void_p
-            handler(None)
-
 
 # What is odd about a file is said in its record; a night's log is not the place.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 # Pillow checks the size before it allocates; up to twice its limit it would only warn.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-_silence_libtiff()
+silence_libtiff()
 
 MAX_RESIZED_PIXELS = 2**25
 """Enlarging to more pixels than this (a very long and thin image), only the crop is computed."""
@@ -72,16 +64,12 @@ What is left is at least twice the target, which hardly changes a pixel; but fro
 times will do, since at 8 every block becomes one pixel, and most of the decoding is saved.
 """
 
-OUT_OF_MEMORY = "out of memory while decoding"
-
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-_RANGELESS = {"I": "signed or 32-bit integers", "F": "floating-point numbers"}
-"""Pillow's modes that it would clip at 255, since nothing tells which value is white."""
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -99,11 +87,9 @@ _FROM_RIGHT, _FROM_BELOW = (2, 3, 6, 7), (3, 4, 7, 8)
 """Orientations whose first pixels in the file are shown at the right, or below."""
 _APP1 = b"\xff\xe1"
 """The JPEG marker before EXIF and XMP: without it there is no orientation to read."""
+_PALETTES = ("P", "PA")
 _REDUCED = ("JPEG", "MPO")
 """Formats that libjpeg decodes."""
-_SAME_FORMAT = {"DIB": "BMP", "MPO": "JPEG"}
-_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_WHITE_IS_ZERO = 258, 262, 0
-"""TIFF 6.0: BitsPerSample, PhotometricInterpretation."""
 _DAMAGES = {
     "jpeg_corrupt": "its compressed pixels are damaged",
     "missing_end": "ends without the chunk that should end it",
@@ -121,6 +107,7 @@ class Decoder:
     max_pixels: int = 89_478_485
     strict: bool = False
     """Whether a damaged image that can still be decoded is a failure."""
+    sixteen_bit: SixteenBit = "scale"
 
     def __post_init__(self) -> None:
         # Pillow's limit is one for the process, and a process runs one job. It holds for crops too.
@@ -138,49 +125,46 @@ class Decoder:
             if self.strict:
                 _refuse_damage(notes)
             return Loaded(warnings=notes)
-        except _BadImage as bad:
-            failure = Failure(bad.code, bad.message)
-        except MemoryError:
-            failure = Failure("oom", OUT_OF_MEMORY)
+        except Exception as error:  # noqa: BLE001 - whatever a decoder raises is this image's record
+            bad = explain(error, data, name)
         slot_HWC[:] = 0
-        return Loaded(failure)
+        return Loaded(Failure(bad.code, bad.message))
 
     def _decode(self, data: bytes, name: bytes, slot_HWC: Pixels) -> tuple[str, ...]:
         if not data:
-            raise _BadImage("empty_file", "the file has 0 bytes")
+            raise BadImage("empty_file", "the file has 0 bytes")
         jpeg = read_jpeg(data, self.max_pixels, self._reduction, second_look=self.strict)
         if jpeg.pixels_HWC is None:
             notes = self._decode_with_pillow(data, name, slot_HWC)
             return (*notes, "jpeg_corrupt") if jpeg.is_damaged else notes
         picture = _Picture(_image(jpeg.pixels_HWC), jpeg.width, jpeg.height, jpeg.reduction)
+        turned: tuple[str, ...] = ()
         if self.exif_transpose and _APP1 in data:
-            picture = picture.upright(_orientation(_open(data), data))
+            picture, turned = _upright(picture, lambda: _open(data))
         self._fit(picture, slot_HWC)
-        return (*_name_notes("JPEG", name), *_colour_notes(profile_in_jpeg(data)))
+        return (*name_notes("JPEG", name), *turned, *colour_notes(profile_in_jpeg(data)))
 
     def _decode_with_pillow(self, data: bytes, name: bytes, slot_HWC: Pixels) -> tuple[str, ...]:
-        image = _open(data)
+        image = _open_unless_refused(data, name)
         width, height = image.size
         if width * height > self.max_pixels:
-            raise _too_large(width * height, self.max_pixels)
-        if kind := _RANGELESS.get(image.mode):
-            raise _unsupported_mode(f"{image.format} of {kind}")
+            raise too_large(width * height, self.max_pixels)
+        if kind := RANGELESS.get(image.mode):
+            raise unsupported_mode(f"{image.format} of {kind}")
         reduction = self._reduction(width, height)
         if reduction > 1 and not (image.format in _REDUCED and is_reducible(data)):
             reduction = 1
-        try:
-            if reduction > 1:
-                image.draft(None, (width // reduction, height // reduction))
-            image.load()
-            rgb, notes = _to_rgb(image)
-        except _PILLOW_ERRORS as error:
-            raise _explain(error, data) from error
+        if reduction > 1:
+            image.draft(None, (width // reduction, height // reduction))
+        image.load()
+        rgb, notes = to_rgb(image, data, self.sixteen_bit)
         picture = _Picture(rgb, width, height, reduction)
+        turned: tuple[str, ...] = ()
         if self.exif_transpose:
-            picture = picture.upright(_orientation(image, data))
+            picture, turned = _upright(picture, lambda: image)
         self._fit(picture, slot_HWC)
         # Last, since counting the frames moves on to others.
-        return (*_name_notes(str(image.format), name), *notes, *_content_notes(image, data))
+        return (*name_notes(str(image.format), name), *turned, *notes, *content_notes(image, data))
 
     def _reduction(self, width: int, height: int) -> int:
         """By how much libjpeg is to reduce; other eighths than these are slower and no better."""
@@ -281,175 +265,49 @@ def _image(pixels_HWC: Pixels) -> Image.Image:
     return rgb
 
 
-def _to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
-    """The loaded image in 8-bit RGB, and a flag where its pixels had to be scaled for it.
-
-    Pillow would clip deeper pixels at 255: a 16-bit image comes out white, one of 0.0 to 1.0 black.
-    """
-    if image.mode == "RGB":
-        return image, ()
-    if image.mode.startswith("I;16"):
-        return _scaled_to_8bit(image).convert("RGB"), ("16bit_scaled",)
-    return image.convert("RGB"), ()
-
-
-def _scaled_to_8bit(image: Image.Image) -> Image.Image:
-    """The upper 8 of 16 bits, or of the 12 that a TIFF may hold."""
-    tags = getattr(image, "tag_v2", {})
-    values_HW = np.asarray(image) >> (tags.get(_TIFF_BITS, (16,))[0] - 8)
-    pixels_HW = values_HW.astype(np.uint8)
-    if tags.get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO:
-        pixels_HW = ~pixels_HW  # Pillow does so up to 8 bits
-    return Image.fromarray(pixels_HW)
-
-
-class _BadImage(Exception):
-    """Leaves this module only as a `Failure`."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-
-
-# What Pillow's parsers raise on damaged files, collected from its own test images and from mutated
-# ones. Only calls of Pillow are guarded with it: a bug of ours ends the job.
-_PILLOW_ERRORS = (
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-    ImageCms.PyCMSError,
-    AssertionError,
-    AttributeError,
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    MemoryError,
-    RuntimeError,
-    NotImplementedError,
-    ZeroDivisionError,
-    struct.error,
-    zlib.error,
-)
+def _open_unless_refused(data: bytes, name: bytes) -> Image.Image:
+    """The image as Pillow opens it, unless what it would show is not what the file holds."""
+    if content_format(data) == "TIFF":
+        if is_camera_raw(data, named_raw=name.lower().endswith(CAMERA_SUFFIXES)):
+            raise unsupported("camera raw in a TIFF", "camera raw")
+        if is_tiled_in_strips(data):
+            raise unsupported("TIFF with uncompressed tiles in the place of strips", "TIFF")
+    image = _open(data)
+    if image.mode in _PALETTES and image.palette is None:
+        raise BadImage("corrupt", "its palette is missing")
+    return image
 
 
 def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=DECODED)
+
+
+def _upright(
+    picture: "_Picture", opened: Callable[[], Image.Image]
+) -> tuple["_Picture", tuple[str, ...]]:
+    """The picture as its EXIF orientation says, or as it stands where that cannot be read."""
     try:
-        return Image.open(io.BytesIO(data), formats=DECODED)
-    except UnidentifiedImageError:
-        raise _explain_unidentified(data) from None
-    except _PILLOW_ERRORS as error:
-        raise _explain(error, data) from error
+        image = opened()
+        orientation = image.getexif().get(_ORIENTATION)
+        is_cut = orientation is None and _is_exif_cut(image.info.get("exif"))
+    except Exception:  # noqa: BLE001 - pixels that are there need no orientation
+        is_cut, orientation = True, None
+    return picture.upright(orientation), ("exif_corrupt",) if is_cut else ()
 
 
-def _orientation(image: Image.Image, data: bytes) -> int | None:
-    try:
-        found: int | None = image.getexif().get(_ORIENTATION)
-    except _PILLOW_ERRORS as error:
-        raise _explain(error, data) from error
-    return found
-
-
-def _explain_unidentified(data: bytes) -> _BadImage:
-    found = content_format(data)
-    if found is None:
-        return _BadImage("not_an_image", describe_stranger(data))
-    if found not in DECODED:
-        advice = ADVICE.get(found, "convert it")
-        return _BadImage(
-            "unsupported_format",
-            f"{found}; decoded are JPEG, PNG, WebP, BMP, GIF, TIFF and AVIF: {advice}",
-        )
-    if found in ("WEBP", "AVIF", "TIFF") and (total := promised_bytes(data, found)) > len(data):
-        return _truncated(data, total)
-    if found == "TIFF" and (pixels := describe_odd_tiff(data)):
-        return _unsupported_mode(f"TIFF in {pixels}")
-    if found == "JPEG" and (bits := bits_per_sample(data)) not in (None, 8):
-        return _unsupported_mode(f"JPEG of {bits} bits")
-    return _BadImage(
-        "not_an_image", f"the first bytes of a {found} file, but no image: {data[:8].hex(' ')}"
-    )
-
-
-def _explain(error: Exception, data: bytes) -> _BadImage:
-    """The code for what Pillow raised; its messages are the only thing that tells these apart."""
-    text = str(error).strip() or type(error).__name__
-    lowered = text.lower()
-    found = content_format(data)
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        found_pixels = re.search(r"\d+", text)
-        return _too_large(int(found_pixels[0]) if found_pixels else 0, Image.MAX_IMAGE_PIXELS or 0)
-    if isinstance(error, MemoryError):
-        return _BadImage("oom", OUT_OF_MEMORY)
-    if "too large for pngimageplugin" in lowered or "exceeds limit" in lowered:
-        return _BadImage("too_large", text)
-    if lowered.startswith("unsupported") or "not configured" in lowered:
-        return _BadImage("unsupported_format", f"{found} that Pillow cannot decode: {text}")
-    total = promised_bytes(data, found)
-    # A damaged PNG may promise anything; Pillow says itself when one is cut.
-    is_cut = found != "PNG" and total > len(data)
-    if is_cut or "truncated" in lowered or isinstance(error, EOFError):
-        return _truncated(data, total)
-    return _BadImage("corrupt", f"{type(error).__name__}: {text}")
-
-
-def _unsupported_mode(found: str) -> _BadImage:
-    return _BadImage("unsupported_mode", f"{found}; convert it to 8-bit RGB or 16-bit grey")
+def _is_exif_cut(exif: object) -> bool:
+    """Whether its directory, a TIFF's, lies beyond its end: Pillow passes over that in silence."""
+    if not isinstance(exif, bytes):
+        return False
+    block = exif.removeprefix(b"Exif\0\0")
+    directory = first_directory(block)
+    return directory.end > len(block) and not directory.values
 
 
 def _refuse_damage(notes: tuple[str, ...]) -> None:
     for note in notes:
         if note in _DAMAGES:
-            raise _BadImage(
+            raise BadImage(
                 "corrupt",
                 f"{_DAMAGES[note]} ({note}); loader.strict: false predicts what can be decoded",
             )
-
-
-def _too_large(num_pixels: int, allowed: int) -> _BadImage:
-    return _BadImage("too_large", f"{num_pixels:,} pixels; loader.max_pixels allows {allowed:,}")
-
-
-def _truncated(data: bytes, total: int) -> _BadImage:
-    if total > len(data):
-        return _BadImage("truncated", f"ends after {len(data):,} of {total:,} bytes")
-    return _BadImage("truncated", f"ends after {len(data):,} bytes, before the image does")
-
-
-# ---- warnings: what a prediction's reader should know --------------------------------------------
-
-
-def _name_notes(found: str, name: bytes) -> tuple[str, ...]:
-    promised = suffix_format(name)
-    if promised is None or _SAME_FORMAT.get(promised, promised) == _SAME_FORMAT.get(found, found):
-        return ()
-    return ("extension_mismatch",)
-
-
-def _colour_notes(profile: object) -> tuple[str, ...]:
-    """Pillow and torchvision take all pixels for sRGB, as the model was trained."""
-    return ("icc_ignored",) if isinstance(profile, bytes) and not is_srgb(profile) else ()
-
-
-def _content_notes(image: Image.Image, data: bytes) -> tuple[str, ...]:
-    found = str(image.format)
-    notes = list(_colour_notes(image.info.get("icc_profile")))
-    if image.has_transparency_data:
-        notes.append("has_alpha")
-    if found == "PNG" and b"IEND" not in data[-64:] and b"IEND" not in data:
-        notes.append("missing_end")
-    if found != "MPO" and (num_frames := _num_frames(image)) > 1:
-        notes.append(f"pages:{num_frames}" if found == "TIFF" else f"animated:{num_frames}")
-    return tuple(notes)
-
-
-def _num_frames(image: Image.Image) -> int:
-    """Frames of the file; the first one is already loaded, so a damaged later one costs nothing."""
-    try:
-        return int(getattr(image, "n_frames", 1))
-    except _PILLOW_ERRORS:
-        return 1

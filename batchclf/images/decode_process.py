@@ -19,7 +19,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from batchclf.errors import BatchclfError
-from batchclf.images.decode import OUT_OF_MEMORY
+from batchclf.images.failures import OUT_OF_MEMORY
 from batchclf.images.prefetch import Load
 from batchclf.images.shared import SharedPixels, mapped_pixels, shared_memory
 from batchclf.results.records import Failure, ImageRef, Loaded, Pixels

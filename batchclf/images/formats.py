@@ -1,17 +1,26 @@
 """Image formats by content and by name: which are decoded, which are only recognised.
 
-Also what a container says of itself: how long it is, which pixels a TIFF or a JPEG holds.
+Also what containers say of themselves: how long they are, how large their pictures (tiff.py has
+those parts of a TIFF).
 """
 
-from collections.abc import Mapping
-from typing import Final, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Final
 
-import numpy as np
-
+from batchclf.images.tiff import first_directory
 from batchclf.system.paths import GIT_LFS_POINTER
 
 DECODED: Final = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")
 """Pillow's names of the formats that are decoded; every other is refused without touching it."""
+
+CAMERA_SUFFIXES: Final = tuple(
+    b"." + name
+    for name in b"""
+    3fr arw cr2 cr3 crw dcr dng erf fff gpr iiq k25 kdc mef mos mrw nef nrw orf pef raf rw2 rwl
+    sr2 srf srw x3f
+    """.split()
+)
+"""Of the makers' raw files; many of them are TIFFs inside."""
 
 SUFFIXES: Final[dict[bytes, str]] = {
     **dict.fromkeys((b".jpg", b".jpeg", b".jpe", b".jfif", b".mpo"), "JPEG"),
@@ -30,14 +39,20 @@ SUFFIXES: Final[dict[bytes, str]] = {
     b".psd": "Photoshop",
     **dict.fromkeys((b".ico", b".cur"), "icon"),
     b".icns": "icon",
-    b".tga": "Targa",
+    **dict.fromkeys((b".tga", b".icb", b".vda", b".vst"), "Targa"),
     b".dds": "DDS",
     **dict.fromkeys((b".pbm", b".pgm", b".ppm", b".pnm"), "Netpbm"),
-    **dict.fromkeys((b".cr2", b".nef", b".arw", b".dng"), "camera raw"),
+    **dict.fromkeys(CAMERA_SUFFIXES, "camera raw"),
     **dict.fromkeys((b".wmf", b".emf"), "Windows metafile"),
     b".qoi": "QOI",
     b".exr": "OpenEXR",
     b".fits": "FITS",
+    **dict.fromkeys((b".dcm", b".dicom"), "DICOM"),
+    **dict.fromkeys((b".jxr", b".wdp", b".hdp"), "JPEG XR"),
+    b".pcx": "PCX",
+    b".xcf": "GIMP",
+    b".djvu": "DjVu",
+    b".bpg": "BPG",
 }
 """Format that a file's suffix promises."""
 
@@ -53,6 +68,13 @@ _MAGIC: Final[tuple[tuple[int, bytes, str], ...]] = (
     (0, b"MM\0+", "TIFF"),
     (4, b"ftypavif", "AVIF"),
     (4, b"ftypavis", "AVIF"),
+    (4, b"ftypcrx ", "camera raw"),  # CR3
+    (0, b"IIU\0", "camera raw"),  # RW2
+    *((0, order, "camera raw") for order in (b"IIRO", b"IIRS", b"MMOR")),  # ORF
+    (0, b"FUJIFILMCCD-RAW", "camera raw"),
+    (6, b"HEAPCCDR", "camera raw"),  # CRW
+    (0, b"\0MRM", "camera raw"),
+    (0, b"FOVb", "camera raw"),  # X3F
     (4, b"ftyphei", "HEIC"),
     (4, b"ftyphev", "HEIC"),
     (4, b"ftypmif1", "HEIC"),
@@ -66,13 +88,20 @@ _MAGIC: Final[tuple[tuple[int, bytes, str], ...]] = (
     (0, b"%PDF", "PDF"),
     (0, b"8BPS", "Photoshop"),
     (0, b"\0\0\x01\0", "icon"),
-    (0, b"\0\0\x02\0", "icon or Targa"),
+    (0, b"\0\0\x02\0\x01", "icon"),
     (0, b"icns", "icon"),
     (0, b"DDS ", "DDS"),
     (0, b"\xd7\xcd\xc6\x9a", "Windows metafile"),
     (40, b" EMF", "Windows metafile"),
     (0, b"qoif", "QOI"),
     (0, b"\x76\x2f\x31\x01", "OpenEXR"),
+    (0, b"II\xbc", "JPEG XR"),
+    (128, b"DICM", "DICOM"),
+    (0, b"\x0a\x05\x01", "PCX"),
+    (0, b"gimp xcf", "GIMP"),
+    (0, b"AT&TFORM", "DjVu"),
+    (0, b"#?RADIANCE", "Radiance"),
+    (0, b"BPG\xfb", "BPG"),
     (0, b"SIMPLE  =", "FITS"),
     (0, b"\x01\xda", "SGI"),
     (0, b"BLP", "BLP"),
@@ -80,6 +109,11 @@ _MAGIC: Final[tuple[tuple[int, bytes, str], ...]] = (
     (0, b"/* XPM */", "XPM"),
     *((0, b"P%d" % kind + space, "Netpbm") for kind in range(1, 8) for space in (b"\n", b" ")),
 )
+
+_TARGA_END: Final = b"TRUEVISION-XFILE.\0"
+"""Of version 2; older files have neither a beginning nor an end that tells them."""
+_TARGA_KINDS: Final = {0: (2, 3, 10, 11), 1: (1, 9)}
+"""Image types that go without and with a colour map (Truevision's TGA 2.0 specification)."""
 
 _DAMAGED_HINTS: Final[tuple[tuple[bytes, str], ...]] = (
     (GIT_LFS_POINTER, "a Git LFS pointer; run `git lfs pull`"),
@@ -90,13 +124,27 @@ _DAMAGED_HINTS: Final[tuple[tuple[bytes, str], ...]] = (
     (b"\x1f\x8b", "a gzip archive"),
     (b"{", "JSON text"),
     (b"\x89HDF", "an HDF5 file"),
+    (b"\0\x05\x16\x07", "what macOS keeps beside a file on other disks (AppleDouble)"),
+    (b"\x1a\x45\xdf\xa3", "a Matroska or WebM video"),
 )
 
-ADVICE: Final[dict[str, str]] = {
-    "HEIC": "convert it with pillow-heif or heif-convert",
-    "JPEG XL": "convert it with djxl",
-    "camera raw": "convert it with dcraw or rawpy",
+_CONVERTERS: Final[dict[str, str]] = {
+    "HEIC": "heif-convert",
+    "JPEG XL": "djxl",
+    "JPEG 2000": "opj_decompress",
+    "JPEG XR": "JxrDecApp",
+    "camera raw": "darktable-cli or dcraw",
+    "SVG": "rsvg-convert",
+    "PostScript": "Ghostscript",
+    "PDF": "pdftoppm",
+    "DICOM": "dcm2pnm",
+    "DjVu": "ddjvu",
 }
+
+
+def converter_of(format_: str) -> str:
+    """A program that turns a format into one that is decoded here."""
+    return _CONVERTERS.get(format_, "ImageMagick")
 
 
 def suffix_format(path: bytes) -> str | None:
@@ -112,7 +160,7 @@ def content_format(data: bytes) -> str | None:
             return name
     if _is_svg(data):
         return "SVG"
-    return None
+    return "Targa" if _is_targa(data) else None
 
 
 def looks_like_image(head: bytes) -> bool:
@@ -124,6 +172,8 @@ def describe_stranger(data: bytes) -> str:
     """What a file that is no image seems to be, with its first bytes in hexadecimal."""
     lowered = data[:64].lstrip().lower()
     hint = next((text for magic, text in _DAMAGED_HINTS if lowered.startswith(magic.lower())), "")
+    if data[4:8] == b"ftyp":
+        hint = f"an MPEG-4 file, perhaps a video, of brand {data[8:12]!r}"
     return f"starts with {data[:8].hex(' ')}" + (f": {hint}" if hint else "")
 
 
@@ -134,25 +184,21 @@ def _is_svg(data: bytes) -> bool:
     )
 
 
+def _is_targa(data: bytes) -> bool:
+    if data.endswith(_TARGA_END):
+        return True
+    if len(data) < 18:
+        return False
+    has_map, kind, depth = data[1], data[2], data[16]
+    is_consistent = kind in _TARGA_KINDS.get(has_map, ()) and depth in (8, 15, 16, 24, 32)
+    has_size = any(data[12:14]) and any(data[14:16])
+    return is_consistent and has_size and (has_map == 1 or not any(data[3:8]))
+
+
 # ---- what containers say of themselves -----------------------------------------------------------
 
 _MAX_PARTS: Final = 16_384
-"""Boxes, chunks or entries looked at: a hostile file may hold millions, and each takes time."""
-_TIFF_PIXELS: Final = {273: 279, 324: 325}
-"""TIFF 6.0 tags that say where strips and tiles lie: offsets, and their byte counts."""
-_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_BITS = 256, 257, 258
-_TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 262, 339
-_TIFF_TYPES: Final = {
-    **dict.fromkeys((1, 2, 6, 7), "u1"),
-    **dict.fromkeys((3, 8), "u2"),
-    **dict.fromkeys((4, 9, 11, 13), "u4"),
-    **dict.fromkeys((5, 10, 12, 16, 17, 18), "u8"),
-}
-"""Unsigned integers as wide as one value of each TIFF 6.0 and BigTIFF type."""
-_TIFF_KINDS: Final = {1: "unsigned", 2: "signed", 3: "floating-point", 5: "complex", 6: "complex"}
-"""TIFF 6.0, section 19: SampleFormat."""
-_TIFF_COLOURS: Final = {0: "grey", 1: "grey", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr"}
-"""TIFF 6.0: PhotometricInterpretation, where Pillow knows the colours (8 is CIELAB)."""
+"""Boxes or chunks looked at: a hostile file may hold millions, and each takes time."""
 
 
 def promised_bytes(data: bytes, format_: str | None) -> int:
@@ -166,24 +212,8 @@ def promised_bytes(data: bytes, format_: str | None) -> int:
     if format_ == "PNG":
         return _chunks_end(data)
     if format_ == "TIFF":
-        return _tiff_directory(data).end
+        return first_directory(data).end
     return 0
-
-
-def describe_odd_tiff(data: bytes) -> str | None:
-    """The pixels of a TIFF in words; None where its directory names none, or ordinary ones."""
-    values = _tiff_directory(data).values
-    photometric = _first(values, _TIFF_PHOTOMETRIC, -1)
-    if not _first(values, _TIFF_WIDTH, 0) or not _first(values, _TIFF_HEIGHT, 0) or photometric < 0:
-        return None
-    bits = values.get(_TIFF_BITS, np.ones(1, np.uint8))
-    sample_format = _first(values, _TIFF_SAMPLE_FORMAT, 1)
-    colour = _TIFF_COLOURS.get(photometric)
-    if colour and max(bits, default=0) <= 8 and len(bits) <= 4 and sample_format == 1:
-        return None
-    kind = _TIFF_KINDS.get(sample_format, "unknown")
-    widths = "+".join(map(str, bits[:8]))
-    return f"{colour or f'colour space {photometric}'} of {widths} bits ({kind})"
 
 
 def _boxes_end(data: bytes) -> int:
@@ -202,59 +232,46 @@ def _boxes_end(data: bytes) -> int:
 
 
 def _chunks_end(data: bytes) -> int:
-    """Where the last PNG chunk says it ends (ISO/IEC 15948, 5.3): length, type, data, CRC."""
+    """Where the last PNG chunk says it ends."""
     end = 8
-    for _ in range(_MAX_PARTS):
-        if end + 8 > len(data):
-            break
-        end += 12 + int.from_bytes(data[end : end + 4], "big")
+    for _, start, length in _chunks(data):
+        end = start + length + 4  # CRC
     return end
 
 
-_Values = Mapping[int, np.ndarray]
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """PNG chunks (ISO/IEC 15948, 5.3): kind, where the content starts, how long it is."""
+    at = 8
+    for _ in range(_MAX_PARTS):
+        if at + 8 > len(data):
+            return
+        length = int.from_bytes(data[at : at + 4], "big")
+        yield data[at + 4 : at + 8], at + 8, length
+        at += 12 + length
 
 
-class _TiffDirectory(NamedTuple):
-    end: int
-    """Where the directory, its values and its pixels end."""
-    values: _Values
-    """By tag, as unsigned integers; empty where the file ends before the directory does."""
+def png_bits(data: bytes) -> int:
+    """Bits per sample of a PNG, as its header says."""
+    return data[24] if len(data) > 24 else 0
 
 
-def _tiff_directory(data: bytes) -> _TiffDirectory:
-    """A TIFF's first directory (TIFF 6.0, section 2).
-
-    Many writers put it behind the pixels, where a cut takes it away.
-    """
-    order: Literal["little", "big"] = "little" if data.startswith(b"II") else "big"
-    is_big = 43 in data[2:4]  # BigTIFF
-    at, wide, count_bytes, entry_bytes = (8, 8, 8, 20) if is_big else (4, 4, 2, 12)
-    start = int.from_bytes(data[at : at + wide], order)
-    first = start + count_bytes
-    num_entries = int.from_bytes(data[start:first], order)
-    last = first + num_entries * entry_bytes
-    if last + wide > len(data):
-        return _TiffDirectory(last + wide, {})
-    end = last
-    values: dict[int, np.ndarray] = {}
-    for entry in range(first, min(last, first + _MAX_PARTS * entry_bytes), entry_bytes):
-        tag, type_ = (int.from_bytes(data[entry + i : entry + i + 2], order) for i in (0, 2))
-        num_values = int.from_bytes(data[entry + 4 : entry + 4 + wide], order)
-        kind = np.dtype(_TIFF_TYPES.get(type_, "V0")).newbyteorder(order)
-        value = entry + 4 + wide
-        if kind.itemsize * num_values > wide:
-            value = int.from_bytes(data[value : value + wide], order)
-            end = max(end, value + kind.itemsize * num_values)
-        if kind.itemsize and tag not in values and value + kind.itemsize * num_values <= len(data):
-            values[tag] = np.frombuffer(data, kind, num_values, value)
-    for offsets, counts in _TIFF_PIXELS.items():
-        if offsets in values and counts in values:
-            num_parts = min(len(values[offsets]), len(values[counts]))
-            starts, lengths = (values[tag][:num_parts].astype(float) for tag in (offsets, counts))
-            end = max(end, int((starts + lengths).max(initial=0)))
-    return _TiffDirectory(end, values)
+def png_significant_bits(data: bytes) -> int | None:
+    """How many bits the samples had before a PNG writer scaled them up (chunk sBIT, 11.3.2.4)."""
+    for kind, start, length in _chunks(data):
+        if kind == b"sBIT" and length:
+            return max(data[start : start + min(length, 4)], default=None)
+        if kind == b"IDAT":
+            return None
+    return None
 
 
-def _first(values: _Values, tag: int, default: int) -> int:
-    found = values.get(tag)
-    return default if found is None or not len(found) else int(found[0])
+def avif_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of the largest picture that a HEIF or AVIF file tells of (box ispe)."""
+    sizes, at = [], 0
+    for _ in range(_MAX_PARTS):
+        at = data.find(b"ispe", at) + 8  # behind version and flags
+        if at < 8 or at + 8 > len(data):
+            break
+        width, height = (int.from_bytes(data[at + i : at + i + 4], "big") for i in (0, 4))
+        sizes.append((width * height, (width, height)))
+    return max(sizes)[1] if sizes else None

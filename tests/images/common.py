@@ -72,10 +72,18 @@ def decode(
 
 
 def in_8_bits(image: Image.Image) -> Image.Image:
-    """The reference for 16-bit grey, which torchvision itself shows white: its upper 8 bits."""
+    """The reference for 16-bit grey, which torchvision itself shows white: its upper 8 bits.
+
+    Or what lies between the least and the greatest value that a TIFF tells.
+    """
     if not image.mode.startswith("I;16"):
         return image
-    is_12_bit = getattr(image, "tag_v2", {}).get(258) == (12,)
+    tags = getattr(image, "tag_v2", {})
+    if 341 in tags:
+        (lowest,), (highest,) = tags.get(340, (0,)), tags[341]
+        shares = (np.asarray(image).astype(float) - lowest) / (highest - lowest)
+        return Image.fromarray(np.floor(shares.clip(0, 1) * 255 + 0.5).astype(np.uint8))
+    is_12_bit = tags.get(258) == (12,)
     return Image.fromarray((np.asarray(image) // (16 if is_12_bit else 256)).astype(np.uint8))
 
 

@@ -2,14 +2,16 @@
 
     python -m tests.images.mutations [--seed 0] [--first 0] [--number 20000] [--save FOLDER]
 
-decodes them, each with other settings than the one before, and prints what became of how many, as
-JSON; before each one its name, so that the last line of a crash tells which it was. With `--save`
+decodes them, each with other settings than the one before, has our own parsers of containers read
+them, and prints what became of how many, as JSON; before each one its name, so that the last line
+of a crash tells which it was. With `--save`
 it writes them instead.
 """
 
 import argparse
 import itertools
 import json
+import logging
 import random
 import time
 from collections import Counter
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from batchclf.images import failures, formats, jpeg, profile, tiff
 from batchclf.images.decode import Decoder
 from batchclf.images.formats import DECODED, content_format
 from batchclf.results.records import DecodeMode, Preprocess
@@ -168,7 +171,44 @@ def main() -> None:
         (asked.save / name).write_bytes(content)
 
 
+CONTAINERS = (*DECODED, None)
+
+
+def read_containers(content: bytes) -> None:
+    """Have each of our own parsers read it, whatever it is: none raises anything."""
+    for format_ in CONTAINERS:
+        formats.promised_bytes(content, format_)
+    for parse in (
+        formats.describe_stranger,
+        formats.png_bits,
+        formats.png_significant_bits,
+        formats.avif_size,
+        tiff.is_tiled_in_strips,
+        tiff.unread_form,
+        tiff.odd_pixels,
+        jpeg.is_reducible,
+        jpeg.bits_per_sample,
+        profile.is_srgb,
+        profile.profile_in_jpeg,
+    ):
+        parse(content)
+    tiff.is_camera_raw(content, named_raw=True)
+
+
+class _Unforeseen(logging.Handler):
+    """Collects what the decoder logs: exceptions that may be faults of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(self.format(record))
+
+
 def _decode(files: Iterator[tuple[str, bytes]]) -> None:
+    unforeseen = _Unforeseen()
+    failures.LOGGER.addHandler(unforeseen)
     decoders = [
         Decoder(SMALL, mode, exif_transpose, MAX_PIXELS, strict)
         for mode in DECODE_MODES
@@ -183,14 +223,12 @@ def _decode(files: Iterator[tuple[str, bytes]]) -> None:
         started = time.process_time()
         loaded = decode(content, name.encode(), slot_HWC)
         slowest = max(slowest, (time.process_time() - started, name))
+        read_containers(content)
         codes[loaded.failure.code if loaded.failure else "pixels"] += 1
     cpu_s, slow_name = slowest
     peak_mb = round(peak_rss_mb())
-    print(
-        json.dumps(
-            {"codes": codes, "slowest": slow_name, "its_cpu_s": cpu_s, "peak_rss_mb": peak_mb}
-        )
-    )
+    figures = {"slowest": slow_name, "its_cpu_s": cpu_s, "peak_rss_mb": peak_mb}
+    print(json.dumps({"codes": codes, **figures, "unforeseen": unforeseen.found}))
 
 
 if __name__ == "__main__":

@@ -293,6 +293,61 @@ def test_a_container_of_countless_parts_is_explained_without_reading_them_all() 
         assert failure.code == "not_an_image"
 
 
+class Unheard(Exception):
+    """What no decoder was ever seen to raise."""
+
+
+@pytest.mark.parametrize("place", ["load", "has_transparency_data", "convert", "resize"])
+@pytest.mark.parametrize("error", [Unheard("boo"), AssertionError(), AttributeError("boo")])
+def test_whatever_a_decoder_raises_and_wherever_is_that_images_failure(
+    monkeypatch: pytest.MonkeyPatch, place: str, error: Exception
+) -> None:
+    file = encode(picture(64, 48, "P"), "PNG")
+    expected_HWC, _ = decode(file)
+
+    def raises(*arguments: object, **named: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        broken = property(raises) if place == "has_transparency_data" else raises
+        patch.setattr(Image.Image, place, broken)
+        failure = decode(file)[1].failure
+    assert failure is not None
+    assert failure.code == "corrupt"
+    assert failure.message == f"{type(error).__name__}: {str(error) or 'no more is said'}"
+    np.testing.assert_array_equal(decode(file)[0], expected_HWC)
+
+
+def test_an_exception_that_may_be_our_own_fault_is_logged_with_its_trace_but_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(image: Image.Image, data: bytes) -> tuple[str, ...]:
+        raise Unheard("boo")
+
+    def raises(image: Image.Image) -> None:
+        raise OSError("as a decoder does")
+
+    file = encode(picture(64, 48), "PNG")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "getexif", raises)
+        decode(file, exif_transpose=True)
+        patch.setattr("batchclf.images.decode.content_notes", fails)
+        for _ in range(3):
+            decode(file, b"a/b.png")
+    (record,) = caplog.records
+    assert "a/b.png" in record.getMessage()
+    assert record.exc_info is not None
+    assert record.exc_info[0] is Unheard
+
+
+@pytest.mark.parametrize("mode", ["1", "2", "4", "8"])
+def test_a_palette_image_without_a_palette_is_corrupt(mode: str) -> None:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 32, 32, int(mode), 3, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(33 * 32)))
+    file = b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
+    assert decode(file)[1].failure == Failure("corrupt", "its palette is missing")
+
+
 @pytest.mark.parametrize("bad", BAD_FILES, ids=lambda bad: bad.name)
 def test_a_bad_file_is_recorded_with_its_code(tmp_path: Path, bad: Bad) -> None:
     (tmp_path / bad.name).write_bytes(bad.make())

@@ -87,7 +87,14 @@ def prefetcher(processes: DecodeProcesses, refs: Sequence[ImageRef]) -> Prefetch
 def decode_processes() -> list[psutil.Process]:
     children = psutil.Process().children()
     alive = [one for one in children if one.status() != psutil.STATUS_ZOMBIE]
-    return [one for one in alive if "images.decode_process " in str(one.cmdline())]
+    return [one for one in alive if "images.decode_process " in _command(one)]
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return str(process.cmdline())
+    except psutil.NoSuchProcess:  # a zombie by now, too
+        return ""
 
 
 def expected_of(loader: Load, refs: Sequence[ImageRef]) -> tuple[list[Loaded], Pixels]:

@@ -32,6 +32,7 @@ FLAGS = {
     "extension_mismatch",
     "has_alpha",
     "16bit_scaled",
+    "16bit_range",
     "missing_end",
     "animated",
     "pages",
