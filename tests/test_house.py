@@ -50,6 +50,9 @@ OUTSIDE = {
     "openvino": ("runtime/native_openvino.py",),
     "PIL": ("images/",),
     "simplejpeg": ("images/jpeg.py",),
+    "pillow_heif": ("images/foreign.py",),
+    "pillow_jxl": ("images/foreign.py",),
+    "rawpy": ("images/foreign.py",),
     "matplotlib": ("tuning/plot.py",),
     "yaml": ("spec/file.py",),
     "ruamel": ("spec/edit.py",),
@@ -211,6 +214,7 @@ def test_a_run_from_a_cached_bundle_imports_no_torch_and_no_onnx(tmp_path: Path)
     assert {"numpy", "PIL", "onnxruntime"} <= found
     assert found & {"torch", "torchvision", "timm", "transformers", "huggingface_hub"} == set()
     assert found & {"onnx", "onnxscript", "safetensors", "ray"} == set()
+    assert found & {"pillow_heif", "pillow_jxl", "rawpy"} == set()
 
 
 def test_the_process_that_watches_a_run_stays_small(tmp_path: Path) -> None:

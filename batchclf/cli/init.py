@@ -49,8 +49,10 @@ loader:
   decode: exact                 # exact: torchvision's pixels; fast: close to them
   # max_pixels: 89478485        # a larger image is recorded as too_large
   # max_bytes: 2147483648       # a larger file is recorded as too_large_bytes, unread
+  # max_memory: auto            # bytes that large images take at once; auto: 1/4 of what is free
   # max_seconds: 60             # a slower image is tried once more alone, then recorded as timeout
   # strict: false               # true: damaged images that still decode are recorded as corrupt
+  # sixteen_bit: scale          # 16-bit grey; stretch: each image from black to white; clip at 255
   # allow_outside_links: false  # true: follow links that lead out of the input folder
 
 runtime:

@@ -9,15 +9,18 @@ Array shapes: H rows and W columns of the crop, C = 3 (RGB).
 
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from batchclf.images.deep import RANGELESS, to_rgb
+from batchclf.images.extras import EXTRAS
 from batchclf.images.failures import (
     BadImage,
     explain,
@@ -25,8 +28,10 @@ from batchclf.images.failures import (
     unsupported,
     unsupported_mode,
 )
-from batchclf.images.formats import CAMERA_SUFFIXES, DECODED, content_format
-from batchclf.images.jpeg import is_reducible, read_jpeg
+from batchclf.images.foreign import Ask, read_foreign
+from batchclf.images.formats import CAMERA_SUFFIXES, DECODED, avif_without_exif, content_format
+from batchclf.images.jpeg import Jpeg, Limits, is_reducible, read_jpeg
+from batchclf.images.memory import Claim
 from batchclf.images.notes import colour_notes, content_notes, name_notes
 from batchclf.images.profile import profile_in_jpeg
 from batchclf.images.resample import Window, crop_window, resize_window, resized_size
@@ -87,6 +92,8 @@ _FROM_RIGHT, _FROM_BELOW = (2, 3, 6, 7), (3, 4, 7, 8)
 """Orientations whose first pixels in the file are shown at the right, or below."""
 _APP1 = b"\xff\xe1"
 """The JPEG marker before EXIF and XMP: without it there is no orientation to read."""
+_PEAK_BYTES_OF_RGB, _PEAK_BYTES, _PEAK_BYTES_OF = 5, 10, {"WEBP": 18, "AVIF": 11}
+"""Per pixel, measured with Pillow 13: colours take four, the image in RGB another four."""
 _PALETTES = ("P", "PA")
 _REDUCED = ("JPEG", "MPO")
 """Formats that libjpeg decodes."""
@@ -108,6 +115,8 @@ class Decoder:
     strict: bool = False
     """Whether a damaged image that can still be decoded is a failure."""
     sixteen_bit: SixteenBit = "scale"
+    max_memory: int = sys.maxsize
+    """Bytes that large images take together; further ones wait."""
 
     def __post_init__(self) -> None:
         # Pillow's limit is one for the process, and a process runs one job. It holds for crops too.
@@ -121,7 +130,8 @@ class Decoder:
     def __call__(self, data: bytes, name: bytes, slot_HWC: Pixels) -> Loaded:
         """Decode `data` into `slot_HWC` (uint8, shape crop + (3,)); a failure leaves it zero."""
         try:
-            notes = self._decode(data, name, slot_HWC)
+            with Claim(self.max_memory) as claim:
+                notes = self._decode(data, name, slot_HWC, claim)
             if self.strict:
                 _refuse_damage(notes)
             return Loaded(warnings=notes)
@@ -130,33 +140,32 @@ class Decoder:
         slot_HWC[:] = 0
         return Loaded(Failure(bad.code, bad.message))
 
-    def _decode(self, data: bytes, name: bytes, slot_HWC: Pixels) -> tuple[str, ...]:
+    def _decode(self, data: bytes, name: bytes, slot_HWC: Pixels, claim: Claim) -> tuple[str, ...]:
         if not data:
             raise BadImage("empty_file", "the file has 0 bytes")
-        jpeg = read_jpeg(data, self.max_pixels, self._reduction, second_look=self.strict)
+        limits = Limits(self.max_pixels, self._reduction, partial(self._claim, claim))
+        jpeg = read_jpeg(data, limits, second_look=self.strict)
         if jpeg.pixels_HWC is None:
-            notes = self._decode_with_pillow(data, name, slot_HWC)
+            notes = self._decode_with_pillow(data, name, slot_HWC, claim)
             return (*notes, "jpeg_corrupt") if jpeg.is_damaged else notes
-        picture = _Picture(_image(jpeg.pixels_HWC), jpeg.width, jpeg.height, jpeg.reduction)
+        picture = _Picture(_image(jpeg), jpeg.width, jpeg.height, jpeg.reduction)
         turned: tuple[str, ...] = ()
         if self.exif_transpose and _APP1 in data:
             picture, turned = _upright(picture, lambda: _open(data))
         self._fit(picture, slot_HWC)
         return (*name_notes("JPEG", name), *turned, *colour_notes(profile_in_jpeg(data)))
 
-    def _decode_with_pillow(self, data: bytes, name: bytes, slot_HWC: Pixels) -> tuple[str, ...]:
-        image = _open_unless_refused(data, name)
-        width, height = image.size
-        if width * height > self.max_pixels:
-            raise too_large(width * height, self.max_pixels)
-        if kind := RANGELESS.get(image.mode):
-            raise unsupported_mode(f"{image.format} of {kind}")
-        reduction = self._reduction(width, height)
-        if reduction > 1 and not (image.format in _REDUCED and is_reducible(data)):
-            reduction = 1
-        if reduction > 1:
-            image.draft(None, (width // reduction, height // reduction))
-        image.load()
+    def _decode_with_pillow(
+        self, data: bytes, name: bytes, slot_HWC: Pixels, claim: Claim
+    ) -> tuple[str, ...]:
+        found = _format_to_read(data, name)
+        ask = partial(self._ask, claim)
+        if found in EXTRAS:
+            image = read_foreign(found, data, ask)
+            _refuse_rangeless(image)
+            (width, height), reduction = image.size, 1
+        else:
+            image, width, height, reduction = self._load(data, ask)
         rgb, notes = to_rgb(image, data, self.sixteen_bit)
         picture = _Picture(rgb, width, height, reduction)
         turned: tuple[str, ...] = ()
@@ -165,6 +174,32 @@ class Decoder:
         self._fit(picture, slot_HWC)
         # Last, since counting the frames moves on to others.
         return (*name_notes(str(image.format), name), *turned, *notes, *content_notes(image, data))
+
+    def _load(self, data: bytes, ask: Ask) -> tuple[Image.Image, int, int, int]:
+        """The image, its width and height, and by how much libjpeg has reduced it."""
+        image = _open(data)
+        _refuse_rangeless(image)
+        width, height = image.size
+        ask(width, height, 0)
+        reduction = self._reduction(width, height)
+        if reduction > 1 and not (image.format in _REDUCED and is_reducible(data)):
+            reduction = 1
+        if reduction > 1:
+            image.draft(None, (width // reduction, height // reduction))
+        default = _PEAK_BYTES_OF_RGB if image.mode == "RGB" else _PEAK_BYTES
+        ask(*image.size, _PEAK_BYTES_OF.get(str(image.format), default))
+        image.load()
+        return image, width, height, reduction
+
+    def _ask(self, claim: Claim, width: int, height: int, bytes_per_pixel: int) -> None:
+        """To be called before so much is allocated; waits until it may be."""
+        if width * height > self.max_pixels:
+            raise too_large(width * height, self.max_pixels)
+        self._claim(claim, width * height, bytes_per_pixel)
+
+    def _claim(self, claim: Claim, num_pixels: int, bytes_per_pixel: int) -> None:
+        turned_bytes = 4 if self.exif_transpose else 0
+        claim(num_pixels * (bytes_per_pixel + turned_bytes))
 
     def _reduction(self, width: int, height: int) -> int:
         """By how much libjpeg is to reduce; other eighths than these are slower and no better."""
@@ -188,7 +223,7 @@ class Decoder:
         filter_ = self.preprocess.interpolation
         enlarging = size[0] > rgb.width and size[1] > rgb.height
         if enlarging and size[0] * size[1] > MAX_RESIZED_PIXELS:
-            pixels_HWC = resize_window(np.asarray(rgb), size, window, filter_, _RESAMPLING[filter_])
+            pixels_HWC = resize_window(_pixels(rgb), size, window, filter_, _RESAMPLING[filter_])
         elif self.mode == "fast":
             part = rgb.resize(
                 (window.width, window.height), _RESAMPLING[filter_], picture.part(window, size)
@@ -208,7 +243,7 @@ class Decoder:
 
 
 class _Picture(NamedTuple):
-    """An image in RGB of `width` x `height` pixels before libjpeg reduced it.
+    """An image in RGB, or RGBX, of `width` x `height` pixels before libjpeg reduced it.
 
     Reduced, it is rounded up to whole pixels: the true edge lies within the last column and row,
     or, turned upright, the first. A part taken from edge to edge instead would be shifted visibly.
@@ -250,36 +285,54 @@ class _Picture(NamedTuple):
 
 def _pixels(rgb: Image.Image) -> Pixels:
     """As np.asarray, which takes its time to find out mode and shape."""
+    rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")  # RGBX
     return np.frombuffer(rgb.tobytes(), np.uint8).reshape(rgb.height, rgb.width, 3)
 
 
-def _image(pixels_HWC: Pixels) -> Image.Image:
-    """In RGB; as Image.fromarray, which also blackens the image first."""
-    height, width, num_channels = pixels_HWC.shape
-    if num_channels == 4:
+def _image(jpeg: Jpeg) -> Image.Image:
+    """In RGB, or RGBX; as Image.fromarray, which also blackens the image first."""
+    assert jpeg.pixels_HWC is not None, "it is left to Pillow"
+    height, width, _ = jpeg.pixels_HWC.shape
+    if jpeg.layout == "RGBX":  # as Pillow has it in memory: nothing is copied
+        return Image.frombuffer("RGBX", (width, height), jpeg.pixels_HWC, "raw", "RGBX", 0, 1)
+    if jpeg.layout == "CMYK":
         inks = Image.new("CMYK", (width, height), None)
-        inks.frombytes(pixels_HWC, "raw", "CMYK;I", 0, 1)  # inverted, as Adobe writes them
+        inks.frombytes(jpeg.pixels_HWC, "raw", "CMYK;I", 0, 1)  # inverted, as Adobe writes them
         return inks.convert("RGB")
     rgb = Image.new("RGB", (width, height), None)
-    rgb.frombytes(pixels_HWC, "raw", "RGB", 0, 1)
+    rgb.frombytes(jpeg.pixels_HWC, "raw", "RGB", 0, 1)
     return rgb
 
 
-def _open_unless_refused(data: bytes, name: bytes) -> Image.Image:
-    """The image as Pillow opens it, unless what it would show is not what the file holds."""
-    if content_format(data) == "TIFF":
-        if is_camera_raw(data, named_raw=name.lower().endswith(CAMERA_SUFFIXES)):
-            raise unsupported("camera raw in a TIFF", "camera raw")
-        if is_tiled_in_strips(data):
-            raise unsupported("TIFF with uncompressed tiles in the place of strips", "TIFF")
-    image = _open(data)
-    if image.mode in _PALETTES and image.palette is None:
-        raise BadImage("corrupt", "its palette is missing")
-    return image
+def _format_to_read(data: bytes, name: bytes) -> str:
+    """What the first bytes say, unless what Pillow would show is not what the file holds.
+
+    Raises:
+        BadImage: it is that.
+    """
+    found = content_format(data) or ""
+    if found != "TIFF":
+        return found
+    if is_camera_raw(data, named_raw=name.lower().endswith(CAMERA_SUFFIXES)):
+        return "camera raw"
+    if is_tiled_in_strips(data):
+        raise unsupported("TIFF with uncompressed tiles in the place of strips", found)
+    return found
 
 
 def _open(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data), formats=DECODED)
+    try:
+        image = Image.open(io.BytesIO(data), formats=DECODED)
+    except Exception:
+        # For a broken EXIF block, whose place in an AVIF is well known, libavif gives all of it up.
+        bare = avif_without_exif(data)
+        if bare is None:
+            raise
+        image = Image.open(io.BytesIO(bare), formats=DECODED)
+        image.info.setdefault("exif", b"")
+    if image.mode in _PALETTES and image.palette is None:
+        raise BadImage("corrupt", "its palette is missing")
+    return image
 
 
 def _upright(
@@ -302,6 +355,11 @@ def _is_exif_cut(exif: object) -> bool:
     block = exif.removeprefix(b"Exif\0\0")
     directory = first_directory(block)
     return directory.end > len(block) and not directory.values
+
+
+def _refuse_rangeless(image: Image.Image) -> None:
+    if kind := RANGELESS.get(image.mode):
+        raise unsupported_mode(f"{image.format} of {kind}")
 
 
 def _refuse_damage(notes: tuple[str, ...]) -> None:

@@ -17,9 +17,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from typing import NamedTuple
 
 from batchclf.errors import BatchclfError
 from batchclf.images.failures import OUT_OF_MEMORY
+from batchclf.images.memory import ask_elsewhere, the_room
 from batchclf.images.prefetch import Load
 from batchclf.images.shared import SharedPixels, mapped_pixels, shared_memory
 from batchclf.results.records import Failure, ImageRef, Loaded, Pixels
@@ -51,6 +53,36 @@ class Ended(Exception):
         super().__init__(failure.message)
         self.failure = failure
         self.at = at
+
+
+_Answer = tuple[Sequence[Loaded], float, str | BatchclfError]
+"""What became of the images, the CPU seconds, and what failed that is no image's fault."""
+
+
+class _Turn(NamedTuple):
+    """What a process sends before a large image, and behind it, with the number below zero."""
+
+    num_bytes: int
+    limit: int
+
+
+class _ParentsRoom:
+    """Where a process that decodes takes its turns: the parent counts them for all."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def take(self, num_bytes: int, limit: int) -> None:
+        """Wait until the parent has so much."""
+        self._ask(_Turn(num_bytes, limit))
+
+    def give(self, num_bytes: int) -> None:
+        """Give it back."""
+        self._ask(_Turn(-num_bytes, 0))
+
+    def _ask(self, turn: _Turn) -> None:
+        self._connection.send(turn)
+        self._connection.recv()
 
 
 class NeverReady(Exception):
@@ -122,11 +154,10 @@ class Process:
             RuntimeError: the traceback of a bug.
         """
         self._bookmark.begin(0)
+        loaded: Sequence[Loaded]
         try:
             self._connection.send((first, refs))
-            self._wait_for_answer(max_seconds, beat)
-            loaded: Sequence[Loaded]
-            loaded, cpu_s, failed = self._connection.recv()
+            loaded, cpu_s, failed = self._answer_to_turns(max_seconds, beat)
         except (EOFError, OSError):
             raise Ended(_crash(self._process.wait()), self._bookmark.number) from None
         if isinstance(failed, BatchclfError):
@@ -134,6 +165,29 @@ class Process:
         if failed:
             raise RuntimeError(f"in a decoding process:\n{failed}")
         return loaded, cpu_s
+
+    def _answer_to_turns(self, max_seconds: float, beat: Beat) -> _Answer:
+        """The answer; until then, this thread takes the turns of the images in its own room.
+
+        However the process ends, they end with this call. Waiting for one is no image's time.
+        """
+        taken = 0
+        try:
+            while True:
+                self._wait_for_answer(max_seconds, beat)
+                message = self._connection.recv()
+                if not isinstance(message, _Turn):
+                    answer: _Answer = message
+                    return answer
+                if message.num_bytes > 0:
+                    the_room().take(message.num_bytes, message.limit)
+                else:
+                    the_room().give(-message.num_bytes)
+                taken += message.num_bytes
+                self._connection.send(True)
+        finally:
+            if taken:
+                the_room().give(taken)
 
     def _wait_for_answer(self, max_seconds: float, beat: Beat) -> None:
         """Wait, looking every step at which image the process is.
@@ -191,6 +245,7 @@ def serve(
     with Connection(socket_descriptor) as connection, suppress(EOFError, ConnectionError):
         load, image_shape, max_bytes = connection.recv()
         limit_memory(max_bytes)
+        ask_elsewhere(_ParentsRoom(connection))
         pixels_NHWC = mapped_pixels(memory_descriptor, image_shape)
         bookmark = Bookmark(bookmark_descriptor)
         connection.send(True)

@@ -31,9 +31,11 @@ def to_rgb(image: Image.Image, data: bytes, how: SixteenBit) -> tuple[Image.Imag
     """
     if image.mode.startswith("I;16"):
         return _grey(image, data, how)
-    # Pillow has no mode for grey premultiplied by its alpha, only a way out of it.
-    rgb = (image.convert("LA") if image.mode == "La" else image).convert("RGB")
-    rgb = image if image.mode == "RGB" else rgb
+    if image.mode == "RGB":
+        rgb = image
+    else:
+        # From grey premultiplied by its alpha, Pillow goes only there.
+        rgb = (image.convert("LA") if image.mode == "La" else image).convert("RGB")
     return rgb, _dark_colours(rgb) if _is_deep(image, data) else ()
 
 

@@ -29,7 +29,7 @@ def advice(format_: str) -> str:
     """What to do about a file that is not decoded here."""
     convert = f"convert it, for example with {converter_of(format_)}"
     extra = EXTRAS.get(format_)
-    return f"{convert}, or pip install 'batchclf[{extra.name}]'" if extra else convert
+    return f"pip install 'batchclf[{extra.name}]' reads it, or {convert}" if extra else convert
 
 
 def installed_readers() -> Mapping[str, str]:

@@ -4,6 +4,7 @@ Also what containers say of themselves: how long they are, how large their pictu
 those parts of a TIFF).
 """
 
+import re
 from collections.abc import Iterator
 from typing import Final
 
@@ -56,6 +57,8 @@ SUFFIXES: Final[dict[bytes, str]] = {
 }
 """Format that a file's suffix promises."""
 
+_BARE_JXL: Final = b"\xff\x0a"
+"""How a JPEG XL begins that is in no container of boxes."""
 _MAGIC: Final[tuple[tuple[int, bytes, str], ...]] = (
     (0, b"\xff\xd8\xff", "JPEG"),
     (0, b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -82,7 +85,7 @@ _MAGIC: Final[tuple[tuple[int, bytes, str], ...]] = (
     (4, b"jP  \r\n\x87\n", "JPEG 2000"),
     (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
     (0, b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
-    (0, b"\xff\x0a", "JPEG XL"),
+    (0, _BARE_JXL, "JPEG XL"),
     (0, b"%!PS", "PostScript"),
     (0, b"\xc5\xd0\xd3\xc6", "PostScript"),
     (0, b"%PDF", "PDF"),
@@ -207,8 +210,8 @@ def promised_bytes(data: bytes, format_: str | None) -> int:
         return int.from_bytes(data[4:8], "little") + 8
     if format_ == "BMP" and len(data) >= 6:
         return int.from_bytes(data[2:6], "little")
-    if format_ == "AVIF":
-        return _boxes_end(data)
+    if format_ in ("AVIF", "HEIC", "JPEG XL"):
+        return 0 if data.startswith(_BARE_JXL) else _boxes_end(data)
     if format_ == "PNG":
         return _chunks_end(data)
     if format_ == "TIFF":
@@ -275,3 +278,46 @@ def avif_size(data: bytes) -> tuple[int, int] | None:
         width, height = (int.from_bytes(data[at + i : at + i + 4], "big") for i in (0, 4))
         sizes.append((width * height, (width, height)))
     return max(sizes)[1] if sizes else None
+
+
+_AVIF_EXIF: Final = re.compile(rb"(infe(?:\x02.{7}|\x03.{9}))Exif", re.DOTALL)
+"""The entry of an EXIF block among a file's items (ISO/IEC 14496-12, 8.11.6): version and flags, its
+number and its protection, its type."""
+
+
+def avif_without_exif(data: bytes) -> bytes | None:
+    """The same AVIF with its EXIF as an item of no known type; None: it is none, or has no EXIF."""
+    if content_format(data) != "AVIF":
+        return None
+    bare, count = _AVIF_EXIF.subn(rb"\1none", data)
+    return bare if count else None
+
+
+_JXL_RATIOS: Final = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
+_JXL_LENGTHS: Final = (9, 13, 18, 30)
+
+
+def jxl_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG XL (ISO/IEC 18181-1, SizeHeader); None: no codestream is found."""
+    at = 0 if data.startswith(_BARE_JXL) else data.find(_BARE_JXL, 0, _MAX_PARTS)
+    if at < 0:
+        return None
+    bits = int.from_bytes(data[at + 2 : at + 16], "little")
+
+    def take(count: int) -> int:
+        nonlocal bits
+        value = bits & ((1 << count) - 1)
+        bits >>= count
+        return value
+
+    is_small = take(1)
+
+    def length() -> int:
+        return 8 * (take(5) + 1) if is_small else take(_JXL_LENGTHS[take(2)]) + 1
+
+    height = length()
+    ratio = take(3)
+    if not ratio:
+        return length(), height
+    numerator, denominator = _JXL_RATIOS[ratio - 1]
+    return height * numerator // denominator, height

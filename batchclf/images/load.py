@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from batchclf.images.decode import Decoder
 from batchclf.images.local import MAX_FILE_BYTES
+from batchclf.images.memory import default_limit
 from batchclf.images.source import AnySource
 from batchclf.images.store import Store, open_store
 from batchclf.results.records import Failure, ImageRef, Loaded, Pixels, Preprocess
@@ -29,11 +30,14 @@ class Loader:
 
 def loader_of(job: JobSpec, source: AnySource, preprocess: Preprocess) -> Loader:
     """What loads a job's images."""
+    limit = job.loader.max_memory
     decoder = Decoder(
         preprocess,
         mode=job.loader.decode,
         exif_transpose=bool(job.model.preprocess and job.model.preprocess.exif_transpose),
         max_pixels=job.loader.max_pixels,
         strict=job.loader.strict,
+        sixteen_bit=job.loader.sixteen_bit,
+        max_memory=default_limit() if limit == "auto" else limit,
     )
     return Loader(open_store(source), decoder, job.loader.max_bytes)

@@ -11,11 +11,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import starmap
 from types import TracebackType
 
 import numpy as np
 
+from batchclf.images.memory import telling_of_waits
 from batchclf.results.records import Batch, Failure, ImageRef, Loaded, Pixels
 
 Allocate = Callable[[Sequence[int]], Pixels]
@@ -82,9 +84,11 @@ def noted(decoding: Decoding, note: Note) -> Decoding:
 
     def noting(number: int, load_rows: LoadRows) -> LoadRows:
         def load_and_note(refs: Sequence[ImageRef], rows_NHWC: Pixels) -> Sequence[Loaded]:
-            note(number, refs[0].index)
-            loaded = load_rows(refs, rows_NHWC)
-            note(number, None)
+            begin, pause = partial(note, number, refs[0].index), partial(note, number, None)
+            begin()
+            with telling_of_waits(pause, begin):
+                loaded = load_rows(refs, rows_NHWC)
+            pause()
             return loaded
 
         return load_and_note

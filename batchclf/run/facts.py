@@ -6,6 +6,7 @@ from dataclasses import replace
 from importlib.metadata import version
 
 from batchclf import __version__
+from batchclf.images.extras import installed_readers
 from batchclf.images.jpeg import decoder_name
 from batchclf.models.variants import facts
 from batchclf.results.identity import Fingerprint
@@ -52,6 +53,7 @@ def record_of(work: Work, fingerprint: Fingerprint, listing: Listing) -> RunReco
             "batchclf": __version__,
             "python": platform.python_version(),
             **{name: version(name) for name in ("numpy", "pillow")},
+            **installed_readers(),
             **installed_flavours(),
         },
         durable=NOTHING_DURABLE,

@@ -26,7 +26,12 @@ def identity_of(job: JobSpec, model: ResolvedModel, limit: int | None) -> Identi
     exif = bool(job.model.preprocess and job.model.preprocess.exif_transpose)
     precision = needed_variant(job.provider.name, job.precision)
     nested = None if precision is None else nested_variant(model.bundle, precision)
-    preprocess = asdict(model.preprocess) | {"exif_transpose": exif, "decode": job.loader.decode}
+    loader = job.loader
+    preprocess = asdict(model.preprocess) | {
+        "exif_transpose": exif,
+        "decode": loader.decode,
+        "sixteen_bit": loader.sixteen_bit,
+    }
     return Identity(
         recipe={"pixels": PIXELS_RECIPE, "records": RECORDS_RECIPE},
         model=model.bundle.digest,

@@ -24,6 +24,7 @@ from batchclf.results.records import (
     DecodeMode,
     Interpolation,
     Precision,
+    SixteenBit,
 )
 from batchclf.spec.input import InputSpec, OutputSpec, as_path, can_name_a_file
 
@@ -45,6 +46,12 @@ def _auto_or_count(value: object) -> object:
     if value == "auto" or (type(value) is int and 1 <= value <= MAX_COUNT):
         return value
     raise PydanticCustomError("auto_or_count", f"`auto` or a whole number from 1 to {MAX_COUNT}")
+
+
+def _auto_or_bytes(value: object) -> object:
+    if value == "auto" or (type(value) is int and 1 <= value <= MAX_INTEGER):
+        return value
+    raise PydanticCustomError("auto_or_bytes", "`auto` or a whole number of bytes")
 
 
 def _error_limit(value: object) -> object:
@@ -116,6 +123,13 @@ AutoOrCount = Annotated[
     BeforeValidator(_auto_or_count),
     WithJsonSchema(
         {"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1, "maximum": MAX_COUNT}]}
+    ),
+]
+AutoOrBytes = Annotated[
+    int | Literal["auto"],
+    BeforeValidator(_auto_or_bytes),
+    WithJsonSchema(
+        {"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1, "maximum": MAX_INTEGER}]}
     ),
 ]
 ErrorLimit = Annotated[
@@ -430,6 +444,11 @@ class LoaderSpec(_Spec):
     max_bytes: Count = Field(
         2**31, description="A larger file is recorded as too_large_bytes, unread."
     )
+    max_memory: AutoOrBytes = Field(
+        "auto",
+        description="Bytes that images of more than about 8 megapixels may take at once, decoded "
+        "one after another beyond it; auto: a quarter of the memory that is available.",
+    )
     max_seconds: Annotated[float, BeforeValidator(_as_float), Field(gt=0, le=86_400)] = Field(
         60.0,
         description="An image that takes longer to read and decode, also when tried once more by "
@@ -439,6 +458,12 @@ class LoaderSpec(_Spec):
         False,
         description="Record damaged images that can still be decoded as corrupt, instead of a "
         "prediction with a warning.",
+    )
+    sixteen_bit: SixteenBit = Field(
+        "scale",
+        description="16-bit grey: scale: white is what the file says, or the most that its bits "
+        "hold; stretch: each image from its darkest to its lightest value; clip: white from 255 "
+        "on, as Pillow and torchvision have it.",
     )
     allow_outside_links: bool = Field(
         False, description="Follow symbolic links that lead out of the input folder."

@@ -1,9 +1,11 @@
 """What the tests of the image room share: generated images, and torchvision as the reference."""
 
 import io
+import struct
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from batchclf.images.decode import Decoder
-from batchclf.results.records import DecodeMode, Loaded, Pixels, Preprocess
-from tests.conftest import ROOT
+from batchclf.results.records import DecodeMode, Loaded, Pixels, Preprocess, SixteenBit
+from tests.conftest import DATA, ROOT
 
 RESNET50 = Preprocess(232, (224, 224), "bilinear", None, None)
 """The preset of torchvision's newer weights; `RESNET50_V1` that of the older ones."""
@@ -60,10 +63,11 @@ def decode(
     exif_transpose: bool = False,
     max_pixels: int = 89_478_485,
     strict: bool = False,
+    sixteen_bit: SixteenBit = "scale",
 ) -> tuple[Pixels, Loaded]:
     """Decode into a slot that still holds another image's pixels."""
     slot_HWC = np.full((*preprocess.crop, 3), 123, np.uint8)
-    decoder = Decoder(preprocess, mode, exif_transpose, max_pixels, strict)
+    decoder = Decoder(preprocess, mode, exif_transpose, max_pixels, strict, sixteen_bit)
     loaded = decoder(data, name, slot_HWC)
     if loaded.failure is not None:
         assert not slot_HWC.any(), "a failure leaves the slot zero"
@@ -131,6 +135,85 @@ def assert_torchvisions_pixels(
     assert loaded.failure is None
     expected_HWC = torchvision_pixels(in_8_bits(image or Image.open(io.BytesIO(data_))), preprocess)
     np.testing.assert_array_equal(pixels_HWC, expected_HWC)
+
+
+def tiff(tags: Mapping[int, int | bytes | Sequence[int]], pixels: bytes = b"") -> bytes:
+    """A TIFF of one strip, by default of 4 x 4 in grey of 8 bits; other tags are added, or replace.
+
+    Numbers are LONGs, lists of them SHORTs, and bytes a text.
+    """
+    image: dict[int, int | bytes | Sequence[int]] = {}
+    image |= {256: 4, 257: 4, 258: [8], 259: 1, 262: 1, 273: 0, 277: 1, 278: 4, 279: len(pixels)}
+    entries = sorted({**image, **tags}.items())
+    behind = 8 + 2 + 12 * len(entries) + 4
+    directory, values = struct.pack("<H", len(entries)), b""
+    pixels_at = behind + sum(len(_value(value)) for _, value in entries)
+    for tag, value in entries:
+        packed = struct.pack("<I", pixels_at) if tag == 273 else _value(value)
+        kind, count = _kind_and_count(value)
+        directory += struct.pack("<HHI", tag, kind, count)
+        if len(packed) <= 4:
+            directory += packed.ljust(4, b"\0")
+        else:
+            directory += struct.pack("<I", behind + len(values))
+        values += packed
+    return b"II*\0" + struct.pack("<I", 8) + directory + bytes(4) + values + pixels
+
+
+def _kind_and_count(value: int | bytes | Sequence[int]) -> tuple[int, int]:
+    if isinstance(value, int):
+        return 4, 1
+    if isinstance(value, Rationals):
+        return 10, len(value) // 8
+    return (1 if isinstance(value, bytes) else 3), len(value)
+
+
+def _value(value: int | bytes | Sequence[int]) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    return (
+        struct.pack("<I", value)
+        if isinstance(value, int)
+        else struct.pack(f"<{len(value)}H", *value)
+    )
+
+
+CASES = DATA / "cases"
+"""Small public files, each of a kind that was once mistaken for another."""
+
+
+def dng(grey_HW: NDArray[np.uint16], **more: int) -> bytes:
+    """Camera raw of a sensor that saw these values, behind red, green and blue alike.
+
+    `more` replaces tags, by their numbers: `t262=1`.
+    """
+    height, width = grey_HW.shape
+    identity = struct.pack(
+        "<18i", *(value for one in (1, 0, 0, 0, 1, 0, 0, 0, 1) for value in (one, 1))
+    )
+    tags: dict[int, int | bytes | Sequence[int]] = {
+        254: 0,
+        256: width,
+        257: height,
+        258: [16],
+        262: 32803,
+        278: height,
+        271: b"Maker\0",
+        272: b"Camera\0",
+        50708: b"Camera\0",
+        33421: [2, 2],
+        33422: bytes((0, 1, 1, 2)),
+        50706: bytes((1, 4, 0, 0)),
+        50717: 65535,
+        50721: Rationals(identity),
+        50728: Rationals(struct.pack("<6i", *[1] * 6)),
+        **{int(name[1:]): value for name, value in more.items()},
+    }
+    return tiff(tags, grey_HW.astype("<u2").tobytes())
+
+
+class Rationals(bytes):
+    """Signed numerators and denominators in turn, as a tag's value."""
 
 
 MEASURE = """

@@ -1,6 +1,7 @@
 """decode.py: torchvision's pixels exactly, and `fast` ones close to them."""
 
 import io
+import itertools
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from batchclf.results.records import (
 )
 from tests.conftest import MOBILENET_WEIGHTS, ODD_IMAGES, PHOTOS, data
 from tests.images.common import (
+    CASES,
     RESNET50,
     RESNET50_V1,
     assert_torchvisions_pixels,
@@ -32,6 +34,7 @@ from tests.images.common import (
     decoding_mb,
     encode,
     picture,
+    tiff,
     torchvision_pixels,
     torchvision_presets,
 )
@@ -255,6 +258,63 @@ def test_a_damaged_exif_block_does_not_fail_the_image() -> None:
         pixels_HWC, loaded = decode(file, exif_transpose=exif_transpose)
         assert loaded.failure is None
         np.testing.assert_array_equal(pixels_HWC, decode(plain)[0])
+
+
+BROKEN_EXIF = {
+    "text": b"Exif\0\0LoremIpsum dolor sit amet",
+    "too short": b"Exif\0\0MM\0*",
+    "a directory beyond its end": b"Exif\0\0MM\0*\0\0\1\0" + bytes(20),
+    "a directory cut short": b"Exif\0\0II*\0\x08\0\0\0\x10\0" + bytes(range(20)),
+}
+
+
+def avif_with_exif(exif: bytes) -> bytes:
+    """Pillow writes only what it can read: put in the place of another block."""
+    block = exif.removeprefix(b"Exif\0\0")
+    placeholder = Image.Exif()
+    placeholder[0x010E] = "x" * len(block)
+    file = encode(picture(64, 48), "AVIF", exif=placeholder.tobytes())
+    return file.replace(placeholder.tobytes()[6:][: len(block)], block)
+
+
+@pytest.mark.parametrize(
+    ("format_", "case"),
+    [
+        *itertools.product(["JPEG", "PNG", "WEBP"], BROKEN_EXIF),
+        *(("AVIF", case) for case in BROKEN_EXIF if case != "too short"),  # not to be made so
+    ],
+)
+def test_an_image_whose_exif_cannot_be_read_is_predicted_as_it_stands_and_flagged(
+    format_: str, case: str
+) -> None:
+    exif = BROKEN_EXIF[case]
+    if format_ == "AVIF":
+        file = avif_with_exif(exif)
+    else:
+        file = encode(picture(64, 48), format_, exif=exif)
+    assert exif[6:] in file
+    expected_HWC, _ = decode(encode(picture(64, 48), format_))
+    for exif_transpose, flags in ((False, ()), (True, ("exif_corrupt",))):
+        pixels_HWC, loaded = decode(file, exif_transpose=exif_transpose)
+        assert loaded == Loaded(warnings=flags)
+        np.testing.assert_array_equal(pixels_HWC, expected_HWC)
+
+
+@pytest.mark.parametrize("place", [0, 8, 9, 5000, 2**32 - 1])
+def test_a_tiff_whose_exif_cannot_be_read_is_upright_by_its_own_orientation(place: int) -> None:
+    """Which is in its main directory, and not in EXIF."""
+    broken = tiff({34665: place, 274: [3]}, bytes(range(16)))
+    pixels_HWC, loaded = decode(broken, exif_transpose=True)
+    assert loaded == Loaded()
+    turned = tiff({}, bytes(range(16))[::-1])
+    np.testing.assert_array_equal(pixels_HWC, decode(turned)[0])
+
+
+def test_the_real_file_with_a_broken_exif_block_is_predicted() -> None:
+    file = data(CASES / "exif.png").read_bytes()
+    pixels_HWC, loaded = decode(file, exif_transpose=True)
+    assert loaded == Loaded(warnings=("exif_corrupt",))
+    np.testing.assert_array_equal(pixels_HWC, decode(file)[0])
 
 
 # ---- fast ----------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from batchclf.images import jpeg
-from batchclf.images.jpeg import decoder_name, is_reducible, read_jpeg
+from batchclf.images.jpeg import Limits, decoder_name, is_reducible, read_jpeg
 from batchclf.results.records import DecodeMode, Loaded, Pixels, Preprocess
 from tests.conftest import ODD_IMAGES, PHOTOS, ROOT, data
 from tests.images.common import but_colours, decode, encode, picture
@@ -31,13 +31,13 @@ SMALL = Preprocess(48, (40, 44), "bilinear", None, None)
 MANY_PIXELS = 89_478_485
 
 
-def full_size(width: int, height: int) -> int:
-    return 1
+def limits(max_pixels: int = MANY_PIXELS, reduction: int = 1) -> Limits:
+    return Limits(max_pixels, lambda width, height: reduction, lambda num_pixels, num_bytes: None)
 
 
 def is_read(file: bytes) -> bool:
     """Whether simplejpeg takes the file, so that Pillow is not needed."""
-    return read_jpeg(file, MANY_PIXELS, full_size).pixels_HWC is not None
+    return read_jpeg(file, limits()).pixels_HWC is not None
 
 
 def through_pillow(
@@ -163,14 +163,14 @@ def test_what_simplejpeg_does_not_take_is_left_to_pillow(make: Callable[[], byte
 
 def test_a_jpeg_above_the_pixel_limit_is_not_even_allocated() -> None:
     file = encode(picture(30, 20), "JPEG")
-    assert read_jpeg(file, 600, full_size).pixels_HWC is not None
-    assert read_jpeg(file, 599, full_size).pixels_HWC is None
+    assert read_jpeg(file, limits(600)).pixels_HWC is not None
+    assert read_jpeg(file, limits(599)).pixels_HWC is None
 
 
 @pytest.mark.parametrize(("factor", "shape"), [(2, (61, 51)), (4, (31, 26)), (8, (16, 13))])
 def test_a_reduced_jpeg_is_rounded_up_to_whole_pixels(factor: int, shape: tuple[int, int]) -> None:
     file = encode(picture(101, 121), "JPEG")
-    found = read_jpeg(file, MANY_PIXELS, lambda width, height: factor)
+    found = read_jpeg(file, limits(reduction=factor))
     assert found.pixels_HWC is not None
     assert found.pixels_HWC.shape == (*shape, 3)
     assert (found.width, found.height, found.reduction) == (101, 121, factor)
@@ -178,7 +178,7 @@ def test_a_reduced_jpeg_is_rounded_up_to_whole_pixels(factor: int, shape: tuple[
 
 def test_a_lossless_jpeg_is_decoded_whole_since_libjpeg_cannot_reduce_it() -> None:
     file = data(ODD_IMAGES / "sharp" / "testimgl.jpg").read_bytes()
-    found = read_jpeg(file, MANY_PIXELS, lambda width, height: 2)
+    found = read_jpeg(file, limits(reduction=2))
     assert found.pixels_HWC is not None
     assert found.pixels_HWC.shape == (149, 227, 3)
     assert found.reduction == 1

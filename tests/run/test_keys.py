@@ -24,6 +24,7 @@ from pydantic import BaseModel
 
 from batchclf.errors import BatchclfError
 from batchclf.images.load import Loader
+from batchclf.images.memory import SharedRoom
 from batchclf.results.records import ImageRef, Loaded, Pixels, Scores
 from batchclf.runtime.classifier import OnnxClassifier
 from batchclf.runtime.providers import PROVIDERS, compiled_in
@@ -58,6 +59,8 @@ class Outcome:
     thread_names: list[str] = field(default_factory=list)
     num_ahead: int = 0
     """Images loaded before the first batch was inferred; counted where that is held."""
+    room_limits: set[int] = field(default_factory=set)
+    """Bytes that large images were allowed together."""
 
     @property
     def records(self) -> Mapping[str, Mapping[str, Any]]:
@@ -87,6 +90,7 @@ class Outcome:
 def watching(seen: Outcome, *, is_held: bool) -> Iterator[None]:
     """Note what happens in this process; `is_held`: the first batch waits for `num_ahead`."""
     infer, load, start = OnnxClassifier.__call__, Loader.__call__, threading.Thread.start
+    take = SharedRoom.take
     num_loaded = 0
     looking = threading.Lock()
 
@@ -117,6 +121,10 @@ def watching(seen: Outcome, *, is_held: bool) -> Iterator[None]:
         num_loaded += 1
         return load(self, ref, slot_HWC)
 
+    def take_noted(self: SharedRoom, num_bytes: int, limit: int) -> None:
+        seen.room_limits.add(limit)
+        take(self, num_bytes, limit)
+
     def start_noted(self: threading.Thread) -> None:
         seen.thread_names.append(self.name)
         start(self)
@@ -124,6 +132,7 @@ def watching(seen: Outcome, *, is_held: bool) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OnnxClassifier, "__call__", infer_watched)
         patch.setattr(Loader, "__call__", load_counted)
+        patch.setattr(SharedRoom, "take", take_noted)
         patch.setattr(threading.Thread, "start", start_noted)
         yield
 
@@ -250,6 +259,11 @@ def write_images(here: Path) -> None:
     (here / "tones").mkdir()
     for tone in range(200):
         Image.new("RGB", (8, 8), (tone, 255 - tone, 128)).save(here / "tones" / f"{tone:03d}.png")
+    (here / "deep").mkdir()
+    ramp_HW = np.arange(2000, dtype=np.uint16).reshape(40, 50)
+    Image.fromarray(ramp_HW).save(here / "deep" / "deep.png")
+    (here / "huge").mkdir()
+    (here / "huge" / "huge.jpg").write_bytes(encode(Image.new("L", (4000, 2400)), "JPEG"))
     (here / "hanging").mkdir()
     write_poison(here / "hanging" / "0.jpg", "hang")
 
@@ -560,6 +574,20 @@ ROWS: Mapping[str, Row] = {
         lambda o: o.records["0.jpg"]["error"]["message"].partition(" s")[0].split()[-1],
         [(0.5, "0.5"), (0.75, "0.75")],
         {"input": "hanging", "loader": {"backend": "processes", "workers": 1}},
+    ),
+    "loader.max_memory": Row(
+        lambda o: [one if one in (10**6, 2**60) else "what is there" for one in o.room_limits],
+        [(10**6, [10**6]), (2**60, [2**60]), ("auto", ["what is there"])],
+        {"input": "huge"},
+    ),
+    "loader.sixteen_bit": Row(
+        lambda o: [w.partition(":")[0] for w in o.records["deep.png"]["warnings"]],
+        [
+            ("scale", ["16bit_scaled", "16bit_range"]),
+            ("stretch", ["16bit_stretched"]),
+            ("clip", ["16bit_clipped"]),
+        ],
+        {"input": "deep"},
     ),
     "loader.strict": Row(outcome_of("damaged.jpg"), [(False, "jpeg_corrupt"), (True, "corrupt")]),
     "loader.allow_outside_links": Row(
