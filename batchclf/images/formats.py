@@ -281,8 +281,8 @@ def avif_size(data: bytes) -> tuple[int, int] | None:
 
 
 _AVIF_EXIF: Final = re.compile(rb"(infe(?:\x02.{7}|\x03.{9}))Exif", re.DOTALL)
-"""The entry of an EXIF block among a file's items (ISO/IEC 14496-12, 8.11.6): version and flags, its
-number and its protection, its type."""
+"""The entry of an EXIF block among the items of a file (ISO/IEC 14496-12, 8.11.6), up to its type:
+version and flags, number, protection."""
 
 
 def avif_without_exif(data: bytes) -> bytes | None:
