@@ -449,7 +449,7 @@ class LoaderSpec(_Spec):
         description="Bytes that images of more than about 8 megapixels may take at once, decoded "
         "one after another beyond it; auto: a quarter of the memory that is available.",
     )
-    max_seconds: Annotated[float, BeforeValidator(_as_float), Field(gt=0, le=86_400)] = Field(
+    max_seconds: Annotated[float, Field(gt=0, le=86_400), BeforeValidator(_as_float)] = Field(
         60.0,
         description="An image that takes longer to read and decode, also when tried once more by "
         "itself, is recorded as timeout.",
@@ -510,7 +510,7 @@ class JobSpec(_Spec):
     precision: Precision = Field(
         "fp32", description="cpu: fp32, int8; cuda: fp32, fp16; openvino: fp32, bf16, fp16, int8."
     )
-    min_agreement: Annotated[float, BeforeValidator(_as_float), Field(ge=0, le=1)] = Field(
+    min_agreement: Annotated[float, Field(ge=0, le=1), BeforeValidator(_as_float)] = Field(
         0.93,
         description="Least share of a sample of the images whose top class at a reduced precision "
         "must be that at fp32; otherwise the job ends with exit code 5.",
@@ -521,7 +521,7 @@ class JobSpec(_Spec):
     top_k: Count = Field(5, description="Classes per record, best first.")
     loader: LoaderSpec = LoaderSpec()
     runtime: RuntimeSpec = RuntimeSpec()
-    stall_timeout: Annotated[float, BeforeValidator(_as_float), Field(gt=0, le=86_400)] = Field(
+    stall_timeout: Annotated[float, Field(gt=0, le=86_400), BeforeValidator(_as_float)] = Field(
         120.0,
         description="Seconds without progress after which the job's process is started again; ten "
         "times as many while it keeps a core busy.",

@@ -576,8 +576,8 @@ ROWS: Mapping[str, Row] = {
         {"input": "hanging", "loader": {"backend": "processes", "workers": 1}},
     ),
     "loader.max_memory": Row(
-        lambda o: [one if one in (10**6, 2**60) else "what is there" for one in o.room_limits],
-        [(10**6, [10**6]), (2**60, [2**60]), ("auto", ["what is there"])],
+        lambda o: [one if one in (10**6, 2**50) else "what is there" for one in o.room_limits],
+        [(10**6, [10**6]), (2**50, [2**50]), ("auto", ["what is there"])],
         {"input": "huge"},
     ),
     "loader.sixteen_bit": Row(
