@@ -8,10 +8,12 @@ The room is one for the process, as Pillow's limits are, and a process runs one 
 decodes for another asks for its turns there (decode_process.py), where they end with it.
 """
 
+import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from types import TracebackType
 from typing import Protocol
 
@@ -113,8 +115,22 @@ class Claim:
 
     def _give_back(self) -> None:
         if self._taken:
+            _return_freed_memory()
             the_room().give(self._taken)
             self._taken = 0
+
+
+@lru_cache(1)
+def _trim() -> Callable[[int], int] | None:
+    """The C library's malloc_trim(3); None: it has none, and keeps nothing either."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+
+def _return_freed_memory() -> None:
+    """Give the system what an image has left: glibc keeps it, for each thread by itself."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
 
 
 # ---- who watches how long an image takes ---------------------------------------------------------
