@@ -697,6 +697,7 @@ def changed_jobs(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
             "preprocess",
         ),
         "decode": ({"loader": {"decode": "fast"}}, "preprocess"),
+        "sixteen_bit": ({"loader": {"sixteen_bit": "clip"}}, "preprocess"),
         "input": ({"input": str(link_digits(folder / "images", 3))}, "input"),
     }
 
@@ -711,6 +712,7 @@ def changed_jobs(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "interpolation",
         "exif",
         "decode",
+        "sixteen_bit",
         "input",
     ],
 )
