@@ -1,8 +1,8 @@
 """Files of this machine: walked, selected by a glob or named by a list, and read.
 
 Folders are walked depth first with the names of each folder sorted by bytes. Nothing is filtered
-by suffix: what a file is, its content tells (decode.py). Left out, and counted, are only hidden
-folders and hidden files without an image suffix (`.git/`, `.DS_Store`); a glob selects further.
+by suffix: what a file is, its content tells (decode.py). Left out, and counted, is only what
+systems leave there (clutter.py); a glob selects further.
 """
 
 import errno
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from batchclf.errors import EnvironmentFailed, NoImagesError
-from batchclf.images.formats import suffix_format
+from batchclf.images.clutter import is_apple_double, is_clutter
+from batchclf.images.formats import looks_like_image, suffix_format
 from batchclf.images.lists import mark_repeated, read_list
 from batchclf.images.source import Source, require_still_there, selector
 from batchclf.results.records import Failure
@@ -156,8 +157,10 @@ def _glimpse(source: Source) -> Iterator[bytes]:
         with suppress(OSError), os.scandir(os.path.join(source.root, prefix)) as entries:
             for entry in entries:
                 path = prefix + entry.name
-                if entry.is_dir():
-                    if not entry.is_symlink() and not entry.name.startswith(b"."):
+                if is_clutter(entry.name, is_folder := entry.is_dir()):
+                    continue
+                if is_folder:
+                    if not entry.is_symlink():
                         prefixes.append(path + b"/")
                 elif selected(path):
                     yield path
@@ -227,22 +230,40 @@ def _enter(paths: Paths, path: bytes, around: _Identities) -> _Entries | None:
         return None
     names: list[bytes] = []
     folders: dict[bytes, bool] = {}
-    num_left_out = 0
+    left_out: list[bytes] = []
     with os.scandir(full) as entries:
         for entry in entries:
             name = entry.name
             is_folder = _is_folder(entry)
-            if name.startswith(b".") and (is_folder or not suffix_format(name)):
-                num_left_out += 1
+            if is_clutter(name, is_folder):
+                left_out.append(name)
                 continue
             if is_folder:
                 folders[name] = entry.is_symlink()
             names.append(name)
-    paths.num_left_out += num_left_out
+    photos = _photos_named_as_apple_doubles(full, left_out, names)
+    paths.num_left_out += len(left_out) - len(photos)
+    names += photos
     names.sort()
     prefix = path + b"/" if path else b""
     inside = around | {identity}
     return ((prefix + name, folders.get(name), inside) for name in names)
+
+
+def _photos_named_as_apple_doubles(
+    folder: bytes, left_out: list[bytes], names: list[bytes]
+) -> list[bytes]:
+    """Files named `._x.jpg` that are none of macOS's, beside no `x.jpg`: only these are opened."""
+    doubles = [name for name in left_out if is_apple_double(name) and suffix_format(name)]
+    if not doubles:
+        return []
+    beside = set(names)
+    return [
+        name
+        for name in doubles
+        if name.removeprefix(b"._") not in beside
+        and looks_like_image(_head(os.path.join(folder, name)))
+    ]
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:

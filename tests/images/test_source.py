@@ -33,7 +33,7 @@ from batchclf.images.local import LocalFiles
 from batchclf.images.source import Source, open_source
 from batchclf.images.store import open_store
 from batchclf.results.records import Entry, Failure, ImageRef, Loaded, Preprocess
-from tests.conftest import ROOT
+from tests.conftest import DATA, ROOT, data
 from tests.images.common import decode, encode, picture
 from tests.mounts import dead_mount
 
@@ -160,6 +160,53 @@ def test_hidden_folders_and_hidden_files_that_are_no_images_are_left_out_and_cou
     for _ in range(2):
         assert list(paths) == expected
         assert paths.num_left_out == 3
+
+
+CLUTTER = [
+    *("Thumbs.db", "thumbs.DB", "a/Desktop.ini", "ehthumbs.db", "Icon\r", ".DS_Store", "a/._1.jpg"),
+    *("$RECYCLE.BIN/S-1-5/$R1.jpg", "$Recycle.Bin/1.jpg", "System Volume Information/x.png"),
+    *("@eaDir/1.jpg/SYNOPHOTO_THUMB_XL.jpg", "#recycle/1.jpg", "#snapshot/1.jpg", "@Recycle/1.jpg"),
+    *("__MACOSX/a/1.jpg", "lost+found/#123.jpg", ".Trashes/501/1.jpg", ".Spotlight-V100/1.jpg"),
+    *("a/.ipynb_checkpoints/1.jpg", ".thumbnails/1.jpg", ".Trash-1000/files/1.jpg"),
+]
+"""What systems leave among photos, each under a name of its own."""
+NO_CLUTTER = [
+    *("thumbs.db/1.jpg", "__macosx.jpg", "LOST+FOUND/1.jpg", "recycler/1.jpg", "icon/1.jpg"),
+    *("lost+found.png", "System Volume Information.jpg", "@eadir/1.jpg", "desktop.ini.png"),
+]
+
+
+def test_what_systems_leave_among_photos_is_left_out_and_counted(tmp_path: Path) -> None:
+    write(tmp_path, "a/1.jpg", *CLUTTER)
+    source = open_source(tmp_path)
+    paths = LocalFiles(source).paths()
+    assert list(paths) == [b"a/1.jpg"]
+    assert paths.num_left_out == len(CLUTTER)
+    assert list(LocalFiles(source).glimpse()) == [b"a/1.jpg"]
+
+
+@pytest.mark.parametrize("name", NO_CLUTTER)
+def test_what_only_looks_like_that_is_listed(tmp_path: Path, name: str) -> None:
+    write(tmp_path, name)
+    assert listed(open_source(tmp_path)) == [os.fsencode(name)]
+    assert list(LocalFiles(open_source(tmp_path)).glimpse()) == [os.fsencode(name)]
+
+
+def test_a_photo_whose_name_is_that_of_an_appledouble_file_is_listed(tmp_path: Path) -> None:
+    write(tmp_path, "._photo.jpg", "._notes", "1.jpg", "._1.jpg")
+    write(tmp_path, "._orphan.jpg", content=b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X")
+    paths = LocalFiles(open_source(tmp_path)).paths()
+    assert list(paths) == [b"._photo.jpg", b"1.jpg"]
+    assert paths.num_left_out == 3
+
+
+def test_an_appledouble_file_of_a_camera_card_is_no_image(tmp_path: Path) -> None:
+    double = data(DATA / "cases" / "appledouble_IMG_0001.JPG").read_bytes()
+    write(tmp_path, "._IMG_0001.JPG", content=double)
+    with pytest.raises(NoImagesError, match="found 0 images"):
+        open_store(open_source(tmp_path)).require_images()
+    write(tmp_path, "IMG_0001.JPG")
+    assert listed(open_source(tmp_path)) == [b"IMG_0001.JPG"]
 
 
 def test_the_files_of_a_large_folder_are_held_as_bare_names(tmp_path: Path) -> None:
