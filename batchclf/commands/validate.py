@@ -30,6 +30,8 @@ def check_job(job: JobSpec, log: Log) -> Checked:
     fallback = settle_provider(job, log)
     provider = PROVIDERS["cpu" if fallback is not None else job.provider.name]
     store = open_input(job)
+    for remark in store.source.remarks():
+        log(remark)
     model = check_model(job.model)
     entries = store.entries()
     num_images = sum(1 for _ in entries)

@@ -1,26 +1,33 @@
 """List files: the paths that the lines of a .txt or .jsonl file name."""
 
-import base64
+import codecs
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from hashlib import blake2b
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from batchclf.errors import UsageError
+from batchclf.images.dialect import Dialect, find_dialect
 from batchclf.system.paths import refusal
+
+NUM_TRIED = 100
+"""Files of a list that are looked for before a job begins: they show how it writes its paths."""
 
 MAX_LINE_BYTES = 65536
 """Of a list: a path of 4,096 bytes, each escaped as JSON has it, and other keys beside it."""
 CHUNK_PATHS = 16_384
 """Of a list, looked up at once among those before; fewer at first, so that the first come soon."""
+_MARKS = (
+    *((mark, "utf-32") for mark in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
+    *((mark, "utf-16") for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
+)
+"""Byte order marks; that of UTF-32 begins as UTF-16's does."""
 NUM_SHELVES = 16
 _DIGEST_BYTES = 16
 _Item = TypeVar("_Item")
@@ -29,28 +36,55 @@ _Digests = NDArray[np.bytes_]
 _FIRST_OF_SHELF = np.array([bytes([256 // NUM_SHELVES * n]) for n in range(1, NUM_SHELVES)], "S16")
 
 
-def read_list(spec: Path) -> Iterator[bytes]:
-    """The paths in a list, line by line, as often as they stand there.
+class ListedPaths:
+    """The paths that a list names, as often as they stand there; each iteration reads anew.
 
     Raises:
-        UsageError: a line holds no path.
+        UsageError: while it is iterated: a line holds no path.
+        EnvironmentFailed: while it is iterated: the list cannot be read.
+    """
+
+    def __init__(self, spec: Path, dialect: Dialect) -> None:
+        self._spec = spec
+        self._dialect = dialect
+        self.line_number = 0
+        """Of the last path, from 1."""
+        self.num_comments = 0
+        """Lines that are comments, seen by the last iteration."""
+
+    @property
+    def place(self) -> str:
+        """The line of the last path, for messages."""
+        return f"input: {self._spec}:{self.line_number}"
+
+    def __iter__(self) -> Iterator[bytes]:
+        self.num_comments = 0
+        for number, line in enumerate(_lines(self._spec, self._dialect.encoding), start=1):
+            self.line_number = number
+            if len(line) > MAX_LINE_BYTES:
+                raise UsageError(
+                    f"{self.place}: longer than {MAX_LINE_BYTES:,} bytes; a list has one path a "
+                    "line"
+                )
+            if not line.strip():
+                continue
+            path = self._dialect.path_in(line, self.place)
+            if self._dialect.is_comment(line, path, os.path.lexists):
+                self.num_comments += 1
+            else:
+                yield path
+
+
+def dialect_of(spec: Path, roots: Sequence[bytes]) -> Dialect:
+    """How a list writes its paths, which may be relative to any of `roots`.
+
+    Raises:
+        UsageError: its encoding is not what its first bytes say.
         EnvironmentFailed: the list cannot be read.
     """
-    is_jsonl = spec.suffix.lower() == ".jsonl"
-    for number, raw in enumerate(_lines(spec), start=1):
-        if len(raw) > MAX_LINE_BYTES:
-            raise UsageError(
-                f"input: {spec}:{number}: longer than {MAX_LINE_BYTES:,} bytes; "
-                "a list has one path a line"
-            )
-        line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-        line = line.rstrip(b"\r\n")
-        if not line.strip():
-            continue
-        path = _jsonl_path(line, f"input: {spec}:{number}") if is_jsonl else line
-        if not path or b"\0" in path:
-            raise UsageError(f"input: {spec}:{number}: found no usable path: {path[:80]!r}")
-        yield path
+    encoding = _encoding_of(spec)
+    head = list(islice(filter(bytes.strip, _lines(spec, encoding)), NUM_TRIED))
+    return find_dialect(head, roots, encoding, True if spec.suffix.lower() == ".jsonl" else None)
 
 
 def mark_repeated(
@@ -100,33 +134,33 @@ def _put(shelf: list[_Digests], digests: _Digests) -> NDArray[np.bool_]:
     return is_new
 
 
-def _lines(spec: Path) -> Iterator[bytes]:
-    """The lines of a list; of one that is too long, the beginning."""
+def _encoding_of(spec: Path) -> str | None:
+    """The encoding that a list's byte order mark says; None: it is read as bytes."""
     try:
         with spec.open("rb") as file:
-            yield from iter(partial(file.readline, MAX_LINE_BYTES + 1), b"")
+            first = file.read(4)
     except OSError as error:
         raise refusal("input", spec, error) from error
+    return next((encoding for mark, encoding in _MARKS if first.startswith(mark)), None)
 
 
-def _jsonl_path(line: bytes, where: str) -> bytes:
-    """The path in one line: a JSON string, or an object with `path` (and `path_b64`)."""
+def _lines(spec: Path, encoding: str | None) -> Iterator[bytes]:
+    """The lines of a list without their ends; of one that is too long, the beginning."""
     try:
-        value = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        if b'"path_b64"' not in line:
-            raise UsageError(f"{where}: not a line of JSON: {error}") from None
-        # A name that is not UTF-8 is written with escapes that strict parsers refuse.
-        match = re.search(rb'"path_b64":\s*"([^"]*)"', line)
-        value = {"path_b64": match[1].decode("ascii", "replace") if match else ""}
-    if isinstance(value, dict) and isinstance(value.get("path_b64"), str):
-        try:
-            return base64.b64decode(value["path_b64"], validate=True)
-        except ValueError:  # not base64, or not even ASCII
-            raise UsageError(f"{where}: `path_b64` is not base64") from None
-    path = value.get("path") if isinstance(value, dict) else value
-    if not isinstance(path, str):
+        if encoding is None:
+            with spec.open("rb") as file:
+                first = file.readline(MAX_LINE_BYTES + 1).removeprefix(codecs.BOM_UTF8)
+                lines = iter(partial(file.readline, MAX_LINE_BYTES + 1), b"")
+                for line in chain([first], lines):
+                    yield line.rstrip(b"\r\n")
+        else:
+            with spec.open(encoding=encoding) as text:
+                for told in iter(partial(text.readline, MAX_LINE_BYTES + 1), ""):
+                    yield os.fsencode(told.rstrip("\r\n"))
+    except OSError as error:
+        raise refusal("input", spec, error) from error
+    except UnicodeError as error:
         raise UsageError(
-            f'{where}: found no path; write {{"path": "cats/1.jpg"}} or "cats/1.jpg", one a line'
-        )
-    return os.fsencode(path)
+            f"input: {spec}: its first bytes say that it is {encoding} text, and it is not: "
+            f"{error}; save the list as UTF-8"
+        ) from error

@@ -17,10 +17,10 @@ from itertools import compress, islice
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from batchclf.errors import EnvironmentFailed, NoImagesError
+from batchclf.errors import EnvironmentFailed, NoImagesError, UsageError
 from batchclf.images.clutter import is_apple_double, is_clutter
 from batchclf.images.formats import looks_like_image, suffix_format
-from batchclf.images.lists import mark_repeated, read_list
+from batchclf.images.lists import NUM_TRIED, ListedPaths, mark_repeated
 from batchclf.images.source import Source, require_still_there, selector
 from batchclf.results.records import Failure
 from batchclf.system.paths import reason, refusal
@@ -33,8 +33,6 @@ RETRY_AFTER_S = (0.05, 0.2)
 """What a disk or a file server refuses is asked for again after these pauses."""
 NUM_TRIES = 1 + len(RETRY_AFTER_S)
 OUT_OF_MEMORY = "out of memory while reading"
-NUM_TRIED = 100
-"""Files of a list that are looked for before a job begins."""
 _LASTING = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
     *(errno.EACCES, errno.EPERM, errno.ENXIO, errno.ENODEV),
@@ -49,7 +47,8 @@ class Paths:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.num_left_out = 0
-        """Hidden files and folders, or duplicate lines of a list, seen by the last iteration."""
+        """What systems leave, or comments and repeated lines of a list, seen by the last iteration.
+        """
 
     def __iter__(self) -> Iterator[bytes]:
         self.num_left_out = 0
@@ -58,9 +57,13 @@ class Paths:
         return self._listed() if self.source.kind == "list" else self._walked()
 
     def _listed(self) -> Iterator[bytes]:
-        for paths, is_repeated in mark_repeated(read_list(Path(self.source.spec)), bytes):
-            self.num_left_out += int(is_repeated.sum())
+        listed = _lines_of(self.source)
+        num_repeated = 0
+        for paths, is_repeated in mark_repeated(listed, bytes):
+            num_repeated += int(is_repeated.sum())
+            self.num_left_out = num_repeated + listed.num_comments
             yield from compress(paths, ~is_repeated)
+        self.num_left_out = num_repeated + listed.num_comments
 
     def _walked(self) -> Iterator[bytes]:
         return filter(selector(self.source), _walk(self))
@@ -86,10 +89,11 @@ class LocalFiles:
         return _glimpse(self.source)
 
     def require_some(self) -> None:
-        """Refuse a list of which the first files are all missing: what it names lies elsewhere.
+        """Refuse a list of whose first files the most are missing: what it names lies elsewhere.
 
         Raises:
-            NoImagesError: naming the list, and a file that it names.
+            NoImagesError: naming the list, a file that it names, and where that was looked for.
+            UsageError: a line of the list holds no path, or more than that.
         """
         if self.source.kind == "list":
             _require_some(self.source)
@@ -137,13 +141,44 @@ class LocalFiles:
             return _failure(self.source, error, full)
 
 
+def _lines_of(source: Source) -> ListedPaths:
+    assert source.dialect is not None, "a list has one"
+    return ListedPaths(Path(source.spec), source.dialect)
+
+
 def _require_some(source: Source) -> None:
-    tried = [os.path.join(source.root, path) for path in islice(Paths(source), NUM_TRIED)]
-    if tried and not any(map(os.path.lexists, tried)):
-        raise NoImagesError(
-            f"input: {source.spec}: found 0 images: the first {len(tried):,} files of the list "
-            f"are not there, such as {os.fsdecode(tried[0])}; is what they lie on mounted?"
-        )
+    lines = _lines_of(source)
+    num_tried, missing = 0, []
+    for path in islice(lines, NUM_TRIED):
+        num_tried += 1
+        if not os.path.lexists(os.path.join(source.root, source.locate(path))):
+            missing.append((lines.place, path))
+    if 2 * len(missing) <= num_tried:
+        return
+    for place, path in missing:
+        _require_one_path(source, place, path)
+    place, path = missing[0]
+    folders = ", nor below ".join(map(os.fsdecode, source.roots))
+    found = "found 0 images: " if len(missing) == num_tried else ""
+    raise NoImagesError(
+        f"{place}: {found}{len(missing):,} of the first {num_tried:,} files of the list are not "
+        f"there, such as {os.fsdecode(path)}: it is not below {folders}; write whole paths, or "
+        "run from the folder that they are relative to (is what they lie on mounted?)"
+    )
+
+
+def _require_one_path(source: Source, place: str, path: bytes) -> None:
+    """Refuse a line of a table, with a file's path in it and something else."""
+    for separator in (b"\t", b",", b";", b" "):
+        parts = [*path.partition(separator)[::2], *path.rpartition(separator)[::2]]
+        for part in parts if separator in path else ():
+            one = part.strip(b" \t\"'")
+            if one and os.path.isfile(os.path.join(source.root, source.locate(one))):
+                raise UsageError(
+                    f"{place}: found {path[:300]!r}, of which only {one!r} is there; a list has "
+                    "nothing but one path a line; with more to say it is .jsonl: "
+                    '{"path": "cats/1.jpg", "label": "cat"}'
+                )
 
 
 # ---- folders and globs ---------------------------------------------------------------------------
@@ -360,9 +395,7 @@ def _failure(source: Source, error: OSError, full: bytes) -> Failure:
     require_still_there(source)
     match error.errno:
         case errno.ENOENT | errno.ENOTDIR:
-            if os.path.islink(full):
-                return Failure("vanished", "a link to a file that is not there")
-            return Failure("vanished", "no longer there; it was when the input was listed")
+            return _missing(source, os.path.islink(full))
         case errno.ELOOP:
             return Failure("symlink_loop", "a link that leads back to itself")
         case errno.EACCES | errno.EPERM:
@@ -381,6 +414,15 @@ def _failure(source: Source, error: OSError, full: bytes) -> Failure:
                 "(`ulimit -n`) or choose fewer loader.workers, and run again to resume"
             ) from error
     return Failure("io_error", f"tried {NUM_TRIES} times: {reason(error)}")
+
+
+def _missing(source: Source, is_link: bool) -> Failure:
+    if source.kind == "list":  # what it names was not looked up
+        what = "a link to a file that is not there" if is_link else "not there"
+        return Failure("not_found", f"{what}; the list names it")
+    if is_link:
+        return Failure("vanished", "a link to a file that is not there")
+    return Failure("vanished", "no longer there; it was when the input was listed")
 
 
 def _read_whole(descriptor: int, max_bytes: int) -> bytes | Failure:

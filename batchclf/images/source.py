@@ -6,13 +6,19 @@ A folder is walked, a glob selects among what a walk finds, a .txt or .jsonl lis
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
+import orjson
+
 from batchclf.errors import EnvironmentFailed, NoImagesError
 from batchclf.images.archives import is_archive
+from batchclf.images.dialect import Dialect
+from batchclf.images.lists import dialect_of
 from batchclf.spec.input import ParquetSpec, Place, places_of
 from batchclf.spec.job import JobSpec
 from batchclf.system.paths import kind_of, reason, refusal
@@ -45,6 +51,10 @@ class Source:
     """Whether links that lead out of `root` are refused; lists name their files themselves."""
     names: tuple[str, ...] = ()
     """Of a glob: the names below `root`, from the first with a wildcard on; of a file, its own."""
+    roots: tuple[bytes, ...] = ()
+    """Of a list: the folders in which its files were looked for; `root` is the list's own."""
+    dialect: Dialect | None = None
+    """Of a list: how it writes its paths, and which of `roots` they are relative to."""
     rows: Rows = Rows()
     identity: tuple[int, int] | None = None
     """Device and number (inode) of the folder that `root` was when the source was opened; None: it
@@ -65,6 +75,30 @@ class Source:
             return is_archive(os.fsencode(self.names[-1]))
         return self.kind == "list"
 
+    @property
+    def around(self) -> bytes:
+        """The folder that the paths of its records are relative to."""
+        return self.root if self.dialect is None else self.dialect.root
+
+    def locate(self, path: bytes) -> bytes:
+        """Where the file lies that one of its paths names: the path itself, or a whole one.
+
+        What is listed keeps it, so that a list need not be understood again to go on.
+        """
+        if self.dialect is None or (self.dialect.root == self.root and self.dialect.form is None):
+            return path
+        return self.dialect.locate(path)
+
+    def remarks(self) -> Iterator[str]:
+        """What was understood of it that a user should know."""
+        if self.dialect is None:
+            return
+        if self.around != self.root:
+            folder = os.fsdecode(self.around)
+            yield f"input: {self.spec}: its paths are relative to {folder}, not to its own folder"
+        for remark in self.dialect.remarks():
+            yield f"input: {self.spec}: {remark}"
+
 
 @dataclass(frozen=True, slots=True)
 class Sources:
@@ -73,6 +107,10 @@ class Sources:
     parts: tuple[Source, ...]
     prefixes: tuple[bytes, ...]
     """What comes before the paths of each, so that they are relative to one folder for all."""
+
+    def remarks(self) -> Iterator[str]:
+        """As of each `Source`."""
+        return chain.from_iterable(part.remarks() for part in self.parts)
 
 
 AnySource = Source | Sources
@@ -90,7 +128,7 @@ def source_of(job: JobSpec) -> AnySource:
     rows = Rows(given.column, given.id) if isinstance(given, ParquetSpec) else Rows()
     confined = not job.loader.allow_outside_links
     parts = tuple(_open_place(place, confined, rows) for place in places_of(given))
-    return parts[0] if len(parts) == 1 else _together(parts)
+    return parts[0] if len(parts) == 1 else together(parts)
 
 
 def _open_place(place: Place, confined: bool, rows: Rows) -> Source:
@@ -112,11 +150,10 @@ def open_source(spec: Path, *, allow_outside_links: bool = False) -> Source:
     if kind == "folder":
         return _identified(Source(spec, "folder", os.fsencode(spec), confined))
     if kind != "nothing":
-        folder = os.fsencode(spec.parent)
         if spec.suffix.lower() in LIST_SUFFIXES:
-            return _identified(Source(spec, "list", folder, confined=False))
+            return _identified(_open_list(spec))
         # The user named it, so a link may lead wherever it does.
-        return _identified(Source(spec, "file", folder, False, (spec.name,)))
+        return _identified(Source(spec, "file", os.fsencode(spec.parent), False, (spec.name,)))
     root, names = _split_glob(spec)
     if not names:
         raise NoImagesError(f"input: {spec}: found 0 images: no such folder or file")
@@ -125,17 +162,45 @@ def open_source(spec: Path, *, allow_outside_links: bool = False) -> Source:
     return _identified(Source(spec, "glob", os.fsencode(root), confined, names))
 
 
+def _open_list(spec: Path) -> Source:
+    own = os.path.abspath(os.fsencode(spec.parent))
+    found = [own] if spec.suffix.lower() == ".txt" else [*_earlier_root(spec), own]
+    with suppress(FileNotFoundError):  # this process's folder was removed
+        found.append(os.getcwdb())
+    roots = tuple(dict.fromkeys(found))
+    return Source(spec, "list", own, False, roots=roots, dialect=dialect_of(spec, roots))
+
+
+def _earlier_root(spec: Path) -> Iterator[bytes]:
+    """The input folder of the job that wrote a list, where that is its predictions.jsonl."""
+    named = re.fullmatch(r"predictions(.*)\.jsonl", spec.name)
+    if named is None:
+        return
+    with suppress(OSError, ValueError, KeyError, TypeError):  # none, or none that says it
+        job = orjson.loads(spec.with_name(f"run{named[1]}.json").read_bytes())["job"]
+        given = job["input"] if isinstance(job["input"], list) else [job["input"]]
+        yield os.path.commonpath([os.fsencode(_root_of(Path(one))) for one in given])
+
+
+def _root_of(spec: Path) -> Path:
+    """The folder that the paths of an input are relative to, as far as its own path says it."""
+    if spec.is_dir():
+        return spec
+    return spec.parent if spec.exists() else _split_glob(spec)[0]
+
+
 def _open_address(address: str, confined: bool, rows: Rows) -> Source:
     raise NotImplementedError(address)
 
 
-def _together(parts: tuple[Source, ...]) -> Sources:
+def together(parts: tuple[Source, ...]) -> Sources:
     """Several sources; the paths of local ones are relative to the folder around all of these."""
-    roots = [os.path.abspath(part.root) for part in parts if not part.is_remote]
+    roots = [os.path.abspath(part.around) for part in parts if not part.is_remote]
     around = os.path.commonpath(roots) if roots else b"/"
     prefixes = []
     for part in parts:
-        root = part.root if part.is_remote else os.path.relpath(os.path.abspath(part.root), around)
+        own = part.around
+        root = own if part.is_remote else os.path.relpath(os.path.abspath(own), around)
         prefixes.append(b"" if root == b"." else root.rstrip(b"/") + b"/")
     return Sources(parts, tuple(prefixes))
 

@@ -4,8 +4,10 @@ Files, of this machine (local.py) or of a bucket (remote.py), are listed, opened
 a store lists their images, those inside of archives as well, and reads an image that it listed.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import compress
 from typing import Protocol
 
@@ -39,7 +41,7 @@ class Files(Ranges, Protocol):
         """Paths in no order and not all, the first of which comes sooner than that of `paths`."""
 
     def require_some(self) -> None:
-        """Refuse a source of which the first files are all missing."""
+        """Refuse a source of whose first files too many are missing."""
 
     def head(self, path: bytes) -> bytes:
         """The first bytes of a file; empty where it cannot be read."""
@@ -74,6 +76,15 @@ class Store(Protocol):
 
     def require_images(self) -> None:
         """Refuse an input in which nothing looks like an image, by suffix or by first bytes.
+
+        Raises:
+            NoImagesError: naming the place and what was found instead.
+        """
+
+    def require_listed(self, entries: Iterable[Entry]) -> None:
+        """Refuse an input that an earlier run listed, and that is not there now.
+
+        `entries`: its first ones. A list is not looked at again: some of its files may be gone.
 
         Raises:
             NoImagesError: naming the place and what was found instead.
@@ -140,17 +151,37 @@ class FileStore:
             f"input: {self.source.spec}: found 0 images ({found}); check the job's `input`"
         )
 
+    def require_listed(self, entries: Iterable[Entry]) -> None:
+        """As `Store`."""
+        if self.source.kind != "list":
+            self.require_images()
+            return
+        files = [_file_of(*entry) for entry in entries]
+        tried = [os.path.join(self.source.root, path) for path in files if path is not None]
+        if tried and len(tried) == len(files) and not any(map(os.path.lexists, tried)):
+            raise NoImagesError(
+                f"input: {self.source.spec}: the first {len(tried):,} files of the list are no "
+                f"longer there, such as {os.fsdecode(tried[0])}; is what they lie on mounted?"
+            )
+
     def _head(self, entry: Entry) -> bytes:
-        if not entry.location:
-            return self.files.head(entry.path)
+        if (path := _file_of(*entry)) is not None:
+            return self.files.head(path)
         found = read_member(self.files, entry.location, MAX_FILE_BYTES)
         return b"" if isinstance(found, Failure) else found
 
     def read(self, ref: ImageRef, max_bytes: int) -> bytes | Failure:
         """As `Store`."""
-        if ref.location:
-            return read_member(self.files, ref.location, max_bytes)
-        return self.files.read(ref.path, max_bytes)
+        if (path := _file_of(ref.path, ref.location)) is not None:
+            return self.files.read(path, max_bytes)
+        return read_member(self.files, ref.location, max_bytes)
+
+
+def _file_of(path: bytes, location: bytes) -> bytes | None:
+    """The file that an entry is; None: it lies in an archive."""
+    if location.startswith(b"/"):  # a list named it otherwise
+        return location
+    return None if location else path
 
 
 class FileEntries:
@@ -173,10 +204,12 @@ class FileEntries:
 
     def _unpacked(self) -> Iterator[Entry]:
         for path in self._paths:
+            place = self._source.locate(path)
             if is_archive(path):
-                yield from list_members(self._files, path)
+                for member in list_members(self._files, place):
+                    yield member._replace(path=path + member.path.removeprefix(place))
             else:
-                yield Entry(path)
+                yield Entry(path, b"" if place == path else place)
 
 
 # ---- several places ------------------------------------------------------------------------------
@@ -190,7 +223,7 @@ class SeveralStores:
     parts: tuple[FileStore, ...]
 
     def entries(self) -> "SeveralEntries":
-        """As `Store`; a location begins with the number of the part."""
+        """As `Store`; a location is the number of the part, and `:location` or `/path` in it."""
         return SeveralEntries(self.source.prefixes, [part.entries() for part in self.parts])
 
     def require_images(self) -> None:
@@ -198,12 +231,25 @@ class SeveralStores:
         for part in self.parts:
             part.require_images()
 
+    def require_listed(self, entries: Iterable[Entry]) -> None:
+        """As `Store`."""
+        own: list[list[Entry]] = [[] for _ in self.parts]
+        for entry in entries:
+            number, inner = _in_part(entry)
+            own[number].append(inner)
+        for part, some in zip(self.parts, own, strict=True):
+            part.require_listed(some)
+
     def read(self, ref: ImageRef, max_bytes: int) -> bytes | Failure:
         """As `Store`."""
-        number, _, location = ref.location.partition(b":")
-        path = ref.path.removeprefix(self.source.prefixes[int(number)])
-        part = self.parts[int(number)]
-        return part.read(replace(ref, path=path, location=location), max_bytes)
+        number, entry = _in_part(Entry(ref.path, ref.location))
+        return self.parts[number].read(ImageRef(ref.index, *entry), max_bytes)
+
+
+def _in_part(entry: Entry) -> tuple[int, Entry]:
+    """The number of an entry's part, and the entry as that part listed it."""
+    digits, sign, rest = re.split(rb"([:/])", entry.location, maxsplit=1)
+    return int(digits), Entry(entry.path, rest) if sign == b":" else Entry(rest)
 
 
 class SeveralEntries:
@@ -229,4 +275,5 @@ class SeveralEntries:
     def _all(self) -> Iterator[Entry]:
         for number, (prefix, part) in enumerate(zip(self._prefixes, self._parts, strict=True)):
             for path, location in part:
-                yield Entry(prefix + path, b"%d:%s" % (number, location))
+                place = b":" + location if location else b"/" + path
+                yield Entry(prefix + path, b"%d%s" % (number, place))

@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
-from batchclf.images.store import Store, open_input
+from batchclf.images.lists import NUM_TRIED
+from batchclf.images.source import source_of
+from batchclf.images.store import Store, open_input, open_store
 from batchclf.models.resolve import ResolvedModel, resolve_model
 from batchclf.results.identity import Identity
 from batchclf.results.listing import FileIdentity, Listing, drafted, file_of, open_listing
@@ -74,7 +76,7 @@ def look(run: Run) -> Found:
     job, files, options = run.job, run.files, run.options
     record = None if options.overwrite else read_run(files)
     settle = cache(partial(settle_provider, job, run.reporter.log))
-    store = cache(partial(open_input, job))
+    store = cache(partial(_open_store, run))
     if record is None or not record.is_finished:  # else they may be gone
         settle()
         store()
@@ -105,6 +107,16 @@ def look(run: Run) -> Found:
     run.reporter.before_write()
     remove_leftovers(files, is_complete=record is not None and record.status == "complete")
     return found
+
+
+def _open_store(run: Run) -> Store:
+    """Open a job's input, as far as it is to be listed or to be read as it was."""
+    listing = None if run.options.overwrite else open_listing(run.files)
+    if listing is None:
+        return open_input(run.job)
+    store = open_store(source_of(run.job))
+    store.require_listed(listing.entries(0, NUM_TRIED))
+    return store
 
 
 def _require_own(found: Found) -> None:
@@ -143,7 +155,10 @@ def listed(found: Found) -> Iterator[Listing]:
     if listing is not None and not is_extended:
         yield listing
         return
-    entries = found.store().entries()
+    store = found.store()
+    if listing is not None:
+        store.require_images()
+    entries = store.entries()
     run.reporter.before_write()
     limit = run.options.limit
     if listing is not None and found.record is not None:
@@ -155,6 +170,11 @@ def listed(found: Found) -> Iterator[Listing]:
             num_new = draft.num_images - listing.num_images
             what = "--extend" if run.options.extend else "--limit"
             run.reporter.log(f"{what}: {num_new:,} new images in the listing")
+        for remark in store.source.remarks():
+            run.reporter.log(remark)
         if draft.num_left_out:
-            run.reporter.log(f"input: left out {draft.num_left_out:,} hidden or repeated entries")
+            run.reporter.log(
+                f"input: left out {draft.num_left_out:,} entries: hidden or a system's own, "
+                "comments or repeated"
+            )
         yield draft

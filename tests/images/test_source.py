@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import tracemalloc
@@ -26,11 +27,13 @@ from hypothesis import strategies as st
 
 from batchclf.errors import BatchclfError, EnvironmentFailed, NoImagesError, UsageError
 from batchclf.images import lists
+from batchclf.images.clutter import is_clutter
 from batchclf.images.decode import Decoder
+from batchclf.images.dialect import NormalForm
 from batchclf.images.lists import mark_repeated
 from batchclf.images.load import Loader
 from batchclf.images.local import LocalFiles
-from batchclf.images.source import Source, open_source
+from batchclf.images.source import Source, open_source, together
 from batchclf.images.store import open_store
 from batchclf.results.records import Entry, Failure, ImageRef, Loaded, Preprocess
 from tests.conftest import DATA, ROOT, data
@@ -82,7 +85,7 @@ Tree = dict[bytes, "Tree | None"]
 names = (
     st.binary(min_size=1, max_size=6)
     .map(lambda name: name.replace(b"/", b"-").replace(b"\0", b"0"))
-    .filter(lambda name: not name.startswith(b"."))
+    .filter(lambda name: not is_clutter(name, True) and not is_clutter(name, False))
 )
 trees: st.SearchStrategy[Tree] = st.recursive(
     st.dictionaries(names, st.none(), max_size=5),
@@ -827,7 +830,7 @@ def list_of(tmp_path: Path, content: bytes, name: str = "list.txt") -> Source:
         (b"b/1.jpg\na.jpg", [b"b/1.jpg", b"a.jpg"], 0),
         (b"b/1.jpg\r\na.jpg\r\n", [b"b/1.jpg", b"a.jpg"], 0),
         (b"\xef\xbb\xbfa.jpg\r\nb/1.jpg\r\n", [b"a.jpg", b"b/1.jpg"], 0),
-        (b"\n\n a.jpg \n   \n\t\r\n", [b" a.jpg "], 0),
+        (b"\n\n a.jpg\n   \n\t\r\n", [b"a.jpg"], 0),
         (b"a.jpg\nb/1.jpg\na.jpg\na.jpg\n", [b"a.jpg", b"b/1.jpg"], 2),
         (b"caf\xe9.jpg\n", [b"caf\xe9.jpg"], 0),
         ("a\u2028b.jpg\x0b\x85.jpg\n".encode(), ["a\u2028b.jpg\x0b\x85.jpg".encode()], 0),
@@ -883,7 +886,7 @@ def test_paths_in_a_list_are_relative_to_its_folder_or_absolute(
     source = list_of(tmp_path, b"a.jpg\n" + absolute + b"\nb/../elsewhere/2.jpg\ngone.jpg\n")
     *there, gone = listed(source)
     assert [read(source, path) for path in there] == [JPEG] * 3
-    assert code(source, gone) == "vanished"
+    assert code(source, gone) == "not_found"
 
 
 def test_a_list_may_name_links_that_lead_anywhere(tmp_path: Path) -> None:
@@ -935,10 +938,245 @@ def test_a_line_of_jsonl_without_a_usable_path_is_an_error_that_names_the_line(
         listed(source)
 
 
-def test_a_utf_16_list_is_an_error_that_names_the_line(tmp_path: Path) -> None:
-    source = list_of(tmp_path, "a.jpg\r\nb/1.jpg\r\n".encode("utf-16"))
-    with pytest.raises(UsageError, match=r"list\.txt:1"):
-        listed(source)
+def found_in(source: Source) -> dict[bytes, bytes | str]:
+    """What a list names, as a job would list and read it: the content, or the code of a failure."""
+    store = open_store(source)
+    store.require_images()
+    found: dict[bytes, bytes | str] = {}
+    for number, entry in enumerate(store.entries()):
+        content = store.read(ImageRef(number, *entry), 10_000)
+        found[entry.path] = content.code if isinstance(content, Failure) else content
+    return found
+
+
+LISTS: dict[str, tuple[list[str], bytes, list[str], str]] = {
+    "quotes": (["a b.jpg", "c.jpg"], b'"a b.jpg"\nc.jpg\n', ["a b.jpg", "c.jpg"], "quotes"),
+    "single quotes": (["a b.jpg"], b"'a b.jpg'\r\n", ["a b.jpg"], "quotes"),
+    "quotes that are in the name": (['"a.jpg"'], b'"a.jpg"\n', ['"a.jpg"'], ""),
+    "blanks behind": (["a.jpg", "b.jpg"], b"a.jpg  \r\nb.jpg\t\r\n", ["a.jpg", "b.jpg"], "blanks"),
+    "blanks before": (["a.jpg"], b"   a.jpg\n", ["a.jpg"], "blanks"),
+    "a blank that is in the name": (["a.jpg "], b"a.jpg \n", ["a.jpg "], ""),
+    "backslashes": (["cats/1.jpg"], b"cats\\1.jpg\r\n", ["cats/1.jpg"], "`\\`"),
+    "a backslash that is in the name": (["cats\\1.jpg"], b"cats\\1.jpg\n", ["cats\\1.jpg"], ""),
+    "all at once": (["c d/1.jpg"], b'\xef\xbb\xbf "c d\\1.jpg" \r\n', ["c d/1.jpg"], "blanks"),
+    "UTF-16": (["é.jpg", "b.jpg"], "é.jpg\r\nb.jpg\r\n".encode("utf-16"), ["é.jpg", "b.jpg"], ""),
+    "UTF-16 big-endian": (["é.jpg"], b"\xfe\xff" + "é.jpg".encode("utf-16-be"), ["é.jpg"], ""),
+    "UTF-32": (["é.jpg"], "é.jpg\n".encode("utf-32"), ["é.jpg"], ""),
+    "Windows-1252": (["café.jpg"], b"caf\xe9.jpg\r\n", ["café.jpg"], "Windows-1252"),
+    "JSON objects": (["a.jpg"], b'{"path": "a.jpg", "label": 1}\n', ["a.jpg"], ""),
+    "JSON texts": (["a\tb.jpg"], b'"a\\tb.jpg"\n', ["a\tb.jpg"], ""),
+    "comments": (["a.jpg"], b"# my cats\n#\na.jpg\n # the end\n", ["a.jpg"], ""),
+    "names with a #": (["#1.jpg", "#2.jpg"], b"#1.jpg\n#no\n#2.jpg\n", ["#1.jpg", "#2.jpg"], ""),
+}
+"""Files that are there, a list of them, the paths it is to give, and what is said of that."""
+
+
+@pytest.mark.parametrize(("there", "content", "paths", "said"), LISTS.values(), ids=LISTS.keys())
+def test_a_list_is_understood_as_it_is_written(
+    tmp_path: Path, there: list[str], content: bytes, paths: list[str], said: str
+) -> None:
+    write(tmp_path, *there)
+    write(tmp_path, "list.txt", content=content)
+    source = open_source(tmp_path / "list.txt")
+    assert found_in(source) == {os.fsencode(path): JPEG for path in paths}
+    assert said in "\n".join(source.remarks())
+    assert bool(said) == bool(list(source.remarks()))
+
+
+def test_comments_are_counted(tmp_path: Path) -> None:
+    paths = LocalFiles(list_of(tmp_path, b"# one\na.jpg\na.jpg\n# two\n")).paths()
+    for _ in range(2):
+        assert list(paths) == [b"a.jpg"]
+        assert paths.num_left_out == 3
+
+
+@pytest.mark.parametrize(("listed_as", "on_disk"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_in_the_other_normal_form_are_found_and_recorded_as_the_list_has_them(
+    tmp_path: Path, listed_as: NormalForm, on_disk: NormalForm
+) -> None:
+    name = unicodedata.normalize(listed_as, "fotos/é.jpg").encode()
+    write(tmp_path, unicodedata.normalize(on_disk, "fotos/é.jpg"))
+    write(tmp_path, "list.txt", content=name + b"\n")
+    source = open_source(tmp_path / "list.txt")
+    assert found_in(source) == {name: JPEG}
+    assert f"normal form {on_disk}" in "\n".join(source.remarks())
+
+
+def test_what_the_first_lines_show_holds_for_all_lines_and_no_other_is_looked_up(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, *(f"c/{number}.jpg" for number in range(400)))
+    lines = [f"c\\{number}.jpg" for number in range(400)]
+    write(tmp_path, "list.txt", content="\n".join([*lines, "c\\gone.jpg"]).encode())
+    with patch.object(os.path, "lexists", wraps=os.path.lexists) as looked:
+        source = open_source(tmp_path / "list.txt")
+        paths = listed(source)
+    assert paths == [*(b"c/%d.jpg" % number for number in range(400)), b"c/gone.jpg"]
+    assert looked.call_count <= 3 * lists.NUM_TRIED  # in two folders, and with slashes
+    assert code(source, b"c/gone.jpg") == "not_found"
+
+
+def test_paths_relative_to_the_working_folder_are_found_from_wherever_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "work/photos/1.jpg", "work/photos/2.jpg")
+    write(tmp_path, "lists/cats.txt", content=b"photos/1.jpg\nphotos/2.jpg\nphotos/gone.jpg\n")
+    monkeypatch.chdir(tmp_path / "work")
+    source = open_source(tmp_path / "lists" / "cats.txt")
+    assert f"relative to {tmp_path / 'work'}, not to its own" in "\n".join(source.remarks())
+    entries = list(open_store(source).entries())
+    assert [entry.path for entry in entries] == [
+        *(b"photos/1.jpg", b"photos/2.jpg", b"photos/gone.jpg"),
+    ]
+    monkeypatch.chdir("/")
+    for again in (source, open_source(tmp_path / "lists" / "cats.txt")):
+        store = open_store(again)
+        found = [store.read(ImageRef(0, *entry), 10_000) for entry in entries]
+        assert found[:2] == [JPEG] * 2
+        assert isinstance(found[2], Failure)
+        assert found[2].code == "not_found"
+
+
+def test_the_lists_own_folder_comes_before_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "lists/1.jpg", content=b"own")
+    write(tmp_path, "work/1.jpg")
+    write(tmp_path, "lists/cats.txt", content=b"1.jpg\n")
+    monkeypatch.chdir(tmp_path / "work")
+    assert found_in(open_source(tmp_path / "lists" / "cats.txt")) == {b"1.jpg": b"own"}
+
+
+def test_a_list_of_archives_relative_to_the_working_folder_is_unpacked_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "work/1.jpg")
+    with tarfile.open(tmp_path / "work" / "all.tar", "w") as archive:
+        archive.add(tmp_path / "work" / "1.jpg", "cats/1.jpg")
+    write(tmp_path, "lists/list.txt", content=b"all.tar\n")
+    monkeypatch.chdir(tmp_path / "work")
+    store = open_store(open_source(tmp_path / "lists" / "list.txt"))
+    (entry,) = store.entries()
+    assert entry.path == b"all.tar/cats/1.jpg"
+    monkeypatch.chdir("/")
+    again = open_store(open_source(tmp_path / "lists" / "list.txt"))
+    assert again.read(ImageRef(0, *entry), 10_000) == JPEG
+
+
+def test_a_list_and_a_folder_are_told_apart_by_where_the_lists_files_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "lists/1.jpg", content=b"another")
+    write(tmp_path, "work/1.jpg", "work/2.jpg")
+    write(tmp_path, "lists/list.txt", content=b"1.jpg\n2.jpg\n")
+    monkeypatch.chdir(tmp_path / "work")
+    sources = (open_source(tmp_path / "lists" / "list.txt"), open_source(tmp_path / "lists"))
+    joined = open_store(together(sources))
+    entries = [entry for entry in joined.entries() if entry.path.endswith(b".jpg")]
+    assert [entry.path for entry in entries] == [b"work/1.jpg", b"work/2.jpg", b"lists/1.jpg"]
+    monkeypatch.chdir("/")
+    found = [joined.read(ImageRef(0, *entry), 10_000) for entry in entries]
+    assert found == [JPEG, JPEG, b"another"]
+
+
+@pytest.mark.parametrize("spec", [".", "b/*", "list"])
+def test_the_records_of_an_earlier_job_are_a_list_relative_to_its_input(
+    tmp_path: Path, spec: str
+) -> None:
+    write(tmp_path, "in/b/1.jpg", "in/b/2.jpg")
+    write(tmp_path, "in/list.txt", content=b"b/1.jpg\nb/2.jpg\n")
+    given = tmp_path / "in" / {"list": "list.txt"}.get(spec, spec)
+    paths = listed(open_source(given))
+    records = b"".join(b'{"path":"%s","status":"ok","predictions":[]}\n' % one for one in paths)
+    for suffix in ("", "-00000-of-00002"):
+        run = {"job": {"input": str(given)}}
+        write(tmp_path, f"out/run{suffix}.json", content=json.dumps(run).encode())
+        write(tmp_path, f"out/predictions{suffix}.jsonl", content=records)
+        found = found_in(open_source(tmp_path / "out" / f"predictions{suffix}.jsonl"))
+        assert [path for path, content in found.items() if content == JPEG] == [
+            path for path in paths if path.endswith(b".jpg")
+        ]
+
+
+@pytest.mark.parametrize("run", [None, b"", b"{}", b'{"job": {"input": 3}}', b'{"job": 1}'])
+def test_records_beside_no_run_that_says_its_input_are_refused_with_where_they_were_looked_for(
+    tmp_path: Path, run: bytes | None
+) -> None:
+    write(tmp_path, "out/predictions.jsonl", content=b'{"path":"1.jpg","status":"ok"}\n')
+    if run is not None:
+        write(tmp_path, "out/run.json", content=run)
+    with pytest.raises(NoImagesError, match=r"predictions\.jsonl:1: .*1\.jpg.*not below .*/out"):
+        found_in(open_source(tmp_path / "out" / "predictions.jsonl"))
+
+
+@pytest.mark.parametrize("num_missing", [5, 6])
+def test_a_list_of_which_most_files_are_nowhere_is_refused_with_a_path_and_where_it_was_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_missing: int
+) -> None:
+    monkeypatch.chdir("/")
+    write(tmp_path, *(f"{number}.jpg" for number in range(num_missing, 10)))
+    write(tmp_path, "list.txt", content="\n".join(f"{n}.jpg" for n in range(10)).encode())
+    source = open_source(tmp_path / "list.txt")
+    if num_missing == 5:
+        assert list(found_in(source).values()).count("not_found") == 5
+    else:
+        said = rf"list\.txt:1: 6 of the first 10 .* 0\.jpg.* below {tmp_path}, nor below /;"
+        with pytest.raises(NoImagesError, match=said):
+            found_in(source)
+
+
+def test_files_of_a_list_that_are_taken_away_do_not_stop_a_job_that_goes_on(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, "in/0.jpg", *(f"{number}.jpg" for number in range(10)))
+    write(tmp_path, "list.txt", content="\n".join(f"{n}.jpg" for n in range(10)).encode())
+    sources = (open_source(tmp_path / "list.txt"), open_source(tmp_path / "in"))
+    stores = [open_store(source) for source in (sources[0], together(sources))]
+    entries = [list(store.entries()) for store in stores]
+    for number in range(9):
+        (tmp_path / f"{number}.jpg").unlink()
+    for store, some in zip(stores, entries, strict=True):
+        store.require_listed(some)
+    (tmp_path / "9.jpg").unlink()
+    for store, some in zip(stores, entries, strict=True):
+        with pytest.raises(NoImagesError, match="is what they lie on mounted"):
+            store.require_listed(some)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("a.jpg,cat", "a.jpg\tcat", "a.jpg;cat;0.5", "a.jpg 281", "cat,a.jpg", "a b.jpg 3"),
+        *('"a.jpg","cat"', "0.5, a.jpg", "a.jpg b.jpg"),
+    ],
+)
+def test_a_table_is_refused_with_its_line_unless_there_is_such_a_file(
+    tmp_path: Path, line: str
+) -> None:
+    write(tmp_path, "a.jpg", "a b.jpg")
+    write(tmp_path, "list.txt", content=f"path,label\n{line}\n".encode())
+    with pytest.raises(UsageError, match=r"list\.txt:2: .* only b'a( b)?\.jpg' is there"):
+        found_in(open_source(tmp_path / "list.txt"))
+    write(tmp_path, line)
+    assert found_in(open_source(tmp_path / "list.txt"))[line.encode()] == JPEG
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a.jpg\nb/1.jpg\n".encode("utf-16-le"), r"list\.txt:1: found a NUL byte; save .* UTF-8"),
+        (b"a.jpg\0b/1.jpg\0", r"list\.txt:1: found a NUL byte.*find -print0"),
+        (b"\xff\xfea\0.\0j", r"list\.txt: its first bytes say that it is utf-16 text"),
+        (b"a.jpg\nhttps://x.org/1.jpg\n", r"list\.txt:2: found the address https://x\.org/1"),
+        (b"a.jpg\n" * 200 + b"s3://b/1.jpg\n", r"list\.txt:201: found the address s3://b/1"),
+    ],
+    ids=["UTF-16 without a mark", "print0", "UTF-16 cut", "address", "address far below"],
+)
+def test_a_list_that_cannot_be_understood_is_one_error_that_names_the_line(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        found_in(list_of(tmp_path, content))
 
 
 # ---- globs ---------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Batchclf, read_records
+from tests.conftest import ROOT, Batchclf, read_records
 from tests.tiny import DIGITS, assert_same_records, run_here, write_tiny_job
 
 
@@ -49,3 +49,37 @@ def test_several_inputs_are_one_relative_to_the_folder_around_them(
     job = write_tiny_job(tmp_path)
     batchclf("run", job, "-i", both[0], "-i", both[1])
     assert_same_records(read_records(tmp_path / "out"), expected)
+
+
+def test_a_list_relative_to_the_working_folder_is_taken_and_said_and_resumed_from_another(
+    tmp_path: Path, photos: Path, batchclf: Batchclf
+) -> None:
+    expected = [
+        one | {"path": f"photos/{one['path']}"}
+        for one in records_of(tmp_path / "folder", str(photos))
+    ]
+    (tmp_path / "lists").mkdir()
+    names = "".join(f"{one['path']}\n" for one in expected)
+    (tmp_path / "lists" / "all.txt").write_text(names)
+    job = write_tiny_job(tmp_path / "lists", input="all.txt")
+    said = f"its paths are relative to {tmp_path}, not to its own folder"
+    assert said in batchclf("validate", job, cwd=tmp_path).stderr
+    done = batchclf("run", job, cwd=tmp_path)
+    assert said in done.stderr
+    assert_same_records(read_records(tmp_path / "lists" / "out"), expected)
+    predictions = tmp_path / "lists" / "out" / "predictions.jsonl"
+    predictions.write_bytes(predictions.read_bytes().splitlines(keepends=True)[0])
+    assert batchclf("run", job, cwd=ROOT).exit_code == 0
+    assert_same_records(read_records(tmp_path / "lists" / "out"), expected)
+
+
+@pytest.mark.parametrize("command", ["run", "validate"])
+def test_a_list_of_files_that_are_nowhere_ends_with_exit_code_2_before_any_work(
+    tmp_path: Path, photos: Path, batchclf: Batchclf, command: str
+) -> None:
+    (tmp_path / "all.txt").write_text("".join(f"fotos/{n}.jpg\n" for n in range(14)))
+    done = batchclf(command, write_tiny_job(tmp_path, input="all.txt"), cwd=photos)
+    assert done.exit_code == 2
+    assert "fotos/0.jpg: it is not below" in done.stderr
+    assert f"below {tmp_path}, nor below {photos};" in done.stderr
+    assert not (tmp_path / "out" / "predictions.jsonl").exists()
