@@ -11,8 +11,9 @@ TEMPLATE = """\
 # A batchclf job. Paths are relative to this file. Check it with `batchclf validate`, run it with
 # `batchclf run`; running it again resumes. `batchclf schema` prints every key.
 
-input: {input}                  # folder (walked recursively), glob such as photos/**/*.jpg,
-                                # or a .txt or .jsonl list of paths
+input: {input}                  # folder (walked recursively), one image, glob such as
+                                # photos/**/*.{{jpg,JPG}}, .txt or .jsonl list of paths, or a list
+                                # of these
 output: {output}                # folder for the results; created
 
 model:

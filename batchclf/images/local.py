@@ -20,6 +20,7 @@ from typing import BinaryIO, TypeVar
 from batchclf.errors import EnvironmentFailed, NoImagesError, UsageError
 from batchclf.images.clutter import is_apple_double, is_clutter
 from batchclf.images.formats import looks_like_image, suffix_format
+from batchclf.images.globs import describe_others
 from batchclf.images.lists import NUM_TRIED, ListedPaths, mark_repeated
 from batchclf.images.source import Source, require_still_there, selector
 from batchclf.results.records import Failure
@@ -32,6 +33,8 @@ MAX_FILE_BYTES = 2**31
 RETRY_AFTER_S = (0.05, 0.2)
 """What a disk or a file server refuses is asked for again after these pauses."""
 NUM_TRIES = 1 + len(RETRY_AFTER_S)
+MAX_SURVEYED = 100_000
+"""Files that are looked at to tell what a glob does not select."""
 OUT_OF_MEMORY = "out of memory while reading"
 _LASTING = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
@@ -89,14 +92,17 @@ class LocalFiles:
         return _glimpse(self.source)
 
     def require_some(self) -> None:
-        """Refuse a list of whose first files the most are missing: what it names lies elsewhere.
+        """Refuse a list of whose first files the most are missing, and a glob that selects nothing.
 
         Raises:
-            NoImagesError: naming the list, a file that it names, and where that was looked for.
+            NoImagesError: naming a file of the list and where it was looked for, or what is there
+                that the glob does not select.
             UsageError: a line of the list holds no path, or more than that.
         """
         if self.source.kind == "list":
             _require_some(self.source)
+        elif self.source.kind == "glob":
+            _require_selected(self.source)
 
     def head(self, path: bytes) -> bytes:
         """The first bytes of a regular file; empty where it cannot be read."""
@@ -179,6 +185,14 @@ def _require_one_path(source: Source, place: str, path: bytes) -> None:
                     "nothing but one path a line; with more to say it is .jsonl: "
                     '{"path": "cats/1.jpg", "label": "cat"}'
                 )
+
+
+def _require_selected(source: Source) -> None:
+    if next(iter(Paths(source)), None) is not None:
+        return
+    others = list(islice(_walk(Paths(source)), MAX_SURVEYED))
+    told = describe_others(source.names, Path(os.fsdecode(source.root)), others)
+    raise NoImagesError(f"input: {source.spec}: found 0 images: no file matches; {told}")
 
 
 # ---- folders and globs ---------------------------------------------------------------------------

@@ -3,10 +3,9 @@
 A folder is walked, a glob selects among what a walk finds, a .txt or .jsonl list names its files.
 """
 
-import fnmatch
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -18,14 +17,13 @@ import orjson
 from batchclf.errors import EnvironmentFailed, NoImagesError
 from batchclf.images.archives import is_archive
 from batchclf.images.dialect import Dialect
+from batchclf.images.globs import Selects, expand, selects, split_glob
 from batchclf.images.lists import dialect_of
 from batchclf.spec.input import ParquetSpec, Place, places_of
 from batchclf.spec.job import JobSpec
 from batchclf.system.paths import kind_of, reason, refusal
 
 LIST_SUFFIXES = (".txt", ".jsonl")
-Selects = Callable[[bytes], bool]
-"""Whether a path, relative to an input's root, is one of its images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +70,8 @@ class Source:
         One that merely lies in a folder of photos is not meant to be unpacked.
         """
         if self.kind in ("file", "glob"):
-            return is_archive(os.fsencode(self.names[-1]))
+            names = expand(self.names) if self.kind == "glob" else self.names
+            return any(is_archive(os.fsencode(name)) for name in names)
         return self.kind == "list"
 
     @property
@@ -154,7 +153,7 @@ def open_source(spec: Path, *, allow_outside_links: bool = False) -> Source:
             return _identified(_open_list(spec))
         # The user named it, so a link may lead wherever it does.
         return _identified(Source(spec, "file", os.fsencode(spec.parent), False, (spec.name,)))
-    root, names = _split_glob(spec)
+    root, names = split_glob(spec)
     if not names:
         raise NoImagesError(f"input: {spec}: found 0 images: no such folder or file")
     if kind_of(root, "input") != "folder":
@@ -186,7 +185,7 @@ def _root_of(spec: Path) -> Path:
     """The folder that the paths of an input are relative to, as far as its own path says it."""
     if spec.is_dir():
         return spec
-    return spec.parent if spec.exists() else _split_glob(spec)[0]
+    return spec.parent if spec.exists() else split_glob(spec)[0]
 
 
 def _open_address(address: str, confined: bool, rows: Rows) -> Source:
@@ -231,15 +230,15 @@ def would_list(spec: Path, path: Path) -> bool:
     """
     if kind_of(spec, "input") == "folder":
         return path.is_relative_to(spec)
-    root, names = _split_glob(spec)
+    root, names = split_glob(spec)
     if not names or not path.is_relative_to(root):
         return False
-    return _glob(names)(os.fsencode(path.relative_to(root)))
+    return selects(names)(os.fsencode(path.relative_to(root)))
 
 
 def selector(source: Source) -> Selects:
     """Which of the paths below its root a folder or a glob selects."""
-    return _glob(source.names) if source.kind == "glob" else lambda path: True
+    return selects(source.names) if source.kind == "glob" else lambda path: True
 
 
 def _identified(source: Source) -> Source:
@@ -252,24 +251,3 @@ def _identified(source: Source) -> Source:
 def _identity(source: Source) -> tuple[int, int]:
     found = os.stat(source.root)
     return found.st_dev, found.st_ino
-
-
-def _split_glob(spec: Path) -> tuple[Path, tuple[str, ...]]:
-    """The folder above the first name with a wildcard, and the names from there on."""
-    parts = spec.parts
-    first = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts))
-    return Path(*parts[:first]), parts[first:]
-
-
-def _glob(names: Sequence[str]) -> Selects:
-    """`**` is any number of folders, the rest as in `fnmatch`, per name."""
-    patterns = [None if name == "**" else re.compile(fnmatch.translate(name)) for name in names]
-
-    def matches(patterns: Sequence[re.Pattern[str] | None], names: Sequence[str]) -> bool:
-        if not patterns:
-            return not names
-        if patterns[0] is None:
-            return any(matches(patterns[1:], names[at:]) for at in range(len(names) + 1))
-        return bool(names and patterns[0].match(names[0]) and matches(patterns[1:], names[1:]))
-
-    return lambda path: matches(patterns, os.fsdecode(path).split("/"))

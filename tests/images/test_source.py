@@ -1224,7 +1224,6 @@ PATTERNS = [
     "c[!a]/*",
     "[[]*",
     "1.[jp][pn]g",
-    "*.{jpg,png}",
     "1.jpg[",
     "[z-a].jpg",
     "[+--]*.jpg",
@@ -1267,6 +1266,114 @@ def test_a_glob_is_relative_to_the_folders_before_its_first_pattern(
 def test_a_folder_whose_name_looks_like_a_glob_is_a_folder(tmp_path: Path) -> None:
     write(tmp_path, "photos [2020]/1.jpg", "photos 2/1.jpg")
     assert listed(open_source(tmp_path / "photos [2020]")) == [b"1.jpg"]
+
+
+SETS = {
+    "*.{jpg,png}": ["*.jpg", "*.png"],
+    "{a,b.d}/*.jpg": ["a/*.jpg", "b.d/*.jpg"],
+    "{a/b,b.d/c}/*.{jpg,png}": ["a/b/*.jpg", "a/b/*.png", "b.d/c/*.jpg"],
+    "**/{1,x{-1,_2}}.jpg": ["**/1.jpg", "**/x-1.jpg", "**/x_2.jpg"],
+    "a{,/b}/1.jpg": ["a/1.jpg", "a/b/1.jpg"],
+    "{1,1}.{jpg,jpg}": ["1.jpg"],
+    "{1.jpg,{}.jpg}": ["1.jpg"],
+    "[12].{jpg,p[nx]g}": ["[12].jpg", "1.png"],
+    "{gone,2}.jpg": ["2.jpg"],
+}
+"""Globs with braces, and globs without that select the same together."""
+
+
+@pytest.mark.parametrize(("pattern", "alike"), SETS.items(), ids=SETS)
+def test_braces_stand_for_one_pattern_with_each_option(
+    tmp_path: Path, pattern: str, alike: list[str]
+) -> None:
+    write(tmp_path, *FILES)
+    source = open_source(tmp_path / pattern)
+    assert source.root == os.fsencode(tmp_path)
+    expected = {path for one in alike for path in glob.glob(one, root_dir=tmp_path, recursive=True)}
+    assert set(listed(source)) == {os.fsencode(path) for path in expected}
+    assert len(listed(source)) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("{a,b}.jpg", "{a,b}.jpg"),
+        ("x/{a,b}.jpg", "*/{a,b}.jpg"),
+        ("x/{a,b}.jpg", r"*/\{a,b\}.jpg"),
+        ("x/{a}.jpg", "*/{a}.jpg"),
+        ("x/a,b}.jpg", "*/a,b}.jpg"),
+        ("photos [2020]/a.jpg", "photos [2020]/*.jpg"),
+        ("x/photos [2020]/a.jpg", "*/photos [2020]/*.jpg"),
+        ("what?/{1,2}/a.jpg", "what?/{1,2}/?.jpg"),
+        ("x/[a].jpg", "*/[a].jpg"),
+    ],
+)
+def test_a_name_that_is_there_as_it_is_written_is_itself(
+    tmp_path: Path, name: str, pattern: str
+) -> None:
+    write(tmp_path, name, "photos 2/another.jpg")
+    source = open_source(tmp_path / pattern)
+    (path,) = listed(source)
+    assert os.path.join(source.root, path) == os.fsencode(tmp_path / name)
+
+
+def test_braces_that_stand_for_too_many_patterns_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "1.jpg")
+    with pytest.raises(UsageError, match="more than 1,000 patterns"):
+        listed(open_source(tmp_path / ("{a,b}" * 40)))
+
+
+def test_a_glob_with_braces_opens_the_archives_among_its_files(tmp_path: Path) -> None:
+    write(tmp_path, "1.jpg")
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        archive.add(tmp_path / "1.jpg", "2.jpg")
+    store = open_store(open_source(tmp_path / "{*.jpg,a*.{jpg,tar}}"))
+    assert [entry.path for entry in store.entries()] == [b"1.jpg", b"all.tar/2.jpg"]
+
+
+OTHERS = {
+    "*.jpg": (["1.JPG", "2.JPG", "notes.txt"], "3 files", "2 of which end in .JPG", "*.JPG"),
+    "a/*.jpg": (["a/1.JPG", "a/2.Jpg"], "2 files", ".JPG", "*.[jJ][pP][gG]"),
+    "*.jpeg": (["a/1.jpeg", "2.png"], "2 files", ".", "**/*.jpeg"),
+    "?.jpg": (["a/1.JPG"], "1 files", "1 of which end in .JPG", "**/?.JPG"),
+    "*.{jpg,png}": (["1.PNG"], "1 files", "PNG", "*.{[jJ][pP][gG],[pP][nN][gG]}"),
+    "IMG*.jpg": (["photo.jpg"], "1 files", "1 of which end in .jpg", "*.jpg"),
+    "*.gif": (["a/b/1.webp"], "1 files", "1 of which end in .webp", "**/*.webp"),
+}
+"""Globs that select nothing, with what is there, and what is said of it."""
+
+
+@pytest.mark.parametrize("pattern", OTHERS)
+def test_a_glob_that_selects_nothing_says_what_is_there_and_what_would_select_it(
+    tmp_path: Path, pattern: str
+) -> None:
+    there, num_files, suffix, remedy = OTHERS[pattern]
+    write(tmp_path, *there)
+    source = open_source(tmp_path / pattern)
+    with pytest.raises(NoImagesError) as raised:
+        open_store(source).require_images()
+    said = str(raised.value)
+    assert said.startswith(f"input: {tmp_path / pattern}: found 0 images: no file matches; ")
+    assert num_files in said
+    assert suffix in said
+    assert said.endswith(f"; write {os.fsdecode(source.root)}/{remedy}")
+    better = Path(said.rpartition("; write ")[2])
+    assert listed(open_source(better))
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        (["a/notes.txt"], "1 files are below .*, and none has the suffix of an image"),
+        ([".git/1.jpg"], "no files are below"),
+    ],
+)
+def test_a_glob_in_a_folder_without_images_says_so(
+    tmp_path: Path, there: list[str], said: str
+) -> None:
+    write(tmp_path, *there)
+    with pytest.raises(NoImagesError, match=said):
+        open_store(open_source(tmp_path / "*.jpg")).require_images()
 
 
 def test_a_glob_does_not_look_into_hidden_folders(tmp_path: Path) -> None:
