@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -18,7 +19,12 @@ _DIRECT = {
     "provider": ("--provider", None, str, "cpu, cuda or openvino."),
     "precision": ("--precision", None, str, "fp32, fp16, bf16 or int8."),
     "top_k": ("--top-k", None, int, "Classes per record."),
-    "input": ("-i", "--input", str, "Folder, image, glob, list or archive; may be repeated."),
+    "input": (
+        "-i",
+        "--input",
+        str,
+        "Folder, image, glob, archive or list (- for stdin); repeatable.",
+    ),
     "output": ("-o", "--output", str, "Folder for the results."),
 }
 _REPEATABLE = ("input",)
@@ -78,3 +84,20 @@ def load(job: Path, sets: tuple[str, ...], direct: dict[str, Any]) -> "JobSpec":
     spec = load_job(job, overrides)
     require_flavour()
     return spec
+
+
+def load_to_look(job: Path, sets: tuple[str, ...], direct: dict[str, Any]) -> "JobSpec":
+    """As `load`, for commands that keep nothing: what can be read once only is in temporary files.
+
+    Raises:
+        BatchclfError: as `load`; such a list cannot be read, or holds nothing.
+    """
+    spec = load(job, sets, direct)
+    from batchclf.images.streams import is_stream
+    from batchclf.run.kept import keep_lists
+    from batchclf.spec.input import places_of
+
+    if not any(map(is_stream, places_of(spec.input))):
+        return spec
+    folder = click.get_current_context().with_resource(TemporaryDirectory(prefix="batchclf-"))
+    return keep_lists(spec, Path(folder), lambda: None)

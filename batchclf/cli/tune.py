@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from batchclf.cli.options import job_options, json_option, load
+from batchclf.cli.options import job_options, json_option, load_to_look
 from batchclf.cli.streams import as_lines, print_result, say
 from batchclf.errors import UsageError
 
@@ -61,7 +61,7 @@ def command(
     more_decodes = _names("--decodes", decodes, get_args(DecodeMode))
     request = StopRequest("nothing was chosen; run the same command to start over")
     with request.installed(is_last=True) as stop, Progress() as progress:
-        spec = load(job, sets, direct)
+        spec = load_to_look(job, sets, direct)
         if is_applied:
             _require_editable(job)
         from batchclf.run.output import local_output

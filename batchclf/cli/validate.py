@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from batchclf.cli.options import job_options, json_option, load
+from batchclf.cli.options import job_options, json_option, load_to_look
 from batchclf.cli.streams import as_lines, print_result, say
 
 
@@ -21,7 +21,7 @@ def command(job: Path, sets: tuple[str, ...], as_json: bool, **direct: Any) -> N
     """
     import json
 
-    spec = load(job, sets, direct)
+    spec = load_to_look(job, sets, direct)
     from batchclf.commands.validate import check_job
 
     checked = check_job(spec, log=lambda text: say(f"batchclf: {text}"))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchclf.cli.options import job_options, json_option, load
+from batchclf.cli.options import job_options, json_option, load_to_look
 from batchclf.cli.streams import as_lines, print_result
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def command(
 
     from batchclf.cli.progress import Progress
 
-    spec = load(job, sets, direct)
+    spec = load_to_look(job, sets, direct)
     from batchclf.commands.verify import verify_job
 
     with Progress() as progress:

@@ -14,7 +14,7 @@ from batchclf.results.identity import Fingerprint, Identity
 from batchclf.results.lines import RECORDS_RECIPE
 from batchclf.results.listing import Listing
 from batchclf.results.run_record import RunRecord, read_run
-from batchclf.spec.input import as_text
+from batchclf.run.kept import input_of
 from batchclf.spec.job import JobSpec
 
 
@@ -40,7 +40,7 @@ def identity_of(job: JobSpec, model: ResolvedModel, limit: int | None) -> Identi
         top_k=job.top_k,
         precision=job.precision,
         converted=None if nested is None else nested.digest,
-        input=as_text(job.input),
+        input=input_of(job),
         limit=limit,
         allow_outside_links=job.loader.allow_outside_links,
     )

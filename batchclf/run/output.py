@@ -7,6 +7,7 @@ from pathlib import Path
 
 from batchclf.errors import UsageError
 from batchclf.images.source import would_list
+from batchclf.images.streams import is_stream
 from batchclf.results.lock import Lease, only_writer
 from batchclf.results.records import Shard
 from batchclf.run.request import files_of
@@ -33,7 +34,7 @@ def require_separate_output(job: JobSpec) -> None:
     # Path.resolve raises RuntimeError at a link that leads to itself.
     output = Path(os.path.realpath(job.output))
     for place in places_of(job.input):
-        if not isinstance(place, Path):
+        if not isinstance(place, Path) or is_stream(place):
             continue
         kind = kind_of(place, "input")
         source = Path(os.path.realpath(place))

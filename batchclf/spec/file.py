@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from batchclf.errors import JobFileError
-from batchclf.spec.input import TAGS, is_address
+from batchclf.spec.input import STDIN, TAGS, is_address
 from batchclf.spec.job import JobSpec, is_weights_path
 from batchclf.system.paths import require_readable
 
@@ -144,6 +144,8 @@ def _resolve(key: str, value: str, base: Path, origin: str) -> str:
     if key == "model.labels" and value == "imagenet":
         return value
     if key in ("input", "output") and is_address(value):
+        return value
+    if key == "input" and value == STDIN:
         return value
     if key == "model.weights" and not is_weights_path(value):
         return value

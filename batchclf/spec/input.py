@@ -22,6 +22,8 @@ SCHEMES = ("s3", "gs", "az", "https", "http")
 """How the addresses begin that are read from elsewhere."""
 BUCKETS = SCHEMES[:3]
 """And of those, to which can be written."""
+STDIN = "-"
+"""The input that is a list on stdin; a file of this name is `./-`."""
 MAX_INPUTS = 10_000
 TAGS = ("(place)", "(places)", "(parquet)")
 """Which form an input has, as validation names it; no key that a user wrote."""
@@ -130,6 +132,15 @@ def places_of(given: Place | tuple[Place, ...] | ParquetSpec) -> tuple[Place, ..
     if isinstance(given, ParquetSpec):
         return given.parquet
     return given if isinstance(given, tuple) else (given,)
+
+
+def with_places(
+    given: Place | tuple[Place, ...] | ParquetSpec, places: tuple[Place, ...]
+) -> Place | tuple[Place, ...] | ParquetSpec:
+    """The same form of input with other places."""
+    if isinstance(given, ParquetSpec):
+        return given.model_copy(update={"parquet": places})
+    return places if isinstance(given, tuple) else places[0]
 
 
 def as_text(given: Place | tuple[Place, ...] | ParquetSpec) -> str:

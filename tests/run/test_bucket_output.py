@@ -236,3 +236,21 @@ def test_an_output_in_a_bucket_that_refuses_ends_at_once(
     assert done.exit_code == 5
     assert "output: s3://no-such-bucket/x" in done.stderr
     assert "NoSuchBucket" in done.stderr
+
+
+def test_a_list_on_stdin_is_not_needed_by_shards_that_begin_or_go_on_elsewhere(
+    job: Callable[..., Path], server: Server, model_cache: Path, tmp_path: Path
+) -> None:
+    path = job("piped")
+    images = sorted((tmp_path / "photos").iterdir())[:6]
+    listed = "".join(f"{image}\n" for image in images)
+    for shard, content in ((0, listed), (1, ""), (0, "")):
+        arguments = command("run", path, "-i", "-", "--shard", f"{shard}/2")
+        done = subprocess.run(arguments, input=content, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        forget_this_machine(model_cache)
+    found = server.objects("piped/")
+    for shard, expected in enumerate((images[:3], images[3:])):
+        lines = records(found[f"predictions-0000{shard}-of-00002.jsonl"])
+        assert [line["path"] for line in lines] == [str(image) for image in expected]
+        assert {line["status"] for line in lines} == {"ok"}

@@ -7,6 +7,7 @@ import signal
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 from batchclf.engines.display import Display
@@ -28,6 +29,7 @@ from batchclf.results.lock import Lease
 from batchclf.results.mirror import Mirror
 from batchclf.results.records import Failure
 from batchclf.results.run_record import mark_ended
+from batchclf.run.kept import keep_for_run
 from batchclf.run.output import hold_output
 from batchclf.run.recovery import Beginning, Death, Progress, Recovery, recover
 from batchclf.run.request import RunResult, files_of
@@ -84,6 +86,7 @@ class Supervisor:
         ):
             self._board.renewed()
             try:
+                job = keep_for_run(job, options, partial(self._wait, lease))
                 result = self._run(job, options, lease)
                 if self._sender is not None:
                     self._sender.finish()
@@ -123,6 +126,11 @@ class Supervisor:
             self._board.clear()
             self._num_images = 0
             self._workers.replace()
+
+    def _wait(self, lease: Lease) -> None:
+        """What is to be looked at while the input is waited for."""
+        lease.check()
+        self._stop.raise_if_requested()
 
     def _ended(self, job: JobSpec, lease: Lease) -> RunResult | Death | OutOfMemory:
         try:
