@@ -53,13 +53,14 @@ OUTSIDE = {
     "pillow_heif": ("images/foreign.py",),
     "pillow_jxl": ("images/foreign.py",),
     "rawpy": ("images/foreign.py",),
+    "urllib3": ("images/web.py",),
     "matplotlib": ("tuning/plot.py",),
     "yaml": ("spec/file.py",),
     "ruamel": ("spec/edit.py",),
     "click": ("cli/",),
     "tqdm": ("cli/progress.py", "engines/display.py"),
     "pydantic": ("spec/", "models/bundle.py", "results/identity.py", "results/run_record.py"),
-    "obstore": ("system/bucket.py",),
+    "obstore": ("system/bucket.py", "images/buckets.py"),
     "psutil": (),
     "ray": (),
 }
@@ -215,6 +216,7 @@ def test_a_run_from_a_cached_bundle_imports_no_torch_and_no_onnx(tmp_path: Path)
     assert found & {"torch", "torchvision", "timm", "transformers", "huggingface_hub"} == set()
     assert found & {"onnx", "onnxscript", "safetensors", "ray"} == set()
     assert found & {"pillow_heif", "pillow_jxl", "rawpy"} == set()
+    assert found & {"obstore", "urllib3"} == set()
 
 
 def test_the_process_that_watches_a_run_stays_small(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Final, Literal
 import orjson
 
 from batchclf.errors import UsageError
-from batchclf.spec.input import is_address
+from batchclf.spec.input import is_address, reveals_secret
 
 NormalForm = Literal["NFC", "NFD"]
 Exists = Callable[[bytes], bool]
@@ -45,6 +45,11 @@ _REPAIRS: Final[dict[str, Callable[[bytes], bytes]]] = {
     "`\\` in its paths is read as `/`": lambda path: path.replace(b"\\", b"/"),
 }
 """What is done to a path as it is written, by what is said of that; in this order."""
+
+
+def is_far(path: bytes) -> bool:
+    """Whether a path is the address of another machine's file."""
+    return b"://" in path and is_address(os.fsdecode(path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +88,17 @@ class Dialect:
             )
         if not path or b"\0" in path:
             raise UsageError(f"{where}: found no usable path: {path[:80]!r}")
-        if b"://" in path and is_address(text := os.fsdecode(path)):
-            raise UsageError(f"{where}: found the address {text[:300]}; a list names files")
+        if is_far(path) and reveals_secret(text := os.fsdecode(path)):
+            raise UsageError(
+                f"{where}: the address of {text.partition('?')[0].rpartition('@')[2]!r} holds a "
+                "password or a signature, which the records would tell; list addresses without"
+            )
         return path
 
     def locate(self, path: bytes) -> bytes:
-        """Where the file lies that a path of the list names."""
+        """Where the file lies that a path of the list names; an address says so itself."""
+        if is_far(path):
+            return path
         if self.form is not None:
             path = os.fsencode(unicodedata.normalize(self.form, os.fsdecode(path)))
         return os.path.join(self.root, path)
@@ -114,7 +124,7 @@ def find_dialect(
     `roots`: the folders that the paths may be relative to, the likeliest first; `is_json`: None
     where the lines say it.
     """
-    exists = cache(os.path.lexists)
+    exists = cache(lambda path: is_far(path) or os.path.lexists(path))
     best, most = Dialect(roots[0], encoding, bool(is_json)), -1
     for kind in _kinds(head) if is_json is None else (is_json,):
         for plain in _dialects(head, Dialect(roots[0], encoding, kind), roots, exists):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from batchclf.images.ahead import Fetched, Read
 from batchclf.images.decode import Decoder
 from batchclf.images.local import MAX_FILE_BYTES
 from batchclf.images.memory import default_limit
@@ -21,11 +22,20 @@ class Loader:
 
     def __call__(self, ref: ImageRef, slot_HWC: Pixels) -> Loaded:
         """Read and decode one image; a failure leaves its slot zero."""
-        data = self.store.read(ref, self.max_bytes)
+        data = ref.content if isinstance(ref, Fetched) else self.read(ref)
         if isinstance(data, Failure):
             slot_HWC[:] = 0
             return Loaded(failure=data)
         return self.decoder(data, ref.path, slot_HWC)
+
+    def read(self, ref: ImageRef) -> bytes | Failure:
+        """The whole content of one image, or why it cannot be read."""
+        return self.store.read(ref, self.max_bytes)
+
+    @property
+    def read_far(self) -> Read | None:
+        """What reads the images, where these lie so far away that it should be done ahead."""
+        return self.read if self.store.is_far else None
 
 
 def loader_of(job: JobSpec, source: AnySource, preprocess: Preprocess) -> Loader:

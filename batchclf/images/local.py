@@ -19,6 +19,7 @@ from typing import BinaryIO, TypeVar
 
 from batchclf.errors import EnvironmentFailed, NoImagesError, UsageError
 from batchclf.images.clutter import is_apple_double, is_clutter
+from batchclf.images.dialect import is_far
 from batchclf.images.formats import looks_like_image, suffix_format
 from batchclf.images.globs import describe_others
 from batchclf.images.lists import NUM_TRIED, ListedPaths, mark_repeated
@@ -157,7 +158,7 @@ def _require_some(source: Source) -> None:
     num_tried, missing = 0, []
     for path in islice(lines, NUM_TRIED):
         num_tried += 1
-        if not os.path.lexists(os.path.join(source.root, source.locate(path))):
+        if not is_far(path) and not os.path.lexists(os.path.join(source.root, source.locate(path))):
             missing.append((lines.place, path))
     if 2 * len(missing) <= num_tried:
         return

@@ -14,7 +14,8 @@ from typing import Literal
 
 import orjson
 
-from batchclf.errors import EnvironmentFailed, NoImagesError
+from batchclf.errors import EnvironmentFailed, NoImagesError, UsageError
+from batchclf.images.addresses import kind_at, split_address_glob, split_file
 from batchclf.images.archives import is_archive
 from batchclf.images.dialect import Dialect
 from batchclf.images.globs import Selects, expand, selects, split_glob
@@ -54,6 +55,8 @@ class Source:
     dialect: Dialect | None = None
     """Of a list: how it writes its paths, and which of `roots` they are relative to."""
     rows: Rows = Rows()
+    max_seconds: float = 60.0
+    """Of files on other machines: what reading and decoding one may take."""
     identity: tuple[int, int] | None = None
     """Device and number (inode) of the folder that `root` was when the source was opened; None: it
     was not there, which only a job that needs no more images survives."""
@@ -126,14 +129,15 @@ def source_of(job: JobSpec) -> AnySource:
     given = job.input
     rows = Rows(given.column, given.id) if isinstance(given, ParquetSpec) else Rows()
     confined = not job.loader.allow_outside_links
-    parts = tuple(_open_place(place, confined, rows) for place in places_of(given))
+    found = (_open_place(place, confined) for place in places_of(given))
+    parts = tuple(replace(one, rows=rows, max_seconds=job.loader.max_seconds) for one in found)
     return parts[0] if len(parts) == 1 else together(parts)
 
 
-def _open_place(place: Place, confined: bool, rows: Rows) -> Source:
+def _open_place(place: Place, confined: bool) -> Source:
     if isinstance(place, str):
-        return _open_address(place, confined, rows)
-    return replace(open_source(place, allow_outside_links=not confined), rows=rows)
+        return _open_address(place)
+    return open_source(place, allow_outside_links=not confined)
 
 
 def open_source(spec: Path, *, allow_outside_links: bool = False) -> Source:
@@ -188,8 +192,26 @@ def _root_of(spec: Path) -> Path:
     return spec.parent if spec.exists() else split_glob(spec)[0]
 
 
-def _open_address(address: str, confined: bool, rows: Rows) -> Source:
-    raise NotImplementedError(address)
+def _open_address(address: str) -> Source:
+    """The source at an address.
+
+    Raises:
+        NoImagesError: nothing is there.
+        UsageError: what reads it is not installed, or it is a list.
+        EnvironmentFailed: the server refuses, or does not answer.
+    """
+    root, names = split_address_glob(address)
+    if names:
+        return Source(address, "glob", os.fsencode(root), False, names)
+    folder, name = split_file(root)
+    if name.lower().endswith(LIST_SUFFIXES):
+        raise UsageError(f"input: {address}: a list is read from this machine only; fetch it first")
+    match kind_at(address):
+        case "folder":
+            return Source(address, "folder", os.fsencode(root), False)
+        case "file":
+            return Source(address, "file", os.fsencode(folder), False, (name,))
+    raise NoImagesError(f"input: {address}: found 0 images: nothing lies there")
 
 
 def together(parts: tuple[Source, ...]) -> Sources:

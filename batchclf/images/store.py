@@ -16,6 +16,7 @@ from batchclf.images.archives import Ranges, is_archive, list_members, read_memb
 from batchclf.images.formats import looks_like_image, suffix_format
 from batchclf.images.lists import mark_repeated
 from batchclf.images.local import MAX_FILE_BYTES, LocalFiles
+from batchclf.images.remote import ListedFiles, RemoteFiles
 from batchclf.images.source import AnySource, Source, Sources, source_of
 from batchclf.results.records import Entry, Failure, ImageRef
 from batchclf.spec.job import JobSpec
@@ -74,6 +75,10 @@ class Store(Protocol):
     def entries(self) -> Entries:
         """The images, as they are to be listed."""
 
+    @property
+    def is_far(self) -> bool:
+        """Whether reading an image takes so long that it had better begin before it is wanted."""
+
     def require_images(self) -> None:
         """Refuse an input in which nothing looks like an image, by suffix or by first bytes.
 
@@ -129,7 +134,17 @@ class FileStore:
     @property
     def files(self) -> Files:
         """The files of its source."""
-        return LocalFiles(self.source)
+        if self.source.is_remote:
+            return RemoteFiles(self.source)
+        return ListedFiles(self.source) if self.source.kind == "list" else LocalFiles(self.source)
+
+    @property
+    def is_far(self) -> bool:
+        """As `Store`."""
+        files = self.files
+        return isinstance(files, RemoteFiles) or (
+            isinstance(files, ListedFiles) and files.are_far()
+        )
 
     def entries(self) -> "FileEntries":
         """As `Store`."""
@@ -225,6 +240,11 @@ class SeveralStores:
     def entries(self) -> "SeveralEntries":
         """As `Store`; a location is the number of the part, and `:location` or `/path` in it."""
         return SeveralEntries(self.source.prefixes, [part.entries() for part in self.parts])
+
+    @property
+    def is_far(self) -> bool:
+        """As `Store`."""
+        return any(part.is_far for part in self.parts)
 
     def require_images(self) -> None:
         """As `Store`: of each part, since one without images is a mistake."""

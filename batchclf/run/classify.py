@@ -10,6 +10,7 @@ from typing import Protocol
 
 import batchclf
 from batchclf.errors import BatchclfError, ErrorLimitPassed
+from batchclf.images.ahead import reading_ahead
 from batchclf.images.decode_pool import Workers, open_decoding
 from batchclf.images.prefetch import Decoding, Memory, Prefetcher, noted
 from batchclf.results.records import ImageRef, Record
@@ -106,11 +107,15 @@ def _prefetched(work: Work, refs: Iterator[ImageRef]) -> Iterator[tuple[Decoding
     batch_shape = (plan.batch_size, *task.model.preprocess.crop, 3)
     memory = Memory(num_batches, batch_shape, work.opened.allocate)
     workers = Workers(plan.num_workers, task.job.loader.max_seconds, work.reporter.beat)
+    beat = work.reporter.beat
     with open_decoding(plan.load, plan.backend, workers, memory) as decoding:
         # Processes mind themselves what their images do to them.
         is_watched = plan.backend == "threads"
         watched = noted(decoding, work.reporter.decoding) if is_watched else decoding
-        with Prefetcher(refs, watched) as batches:
+        with (
+            reading_ahead(plan.read_far, refs, watched, beat) as (ahead, fed),
+            Prefetcher(ahead, fed) as batches,
+        ):
             yield decoding, batches
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from batchclf.images.load import loader_of
+from batchclf.images.ahead import Read
+from batchclf.images.load import Loader, loader_of
 from batchclf.images.prefetch import Load, Quarantine
 from batchclf.images.source import AnySource
 from batchclf.models.resolve import ResolvedModel
@@ -40,9 +41,17 @@ class Plan:
     @property
     def load(self) -> Load:
         """What loads the task's images."""
+        return Quarantine(self._loader, self.quarantined) if self.quarantined else self._loader
+
+    @property
+    def read_far(self) -> Read | None:
+        """What reads the task's images ahead, where they lie far away."""
+        return self._loader.read_far
+
+    @property
+    def _loader(self) -> Loader:
         task = self.task
-        loader = loader_of(task.job, task.source, task.model.preprocess)
-        return Quarantine(loader, self.quarantined) if self.quarantined else loader
+        return loader_of(task.job, task.source, task.model.preprocess)
 
 
 def make_plan(run: Run, task: Task) -> Plan:

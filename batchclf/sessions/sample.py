@@ -6,6 +6,7 @@ Array shapes: N images, H rows, W columns, C = 3 (RGB).
 from collections.abc import Callable, Iterable, Iterator
 
 from batchclf.errors import NoImagesError
+from batchclf.images.ahead import reading_ahead
 from batchclf.images.load import loader_of
 from batchclf.images.prefetch import Decoding, Load, Memory, Prefetcher, threads
 from batchclf.images.source import AnySource
@@ -45,7 +46,10 @@ def load_sample(
     load = loader_of(job, source, model.preprocess)
     memory = Memory(1, (max(1, len(listed)), *model.preprocess.crop, 3))
     decoding = decode(load, auto(job.loader.workers, usable_cores()), memory)
-    with Prefetcher(iter(listed), decoding) as batches:
+    with (
+        reading_ahead(load.read_far, iter(listed), decoding) as (ahead, fed),
+        Prefetcher(ahead, fed) as batches,
+    ):
         batch = batches.next_batch()
     good = [] if batch is None else [row for row, one in enumerate(batch.loaded) if not one.failure]
     if batch is None or not good:

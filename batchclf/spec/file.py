@@ -319,7 +319,7 @@ def _describe(detail: ErrorDetails, document: _Document) -> str:
     allowed_text = detail["msg"].removeprefix("Input should be ")
     if detail["type"] == "model_type":
         allowed_text = f"a mapping with {', '.join(_keys_at(location))}"
-    if detail["type"] in ("one_source", "foreign_key", "provider_key", "std"):
+    if detail["type"] in ("one_source", "foreign_key", "provider_key", "std", "secret"):
         return f"{origin}: {written or key}: allowed: {allowed_text}"
     hint = ""
     if detail["type"] == "literal_error" and isinstance(detail["input"], str):

@@ -24,6 +24,11 @@ BUCKETS = SCHEMES[:3]
 """And of those, to which can be written."""
 STDIN = "-"
 """The input that is a list on stdin; a file of this name is `./-`."""
+_SECRETS = (
+    r"(x-amz-(signature|credential|security-token)|x-goog-(signature|credential)|sig|signature|"
+    r"awsaccesskeyid|key-pair-id|policy|token|access_token|api_?key)"
+)
+"""Of queries; what signed addresses of Amazon, Google, Azure and CloudFront hold, and the like."""
 MAX_INPUTS = 10_000
 TAGS = ("(place)", "(places)", "(parquet)")
 """Which form an input has, as validation names it; no key that a user wrote."""
@@ -34,6 +39,13 @@ Place = Path | str
 def is_address(value: str) -> bool:
     """Whether a text is an address, such as s3://bucket/photos, rather than a path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value) is not None
+
+
+def reveals_secret(address: str) -> bool:
+    """Whether an address holds a password, or the signature of one that was signed beforehand."""
+    server, _, rest = address.partition("://")[2].partition("/")
+    _, _, query = rest.partition("?")
+    return "@" in server or re.search(r"(?i)(^|[&;])" + _SECRETS + "=", query) is not None
 
 
 def can_name_a_file(value: str) -> bool:
@@ -51,9 +63,18 @@ def as_path(value: object) -> object:
     raise PydanticCustomError("path", "a path, as text")
 
 
+_SECRET = PydanticCustomError(
+    "secret",
+    "an address without a password or a signature, which run.json would tell; the environment "
+    "says how to open it",
+)
+
+
 def _as_place(value: object) -> object:
     if not isinstance(value, str) or not is_address(value):
         return as_path(value)
+    if reveals_secret(value):
+        raise _SECRET
     if _is_of(value, SCHEMES):
         return value
     raise PydanticCustomError(
@@ -64,6 +85,8 @@ def _as_place(value: object) -> object:
 def _as_output(value: object) -> object:
     if not isinstance(value, str) or not is_address(value):
         return as_path(value)
+    if reveals_secret(value):
+        raise _SECRET
     if _is_of(value, BUCKETS):
         return value
     raise PydanticCustomError("bucket", "a path, or an address in a bucket: s3://, gs:// or az://")

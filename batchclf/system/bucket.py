@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from batchclf.errors import EnvironmentFailed, UsageError
 
 if TYPE_CHECKING:
-    from obstore.store import ObjectStore
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 RETRIES = 4
 RETRY_S = 30.0
@@ -21,6 +21,8 @@ TIMEOUT_S = 20.0
 MAX_CAUSE_CHARS = 300
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_ENDPOINT")
 """Of the environment: where a server other than the provider's own is; the user's choice."""
+ALLOWING = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
+"""Of the environment: whether to speak to a server without TLS, as for an emulator."""
 MISSING = (
     "obstore, which reads and writes buckets, is not installed: pip install 'batchclf[remote]'"
 )
@@ -44,7 +46,12 @@ class Bucket:
         """
         self.address = address.rstrip("/")
         self._key = key
-        self._store = _open(self.address, key)
+        self._store = open_store(
+            self.address,
+            key,
+            {"timeout": timedelta(seconds=TIMEOUT_S)},
+            {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=RETRY_S)},
+        )
 
     def read(self, name: str) -> bytes | None:
         """An object's bytes; None: it is not there.
@@ -129,25 +136,32 @@ def cause_of(error: Exception) -> str:
     return f"{code[1]}: {first}" if code else first
 
 
-def _open(address: str, key: str) -> "ObjectStore":
+def open_store(
+    address: str, key: str, client: "ClientConfig", retry: "RetryConfig"
+) -> "ObjectStore":
+    """What speaks to the server of an address; nothing is asked of it yet.
+
+    Raises:
+        UsageError: obstore is not installed, the address is none, or the environment lacks
+            something or holds what is none of its values.
+    """
     try:
         from obstore.exceptions import BaseError
         from obstore.store import from_url
-    except ModuleNotFoundError:
+    except ImportError:
         raise UsageError(f"{key}: {address}: {MISSING}") from None
     try:
         return from_url(
-            address,
-            client_options={
-                "timeout": timedelta(seconds=TIMEOUT_S),
-                "allow_http": any(
-                    os.environ.get(name, "").startswith("http://") for name in ENDPOINTS
-                ),
-            },
-            retry_config={
-                "max_retries": RETRIES,
-                "retry_timeout": timedelta(seconds=RETRY_S),
-            },
+            address, client_options={**client, "allow_http": _allows_http()}, retry_config=retry
         )
     except (BaseError, ValueError) as error:
         raise UsageError(f"{key}: {address}: {cause_of(error)}") from error
+
+
+def _allows_http() -> bool:
+    """Whether the environment names a server without TLS, or allows one.
+
+    Of the environment the library takes this no more, once any of these options is given.
+    """
+    names_one = any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS)
+    return names_one or any(os.environ.get(name, "").lower() in ("1", "true") for name in ALLOWING)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from batchclf.errors import NoImagesError
+from batchclf.images.ahead import reading_ahead
 from batchclf.images.decode_pool import Workers, open_decoding
 from batchclf.images.load import loader_of
 from batchclf.images.prefetch import Memory, Prefetcher
@@ -182,7 +183,8 @@ def _decoding(
         open_decoding(
             load, backend_of(job, workers), Workers(workers, loader.max_seconds), memory
         ) as decoding,
-        Prefetcher(iter(refs), decoding) as batches,
+        reading_ahead(load.read_far, iter(refs), decoding) as (ahead, fed),
+        Prefetcher(ahead, fed) as batches,
     ):
         yield batches, lambda: cpu_seconds() + decoding.cpu_seconds()
 

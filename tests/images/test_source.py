@@ -1167,8 +1167,8 @@ def test_a_table_is_refused_with_its_line_unless_there_is_such_a_file(
         ("a.jpg\nb/1.jpg\n".encode("utf-16-le"), r"list\.txt:1: found a NUL byte; save .* UTF-8"),
         (b"a.jpg\0b/1.jpg\0", r"list\.txt:1: found a NUL byte.*find -print0"),
         (b"\xff\xfea\0.\0j", r"list\.txt: its first bytes say that it is utf-16 text"),
-        (b"a.jpg\nhttps://x.org/1.jpg\n", r"list\.txt:2: found the address https://x\.org/1"),
-        (b"a.jpg\n" * 200 + b"s3://b/1.jpg\n", r"list\.txt:201: found the address s3://b/1"),
+        (b"a.jpg\nhttps://me:pass@x.org/1.jpg\n", r"list\.txt:2: the address of 'x\.org/1"),
+        (b"a.jpg\n" * 200 + b"https://x/1.jpg?sig=ab\n", r"list\.txt:201: the address of 'x"),
     ],
     ids=["UTF-16 without a mark", "print0", "UTF-16 cut", "address", "address far below"],
 )

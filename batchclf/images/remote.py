@@ -1,0 +1,420 @@
+"""Files of other machines: those of a bucket are listed, and read, as if they lay in a folder here.
+
+A bucket lists its keys by their bytes, `a-b/1` before `a/1`; a folder of this machine has `a/1`
+first. The order is to be the same wherever images lie, so all keys are taken, and sorted, at some
+100 bytes of memory for each: asking folder by folder would cost a request for each folder.
+"""
+
+import io
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain, islice
+from typing import BinaryIO
+
+from batchclf.errors import EnvironmentFailed
+from batchclf.images.addresses import (
+    RemoteFile,
+    bucket_at,
+    file_at,
+    split_address,
+    unreadable,
+)
+from batchclf.images.attempts import OPENING_S, Content, Patience, Refused, insist
+from batchclf.images.buckets import Bucket, Object
+from batchclf.images.clutter import is_clutter
+from batchclf.images.dialect import is_far
+from batchclf.images.formats import suffix_format
+from batchclf.images.local import MAX_FILE_BYTES, OUT_OF_MEMORY, LocalFiles
+from batchclf.images.source import Source, selector
+from batchclf.results.records import Failure
+
+PAGE_KEYS = 100
+"""Of a listing at once, at least; where it fails, it goes on behind these."""
+HEAD_BYTES = 32
+CHUNK_BYTES = 4 << 20
+"""Of an opened file at once: its members are listed from their headers, in between lie photos."""
+ASK_EVERY_S = 1.0
+"""Whether a place still answers is asked at most so often, however many reads fail."""
+NUM_IN_A_ROW = 100
+"""Files of a list, wherever each lies, that are refused without one that is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFiles:
+    """The files of an input that lies on another machine."""
+
+    source: Source
+
+    @property
+    def _root(self) -> str:
+        return os.fsdecode(self.source.root)
+
+    @property
+    def _patience(self) -> Patience:
+        return Patience.within(self.source.max_seconds)
+
+    def paths(self) -> "RemotePaths":
+        """What the input holds, as an iterable.
+
+        Raises:
+            UsageError: while it is iterated: an object has a name that no path can be.
+            EnvironmentFailed: while it is iterated: the bucket cannot be listed.
+        """
+        return RemotePaths(self.source)
+
+    def glimpse(self) -> Iterator[bytes]:
+        """Paths in no order and not all, the first of which comes sooner than that of `paths`.
+
+        Raises:
+            EnvironmentFailed: the place does not answer, or refuses.
+        """
+        if self.source.kind in ("folder", "glob"):
+            selected = selector(self.source)
+            paths = (path for path, _ in _listed(self.source, OPENING_S))
+            yield from (path for path in paths if selected(path) and not _left_out(path))
+
+    def require_some(self) -> None:
+        """As `Files`; that the one file is there, was seen when it was opened."""
+
+    def head(self, path: bytes) -> bytes:
+        """The first bytes of a file; empty where it cannot be read."""
+        found = self._insisting(path, lambda file: file.get((0, HEAD_BYTES)))
+        return b"" if isinstance(found, Failure) else found.data
+
+    def read(self, path: bytes, max_bytes: int = MAX_FILE_BYTES) -> bytes | Failure:
+        """The whole content of one listed file, or why it cannot be read.
+
+        Raises:
+            EnvironmentFailed: nothing is to be read there any more.
+        """
+        found = self._insisting(path, lambda file: file.get_up_to(max_bytes))
+        if isinstance(found, Failure):
+            return found
+        if found.size > max_bytes:
+            return Failure(
+                "too_large_bytes", f"{found.size:,} bytes; loader.max_bytes allows {max_bytes:,}"
+            )
+        return found.data
+
+    def read_range(self, path: bytes, start: int, length: int) -> bytes | Failure:
+        """So many bytes of one listed file, or why they cannot be read.
+
+        All that this process reads of a file is of one and the same version.
+
+        Raises:
+            EnvironmentFailed: as `read`.
+        """
+        if length == 0:
+            return b""
+        address = self._address(path)
+        span = (start, start + length)
+        found = self._insisting(path, lambda file: _versions().get(address, file, span))
+        if isinstance(found, Failure):
+            return found
+        if len(found.data) < length:
+            return Failure("changed", f"ends before byte {span[1]:,}; it did not when listed")
+        return found.data
+
+    def open(self, path: bytes) -> BinaryIO | Failure:
+        """One listed file, opened to be read and sought in; or why that cannot be.
+
+        Raises:
+            EnvironmentFailed: as `read`; also while it is read.
+        """
+        found = self._insisting(path, lambda file: file.get((0, 1)))
+        if isinstance(found, Failure):
+            return found
+        return io.BufferedReader(_Opened(self, path, found.size), CHUNK_BYTES)
+
+    def _address(self, path: bytes) -> str:
+        text = os.fsdecode(path)
+        return text if is_far(path) else f"{self._root}/{text}"
+
+    def _insisting(self, path: bytes, action: Callable[[RemoteFile], Content]) -> Content | Failure:
+        address, patience = self._address(path), self._patience
+        try:
+            found = insist(lambda: action(file_at(address, patience)), patience.total_s)
+        except MemoryError:
+            return Failure("oom", OUT_OF_MEMORY)
+        except Refused as refused:
+            _health(self.source).require(refused)
+            return Failure(refused.code, str(refused))
+        _health(self.source).answered()
+        return found
+
+
+class _Opened(io.RawIOBase):
+    """A file of another machine, of which ranges are read."""
+
+    def __init__(self, files: RemoteFiles, path: bytes, size: int) -> None:
+        self._files = files
+        self._path = path
+        self._size = size
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = max(0, origin + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readall(self) -> bytes:
+        """The rest in one request; otherwise it would come in many of 8 kB."""
+        rest = bytearray(self._size - self._at)
+        return bytes(rest[: self.readinto(memoryview(rest))])
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        length = max(0, min(len(buffer), self._size - self._at))
+        data = self._files.read_range(self._path, self._at, length)
+        if isinstance(data, Failure):
+            # To go on without it would lose its images for good: the listing is frozen.
+            raise EnvironmentFailed(
+                f"input: {os.fsdecode(self._path)}: cannot be read: {data.message}; run again"
+            )
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+# ---- one version of each file --------------------------------------------------------------------
+
+
+class _Versions:
+    """Which version of each file was read first by this process."""
+
+    def __init__(self) -> None:
+        self._tags: dict[str, str] = {}
+
+    def get(self, address: str, file: RemoteFile, span: tuple[int, int]) -> Content:
+        """A range of the version that was read first.
+
+        Raises:
+            Refused: also where that is there no more.
+        """
+        found = file.get(span, self._tags.get(address))
+        if found.tag is not None:
+            self._tags.setdefault(address, found.tag)
+        return found
+
+
+@cache
+def _versions() -> _Versions:
+    return _Versions()
+
+
+# ---- whether a place still answers ---------------------------------------------------------------
+
+
+class _Health:
+    """Tells a file that cannot be read from a place of which nothing can be."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._asking = threading.Lock()
+        self._answered_at = -ASK_EVERY_S
+        self._num_refused = 0
+
+    def answered(self) -> None:
+        """A file was read."""
+        self._num_refused = 0
+
+    def require(self, refused: Refused) -> None:
+        """Refuse to take one file for unreadable where nothing there is to be had.
+
+        Raises:
+            EnvironmentFailed: with what the place says.
+        """
+        if self._source.kind == "list":
+            self._require_not_all(refused)
+            return
+        if refused.is_everywhere:
+            raise unreadable(str(self._source.spec), refused) from refused
+        with self._asking:
+            if time.monotonic() - self._answered_at < ASK_EVERY_S:
+                return
+            try:
+                self._ask()
+            except Refused as error:
+                raise unreadable(str(self._source.spec), error) from error
+            self._answered_at = time.monotonic()
+
+    def _ask(self) -> None:
+        source, patience = self._source, Patience.within(self._source.max_seconds)
+        root = os.fsdecode(source.root)
+        if source.kind != "file":
+            key = split_address(root).key
+            insist(lambda: next(bucket_at(root, patience).pages(key, None, 1), []), OPENING_S)
+            return
+        try:
+            file = file_at(f"{root}/{source.names[-1]}", patience)
+            insist(lambda: file.get((0, 1)), OPENING_S)
+        except Refused as refused:
+            if refused.code not in ("vanished", "changed"):
+                raise
+
+    def _require_not_all(self, refused: Refused) -> None:
+        """A list may name files of many places, some of which are gone."""
+        if refused.code not in ("permission_denied", "io_error"):
+            return
+        self._num_refused += 1
+        if self._num_refused >= NUM_IN_A_ROW:
+            raise EnvironmentFailed(
+                f"input: {self._source.spec}: {self._num_refused} files in a row cannot be read, "
+                f"the last for this: {refused}; is the network up, and are the credentials right? "
+                "Run again to resume"
+            ) from refused
+
+
+@cache
+def _health(source: Source) -> _Health:
+    return _Health(source)
+
+
+# ---- listing -------------------------------------------------------------------------------------
+
+
+class RemotePaths:
+    """The paths of an input, relative to its root, in the order of a folder of this machine."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.num_left_out = 0
+        """Hidden files and folders, and what marks folders, seen by the last iteration."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        self.num_left_out = 0
+        if self.source.kind == "file":
+            return iter([os.fsencode(self.source.names[-1])])
+        return filter(selector(self.source), self._sorted())
+
+    def _sorted(self) -> Iterator[bytes]:
+        hidden: set[bytes] = set()
+        empty: set[bytes] = set()
+        names: list[bytes] = []
+        for path, size in _listed(self.source, Patience.within(self.source.max_seconds).total_s):
+            if left_out := _left_out(path):
+                hidden.add(left_out)
+                continue
+            # NUL, which no name holds, comes before all others: so `a/1` does before `a-b/1`.
+            names.append(path.replace(b"/", b"\0"))
+            if size == 0:
+                empty.add(names[-1])
+        self.num_left_out = len(hidden)
+        names.sort()
+        following = chain(islice(names, 1, None), [b""])
+        for name, next_name in zip(names, following, strict=True):
+            if name in empty and self._marks_a_folder(name, next_name):
+                continue
+            yield name.replace(b"\0", b"/")
+
+    def _marks_a_folder(self, name: bytes, next_name: bytes) -> bool:
+        """Consoles leave an object without content for a folder; the library drops its slash."""
+        if next_name.startswith(name + b"\0"):
+            return True
+        is_marker = not suffix_format(name)
+        self.num_left_out += is_marker  # perhaps a file without content
+        return is_marker
+
+
+def _listed(source: Source, total_s: float) -> Iterator[tuple[bytes, int]]:
+    """The path and the size of each object, in the bucket's order.
+
+    Raises:
+        UsageError: an object has a name that no path can be.
+        EnvironmentFailed: the bucket does not answer, or refuses.
+    """
+    root = os.fsdecode(source.root)
+    prefix = split_address(root).key
+    below = f"{prefix}/" if prefix else ""
+    try:
+        bucket = bucket_at(root, Patience.within(source.max_seconds))
+        for page in _pages(bucket, prefix, total_s):
+            for one in page:
+                if one.key.startswith(below) and one.key != below:
+                    yield os.fsencode(one.key.removeprefix(below)), one.size
+    except Refused as refused:
+        raise unreadable(str(source.spec), refused) from refused
+
+
+def _pages(bucket: Bucket, prefix: str, total_s: float) -> Iterator[list[Object]]:
+    """The pages of a listing; one that fails is asked for again, behind the last key."""
+    after: str | None = None
+    pages = bucket.pages(prefix, after, PAGE_KEYS)
+
+    def next_page() -> list[Object]:
+        nonlocal pages
+        try:
+            return next(pages, [])
+        except Refused:
+            pages = bucket.pages(prefix, after, PAGE_KEYS)
+            raise
+
+    while page := insist(next_page, total_s):
+        yield page
+        after = page[-1].key
+
+
+def _left_out(path: bytes) -> bytes | None:
+    """The hidden folder that a path leads through, or the path of a hidden file."""
+    *folders, name = path.split(b"/")
+    for number, folder in enumerate(folders, start=1):
+        if is_clutter(folder, is_folder=True):
+            return b"/".join(folders[:number])
+    return path if is_clutter(name, is_folder=False) else None
+
+
+# ---- lists ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ListedFiles:
+    """The files that a list on this machine names: paths of this machine, or addresses."""
+
+    source: Source
+
+    def paths(self) -> Paths:
+        """As `LocalFiles`."""
+        return LocalFiles(self.source).paths()
+
+    def glimpse(self) -> Iterator[bytes]:
+        """As `LocalFiles`."""
+        return LocalFiles(self.source).glimpse()
+
+    def require_some(self) -> None:
+        """As `LocalFiles`; an address is not looked up."""
+        LocalFiles(self.source).require_some()
+
+    def head(self, path: bytes) -> bytes:
+        """As `Files`."""
+        return self._that_have(path).head(path)
+
+    def open(self, path: bytes) -> BinaryIO | Failure:
+        """As `Files`."""
+        return self._that_have(path).open(path)
+
+    def read(self, path: bytes, max_bytes: int = MAX_FILE_BYTES) -> bytes | Failure:
+        """As `Files`."""
+        return self._that_have(path).read(path, max_bytes)
+
+    def read_range(self, path: bytes, start: int, length: int) -> bytes | Failure:
+        """As `Files`."""
+        return self._that_have(path).read_range(path, start, length)
+
+    def are_far(self) -> bool:
+        """Whether the list begins with an address, so that reading ahead is worth it."""
+        return any(map(is_far, islice(self.paths(), 1)))
+
+    def _that_have(self, path: bytes) -> LocalFiles | RemoteFiles:
+        return RemoteFiles(self.source) if is_far(path) else LocalFiles(self.source)

@@ -1,0 +1,348 @@
+"""remote.py: a bucket is listed as a folder is; what is read is whole, or told of."""
+
+import io
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from batchclf.errors import EnvironmentFailed, NoImagesError, UsageError
+from batchclf.images import remote
+from batchclf.images.addresses import file_at
+from batchclf.images.attempts import Patience
+from batchclf.images.remote import RemoteFiles
+from batchclf.images.source import AnySource, Source, source_of
+from batchclf.images.store import FileStore, open_store
+from batchclf.results.records import Failure
+from batchclf.spec.file import load_job
+from tests.proxy import NAME, OTHER, Bucket, Fault, proxied_bucket
+from tests.tiny import write_tiny_job
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Bucket]:
+    with proxied_bucket() as bucket:
+        yield bucket
+
+
+@pytest.fixture(autouse=True)
+def _no_faults(bucket: Bucket) -> Iterator[None]:
+    bucket.proxy.forget()
+    yield
+    bucket.proxy.forget()
+
+
+def source_at(folder: Path, place: str) -> AnySource:
+    return source_of(load_job(write_tiny_job(folder, input=place)))
+
+
+def files_at(folder: Path, place: str) -> RemoteFiles:
+    source = source_at(folder, place)
+    assert isinstance(source, Source)
+    files = FileStore(source).files
+    assert isinstance(files, RemoteFiles)
+    return files
+
+
+# ---- listing -------------------------------------------------------------------------------------
+
+NAMES = (
+    *("a/1.jpg", "a-b/1.jpg", "a.jpg", "a b/1.jpg", "a/b/c/1.jpg", "a0/1.jpg", "A/1.jpg"),
+    *("ü/é.jpg", "😀.jpg", "%41.jpg", "+&?#[x]{y}~.jpg", "back\\slash.jpg", " lead.jpg", "x"),
+    *(".git/config", ".git/1.jpg", "a/.DS_Store", "a/.b.jpg", "z/.c/d/1.jpg", "z/1.jpg"),
+)
+
+
+@pytest.mark.parametrize("below", ["", "/a*", "/**/1.jpg", "/?/[1-9].jpg"])
+def test_a_bucket_is_listed_as_the_folder_of_the_same_names(
+    tmp_path: Path, bucket: Bucket, below: str
+) -> None:
+    for name in NAMES:
+        path = tmp_path / "folder" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    bucket.put_folder(tmp_path / "folder", "named")
+    bucket.put("named-beside/1.jpg", b"x")
+    here = open_store(source_at(tmp_path, f"{tmp_path}/folder{below}")).entries()
+    there = open_store(source_at(tmp_path, f"s3://{NAME}/named{below}")).entries()
+    assert [one.path for one in there] == [one.path for one in here]
+    assert there.num_left_out == here.num_left_out
+
+
+def test_what_consoles_leave_to_mark_folders_is_left_out(tmp_path: Path, bucket: Bucket) -> None:
+    for key in ("", "a/", "empty/", "a/b/"):
+        bucket.put(f"marked/{key}", b"")
+    for key in ("a/1.jpg", "a/b/2.jpg", "nothing.jpg"):
+        bucket.put(f"marked/{key}", b"" if key == "nothing.jpg" else b"x")
+    paths = files_at(tmp_path, f"s3://{NAME}/marked").paths()
+    assert list(paths) == [b"a/1.jpg", b"a/b/2.jpg", b"nothing.jpg"]
+    assert paths.num_left_out == 1, "`empty` might be a file"
+
+
+@pytest.mark.parametrize("name", ["a//b.jpg", "a/../b.jpg", "a/./b.jpg", "tab\t.jpg"])
+def test_an_object_that_no_path_can_name_is_told_and_not_lost(
+    tmp_path: Path, bucket: Bucket, name: str
+) -> None:
+    folder = f"odd{len(name)}{ord(name[2])}"
+    bucket.put(f"{folder}/1.jpg", b"x")
+    bucket.put(f"{folder}/{name}", b"x")
+    with pytest.raises(UsageError, match=r"no path can be named as the object .*jpg"):
+        list(files_at(tmp_path, f"s3://{NAME}/{folder}").paths())
+
+
+def test_a_listing_goes_on_where_a_page_of_it_failed(
+    tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "PAGE_KEYS", 7)
+    for number in range(30):
+        bucket.put(f"paged/{number:02d}.jpg", b"x")
+    files = files_at(tmp_path, f"s3://{NAME}/paged")
+    bucket.proxy.forget()
+
+    def every_third(method: str, path: str) -> Fault | None:
+        return Fault(status=503) if len(bucket.proxy.requests) % 3 == 0 else None
+
+    bucket.proxy.decide = every_third
+    assert list(files.paths()) == [b"%02d.jpg" % number for number in range(30)]
+    assert len(bucket.proxy.requests) > 5
+
+
+def test_an_address_is_one_object_or_what_lies_below_or_nothing(
+    tmp_path: Path, bucket: Bucket
+) -> None:
+    bucket.put("a/1.jpg", b"x", OTHER)
+    assert list(files_at(tmp_path, f"s3://{OTHER}").paths()) == [b"a/1.jpg"]
+    bucket.put("one/1.jpg", b"x")
+    bucket.put("one", b"")
+    assert list(files_at(tmp_path, f"s3://{NAME}/one/1.jpg").paths()) == [b"1.jpg"]
+    for folder in (f"s3://{NAME}/one", f"s3://{NAME}/one/"):
+        assert list(files_at(tmp_path, folder).paths()) == [b"1.jpg"]
+    for nothing in ("on", "one/2.jpg", "nothing/"):
+        with pytest.raises(NoImagesError, match="nothing lies there"):
+            source_at(tmp_path, f"s3://{NAME}/{nothing}")
+
+
+def test_a_place_without_an_image_is_refused(tmp_path: Path, bucket: Bucket) -> None:
+    bucket.put("texts/1.txt", b"no image")
+    store = open_store(source_at(tmp_path, f"s3://{NAME}/texts"))
+    with pytest.raises(NoImagesError, match="found 0 images"):
+        store.require_images()
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def test_an_opened_file_is_the_object(tmp_path: Path, bucket: Bucket) -> None:
+    content = os.urandom(9_000_000)
+    bucket.put("large/1.bin", content)
+    file = files_at(tmp_path, f"s3://{NAME}/large").open(b"1.bin")
+    assert not isinstance(file, Failure)
+    with file:
+        assert file.read(10) == content[:10]
+        assert file.seek(-7, io.SEEK_END) == len(content) - 7
+        assert file.read() == content[-7:]
+        file.seek(4_000_000)
+        assert file.read(5) == content[4_000_000:4_000_005]
+        file.seek(0)
+        assert file.read() == content
+
+
+def test_an_object_that_changes_between_two_ranges_is_told(tmp_path: Path, bucket: Bucket) -> None:
+    bucket.put("changing/1.bin", b"before" * 100)
+    files = files_at(tmp_path, f"s3://{NAME}/changing")
+    assert files.read_range(b"1.bin", 6, 6) == b"before"
+    bucket.put("changing/1.bin", b"after." * 100)
+    found = files.read_range(b"1.bin", 12, 6)
+    assert isinstance(found, Failure)
+    assert found.code == "changed"
+    bucket.put("changing/2.bin", b"short")
+    for span in ((0, 6), (9, 6)):
+        found = files.read_range(b"2.bin", *span)
+        assert isinstance(found, Failure)
+        assert found.code == "changed"
+
+
+def test_an_object_larger_than_is_allowed_is_not_fetched(tmp_path: Path, bucket: Bucket) -> None:
+    bucket.put("sized/1.jpg", b"x" * 1000)
+    files = files_at(tmp_path, f"s3://{NAME}/sized")
+    assert files.read(b"1.jpg", 1000) == b"x" * 1000
+    found = files.read(b"1.jpg", 999)
+    assert isinstance(found, Failure)
+    assert found.code == "too_large_bytes"
+    assert "1,000 bytes" in found.message
+    patience = Patience.within(10)
+    assert file_at(f"s3://{NAME}/sized/1.jpg", patience).get_up_to(999) == replace(
+        file_at(f"s3://{NAME}/sized/1.jpg", patience).get_up_to(1000), data=b""
+    )
+
+
+def test_a_server_that_does_not_answer_is_given_up_within_the_time_for_an_image(
+    tmp_path: Path, bucket: Bucket
+) -> None:
+    bucket.put("slow/1.jpg", b"x")
+    files = files_at(tmp_path, f"s3://{NAME}/slow")
+    files = RemoteFiles(replace(files.source, max_seconds=2))
+    bucket.proxy.decide = lambda method, path: (
+        Fault(breaks="stuck") if path.endswith("1.jpg") else None
+    )
+    started = time.monotonic()
+    found = files.read(b"1.jpg")
+    assert isinstance(found, Failure)
+    assert found.code == "io_error"
+    assert time.monotonic() - started < 2
+
+
+def test_a_name_that_is_not_utf8_is_a_failure_and_no_error(tmp_path: Path, bucket: Bucket) -> None:
+    bucket.put("bytes/1.jpg", b"x")
+    found = files_at(tmp_path, f"s3://{NAME}/bytes").read(b"\xff.jpg")
+    assert isinstance(found, Failure)
+    assert found.code == "vanished"
+
+
+def test_a_list_of_which_nothing_is_to_be_read_any_more_ends_the_job(
+    tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "NUM_IN_A_ROW", 5)
+    bucket.put("listed/1.jpg", b"x")
+    good, bad = f"s3://{NAME}/listed/1.jpg".encode(), f"s3://{NAME}/listed/2.jpg".encode()
+    bucket.proxy.decide = lambda method, path: (
+        Fault(status=403, code="AccessDenied") if path.endswith("2.jpg") else None
+    )
+    (tmp_path / "list.txt").write_bytes(good + b"\n" + bad + b"\n")
+    source = source_at(tmp_path, str(tmp_path / "list.txt"))
+    assert isinstance(source, Source)
+    files = FileStore(source).files
+    for _ in range(2):
+        assert files.read(good, 10) == b"x"
+        for _ in range(4):
+            assert isinstance(files.read(bad, 10), Failure)
+    with pytest.raises(EnvironmentFailed, match="5 files in a row cannot be read"):
+        files.read(bad, 10)
+
+
+# ---- web servers ---------------------------------------------------------------------------------
+
+CONTENT = bytes(range(256)) * 20
+
+
+class _Web(BaseHTTPRequestHandler):
+    """Serves CONTENT; the path says how."""
+
+    times: ClassVar[list[float]] = []
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Nothing."""
+
+    def do_GET(self) -> None:
+        self.times.append(time.monotonic())
+        if self.path.startswith("/later") and len(self.times) == 1:
+            self.send_response(429)
+            self.send_header("Retry-After", "1")
+            self.end_headers()
+            return
+        if self.path.startswith("/moved"):
+            self.send_response(302)
+            self.send_header("Location", "/plain.jpg")
+            self.end_headers()
+            return
+        if self.path.startswith("/trickle"):
+            self._trickle()
+            return
+        if self.path.startswith("/tagged"):
+            self.send_response(206)
+            self.send_header("Content-Range", "bytes 0-4/100")
+            self.send_header("Content-Length", "5")
+            self.send_header("ETag", f'"{len(self.times) // 3}"')
+            self.end_headers()
+            self.wfile.write(CONTENT[:5])
+            return
+        self.send_response(200)
+        if not self.path.startswith("/chunked"):
+            self.send_header("Content-Length", str(len(CONTENT)))
+        self.end_headers()
+        self.wfile.write(CONTENT[:100] if self.path.startswith("/torn") else CONTENT)
+
+    def _trickle(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError):
+            while True:
+                self.wfile.write(b"x")
+                time.sleep(0.05)
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    _Web.times.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Web) as server:
+        serving = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        serving.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        serving.join()
+
+
+@pytest.mark.parametrize("path", ["plain.jpg", "a%20b/ü.jpg?size=5&x=y/z", "moved.jpg", "chunked"])
+def test_a_file_of_a_web_server_is_read_whole(tmp_path: Path, web: str, path: str) -> None:
+    files = files_at(tmp_path, f"{web}/{path}")
+    (found,) = files.paths()
+    assert os.fsdecode(files.source.root) + "/" + os.fsdecode(found) == f"{web}/{path}"
+    assert files.read(found) == CONTENT
+
+
+def test_a_web_server_is_asked_again_when_it_wants_to_be(tmp_path: Path, web: str) -> None:
+    files = files_at(tmp_path, f"{web}/plain.jpg")
+    _Web.times.clear()
+    assert files.read(f"{web}/later.jpg".encode()) == CONTENT
+    first, second = _Web.times
+    assert second - first > 0.9
+
+
+def test_what_a_web_server_breaks_off_is_never_taken_for_whole(tmp_path: Path, web: str) -> None:
+    files = files_at(tmp_path, f"{web}/plain.jpg")
+    found = files.read(f"{web}/torn.jpg".encode())
+    assert isinstance(found, Failure)
+    assert found.code == "io_error"
+    assert found.message.startswith("tried 4 times: ")
+
+
+def test_a_file_of_a_web_server_that_changes_between_two_ranges_is_told(
+    tmp_path: Path, web: str
+) -> None:
+    files = files_at(tmp_path, f"{web}/tagged.tar")
+    assert files.read_range(b"tagged.tar", 0, 5) == CONTENT[:5]
+    found = files.read_range(b"tagged.tar", 0, 5)
+    assert isinstance(found, Failure)
+    assert found.code == "changed"
+
+
+def test_a_web_server_that_never_comes_to_an_end_is_given_up(tmp_path: Path, web: str) -> None:
+    files = files_at(tmp_path, f"{web}/plain.jpg")
+    files = RemoteFiles(replace(files.source, max_seconds=2))
+    found = files.read(f"{web}/trickle.jpg".encode())
+    assert isinstance(found, Failure)
+    assert "bytes in 0.5 s, and not all" in found.message
+
+
+def test_a_web_server_that_sends_no_parts_is_told(tmp_path: Path, web: str) -> None:
+    files = files_at(tmp_path, f"{web}/plain.tar")
+    assert files.read_range(b"plain.tar", 0, 5) == CONTENT[:5]
+    found = files.read_range(b"plain.tar", 5, 5)
+    assert isinstance(found, Failure)
+    assert "parts" in found.message
+
+
+def test_a_web_server_without_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="names a server"):
+        source_at(tmp_path, "https://example.com/")
+    with pytest.raises(UsageError, match="a list is read from this machine"):
+        source_at(tmp_path, "https://example.com/list.txt")
+    with pytest.raises(EnvironmentFailed, match=r"cannot be read: .*the connection failed"):
+        source_at(tmp_path, "http://127.0.0.1:1/x.jpg")
