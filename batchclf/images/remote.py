@@ -28,7 +28,7 @@ from batchclf.images.buckets import Bucket, Object
 from batchclf.images.clutter import is_clutter
 from batchclf.images.dialect import is_far
 from batchclf.images.formats import suffix_format
-from batchclf.images.local import MAX_FILE_BYTES, OUT_OF_MEMORY, LocalFiles
+from batchclf.images.local import MAX_FILE_BYTES, OUT_OF_MEMORY, LocalFiles, Paths
 from batchclf.images.source import Source, selector
 from batchclf.results.records import Failure
 

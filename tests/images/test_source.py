@@ -1168,7 +1168,10 @@ def test_a_table_is_refused_with_its_line_unless_there_is_such_a_file(
         (b"a.jpg\0b/1.jpg\0", r"list\.txt:1: found a NUL byte.*find -print0"),
         (b"\xff\xfea\0.\0j", r"list\.txt: its first bytes say that it is utf-16 text"),
         (b"a.jpg\nhttps://me:pass@x.org/1.jpg\n", r"list\.txt:2: the address of 'x\.org/1"),
-        (b"a.jpg\n" * 200 + b"https://x/1.jpg?sig=ab\n", r"list\.txt:201: the address of 'x"),
+        (
+            b"a.jpg\n" * 200 + b"https://x/1.jpg?sig=ab\n",
+            r"list\.txt:201: the address of 'https://x/1",
+        ),
     ],
     ids=["UTF-16 without a mark", "print0", "UTF-16 cut", "address", "address far below"],
 )
