@@ -107,6 +107,9 @@ class SlowLoader:
         time.sleep(self.outside_s)
         return self.load(ref, slot_HWC)
 
+    def fetched(self, ref: ImageRef) -> ImageRef:
+        return ref
+
 
 class Log(Reporter):
     """A reporter that keeps what it is told."""

@@ -12,8 +12,8 @@ TEMPLATE = """\
 # `batchclf run`; running it again resumes. `batchclf schema` prints every key.
 
 input: {input}                  # folder (walked recursively), one image, glob such as
-                                # photos/**/*.{{jpg,JPG}}, .txt or .jsonl list of paths, or a list
-                                # of these
+                                # photos/**/*.{{jpg,JPG}}, .txt or .jsonl list of paths, .tar, .zip
+                                # or .parquet file, glob of these (shards/*.tar), or a list of any
 output: {output}                # folder for the results; created
 
 model:

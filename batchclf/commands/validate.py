@@ -33,7 +33,7 @@ def check_job(job: JobSpec, log: Log) -> Checked:
     for remark in store.source.remarks():
         log(remark)
     model = check_model(job.model)
-    entries = store.entries()
+    entries = store.entries(log)
     num_images = sum(1 for _ in entries)
     flavours = ", ".join(f"{name} {version}" for name, version in installed_flavours().items())
     return Checked(

@@ -10,7 +10,7 @@ Array shapes: N rows of all batches together, H rows, W columns, C = 3 (RGB).
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -21,8 +21,10 @@ from batchclf.images.decode_process import Beat, Ended, NeverReady, Process
 from batchclf.images.prefetch import Decoding, Load, Memory, threads
 from batchclf.images.shared import SharedPixels
 from batchclf.results.records import DecodeBackend, Failure, ImageRef, Loaded, Pixels
+from batchclf.system.alive import watched
 from batchclf.system.children import available_memory
 
+HandOver = Callable[[ImageRef], ImageRef]
 MAX_ROWS = 8
 """Images per message: a message costs the parent as much as one image would cost it in a thread."""
 MEMORY_SHARE = 0.8
@@ -40,6 +42,8 @@ class Workers:
     """An image that keeps a process for longer than this, or ends it, twice, is a failure."""
     beat: Beat = lambda: None
     """Called by the threads that wait for processes, every second that an image takes."""
+    hand_over: HandOver = lambda ref: ref
+    """What becomes of an image here before a process is given it."""
 
 
 @contextmanager
@@ -86,8 +90,7 @@ class DecodeProcesses:
         self._processes = _Processes(load, self._shared)
         try:
             self._workers = [
-                _Worker(self._processes, self._shared, workers.max_seconds, workers.beat)
-                for _ in range(workers.num)
+                _Worker(self._processes, self._shared, workers) for _ in range(workers.num)
             ]
             for worker in self._workers:
                 worker.wait_until_ready()
@@ -121,13 +124,10 @@ class DecodeProcesses:
 class _Worker:
     """What one thread decodes with: a process, and when that ends, the next one."""
 
-    def __init__(
-        self, processes: "_Processes", shared: SharedPixels, max_seconds: float, beat: Beat
-    ) -> None:
+    def __init__(self, processes: "_Processes", shared: SharedPixels, workers: Workers) -> None:
         self._processes = processes
         self._shared = shared
-        self._max_seconds = max_seconds
-        self._beat = beat
+        self._workers = workers
         self._process: Process | None = processes.start()
         self.cpu_s = 0.0
         """CPU seconds that decoding took, as of the last message."""
@@ -170,7 +170,11 @@ class _Worker:
         process = self.wait_until_ready()
         try:
             first = self._shared.row_of(rows_NHWC)
-            loaded, cpu_s = process.ask(first, refs, self._max_seconds, self._beat)
+            with watched(self._workers.beat):
+                handed = list(map(self._workers.hand_over, refs))
+            loaded, cpu_s = process.ask(
+                first, handed, self._workers.max_seconds, self._workers.beat
+            )
         except Ended:
             self._process = None
             self._processes.end(process)
@@ -288,7 +292,7 @@ def try_alone(
         closing(SharedPixels(1, shape_HWC)) as shared,
         closing(_Processes(load, shared)) as processes,
     ):
-        worker = _Worker(processes, shared, max_seconds, beat)
+        worker = _Worker(processes, shared, Workers(1, max_seconds, beat))
         try:
             (loaded,) = worker.ask([ref], shared.pixels_NHWC)
         except Ended as ended:

@@ -37,6 +37,15 @@ class Loader:
         """What reads the images, where these lie so far away that it should be done ahead."""
         return self.read if self.store.is_far else None
 
+    def fetched(self, ref: ImageRef) -> ImageRef:
+        """The same image for another process to load.
+
+        With its content, where each process would have to go through a whole archive for it.
+        """
+        if isinstance(ref, Fetched) or not self.store.is_in_passing(ref):
+            return ref
+        return Fetched(ref.index, ref.path, ref.location, self.read(ref))
+
 
 def loader_of(job: JobSpec, source: AnySource, preprocess: Preprocess) -> Loader:
     """What loads a job's images."""

@@ -11,12 +11,12 @@ decodes for another asks for its turns there (decode_process.py), where they end
 import ctypes
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from types import TracebackType
 from typing import Protocol
 
+from batchclf.system.alive import away
 from batchclf.system.children import available_memory
 
 SMALL_BYTES = 2**25
@@ -60,7 +60,7 @@ class SharedRoom:
             self._asking.append(turn)
             try:
                 if not has_come():
-                    with _paused():
+                    with away():  # an image that waits is not being decoded
                         self._changed.wait_for(has_come)
                 self._taken += num_bytes
             finally:
@@ -131,31 +131,3 @@ def _return_freed_memory() -> None:
     trim = _trim()
     if trim is not None:
         trim(0)
-
-
-# ---- who watches how long an image takes ---------------------------------------------------------
-
-_told = threading.local()
-
-
-@contextmanager
-def telling_of_waits(begins: Callable[[], None], ends: Callable[[], None]) -> Iterator[None]:
-    """Have this thread tell of its waits for a turn: an image that waits is not being decoded."""
-    _told.of = begins, ends
-    try:
-        yield
-    finally:
-        del _told.of
-
-
-@contextmanager
-def _paused() -> Iterator[None]:
-    begins, ends = getattr(_told, "of", (None, None))
-    if begins is None or ends is None:
-        yield
-        return
-    begins()
-    try:
-        yield
-    finally:
-        ends()

@@ -11,14 +11,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import starmap
 from types import TracebackType
 
 import numpy as np
 
-from batchclf.images.memory import telling_of_waits
 from batchclf.results.records import Batch, Failure, ImageRef, Loaded, Pixels
+from batchclf.system.alive import watched
 
 Allocate = Callable[[Sequence[int]], Pixels]
 """Makes the zeroed memory of one batch, uint8 of the given shape NHWC."""
@@ -76,19 +75,21 @@ Note = Callable[[int, int | None], None]
 """Told, by a worker's number, the image (index in the listing) that it is at; None: at none."""
 
 
-def noted(decoding: Decoding, note: Note) -> Decoding:
+def noted(decoding: Decoding, note: Note, beat: Callable[[], None] = lambda: None) -> Decoding:
     """The same, its workers noting what they are at: whoever finds them dead knows the suspects.
 
-    For workers that are given one image at a time.
+    For workers that are given one image at a time. `beat` is called while one gets ahead to it.
     """
 
     def noting(number: int, load_rows: LoadRows) -> LoadRows:
         def load_and_note(refs: Sequence[ImageRef], rows_NHWC: Pixels) -> Sequence[Loaded]:
-            begin, pause = partial(note, number, refs[0].index), partial(note, number, None)
-            begin()
-            with telling_of_waits(pause, begin):
+            def tell_away(is_away: bool) -> None:
+                note(number, None if is_away else refs[0].index)
+
+            note(number, refs[0].index)
+            with watched(beat, tell_away):
                 loaded = load_rows(refs, rows_NHWC)
-            pause()
+            note(number, None)
             return loaded
 
         return load_and_note

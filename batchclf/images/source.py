@@ -5,7 +5,7 @@ A folder is walked, a glob selects among what a walk finds, a .txt or .jsonl lis
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -16,7 +16,8 @@ import orjson
 
 from batchclf.errors import EnvironmentFailed, NoImagesError, UsageError
 from batchclf.images.addresses import kind_at, split_address_glob, split_file
-from batchclf.images.archives import is_archive
+from batchclf.images.archives.members import Rows
+from batchclf.images.archives.names import archive_kind, is_archive
 from batchclf.images.dialect import Dialect
 from batchclf.images.globs import Selects, expand, selects, split_glob
 from batchclf.images.lists import dialect_of
@@ -25,16 +26,6 @@ from batchclf.spec.job import JobSpec
 from batchclf.system.paths import kind_of, reason, refusal
 
 LIST_SUFFIXES = (".txt", ".jsonl")
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Which columns of Parquet files hold the images, and the paths of their records."""
-
-    column: str | None = None
-    """None: the only one that holds images."""
-    id: str | None = None
-    """None: the image's own path, or else the file and the row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +45,8 @@ class Source:
     """Of a list: the folders in which its files were looked for; `root` is the list's own."""
     dialect: Dialect | None = None
     """Of a list: how it writes its paths, and which of `roots` they are relative to."""
-    rows: Rows = Rows()
+    rows: Rows | None = None
+    """Of Parquet files: whatever it selects is one; None: what a file is, its name tells."""
     max_seconds: float = 60.0
     """Of files on other machines: what reading and decoding one may take."""
     identity: tuple[int, int] | None = None
@@ -72,9 +64,10 @@ class Source:
 
         One that merely lies in a folder of photos is not meant to be unpacked.
         """
+        if self.rows is not None:
+            return True
         if self.kind in ("file", "glob"):
-            names = expand(self.names) if self.kind == "glob" else self.names
-            return any(is_archive(os.fsencode(name)) for name in names)
+            return any(is_archive(os.fsencode(name)) for name in self._own_names)
         return self.kind == "list"
 
     @property
@@ -100,6 +93,19 @@ class Source:
             yield f"input: {self.spec}: its paths are relative to {folder}, not to its own folder"
         for remark in self.dialect.remarks():
             yield f"input: {self.spec}: {remark}"
+
+    @property
+    def may_hold_rows(self) -> bool:
+        """Whether there may be Parquet files, of which two rows may have the same path."""
+        if self.rows is not None or self.kind == "list":
+            return True
+        names = map(os.fsencode, self._own_names)
+        return any(archive_kind(name) == "parquet" for name in names)
+
+    @property
+    def _own_names(self) -> Sequence[str]:
+        """Of a glob or a file: how the paths may end that it selects."""
+        return expand(self.names) if self.kind == "glob" else self.names
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +133,12 @@ def source_of(job: JobSpec) -> AnySource:
         EnvironmentFailed: what is there cannot be looked at.
     """
     given = job.input
-    rows = Rows(given.column, given.id) if isinstance(given, ParquetSpec) else Rows()
+    rows = Rows(given.column, given.id) if isinstance(given, ParquetSpec) else None
     confined = not job.loader.allow_outside_links
     found = (_open_place(place, confined) for place in places_of(given))
-    parts = tuple(replace(one, rows=rows, max_seconds=job.loader.max_seconds) for one in found)
+    parts = tuple(
+        replace(one, rows=rows or one.rows, max_seconds=job.loader.max_seconds) for one in found
+    )
     return parts[0] if len(parts) == 1 else together(parts)
 
 
@@ -151,7 +159,9 @@ def open_source(spec: Path, *, allow_outside_links: bool = False) -> Source:
     confined = not allow_outside_links
     kind = kind_of(spec, "input")
     if kind == "folder":
-        return _identified(Source(spec, "folder", os.fsencode(spec), confined))
+        # Spark writes a folder of this name, with the files in it.
+        rows = Rows() if archive_kind(os.fsencode(spec.name)) == "parquet" else None
+        return _identified(Source(spec, "folder", os.fsencode(spec), confined, rows=rows))
     if kind != "nothing":
         if spec.suffix.lower() in LIST_SUFFIXES:
             return _identified(_open_list(spec))

@@ -6,20 +6,31 @@ a store lists their images, those inside of archives as well, and reads an image
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from functools import partial
+from itertools import chain, compress
 from typing import Protocol
 
 from batchclf.errors import NoImagesError
-from batchclf.images.archives import Ranges, is_archive, list_members, read_member
+from batchclf.images.archives import Archives, failure_of, is_in_passing, read_member, row_of
+from batchclf.images.archives.location import truth_of as truth_in
+from batchclf.images.archives.members import File, Log, Ranges
+from batchclf.images.archives.names import SUFFIXES, archive_kind, is_archive
 from batchclf.images.formats import looks_like_image, suffix_format
 from batchclf.images.lists import mark_repeated
-from batchclf.images.local import MAX_FILE_BYTES, LocalFiles
+from batchclf.images.local import LocalFiles
 from batchclf.images.remote import ListedFiles, RemoteFiles
 from batchclf.images.source import AnySource, Source, Sources, source_of
 from batchclf.results.records import Entry, Failure, ImageRef
 from batchclf.spec.job import JobSpec
+
+MAX_HEAD_BYTES = 2**26
+"""Of a member that is read to see whether it is an image."""
+
+
+def _say_nothing(text: str) -> None:
+    pass
 
 
 class Paths(Protocol):
@@ -72,8 +83,8 @@ class Store(Protocol):
     def source(self) -> AnySource:
         """The input as data."""
 
-    def entries(self) -> Entries:
-        """The images, as they are to be listed."""
+    def entries(self, log: Log = _say_nothing) -> Entries:
+        """The images, as they are to be listed; `log` is told what is odd about the archives."""
 
     @property
     def is_far(self) -> bool:
@@ -102,6 +113,9 @@ class Store(Protocol):
             EnvironmentFailed: the whole input has gone, or this process can open no more files.
         """
 
+    def is_in_passing(self, ref: ImageRef) -> bool:
+        """Whether an image is read in passing through its archive, which one process should do."""
+
 
 def open_input(job: JobSpec) -> Store:
     """The store of a job's images, of which there is at least one.
@@ -120,6 +134,13 @@ def open_store(source: AnySource) -> Store:
     if isinstance(source, Sources):
         return SeveralStores(source, tuple(map(FileStore, source.parts)))
     return FileStore(source)
+
+
+def truth_of(location: bytes) -> bytes | None:
+    """The true label that the listing found beside an image in its archive, if there is one."""
+    if location[:1].isdigit():
+        location = _in_part(Entry(b"", location))[1].location
+    return None if _file_of(b"", location) is not None else truth_in(location)
 
 
 # ---- one place -----------------------------------------------------------------------------------
@@ -146,24 +167,24 @@ class FileStore:
             isinstance(files, ListedFiles) and files.are_far()
         )
 
-    def entries(self) -> "FileEntries":
+    def entries(self, log: Log = _say_nothing) -> "FileEntries":
         """As `Store`."""
-        return FileEntries(self.source, self.files)
+        return FileEntries(self.source, self.files, log)
 
     def require_images(self) -> None:
         """As `Store`."""
         files = self.files
-        if any(map(suffix_format, files.glimpse())):
+        if not self.source.opens_archives and any(map(suffix_format, files.glimpse())):
             return
         files.require_some()
-        num_files = 0
-        for entry in self.entries():
-            num_files += 1
-            if suffix_format(entry.path) or looks_like_image(self._head(entry)):
+        seen = _Seen()
+        for entry in self.entries().glimpse():
+            if self._looks_like_image(entry):
                 return
-        found = f"{num_files:,} files, none of them an image" if num_files else "no files"
+            seen.add(entry)
         raise NoImagesError(
-            f"input: {self.source.spec}: found 0 images ({found}); check the job's `input`"
+            f"input: {self.source.spec}: found 0 images ({seen.told(self.source)}); "
+            f"{seen.advice(self.source)}"
         )
 
     def require_listed(self, entries: Iterable[Entry]) -> None:
@@ -179,10 +200,15 @@ class FileStore:
                 f"longer there, such as {os.fsdecode(tried[0])}; is what they lie on mounted?"
             )
 
+    def _looks_like_image(self, entry: Entry) -> bool:
+        if failure_of(entry.location) is not None:
+            return False
+        return suffix_format(entry.path) is not None or looks_like_image(self._head(entry))
+
     def _head(self, entry: Entry) -> bytes:
         if (path := _file_of(*entry)) is not None:
             return self.files.head(path)
-        found = read_member(self.files, entry.location, MAX_FILE_BYTES)
+        found = read_member(self.files, entry.location, MAX_HEAD_BYTES)
         return b"" if isinstance(found, Failure) else found
 
     def read(self, ref: ImageRef, max_bytes: int) -> bytes | Failure:
@@ -190,6 +216,10 @@ class FileStore:
         if (path := _file_of(ref.path, ref.location)) is not None:
             return self.files.read(path, max_bytes)
         return read_member(self.files, ref.location, max_bytes)
+
+    def is_in_passing(self, ref: ImageRef) -> bool:
+        """As `Store`."""
+        return _file_of(ref.path, ref.location) is None and is_in_passing(ref.location)
 
 
 def _file_of(path: bytes, location: bytes) -> bytes | None:
@@ -202,29 +232,107 @@ def _file_of(path: bytes, location: bytes) -> bytes | None:
 class FileEntries:
     """The images of one source; those of an archive come where the archive would."""
 
-    def __init__(self, source: Source, files: Files) -> None:
+    def __init__(self, source: Source, files: Files, log: Log) -> None:
         self.located = source.opens_archives
+        self.has_rows = self.located and source.may_hold_rows
+        """Whether there may be rows of Parquet files."""
         self._source = source
-        self._files = files
         self._paths = files.paths()
+        self._begin = partial(Archives, files, source.rows, log)
+        self._archives = self._begin()
+        self._log = log
+        self._num_others = 0
 
     @property
     def num_left_out(self) -> int:
-        return self._paths.num_left_out
+        return self._paths.num_left_out + self._archives.num_left_out + self._num_others
 
     def __iter__(self) -> Iterator[Entry]:
         if not self.located:
             return map(Entry, self._paths)
-        return self._unpacked()
+        self._archives = self._begin()
+        entries = chain.from_iterable(map(self._archives.entries, self._candidates()))
+        return _each_named_once(entries, _row_of, self._log) if self.has_rows else entries
 
-    def _unpacked(self) -> Iterator[Entry]:
+    def glimpse(self) -> Iterator[Entry]:
+        """The same, the first of which comes sooner; with those that archives do not list."""
+        if not self.located:
+            return map(Entry, self._paths)
+        return chain.from_iterable(map(self._begin().glimpse, self._candidates()))
+
+    def _candidates(self) -> Iterator[File]:
+        """Of a folder of Parquet files, those without what the programs that write it put beside.
+
+        Raises:
+            BatchclfError: as the paths.
+        """
+        self._num_others = 0
+        is_folder_of_rows = self._source.kind == "folder" and self._source.rows is not None
         for path in self._paths:
-            place = self._source.locate(path)
-            if is_archive(path):
-                for member in list_members(self._files, place):
-                    yield member._replace(path=path + member.path.removeprefix(place))
+            if is_folder_of_rows and not _holds_rows(path):
+                self._num_others += 1
             else:
-                yield Entry(path, b"" if place == path else place)
+                yield File(path, self._source.locate(path))
+
+
+def _holds_rows(path: bytes) -> bool:
+    is_hidden = any(part.startswith((b"_", b".")) for part in path.split(b"/"))
+    return not is_hidden and archive_kind(path) == "parquet"
+
+
+def _row_of(entry: Entry) -> bytes | None:
+    return row_of(entry.location)
+
+
+def _each_named_once(
+    entries: Iterator[Entry], row_of: Callable[[Entry], bytes | None], log: Log
+) -> Iterator[Entry]:
+    """The entries; rows of Parquet files with the path of another are named for file and row."""
+    num_renamed = 0
+    for some, is_repeated in mark_repeated(entries, lambda entry: entry.path):
+        for entry, is_another in zip(some, is_repeated.tolist(), strict=True):
+            row = row_of(entry) if is_another else None
+            num_renamed += row is not None
+            yield entry if row is None else Entry(row, entry.location)
+    if num_renamed:
+        log(
+            f"input: {num_renamed:,} rows have the path of another row, so their records are named "
+            "for their file and row"
+        )
+
+
+class _Seen:
+    """What an input without images holds instead."""
+
+    def __init__(self) -> None:
+        self._num = 0
+        self._why = ""
+        self._archive = b""
+
+    def add(self, entry: Entry) -> None:
+        """Note one of its entries."""
+        self._num += 1
+        failure = failure_of(entry.location)
+        if failure is not None and not self._why:
+            self._why = f"; {os.fsdecode(entry.path)}: {failure.message}"
+        if not entry.location and not self._archive and is_archive(entry.path):
+            self._archive = entry.path
+
+    def told(self, source: Source) -> str:
+        """In words."""
+        what = "members" if source.opens_archives else "files"
+        return (f"{self._num:,} {what}, none of them an image" if self._num else f"no {what}") + (
+            self._why
+        )
+
+    def advice(self, source: Source) -> str:
+        """What to do."""
+        if not self._archive or source.kind != "folder":
+            return "check the job's `input`"
+        folder, name = os.path.split(os.fsdecode(self._archive))
+        suffix = next(one for one in SUFFIXES if name.lower().endswith(os.fsdecode(one)))
+        glob = os.path.join(source.spec, folder, "*" + os.fsdecode(suffix))
+        return f"to read the images in its archives, give them as input: {glob}"
 
 
 # ---- several places ------------------------------------------------------------------------------
@@ -237,9 +345,10 @@ class SeveralStores:
     source: Sources
     parts: tuple[FileStore, ...]
 
-    def entries(self) -> "SeveralEntries":
+    def entries(self, log: Log = _say_nothing) -> "SeveralEntries":
         """As `Store`; a location is the number of the part, and `:location` or `/path` in it."""
-        return SeveralEntries(self.source.prefixes, [part.entries() for part in self.parts])
+        parts = [part.entries(log) for part in self.parts]
+        return SeveralEntries(self.source.prefixes, parts, log)
 
     @property
     def is_far(self) -> bool:
@@ -265,6 +374,11 @@ class SeveralStores:
         number, entry = _in_part(Entry(ref.path, ref.location))
         return self.parts[number].read(ImageRef(ref.index, *entry), max_bytes)
 
+    def is_in_passing(self, ref: ImageRef) -> bool:
+        """As `Store`."""
+        number, entry = _in_part(Entry(ref.path, ref.location))
+        return self.parts[number].is_in_passing(ImageRef(ref.index, *entry))
+
 
 def _in_part(entry: Entry) -> tuple[int, Entry]:
     """The number of an entry's part, and the entry as that part listed it."""
@@ -277,9 +391,10 @@ class SeveralEntries:
 
     located = True
 
-    def __init__(self, prefixes: tuple[bytes, ...], parts: list[FileEntries]) -> None:
+    def __init__(self, prefixes: tuple[bytes, ...], parts: Sequence[FileEntries], log: Log) -> None:
         self._prefixes = prefixes
         self._parts = parts
+        self._log = log
         self._num_repeated = 0
 
     @property
@@ -287,10 +402,24 @@ class SeveralEntries:
         return self._num_repeated + sum(part.num_left_out for part in self._parts)
 
     def __iter__(self) -> Iterator[Entry]:
+        entries = self._once()
+        if not any(part.has_rows for part in self._parts):
+            return entries
+        return _each_named_once(entries, self._row_of, self._log)
+
+    def _once(self) -> Iterator[Entry]:
+        """Each image once; of rows the path does not tell whether they are the same."""
         self._num_repeated = 0
-        for entries, is_repeated in mark_repeated(self._all(), lambda entry: entry.path):
+        for entries, is_repeated in mark_repeated(
+            self._all(), lambda entry: self._row_of(entry) or entry.path
+        ):
             self._num_repeated += int(is_repeated.sum())
             yield from compress(entries, ~is_repeated)
+
+    def _row_of(self, entry: Entry) -> bytes | None:
+        number, inner = _in_part(entry)
+        row = row_of(inner.location)
+        return None if row is None else self._prefixes[number] + row
 
     def _all(self) -> Iterator[Entry]:
         for number, (prefix, part) in enumerate(zip(self._prefixes, self._parts, strict=True)):

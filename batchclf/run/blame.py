@@ -15,6 +15,7 @@ from batchclf.run.plan import Task
 from batchclf.run.request import Run
 from batchclf.runtime.faults import is_device_lost, is_out_of_memory
 from batchclf.runtime.sessions import ORT_ERRORS
+from batchclf.system.alive import watched
 
 _FAILURES: tuple[type[Exception], ...] = (*ORT_ERRORS, MemoryError, ProviderError)
 """What a lack of memory or a lost device may come as."""
@@ -29,14 +30,17 @@ def try_suspects(run: Run, task: Task, refs: Iterable[ImageRef]) -> Run:
     job, recovery, reporter = run.job, run.recovery, run.reporter
     if not recovery.suspects:
         return run
-    load = Quarantine(loader_of(job, task.source, task.model.preprocess), recovery.quarantined)
+    loader = loader_of(job, task.source, task.model.preprocess)
+    load = Quarantine(loader, recovery.quarantined)
     shape_HWC = (*task.model.preprocess.crop, 3)
     guilty: dict[bytes, Failure] = {}
     for ref in islice(refs, max(recovery.suspects) + 1):
         if ref.index not in recovery.suspects:
             continue
         try:
-            failure = try_alone(load, ref, shape_HWC, job.loader.max_seconds, reporter.beat)
+            with watched(reporter.beat):
+                handed = loader.fetched(ref)
+            failure = try_alone(load, handed, shape_HWC, job.loader.max_seconds, reporter.beat)
         except OSError as error:
             raise EnvironmentFailed(
                 f"no process in which to try an image alone: {error}; run again to resume"

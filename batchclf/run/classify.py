@@ -106,14 +106,15 @@ def _prefetched(work: Work, refs: Iterator[ImageRef]) -> Iterator[tuple[Decoding
     num_batches = num_streams + auto(task.job.loader.prefetch, max(2, num_streams)) + 1
     batch_shape = (plan.batch_size, *task.model.preprocess.crop, 3)
     memory = Memory(num_batches, batch_shape, work.opened.allocate)
-    workers = Workers(plan.num_workers, task.job.loader.max_seconds, work.reporter.beat)
-    beat = work.reporter.beat
+    max_seconds, beat = task.job.loader.max_seconds, work.reporter.beat
+    loader = plan.loader
+    workers = Workers(plan.num_workers, max_seconds, beat, loader.fetched)
     with open_decoding(plan.load, plan.backend, workers, memory) as decoding:
         # Processes mind themselves what their images do to them.
         is_watched = plan.backend == "threads"
-        watched = noted(decoding, work.reporter.decoding) if is_watched else decoding
+        watched = noted(decoding, work.reporter.decoding, beat) if is_watched else decoding
         with (
-            reading_ahead(plan.read_far, refs, watched, beat) as (ahead, fed),
+            reading_ahead(loader.read_far, refs, watched, beat) as (ahead, fed),
             Prefetcher(ahead, fed) as batches,
         ):
             yield decoding, batches

@@ -158,7 +158,7 @@ def listed(found: Found) -> Iterator[Listing]:
     store = found.store()
     if listing is not None:
         store.require_images()
-    entries = store.entries()
+    entries = store.entries(run.reporter.log)
     run.reporter.before_write()
     limit = run.options.limit
     if listing is not None and found.record is not None:
@@ -175,6 +175,6 @@ def listed(found: Found) -> Iterator[Listing]:
         if draft.num_left_out:
             run.reporter.log(
                 f"input: left out {draft.num_left_out:,} entries: hidden or a system's own, "
-                "comments or repeated"
+                "comments, repeated or beside an image"
             )
         yield draft

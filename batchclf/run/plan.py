@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from batchclf.images.ahead import Read
 from batchclf.images.load import Loader, loader_of
 from batchclf.images.prefetch import Load, Quarantine
 from batchclf.images.source import AnySource
@@ -39,19 +38,14 @@ class Plan:
     """Images, by their paths in the listing, that crash or hang whoever decodes them."""
 
     @property
-    def load(self) -> Load:
+    def loader(self) -> Loader:
         """What loads the task's images."""
-        return Quarantine(self._loader, self.quarantined) if self.quarantined else self._loader
+        return loader_of(self.task.job, self.task.source, self.task.model.preprocess)
 
     @property
-    def read_far(self) -> Read | None:
-        """What reads the task's images ahead, where they lie far away."""
-        return self._loader.read_far
-
-    @property
-    def _loader(self) -> Loader:
-        task = self.task
-        return loader_of(task.job, task.source, task.model.preprocess)
+    def load(self) -> Load:
+        """The same, but for those that are quarantined."""
+        return Quarantine(self.loader, self.quarantined) if self.quarantined else self.loader
 
 
 def make_plan(run: Run, task: Task) -> Plan:

@@ -100,7 +100,9 @@ def _open(found: Found, plan: Plan, listing: Listing) -> Opened:
 
     def decode(load: Load, num_workers: int, memory: Memory) -> Decoding:
         quarantine = Quarantine(load, plan.quarantined)
-        return noted(threads(quarantine, num_workers, memory), run.reporter.decoding)
+        return noted(
+            threads(quarantine, num_workers, memory), run.reporter.decoding, run.reporter.beat
+        )
 
     def sample() -> Pixels:
         refs = evenly_spread(listing.refs(), listing.num_images)

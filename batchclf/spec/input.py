@@ -130,7 +130,7 @@ class ParquetSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     parquet: Annotated[_Places, WithJsonSchema({"anyOf": [_PLACE_SCHEMA, _SEVERAL_SCHEMA]})] = (
-        Field(description="A .parquet file, a glob, or a list of these.")
+        Field(description="A .parquet file, a folder of these, a glob, or a list of any.")
     )
     column: _Name | None = Field(
         None,

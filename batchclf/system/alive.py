@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 _tell: ContextVar[Callable[[], None]] = ContextVar("tell", default=lambda: None)
+_tell_away: ContextVar[Callable[[bool], None]] = ContextVar(
+    "tell away", default=lambda is_away: None
+)
 
 
 def alive() -> None:
@@ -17,10 +20,24 @@ def alive() -> None:
 
 
 @contextmanager
-def watched(tell: Callable[[], None]) -> Iterator[None]:
-    """Have `tell` called whenever this thread says that it is `alive`."""
-    token = _tell.set(tell)
+def away() -> Iterator[None]:
+    """Tell that this thread is not at its image: it passes over others, or waits for its turn."""
+    tell = _tell_away.get()
+    tell(True)
     try:
         yield
     finally:
-        _tell.reset(token)
+        tell(False)
+
+
+@contextmanager
+def watched(
+    tell: Callable[[], None], tell_away: Callable[[bool], None] = lambda is_away: None
+) -> Iterator[None]:
+    """Have `tell` called whenever this thread says that it is `alive`; `tell_away`, when `away`."""
+    tokens = _tell.set(tell), _tell_away.set(tell_away)
+    try:
+        yield
+    finally:
+        _tell.reset(tokens[0])
+        _tell_away.reset(tokens[1])

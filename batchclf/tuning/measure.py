@@ -177,12 +177,11 @@ def _decoding(
     loader = bench.job.loader.model_copy(update={"decode": decode})
     job = bench.job.model_copy(update={"loader": loader})
     load = loader_of(job, bench.source, bench.model.preprocess)
+    pool = Workers(workers, loader.max_seconds, hand_over=load.fetched)
     num_batches = 2 + math.ceil(4 * workers / DECODE_BATCH)  # processes take some rows at a time
     memory = Memory(num_batches, (DECODE_BATCH, *bench.model.preprocess.crop, 3))
     with (
-        open_decoding(
-            load, backend_of(job, workers), Workers(workers, loader.max_seconds), memory
-        ) as decoding,
+        open_decoding(load, backend_of(job, workers), pool, memory) as decoding,
         reading_ahead(load.read_far, iter(refs), decoding) as (ahead, fed),
         Prefetcher(ahead, fed) as batches,
     ):

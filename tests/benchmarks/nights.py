@@ -39,12 +39,12 @@ from batchclf.models.resolve import resolve_model
 from batchclf.results.files import RunFiles
 from batchclf.results.listing import drafted, place
 from batchclf.results.records import Prediction, Record
-from batchclf.results.run_record import write_run
+from batchclf.results.run_record import Durable, write_run
 from batchclf.results.writer import RecordWriter
 from batchclf.run.identity import fingerprint_of, identity_of
 from batchclf.runtime.classifier import open_reference
 from batchclf.spec.file import load_job
-from batchclf.system.machine import cpu_name_and_flags, usable_cores
+from batchclf.system.machine import boot_id, cpu_name_and_flags, usable_cores
 from tests.benchmarks.startup import POLL_S
 from tests.conftest import ROOT, USERS_ENVIRONMENT, command
 from tests.results.common import a_record
@@ -282,8 +282,14 @@ def write_records(job_file: Path, files: RunFiles, num_done: int) -> None:
         while some := list(itertools.islice(refs, 1000)):
             writer.write([Record(ref, outcome) for ref in some])
     num_images = listing.num_images
-    fingerprint = fingerprint_of(identity, listing, num_images)
-    write_run(files, a_record(status="interrupted", fingerprint=fingerprint, num_images=num_images))
+    changes = {
+        "status": "interrupted",
+        "fingerprint": fingerprint_of(identity, listing, num_images),
+        "num_images": num_images,
+        # Else the records would not be trusted, and all of them be made again.
+        "durable": Durable(size_of(files.predictions), num_done, boot_id()),
+    }
+    write_run(files, a_record(**changes))
 
 
 def measure(arguments: argparse.Namespace, cache: Path, work: Path) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from batchclf.runtime.providers import installed_flavours
 from tests.conftest import DIGITS_MODEL, ROOT, Batchclf, write_job
 
@@ -90,6 +92,20 @@ def test_a_long_night_is_measured_in_small(tmp_path: Path) -> None:
     assert found["memory"]["num_samples"] > 1
     assert found["resume"]["num_records"] == 1400
     assert len(found["resume"]["first_record_s"]) == len(found["resume"]["complete_s"]) == 1
+
+
+def test_the_forms_in_which_photos_lie_are_compared() -> None:
+    pytest.importorskip("pyarrow")
+    printed = run(
+        *("stores", "--num-images", "20", "--rounds", "1", "--num-members", "200"),
+        *("--repeats", "1"),
+    )
+    found = json.loads(printed.splitlines()[-1])
+    assert set(found["photos"]) == {"folder", "50 tar", "50 tar.gz", "1 zip", "10 parquet"}
+    assert found["photos"]["folder"]["speed"] == 1
+    assert all(row["images_per_s"] > 0 for row in found["photos"].values())
+    assert set(found["members"]) == {"tar", "zip"}
+    assert all(row["resume_num_records"] == 100 for row in found["members"].values())
 
 
 def test_the_decoders_are_compared_on_photos_large_and_tiny_images() -> None:

@@ -561,3 +561,16 @@ def test_a_suspect_that_is_merely_bad_or_meets_a_bug_is_not_guilty(images: Path)
     assert alone(load, "07.jpg") is None, "vanished"
     assert alone(SlowLoader(load, -1), "00.jpg") is None, "a bug"
     assert not decode_processes()
+
+
+def test_a_process_loads_what_it_is_handed(images: Path) -> None:
+    def first(ref: ImageRef) -> ImageRef:
+        return ImageRef(ref.index, b"00.jpg")
+
+    workers = Workers(1, 60, hand_over=first)
+    with closing(DecodeProcesses(loader_of(images), workers, MEMORY)) as processes:
+        (load_rows,) = processes.decoding.workers
+        rows_NHWC = processes.decoding.batches[0][:2]
+        loaded = load_rows([ImageRef(5, b"05.jpg"), ImageRef(7, b"07.jpg")], rows_NHWC)
+        assert [one.failure for one in loaded] == [None, None]
+        np.testing.assert_array_equal(rows_NHWC[0], rows_NHWC[1])

@@ -1,58 +1,154 @@
-"""Images inside of files: tar and zip archives, listed and read without unpacking them.
+"""Images inside of files: tar and zip archives, Parquet, listed and read without unpacking them.
 
-One module per kind. Each lists the members of an opened file, with the location at which `read`
-finds them again; a location is plain bytes, since it stands in the frozen listing.
+One module per kind finds members and reads them again by their location (location.py), which is
+plain bytes, since it stands in the frozen listing. All work over `Ranges`, so in a bucket as well.
 """
 
-from collections.abc import Iterator
-from typing import BinaryIO, Final, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, Final
 
-from batchclf.images.archives import tar
+from batchclf.images.archives import parquet, stream, tar, zips
+from batchclf.images.archives.index import Index
+from batchclf.images.archives.location import (
+    FAILED,
+    Location,
+    failed,
+    failure_in,
+    located,
+    parse,
+)
+from batchclf.images.archives.members import Damage, File, Found, Log, Member, Ranges, Rows
+from batchclf.images.archives.names import archive_kind, tidy
+from batchclf.images.archives.passage import Refused
 from batchclf.results.records import Entry, Failure
+from batchclf.system.paths import reason, refusal
 
-SUFFIXES: Final[dict[bytes, str]] = {
-    b".tar": "tar",
+_READERS: Final[dict[bytes, Callable[[Ranges, Location, int], bytes | Failure]]] = {
+    tar.KIND: tar.read,
+    stream.KIND: stream.read,
+    zips.KIND: zips.read,
+    parquet.KIND: parquet.read,
 }
-"""Kind of archive that a name's suffix promises."""
+_IN_ORDER = (stream.KIND, parquet.KIND)
+"""Kinds that one process reads for all: each would have to inflate everything."""
 
 
-class Ranges(Protocol):
-    """Files of which parts can be read."""
+class Archives:
+    """Lists the images in the archives of one source; what is no archive is an image itself."""
 
-    def open(self, path: bytes) -> BinaryIO | Failure:
-        """A file, opened to be read and sought in; or why that cannot be."""
+    def __init__(self, files: Ranges, rows: Rows | None, log: Log) -> None:
+        """`rows`: all of them are Parquet files, whatever their names promise."""
+        self._files = files
+        self._all_parquet = rows is not None
+        self._rows = parquet.RowLister(files, rows or Rows())
+        self._log = log
+        self._is_warned = False
+        self.num_left_out = 0
 
-    def read_range(self, path: bytes, start: int, length: int) -> bytes | Failure:
-        """So many bytes of a file, or why they cannot be read."""
+    def entries(self, file: File) -> Iterator[Entry]:
+        """The images in one file, each under `archive/name`.
 
+        Raises:
+            UsageError: this machine cannot read such an archive, or the job must say more.
+            EnvironmentFailed: the disk fails.
+        """
+        with self._opened(file) as opened:
+            if opened is None:
+                yield self._itself(file)  # where it cannot be opened, reading it records why
+            elif self._kind(file) == "parquet":
+                yield from self._rows.entries(file, opened)
+            else:
+                index = Index()
+                for found in self._scan(file, opened):
+                    index.add(found)
+                if not len(index) and not index.damages:
+                    self._log(f"{_shown(file.path)}: an archive without files")
+                yield from index.entries(file)
+                self.num_left_out += index.num_left_out
 
-def archive_kind(path: bytes) -> str | None:
-    """The kind of archive that a name promises, if it promises any."""
-    lowered = path.lower()
-    return next((kind for suffix, kind in SUFFIXES.items() if lowered.endswith(suffix)), None)
+    def glimpse(self, file: File) -> Iterator[Entry]:
+        """The same, the first of which comes sooner; with those that `entries` leaves out.
 
+        Raises:
+            UsageError, EnvironmentFailed: as `entries`.
+        """
+        with self._opened(file) as opened:
+            if opened is None:
+                yield self._itself(file)
+            elif self._kind(file) == "parquet":
+                yield from self._rows.entries(file, opened)
+            else:
+                for found in self._scan(file, opened):
+                    if isinstance(found, Member):
+                        name = b"%s/%s" % (file.path, tidy(found.name))
+                        yield Entry(name, located(found.fields, file.place))
+                    elif isinstance(found, Damage):
+                        yield Entry(file.path, located(failed(found.failure), file.place))
 
-def is_archive(path: bytes) -> bool:
-    """Whether a name promises an archive."""
-    return archive_kind(path) is not None
+    def _itself(self, file: File) -> Entry:
+        return Entry(file.path, b"" if file.place == file.path else file.place)
 
+    @contextmanager
+    def _opened(self, file: File) -> Iterator[BinaryIO | None]:
+        """An archive; None: it is none, or cannot be opened."""
+        try:
+            opened = None if self._kind(file) is None else self._files.open(file.place)
+            if opened is None or isinstance(opened, Failure):
+                yield None
+            else:
+                with opened:
+                    yield opened
+        except OSError as error:
+            raise refusal("input", _shown(file.path), error) from error
 
-def list_members(files: Ranges, path: bytes) -> Iterator[Entry]:
-    """The images in an archive: `archive/name`, with where their bytes lie."""
-    file = files.open(path)
-    if isinstance(file, Failure):
-        yield Entry(path)  # reading it records why
-        return
-    with file:
-        for member in tar.members(file, path):
-            yield Entry(member.path, b"%s:%s" % (member.location, path))
+    def _kind(self, file: File) -> str | None:
+        return "parquet" if self._all_parquet else archive_kind(file.path)
+
+    def _scan(self, file: File, opened: BinaryIO) -> Iterator[Found]:
+        kind = self._kind(file)
+        if kind == "zip":
+            return zips.scan(opened, self._files, file.place)
+        if kind == "tar":
+            return tar.scan(tar.PlainFile(opened))
+        if not self._is_warned:
+            self._is_warned = True
+            self._log(
+                f"{_shown(file.path)}: a compressed tar archive is read through from its "
+                "beginning, to list it and again to resume; a plain .tar or a .zip is faster"
+            )
+        return tar.scan(stream.Inflated(opened, file.place))
 
 
 def read_member(files: Ranges, location: bytes, max_bytes: int) -> bytes | Failure:
     """The whole content of a member, or why it cannot be read."""
-    start, length, path = location.split(b":", 2)
-    if int(length) > max_bytes:
-        return Failure(
-            "too_large_bytes", f"{int(length):,} bytes; loader.max_bytes allows {max_bytes:,}"
-        )
-    return files.read_range(path, int(start), int(length))
+    where = parse(location)
+    if where.kind == FAILED:
+        return failure_in(where)
+    try:
+        return _READERS[where.kind](files, where, max_bytes)
+    except Refused as refused:
+        return refused.failure
+    except OSError as error:
+        return Failure("io_error", f"{_shown(where.archive)}: {reason(error)}")
+    except MemoryError:
+        return Failure("oom", f"{_shown(where.archive)}: out of memory while reading")
+
+
+def failure_of(location: bytes) -> Failure | None:
+    """Why what is located so cannot be read, where its listing found that already."""
+    return failure_in(parse(location)) if location.startswith(FAILED) else None
+
+
+def is_in_passing(location: bytes) -> bool:
+    """Whether a member is read in passing through its archive: each reader would inflate it all."""
+    return location.startswith(_IN_ORDER)
+
+
+def row_of(location: bytes) -> bytes | None:
+    """`file/row`, which no other image is named; None: it lies in no Parquet file."""
+    return parquet.row_of(parse(location)) if location.startswith(parquet.KIND) else None
+
+
+def _shown(path: bytes) -> str:
+    return path.decode(errors="backslashreplace")

@@ -1,0 +1,60 @@
+"""Names: which promise an archive, and what becomes of those inside of one."""
+
+from typing import Final
+
+from batchclf.images.clutter import is_clutter
+from batchclf.results.records import Failure
+
+COMPRESSED_TARS: Final[dict[bytes, str]] = {
+    **dict.fromkeys((b".tar.gz", b".tgz"), "gz"),
+    **dict.fromkeys((b".tar.bz2", b".tbz2", b".tbz"), "bz2"),
+    **dict.fromkeys((b".tar.xz", b".txz"), "xz"),
+    **dict.fromkeys((b".tar.zst", b".tzst"), "zst"),
+}
+SUFFIXES: Final[dict[bytes, str]] = {
+    b".tar": "tar",
+    b".zip": "zip",
+    b".parquet": "parquet",
+    **COMPRESSED_TARS,
+}
+"""Kind of archive that a name's suffix promises."""
+_LONGEST_FIRST: Final = tuple(sorted(SUFFIXES, key=len, reverse=True))
+
+
+def archive_kind(path: bytes) -> str | None:
+    """The kind of archive that a name promises, if it promises any."""
+    lowered = path.lower()
+    if not lowered.endswith(_LONGEST_FIRST):
+        return None
+    return SUFFIXES[next(suffix for suffix in _LONGEST_FIRST if lowered.endswith(suffix))]
+
+
+def is_archive(path: bytes) -> bool:
+    """Whether a name promises an archive."""
+    return archive_kind(path) is not None
+
+
+def tidy(name: bytes) -> bytes:
+    """A member's name as a path: up to the first NUL, without `.` and without doubled `/`."""
+    name = name.partition(b"\0")[0]
+    if name.startswith(b"./") or b"/./" in name or b"//" in name:
+        parts = [part for part in name.split(b"/") if part not in (b"", b".")]
+        name = (b"/" if name.startswith(b"/") else b"") + b"/".join(parts)
+    return name
+
+
+def is_hidden(name: bytes) -> bool:
+    """Whether a member would be left out of a folder as well."""
+    *folders, base = name.split(b"/")
+    if any(is_clutter(one, is_folder=True) for one in folders if one not in (b".", b"..")):
+        return True
+    return is_clutter(base, is_folder=False)
+
+
+def refused_name(name: bytes) -> Failure | None:
+    """Why a member is not read, as its name alone tells."""
+    if name.startswith(b"/") or b".." in name.split(b"/"):
+        return Failure("unsafe_member", "its name leads out of the archive")
+    if is_archive(name):
+        return Failure("unsupported_format", "an archive inside an archive; unpack it first")
+    return None
