@@ -142,7 +142,12 @@ def test_an_invented_option_would_be_noticed(text: str) -> None:
 def keys_in(text: str) -> list[str]:
     """What stands, as code or in bold, like a key of the job file that lies deeper."""
     spans = re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:[:=][^`]*)?`", text.replace("**", "`"))
-    return [one for one in spans if one.split(".")[0] in JobSpec.model_fields]
+    files = (".txt", ".json", ".jsonl")
+    return [
+        one
+        for one in spans
+        if one.split(".")[0] in JobSpec.model_fields and not one.endswith(files)
+    ]
 
 
 def test_every_key_in_the_prose_is_one() -> None:
