@@ -1,10 +1,12 @@
-"""The same photos as a folder, in archives and in Parquet: are they as fast, and the same?
+"""The same photos as a folder, in archives, in Parquet and in a bucket: as fast, and the same?
 
     python -m tests.benchmarks.stores [--photos FOLDER] [--num-images 2000] [--rounds 5]
-                                      [--num-members 1000000] [--only photos members] [--out FILE]
+                                      [--model NAME=WEIGHTS] [--num-members 1000000]
+                                      [--only photos members] [--out FILE]
 
-photos: jobs with a tiny model over the same photos in each form, the forms one after the other in
-each round. `speed` is a form's median of images a second, divided by the folder's in that round.
+photos: jobs with a tiny model, or the one named, over the same photos in each form, the forms one
+after the other in each round. `speed` is a form's median of images a second, divided by the
+folder's in that round.
 The records must be those of the folder; the peak memory is that of the worst round.
 members: listing and resuming one tar and one zip archive of many members of a few bytes, each in a
 fresh process: members a second, peak RSS, and seconds to the first new record of a job that lacks
@@ -19,11 +21,14 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tarfile
 import tempfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,7 +42,7 @@ from tests.benchmarks.nights import (
     require_success,
     start,
 )
-from tests.conftest import ROOT, read_records
+from tests.conftest import ROOT, USERS_ENVIRONMENT, read_records
 from tests.engines.common import summary_of
 from tests.tiny import assert_same_records, write_tiny_job
 
@@ -105,10 +110,30 @@ FORMS: dict[str, Callable[[Sequence[Path], Path, Path], Any]] = {
     f"{NUM_TARS} tar.gz": write_gz,
     "1 zip": write_zip,
     f"{NUM_PARQUETS} parquet": write_parquets,
+    "bucket": lambda files, root, where: "s3://bucket/",
 }
 
 
 # ---- what is measured ----------------------------------------------------------------------------
+
+
+@contextmanager
+def bucket_over(folder: Path) -> Iterator[None]:
+    """A server of a bucket over a folder, and the environment that leads there."""
+    command = [sys.executable, "-m", "tests.benchmarks.bucket_server", str(folder), "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server:
+        assert server.stdout is not None
+        USERS_ENVIRONMENT.update(
+            {
+                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.stdout.readline().strip()}",
+                "AWS_REGION": "us-east-1",
+                "AWS_SKIP_SIGNATURE": "true",
+            }
+        )
+        try:
+            yield
+        finally:
+            server.kill()
 
 
 def measure_photos(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -116,6 +141,10 @@ def measure_photos(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     photos = sorted(path for path in arguments.photos.rglob("*") if path.is_file())
     root = work / "photos"
     log(f"writing {arguments.num_images:,} photos in {len(FORMS)} forms")
+    keys: dict[str, Any] = {"provider": "cpu"}
+    if arguments.model:
+        name, _, weights = arguments.model.partition("=")
+        keys |= {"model": {"name": name, "weights": str(Path(weights).absolute())}}
     files = write_folder(photos, root, arguments.num_images)
     jobs: dict[str, Path] = {}
     for name, write in FORMS.items():
@@ -123,13 +152,14 @@ def measure_photos(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         where = job_folder / "packed"
         where.mkdir(parents=True)
         job_input = write(files, root, where)
-        jobs[name] = write_tiny_job(job_folder, input=job_input, provider="cpu")
+        jobs[name] = write_tiny_job(job_folder, input=job_input, **keys)
     seen: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for number in range(arguments.rounds):
-        for name, job in jobs.items():
-            log(f"round {number + 1}: {name}")
-            require_success(start(job, "--overwrite"))
-            seen[name].append(summary_of(job.parent / "out"))
+    with bucket_over(root):
+        for number in range(arguments.rounds):
+            for name, job in jobs.items():
+                log(f"round {number + 1}: {name}")
+                require_success(start(job, "--overwrite"))
+                seen[name].append(summary_of(job.parent / "out"))
     expected = read_records(jobs["folder"].parent / "out")
     for job in jobs.values():
         assert_same_records([inner(one) for one in read_records(job.parent / "out")], expected)
@@ -193,6 +223,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--photos", type=Path, default=ROOT / "samples" / "photos")
     parser.add_argument("--num-images", type=int, default=2000)
+    parser.add_argument("--model", metavar="NAME=WEIGHTS", help="default: a tiny one")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--num-members", type=int, default=1_000_000, help=f"> {NUM_LEFT}")
     parser.add_argument("--repeats", type=int, default=3, help="of each resume")
