@@ -40,6 +40,9 @@ from tests.sweep import Row, Swept  # noqa: E402
 
 __all__ = ["fake_hub_cache"]
 SWEPT = Swept("timm", "timm/", list, "Some of timm's models", "TIMM.md")
+SWEPT_PAGE = "batchclf/models/TIMM.md"
+MAX_EXPORT_S = 60.0
+"""As it took when the table was made."""
 SMALL = "test_vit"
 """160 x 160 pixels, 0.4 million parameters."""
 
@@ -134,6 +137,27 @@ def test_photos_get_the_answers_of_timm_with_its_own_transforms(name: str, tmp_p
             [theirs(transform(Image.open(path).convert("RGB"))[None]) for path in paths]
         )
     assert_same_answers(scores_of(model, paths), expected_NK)
+
+
+def quick_families() -> list[str]:
+    """A model of each family that TIMM.md says matches, but for those that export for long."""
+    page = (ROOT / SWEPT_PAGE).read_text()
+    rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines()]
+    return [
+        row[1]
+        for row in rows
+        if len(row) > 12 and row[3].startswith("matches") and float(row[11]) <= MAX_EXPORT_S
+    ]
+
+
+@pytest.mark.parametrize("name", [pytest.param(one, marks=ONLY_IN_CI) for one in quick_families()])
+def test_a_model_of_each_family_exports_and_gives_its_own_logits(name: str) -> None:
+    model = resolved(f"timm/{name}", weights="none", num_classes=10)
+    assert model.bundle.meta.verified_batches == (1, 2, 3, 4)
+
+
+def test_nearly_all_families_are_among_those_of_the_table() -> None:
+    assert len(quick_families()) > 70
 
 
 def test_attention_is_built_from_what_onnx_has() -> None:
