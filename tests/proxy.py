@@ -86,6 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.requests.append((self.command, self.path, time.monotonic()))
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = self.server.decide(self.command, self.path) or Fault()
         with self.server.counted():
             time.sleep(fault.delay_s)
@@ -100,15 +101,15 @@ class _Handler(BaseHTTPRequestHandler):
             body = f"<Error><Code>{fault.code}</Code><Message>no</Message></Error>".encode()
             self._answer(fault.status, fault.headers, b"" if self.command == "HEAD" else body)
             return
-        status, headers, body = self._ask()
+        status, headers, body = self._ask(content)
         self._answer(status, headers, body[: len(body) // 2] if fault.breaks == "torn" else body)
 
-    do_HEAD = do_GET
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 
-    def _ask(self) -> tuple[int, dict[str, str], bytes]:
+    def _ask(self, content: bytes) -> tuple[int, dict[str, str], bytes]:
         upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream_port)
         try:
-            upstream.request(self.command, self.path, headers=dict(self.headers.items()))
+            upstream.request(self.command, self.path, content, dict(self.headers.items()))
             found = upstream.getresponse()
             dropped = ("connection", "transfer-encoding", "date", "server")
             headers = {k: v for k, v in found.getheaders() if k.lower() not in dropped}

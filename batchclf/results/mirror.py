@@ -15,7 +15,8 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 from batchclf.errors import ResumeRefused
-from batchclf.results.files import RunFiles, output_failed, read_bytes, remove, replace_file
+from batchclf.results.files import RunFiles, output_failed, read_bytes, remove
+from batchclf.results.identity import Extent
 from batchclf.results.listing import open_listing
 from batchclf.results.records import Shard
 from batchclf.results.run_record import Durable, RunRecord, read_run, write_run
@@ -45,8 +46,9 @@ class Mirror:
         self._num_bytes = 0
         self._num_images = 0
         """Sent in parts."""
-        self._pulled: dict[Path, bytes | None] = {}
-        """What the bucket held of the run records and the listing."""
+        self._pulled_run: bytes | None = None
+        self._pulled_listing: Extent | None = None
+        """What the bucket held of this shard's run record, and of the listing."""
         self._num_retries = 0
         self._first: int | None = None
         """The first image of this shard, once the run has begun."""
@@ -67,38 +69,44 @@ class Mirror:
         for name in self._bucket.names():
             if re.fullmatch(r"run(-\d{5}-of-\d{5})?\.json", name):
                 self._fetch(files.folder / name)
-        if self._overwrite:
+        self._pulled_run = read_bytes(files.run)
+        listing = open_listing(files)
+        self._pulled_listing = None if listing is None else listing.extent
+        if self._overwrite or listing is None:
             return
         self._fetch(files.stats)
-        record, listing = read_run(files), open_listing(files)
-        if record is None or listing is None:
+        record = read_run(files)
+        if record is None:
             return
         self._num_retries = len(record.retries)
         first, last = files.shard.bounds(listing.num_images)
         if record.status == "complete":
-            self._take_predictions(first, last)
-        else:
-            self._take_parts(first, last)
-            # Parts are whole, and here: as good as synced since this machine was started.
-            durable = Durable(self._num_bytes, self._num_images, boot_id())
-            write_run(files, replace(record, durable=durable))
-            self._pulled[files.run] = read_bytes(files.run)
+            if self._take_predictions(first, last):
+                return
+            record = replace(record, status="interrupted")  # by whoever was to send them
+        self._take_parts(first, last)
+        # Parts are whole, and here: as good as synced since this machine was started.
+        durable = Durable(self._num_bytes, self._num_images, boot_id())
+        write_run(files, replace(record, durable=durable))
+        self._pulled_run = read_bytes(files.run)
 
-    def _fetch(self, path: Path) -> None:
-        data = self._bucket.read(path.name)
-        self._pulled[path] = data
-        if data is None:
+    def _fetch(self, path: Path) -> bool:
+        """Bring a file here; whether the bucket has it."""
+        is_there = self._bucket.fetch(path.name, path)
+        if not is_there:
             remove(path)
-        else:
-            replace_file(path, data)
+        return is_there
 
-    def _take_predictions(self, first: int, last: int) -> None:
+    def _take_predictions(self, first: int, last: int) -> bool:
         """All records of a complete job; a retry may have replaced some of those in the parts."""
-        self._fetch(self._files.predictions)
+        path = self._files.predictions
+        if not self._fetch(path):
+            return False
         numbers = self._numbers_of_parts(first, last)
         self._parts = {one: after - one for one, after in pairwise((*numbers, last))}
-        self._num_bytes = len(self._pulled.pop(self._files.predictions) or b"")
+        self._num_bytes = path.stat().st_size
         self._num_images = last - first
+        return True
 
     def _take_parts(self, first: int, last: int) -> None:
         """The parts, which follow each other from the first image on, as predictions.jsonl."""
@@ -141,13 +149,18 @@ class Mirror:
             ResumeRefused: another run has written the same part, or begun with another listing.
             EnvironmentFailed: the bucket does not take it.
         """
-        files, record = self._files, read_run(self._files)
-        if record is None or record.retry is not None or not self._begin(record, is_over):
+        files = self._files
+        said = read_bytes(files.run)
+        record = read_run(files)
+        if record is None or said is None or not self._begin(record, is_over):
             return False
-        if len(record.retries) == self._num_retries:
+        # Of a retry, all is sent at once when it is over; so is that a job is complete.
+        is_retried = record.retry is not None or len(record.retries) != self._num_retries
+        if not is_retried and record.status != "complete":
             self._send_parts(record.durable.num_bytes)
-        self._send(files.stats)
-        self._send(files.run)  # last: what it says is durable is there by now
+            self._send(files.stats)
+            # As it was before: what it says is durable is there by now.
+            self._bucket.write(files.run.name, said)
         return True
 
     def _begin(self, record: RunRecord, is_over: bool) -> bool:
@@ -155,7 +168,7 @@ class Mirror:
         files = self._files
         if self._first is not None:
             return True
-        if read_bytes(files.run) == self._pulled.get(files.run):
+        if read_bytes(files.run) == self._pulled_run:
             return False
         if record.status != "running" and not is_over:
             return False
@@ -164,18 +177,18 @@ class Mirror:
         first, last = files.shard.bounds(listing.num_images)
         if self._overwrite:
             self._discard(first, last)
-        self._place_listing()
+        self._place_listing(listing.extent)
         self._first = first
         return True
 
-    def _place_listing(self) -> None:
+    def _place_listing(self, extent: Extent) -> None:
         path = self._files.listing
-        data, before = read_bytes(path), self._pulled.get(path)
-        if data is None or data == before:
+        if self._pulled_listing is not None:
+            if self._pulled_listing != extent:  # extended, or begun anew
+                self._bucket.write(path.name, path)
             return
-        if before is not None:  # extended, or begun anew
-            self._bucket.write(path.name, data)
-            return
+        data = read_bytes(path)
+        assert data is not None, "it was opened"
         try:
             self._bucket.create(path.name, data)
         except AlreadyThere:
@@ -188,7 +201,11 @@ class Mirror:
     def _discard(self, first: int, last: int) -> None:
         """Remove what --overwrite throws away; run.json goes last."""
         files = self._files
-        self._bucket.remove([_name_of(number) for number in self._numbers_of_parts(first, last)])
+        parts = {*self._numbers_of_parts(first, last)}
+        if self._pulled_listing is not None:  # it may have been longer
+            num_before = self._pulled_listing.num_images
+            parts |= {*self._numbers_of_parts(*files.shard.bounds(num_before))}
+        self._bucket.remove([_name_of(number) for number in sorted(parts)])
         self._bucket.remove([files.predictions.name, files.stats.name])
         self._bucket.remove([files.run.name])
 
@@ -227,7 +244,7 @@ class Mirror:
             ResumeRefused, EnvironmentFailed: as `push`.
         """
         files, record = self._files, read_run(self._files)
-        if read_bytes(files.run) == self._pulled.get(files.run) or record is None:
+        if read_bytes(files.run) == self._pulled_run or record is None:
             return  # it was complete
         if not self._begin(record, is_over=True):
             return

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 RETRIES = 4
 RETRY_S = 30.0
 """A request is tried so often, within so many seconds; the library waits longer each time."""
-TIMEOUT_S = 20.0
-"""Of one request."""
+TIMEOUT_S, NO_BYTE_S = 300.0, 20.0
+"""Of one request, which may send a listing of some 100 MB, and of a server that sends nothing."""
+PIECE_BYTES = 1 << 22
 MAX_CAUSE_CHARS = 300
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_ENDPOINT")
 """Of the environment: where a server other than the provider's own is; the user's choice."""
@@ -49,7 +50,10 @@ class Bucket:
         self._store = open_store(
             self.address,
             key,
-            {"timeout": timedelta(seconds=TIMEOUT_S)},
+            {
+                "timeout": timedelta(seconds=TIMEOUT_S),
+                "read_timeout": timedelta(seconds=NO_BYTE_S),
+            },
             {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=RETRY_S)},
         )
 
@@ -64,6 +68,22 @@ class Bucket:
                 return bytes(self._store.get(name).bytes())
             except FileNotFoundError:
                 return None
+
+    def fetch(self, name: str, path: Path) -> bool:
+        """Write an object's bytes to a file, in pieces; False: it is not there, and no file is.
+
+        Raises:
+            EnvironmentFailed: the bucket does not give it, or the file cannot be written.
+        """
+        with self._telling(name, "read"):
+            try:
+                pieces = self._store.get(name).stream(PIECE_BYTES)
+            except FileNotFoundError:
+                return False
+            with path.open("wb") as file:
+                for piece in pieces:
+                    file.write(piece)
+        return True
 
     def create(self, name: str, data: bytes) -> None:
         """Write an object that is not there yet, whole or not at all.

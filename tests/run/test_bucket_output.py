@@ -1,6 +1,7 @@
 """An output in a bucket: parts as they become durable, the whole at the end, resumed from there."""
 
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from tests.buckets import Server, running_server
 from tests.conftest import Batchclf, command
+from tests.proxy import Fault, Proxy, proxied
 from tests.tiny import assert_same_records, link_digits, write_tiny_job
 
 NUM_IMAGES = 120
@@ -30,6 +32,7 @@ def environment(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     """This machine's folders and the credentials; each test is a machine of its own."""
     for name, value in server.env.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("BATCHCLF_CACHE_DIR", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -48,13 +51,13 @@ def records(data: bytes) -> list[dict[str, Any]]:
     return [json.loads(line) for line in data.splitlines()]
 
 
-def forget_this_machine(cache: Path) -> None:
+def forget_this_machine(folder: Path) -> None:
     """Go on as if on another machine: nothing of the output lies here."""
-    shutil.rmtree(cache / "outputs", ignore_errors=True)
+    shutil.rmtree(folder / "cache" / "outputs", ignore_errors=True)
 
 
 def test_a_job_with_a_bucket_as_output_leaves_all_of_its_files_there(
-    job: Callable[..., Path], server: Server, batchclf: Batchclf, tmp_path: Path, model_cache: Path
+    job: Callable[..., Path], server: Server, batchclf: Batchclf, tmp_path: Path
 ) -> None:
     local = batchclf("run", job("whole"), "-o", tmp_path / "local")
     assert local.exit_code == 0, local.stderr
@@ -74,14 +77,14 @@ def test_a_job_with_a_bucket_as_output_leaves_all_of_its_files_there(
     assert b"test-secret" not in everything
     assert b"test-key" not in everything
 
-    forget_this_machine(model_cache)
+    forget_this_machine(tmp_path)
     again = batchclf("run", job("whole"), "--json")
     assert (again.exit_code, again.json["was_complete"]) == (0, True), again.stderr
     assert server.objects("whole/") == found
 
 
 def test_a_stopped_job_goes_on_from_the_bucket_on_another_machine(
-    job: Callable[..., Path], server: Server, batchclf: Batchclf, model_cache: Path
+    job: Callable[..., Path], server: Server, batchclf: Batchclf, tmp_path: Path
 ) -> None:
     slow = job("stopped", batch_size=2, loader={"workers": 1, "prefetch": 1})
     with subprocess.Popen(command("run", slow), stderr=subprocess.PIPE) as process:
@@ -92,13 +95,12 @@ def test_a_stopped_job_goes_on_from_the_bucket_on_another_machine(
         process.communicate(timeout=60)
     found = server.objects("stopped/")
     num_sent = len(records(b"".join(found[name] for name in sorted(found) if "parts/" in name)))
-    if process.returncode == 143:
-        assert json.loads(found["run.json"])["status"] == "interrupted"
-        assert "predictions.jsonl" not in found
-    forget_this_machine(model_cache)
+    status = json.loads(found["run.json"])["status"]
+    assert status == "complete" if "predictions.jsonl" in found else status != "complete"
+    forget_this_machine(tmp_path)
     done = batchclf("run", job("stopped", batch_size=2))
     assert done.exit_code == 0, done.stderr
-    if process.returncode == 143 and num_sent:
+    if status == "interrupted" and num_sent:
         assert f"resuming after {num_sent}" in done.stderr
     found = server.objects("stopped/")
     parts = b"".join(found[name] for name in sorted(found) if name.startswith("parts/"))
@@ -134,7 +136,7 @@ run_job(sys.argv[1])
 
 
 def test_a_job_killed_at_work_goes_on_after_its_last_part(
-    job: Callable[..., Path], server: Server, batchclf: Batchclf, model_cache: Path
+    job: Callable[..., Path], server: Server, batchclf: Batchclf, tmp_path: Path
 ) -> None:
     slow = job("killed", batch_size=1, loader={"workers": 1}, runtime={"streams": 1})
     with subprocess.Popen([sys.executable, "-c", IN_SMALL_PARTS, slow]) as process:
@@ -143,7 +145,7 @@ def test_a_job_killed_at_work_goes_on_after_its_last_part(
         process.kill()
     before = parts_of(server.objects("killed/"))
     assert len(before) >= 2
-    forget_this_machine(model_cache)
+    forget_this_machine(tmp_path)
     done = batchclf("run", slow)
     assert done.exit_code == 0, done.stderr
     found = server.objects("killed/")
@@ -185,7 +187,6 @@ def test_failures_are_tried_again_and_new_images_added_in_a_bucket_too(
     server: Server,
     batchclf: Batchclf,
     tmp_path: Path,
-    model_cache: Path,
 ) -> None:
     (bad,) = (tmp_path / "photos").glob("000007.*")
     good = bad.read_bytes()
@@ -194,20 +195,20 @@ def test_failures_are_tried_again_and_new_images_added_in_a_bucket_too(
     assert batchclf("run", job("again")).exit_code == 0
     assert assert_complete(server.objects("again/"))[7]["status"] == "error"
     bad.write_bytes(good)
-    forget_this_machine(model_cache)
+    forget_this_machine(tmp_path)
     assert batchclf("run", job("again"), "--retry-failed").exit_code == 0
     assert assert_complete(server.objects("again/"))[7]["status"] == "ok"
     (tmp_path / "photos" / "zzz.png").write_bytes(good)
-    forget_this_machine(model_cache)
+    forget_this_machine(tmp_path)
     assert batchclf("run", job("again"), "--extend").exit_code == 0
     assert len(assert_complete(server.objects("again/"))) == NUM_IMAGES + 1
 
 
 def test_shards_write_to_one_address_from_machines_of_their_own(
-    job: Callable[..., Path], server: Server, batchclf: Batchclf, tmp_path: Path, model_cache: Path
+    job: Callable[..., Path], server: Server, batchclf: Batchclf, tmp_path: Path
 ) -> None:
     for number in (2, 0, 1):
-        forget_this_machine(model_cache)
+        forget_this_machine(tmp_path)
         done = batchclf("run", job("shards"), "--shard", f"{number}/3")
         assert done.exit_code == 0, done.stderr
     found = server.objects("shards/")
@@ -219,6 +220,76 @@ def test_shards_write_to_one_address_from_machines_of_their_own(
     refused = batchclf("run", job("shards", top_k=2), "--shard", "0/3")
     assert refused.exit_code == 2
     assert "top_k" in refused.stderr
+
+
+@pytest.fixture
+def proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy on the way to the server."""
+    with proxied(int(server.url.rpartition(":")[2])) as found:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", found.url)
+        yield found
+
+
+def test_a_job_is_complete_in_the_bucket_only_once_all_of_it_is_there(
+    job: Callable[..., Path], server: Server, proxy: Proxy, batchclf: Batchclf, tmp_path: Path
+) -> None:
+    def refuse_predictions(method: str, path: str) -> Fault | None:
+        is_upload = method in ("PUT", "POST") and "predictions.jsonl" in path
+        return Fault(status=403, code="AccessDenied") if is_upload else None
+
+    proxy.decide = refuse_predictions
+    done = batchclf("run", job("torn"))
+    assert done.exit_code == 5
+    assert "torn/predictions.jsonl: cannot be written" in done.stderr
+    found = server.objects("torn/")
+    assert json.loads(found.get("run.json", b'{"status": "none"}'))["status"] != "complete"
+    proxy.decide = lambda method, path: None
+    forget_this_machine(tmp_path)
+    assert batchclf("run", job("torn")).exit_code == 0
+    assert len(assert_complete(server.objects("torn/"))) == NUM_IMAGES
+
+
+def test_where_it_says_complete_but_the_records_are_gone_the_parts_are_taken(
+    job: Callable[..., Path], server: Server, batchclf: Batchclf, tmp_path: Path
+) -> None:
+    assert batchclf("run", job("gone")).exit_code == 0
+    server.client.delete_object(Bucket="bucket", Key="gone/predictions.jsonl")
+    forget_this_machine(tmp_path)
+    done = batchclf("run", job("gone"))
+    assert done.exit_code == 0, done.stderr
+    assert len(assert_complete(server.objects("gone/"))) == NUM_IMAGES
+
+
+def test_failing_servers_cost_nothing_but_time(
+    job: Callable[..., Path], server: Server, proxy: Proxy, batchclf: Batchclf
+) -> None:
+    chance = random.Random(3)
+    proxy.decide = lambda method, path: Fault(status=503) if chance.random() < 0.2 else None
+    subprocess.run([sys.executable, "-c", IN_SMALL_PARTS, job("busy")], check=True)
+    assert any(fault for fault in proxy.requests)
+    assert len(assert_complete(server.objects("busy/"))) == NUM_IMAGES
+
+
+def test_a_signal_ends_a_run_whose_bucket_does_not_answer(
+    job: Callable[..., Path], proxy: Proxy
+) -> None:
+    proxy.decide = lambda method, path: Fault(breaks="stuck")
+    with subprocess.Popen(command("run", job("stuck")), stderr=subprocess.PIPE) as process:
+        while not proxy.requests:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        asked = time.monotonic()
+        process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert time.monotonic() - asked < 8
+
+
+def test_beginning_anew_with_fewer_images_leaves_no_part_of_before(
+    job: Callable[..., Path], server: Server, batchclf: Batchclf
+) -> None:
+    subprocess.run([sys.executable, "-c", IN_SMALL_PARTS, job("fewer")], check=True)
+    assert batchclf("run", job("fewer"), "--overwrite", "--limit", "20").exit_code == 0
+    assert len(assert_complete(server.objects("fewer/"))) == 20
 
 
 def test_commands_that_write_beside_the_records_ask_for_a_folder(
@@ -239,7 +310,7 @@ def test_an_output_in_a_bucket_that_refuses_ends_at_once(
 
 
 def test_a_list_on_stdin_is_not_needed_by_shards_that_begin_or_go_on_elsewhere(
-    job: Callable[..., Path], server: Server, model_cache: Path, tmp_path: Path
+    job: Callable[..., Path], server: Server, tmp_path: Path
 ) -> None:
     path = job("piped")
     images = sorted((tmp_path / "photos").iterdir())[:6]
@@ -248,7 +319,7 @@ def test_a_list_on_stdin_is_not_needed_by_shards_that_begin_or_go_on_elsewhere(
         arguments = command("run", path, "-i", "-", "--shard", f"{shard}/2")
         done = subprocess.run(arguments, input=content, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        forget_this_machine(model_cache)
+        forget_this_machine(tmp_path)
     found = server.objects("piped/")
     for shard, expected in enumerate((images[:3], images[3:])):
         lines = records(found[f"predictions-0000{shard}-of-00002.jsonl"])

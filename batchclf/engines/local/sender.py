@@ -18,20 +18,30 @@ LAST_STOPPED_S = 1.0
 
 
 class Sender:
-    """Keeps a mirror up to date; use as a context manager around the run."""
+    """Keeps a mirror up to date; use as a context manager around the run.
+
+    All that may take long is done in its thread, so that a signal is seen meanwhile.
+    """
 
     def __init__(self, mirror: Mirror, display: Display, stop: StopRequest) -> None:
         self._mirror = mirror
         self._display = display
         self._stop = stop
         self._failure: BaseException | None = None
+        self._has_pulled = threading.Event()
         self._ended = threading.Event()
         self._is_complete = False
         self._thread = threading.Thread(target=self._work, name="sender", daemon=True)
 
     def __enter__(self) -> "Sender":
-        self._mirror.pull()
         self._thread.start()
+        try:
+            while not self._has_pulled.wait(LOOK_S):
+                self._stop.raise_if_requested()
+            self.check()
+        except BaseException:
+            self._ended.set()
+            raise
         return self
 
     def __exit__(
@@ -74,6 +84,8 @@ class Sender:
 
     def _work(self) -> None:
         try:
+            self._mirror.pull()
+            self._has_pulled.set()
             sent_at = -math.inf
             while not self._ended.wait(LOOK_S):
                 # Soon after the beginning, so that others see whose the output is.
@@ -85,3 +97,4 @@ class Sender:
                 self._mirror.push(is_over=True)
         except BaseException as error:  # noqa: BLE001 - `check` raises it
             self._failure = error
+            self._has_pulled.set()
