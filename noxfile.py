@@ -11,6 +11,7 @@ SAME_EVERYWHERE = (
     *("tests/system", "tests/faults", "tests/engines", "tests/commands/test_paths.py"),
     *("tests/test_quality.py", "tests/test_house.py", "tests/test_security.py"),
     *("tests/test_library.py", "tests/test_without_torch.py", "tests/test_own_model.py"),
+    "tests/test_forms.py",
     *("tests/run/test_bottleneck.py", "tests/run/test_wiring.py", "tests/run/test_durability.py"),
     "tests/run/test_resume.py",
     *("tests/run/test_shards.py", "tests/run/test_limits.py", "tests/run/test_changed_output.py"),

@@ -11,10 +11,21 @@ TEMPLATE = """\
 # A batchclf job. Paths are relative to this file. Check it with `batchclf validate`, run it with
 # `batchclf run`; running it again resumes. `batchclf schema` prints every key.
 
-input: {input}                  # folder (walked recursively), one image, glob such as
-                                # photos/**/*.{{jpg,JPG}}, .txt or .jsonl list of paths, .tar, .zip
-                                # or .parquet file, glob of these (shards/*.tar), or a list of any
-output: {output}                # folder for the results; created
+input: {input}                  # a folder, walked recursively; or instead:
+# input: photos/1.jpg                       # one image
+# input: photos/**/*.{{jpg,JPG}}              # a glob
+# input: photos.txt                         # a list of paths, or .jsonl with `path` in each line
+# input: "-"                                # a list on stdin
+# input: [photos/cats, photos/dogs]         # several of any kind
+# input: shards/*.tar                       # archives, read without being unpacked: also one .tar
+# input: photos.zip
+# input: shards/0000.tar.gz                 # compressed: read through from its beginning
+# input: train.parquet                      # of Hugging Face, Spark or Ray; extra `parquet`
+# input: {{parquet: train, column: image, id: key}}   # which columns, where it is not clear
+# input: s3://bucket/photos                 # all below it; also gs:// and az://; extra `remote`
+# input: s3://bucket/shards/*.tar           # read by ranges
+# input: https://example.org/photos.zip     # one file of a web server; a list may name many
+output: {output}                # folder for the results, created; or s3://bucket/runs/1
 
 model:
   name: {model}                 # any torchvision classification model; timm/NAME; hf/FOLDER, as

@@ -25,7 +25,7 @@ _DIRECT = {
         str,
         "Folder, image, glob, archive or list (- for stdin); repeatable.",
     ),
-    "output": ("-o", "--output", str, "Folder for the results."),
+    "output": ("-o", "--output", str, "Folder for the results, or address in a bucket."),
 }
 _REPEATABLE = ("input",)
 

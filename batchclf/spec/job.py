@@ -493,8 +493,8 @@ class JobSpec(_Spec):
     """One job: classify the images of `input` with `model` and write records to `output`."""
 
     input: InputSpec = Field(
-        description="Folder (walked recursively), one image, glob, .txt or .jsonl list, .tar, .zip "
-        "or .parquet; or a list of these."
+        description="Folder (walked recursively), one image, glob, .txt or .jsonl list, `-` (a "
+        "list on stdin), .tar, .zip or .parquet; s3://, gs://, az:// or https://; or a list of any."
     )
     output: OutputSpec = Field(
         description="Folder for the results, created; or an address in a bucket."
