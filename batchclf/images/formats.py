@@ -11,6 +11,8 @@ from typing import Final
 from batchclf.images.tiff import first_directory
 from batchclf.system.paths import GIT_LFS_POINTER
 
+MAX_BRANDS_BYTES: Final = 512
+"""A box of brands has a few dozen bytes; a damaged one may say anything."""
 DECODED: Final = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")
 """Pillow's names of the formats that are decoded; every other is refused without touching it."""
 
@@ -111,6 +113,7 @@ _MAGIC: Final[tuple[tuple[int, bytes, str], ...]] = (
     (0, b"#define ", "XBM"),
     (0, b"/* XPM */", "XPM"),
     *((0, b"P%d" % kind + space, "Netpbm") for kind in range(1, 8) for space in (b"\n", b" ")),
+    *((0, magic, "Netpbm") for magic in (b"PF\n", b"Pf\n")),
 )
 
 _TARGA_END: Final = b"TRUEVISION-XFILE.\0"
@@ -160,10 +163,20 @@ def content_format(data: bytes) -> str | None:
     """The format that the first bytes say, among those decoded and those only recognised."""
     for offset, magic, name in _MAGIC:
         if data.startswith(magic, offset):
-            return name
+            return "AVIF" if name == "HEIC" and _is_avif(data) else name
     if _is_svg(data):
         return "SVG"
     return "Targa" if _is_targa(data) else None
+
+
+def _is_avif(data: bytes) -> bool:
+    """Whether a file of another major brand says that it is compatible with AVIF's.
+
+    ISO/IEC 14496-12, 4.3: the size and type of the box, major brand, version, compatible brands.
+    """
+    end = min(int.from_bytes(data[:4], "big"), MAX_BRANDS_BYTES)
+    brands = {data[at : at + 4] for at in range(16, end, 4)}
+    return not brands.isdisjoint((b"avif", b"avis"))
 
 
 def looks_like_image(head: bytes) -> bool:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from batchclf.images.extras import EXTRAS
-from batchclf.images.formats import jxl_size
+from batchclf.images.formats import content_format, jxl_size
 from batchclf.results.records import Failure, Loaded, Pixels, Preprocess
 from tests.conftest import ROOT, data, read_records
 from tests.images.common import CASES, decode, dng, encode, picture, tiff
@@ -317,3 +317,17 @@ def test_a_turned_heic_is_upright_whatever_the_job_says() -> None:
         assert loaded == Loaded()
         shown.append(pixels_HWC)
     np.testing.assert_array_equal(shown[0], shown[1])
+
+
+def test_an_avif_file_that_calls_itself_a_plain_image_file_first_is_decoded() -> None:
+    data = bytearray(encode(picture(40, 30), "AVIF"))
+    assert data[8:12] == b"avif"
+    data[8:12] = b"mif1"
+    found_HWC, loaded = decode(bytes(data))
+    assert loaded == Loaded()
+    assert found_HWC.tobytes() == decode(encode(picture(40, 30), "AVIF"))[0].tobytes()
+
+
+@pytest.mark.parametrize("magic", [b"PF\n", b"Pf\n"])
+def test_portable_float_maps_are_named(magic: bytes) -> None:
+    assert content_format(magic + b"2 2\n-1.0\n" + bytes(16)) == "Netpbm"
