@@ -136,6 +136,14 @@ class LocalFiles:
         """
         return self._insisting(path, partial(_read_range, start=start, length=length))
 
+    def version(self, path: bytes) -> bytes | Failure:
+        """Size and time of writing of one listed file, or why they cannot be told.
+
+        Raises:
+            EnvironmentFailed: as `read`.
+        """
+        return self._insisting(path, _version)
+
     def _insisting(
         self, path: bytes, action: Callable[[Source, bytes], _Found]
     ) -> _Found | Failure:
@@ -363,6 +371,11 @@ def _read_range(source: Source, full: bytes, start: int, length: int) -> bytes |
     if len(data) < length:
         return Failure("changed", f"ends before byte {start + length:,}; it did not when listed")
     return data
+
+
+def _version(_: Source, full: bytes) -> bytes:
+    found = os.stat(full)
+    return b"%d,%d" % (found.st_size, found.st_mtime_ns)
 
 
 def _open_regular(source: Source, full: bytes) -> int | Failure:

@@ -23,7 +23,7 @@ from batchclf.images.addresses import (
     split_address,
     unreadable,
 )
-from batchclf.images.attempts import OPENING_S, Content, Patience, Refused, insist
+from batchclf.images.attempts import CHANGED, OPENING_S, Content, Patience, Refused, insist
 from batchclf.images.buckets import Bucket, Object
 from batchclf.images.clutter import is_clutter
 from batchclf.images.dialect import is_far
@@ -119,6 +119,19 @@ class RemoteFiles:
             return Failure("changed", f"ends before byte {span[1]:,}; it did not when listed")
         return found.data
 
+    def version(self, path: bytes) -> bytes | Failure:
+        """The version of one listed file that this process reads, or why it cannot be told.
+
+        Raises:
+            EnvironmentFailed: as `read`.
+        """
+        address = self._address(path)
+        known = _versions().known(address)
+        if known is not None:
+            return known
+        found = self._insisting(path, lambda file: _versions().get(address, file, (0, 1)))
+        return found if isinstance(found, Failure) else version_of(found)
+
     def open(self, path: bytes) -> BinaryIO | Failure:
         """One listed file, opened to be read and sought in; or why that cannot be.
 
@@ -196,6 +209,11 @@ class _Versions:
 
     def __init__(self) -> None:
         self._tags: dict[str, str] = {}
+        self._known: dict[str, bytes] = {}
+
+    def known(self, address: str) -> bytes | None:
+        """That version, as `version_of`; None: nothing was read yet."""
+        return self._known.get(address)
 
     def get(self, address: str, file: RemoteFile, span: tuple[int, int]) -> Content:
         """A range of the version that was read first.
@@ -204,9 +222,17 @@ class _Versions:
             Refused: also where that is there no more.
         """
         found = file.get(span, self._tags.get(address))
+        # Another thread may have read its first range meanwhile.
+        if self._known.setdefault(address, version_of(found)) != version_of(found):
+            raise Refused(CHANGED, "changed")
         if found.tag is not None:
             self._tags.setdefault(address, found.tag)
         return found
+
+
+def version_of(content: Content) -> bytes:
+    """What tells that a file is another: its tag; its size, where a server sends none."""
+    return str(content.size if content.tag is None else content.tag).encode()
 
 
 @cache
@@ -411,6 +437,10 @@ class ListedFiles:
     def read_range(self, path: bytes, start: int, length: int) -> bytes | Failure:
         """As `Files`."""
         return self._that_have(path).read_range(path, start, length)
+
+    def version(self, path: bytes) -> bytes | Failure:
+        """As `Files`."""
+        return self._that_have(path).version(path)
 
     def are_far(self) -> bool:
         """Whether the list begins with an address, so that reading ahead is worth it."""

@@ -12,10 +12,20 @@ from functools import partial
 from itertools import chain, compress
 from typing import Protocol
 
-from batchclf.errors import NoImagesError
-from batchclf.images.archives import Archives, failure_of, is_in_passing, read_member, row_of
+from batchclf.errors import NoImagesError, ResumeRefused
+from batchclf.images.archives import (
+    ANEW,
+    Archives,
+    archive_of,
+    failure_of,
+    is_changed,
+    is_in_passing,
+    read_member,
+    row_of,
+)
+from batchclf.images.archives.location import File
 from batchclf.images.archives.location import truth_of as truth_in
-from batchclf.images.archives.members import File, Log, Ranges
+from batchclf.images.archives.members import Log, Ranges
 from batchclf.images.archives.names import SUFFIXES, archive_kind, is_archive
 from batchclf.images.formats import looks_like_image, suffix_format
 from batchclf.images.lists import mark_repeated
@@ -104,6 +114,13 @@ class Store(Protocol):
 
         Raises:
             NoImagesError: naming the place and what was found instead.
+        """
+
+    def require_unchanged(self, entries: Iterable[Entry]) -> None:
+        """Refuse archives in which these entries do not lie where they were listed any more.
+
+        Raises:
+            ResumeRefused: naming the archive.
         """
 
     def read(self, ref: ImageRef, max_bytes: int) -> bytes | Failure:
@@ -199,6 +216,17 @@ class FileStore:
                 f"input: {self.source.spec}: the first {len(tried):,} files of the list are no "
                 f"longer there, such as {os.fsdecode(tried[0])}; is what they lie on mounted?"
             )
+
+    def require_unchanged(self, entries: Iterable[Entry]) -> None:
+        """As `Store`."""
+        members = (one.location for one in entries if _file_of(*one) is None)
+        one_of_each = {archive_of(location): location for location in members}
+        for archive, location in one_of_each.items():
+            if is_changed(self.files, location):
+                raise ResumeRefused(
+                    f"input: {os.fsdecode(os.path.join(self.source.root, archive))} was written to "
+                    f"after it was listed, and its images may lie elsewhere in it; {ANEW}"
+                )
 
     def _looks_like_image(self, entry: Entry) -> bool:
         if failure_of(entry.location) is not None:
@@ -362,12 +390,20 @@ class SeveralStores:
 
     def require_listed(self, entries: Iterable[Entry]) -> None:
         """As `Store`."""
+        for part, some in zip(self.parts, self._of_parts(entries), strict=True):
+            part.require_listed(some)
+
+    def require_unchanged(self, entries: Iterable[Entry]) -> None:
+        """As `Store`."""
+        for part, some in zip(self.parts, self._of_parts(entries), strict=True):
+            part.require_unchanged(some)
+
+    def _of_parts(self, entries: Iterable[Entry]) -> list[list[Entry]]:
         own: list[list[Entry]] = [[] for _ in self.parts]
         for entry in entries:
             number, inner = _in_part(entry)
             own[number].append(inner)
-        for part, some in zip(self.parts, own, strict=True):
-            part.require_listed(some)
+        return own
 
     def read(self, ref: ImageRef, max_bytes: int) -> bytes | Failure:
         """As `Store`."""

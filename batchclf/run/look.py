@@ -115,7 +115,10 @@ def _open_store(run: Run) -> Store:
     if listing is None:
         return open_input(run.job)
     store = open_store(source_of(run.job))
-    store.require_listed(listing.entries(0, NUM_TRIED))
+    first = list(listing.entries(0, NUM_TRIED))
+    store.require_listed(first)
+    if not run.options.extend:  # archives may have grown: what was listed before, may be done
+        store.require_unchanged(first)
     return store
 
 

@@ -46,6 +46,33 @@ def test_a_tar_archive_has_the_records_of_the_folder_that_it_holds(
     assert_same_records(found, [one | {"path": f"all.tar/{one['path']}"} for one in expected])
 
 
+def test_a_run_of_an_archive_that_changed_is_not_resumed_but_listed_anew_with_overwrite(
+    tmp_path: Path, photos: Path, batchclf: Batchclf
+) -> None:
+    def pack(paths: list[Path]) -> None:
+        with tarfile.open(tmp_path / "all.tar", "w") as archive:
+            for path, name in zip(paths, names, strict=True):
+                archive.add(path, name)
+
+    paths = sorted((photos / "a").iterdir())
+    names = [path.name for path in paths]
+    pack(paths)
+    job = write_tiny_job(tmp_path, input="all.tar")
+    assert batchclf("run", job).exit_code == 0
+    expected = read_records(tmp_path / "out")
+    predictions = tmp_path / "out" / "predictions.jsonl"
+    predictions.write_bytes(predictions.read_bytes().splitlines(keepends=True)[0])
+    pack(paths[::-1])
+    done = batchclf("run", job)
+    assert done.exit_code == 2
+    assert "all.tar was written to after it was listed" in done.stderr
+    assert batchclf("run", job, "--overwrite").exit_code == 0
+    swapped = [
+        other | {"path": one["path"]} for one, other in zip(expected, expected[::-1], strict=True)
+    ]
+    assert_same_records(read_records(tmp_path / "out"), swapped)
+
+
 def test_several_inputs_are_one_relative_to_the_folder_around_them(
     tmp_path: Path, photos: Path, batchclf: Batchclf
 ) -> None:

@@ -12,13 +12,15 @@ from batchclf.images.archives import parquet, stream, tar, zips
 from batchclf.images.archives.index import Index
 from batchclf.images.archives.location import (
     FAILED,
+    File,
     Location,
     failed,
     failure_in,
     located,
     parse,
+    short,
 )
-from batchclf.images.archives.members import Damage, File, Found, Log, Member, Ranges, Rows
+from batchclf.images.archives.members import Damage, Found, Log, Member, Ranges, Rows
 from batchclf.images.archives.names import archive_kind, tidy
 from batchclf.images.archives.passage import Refused
 from batchclf.results.records import Entry, Failure
@@ -30,6 +32,7 @@ _READERS: Final[dict[bytes, Callable[[Ranges, Location, int], bytes | Failure]]]
     zips.KIND: zips.read,
     parquet.KIND: parquet.read,
 }
+ANEW = "give another output, or --overwrite, to list it anew"
 _IN_ORDER = (stream.KIND, parquet.KIND)
 """Kinds that one process reads for all: each would have to inflate everything."""
 
@@ -53,18 +56,18 @@ class Archives:
             UsageError: this machine cannot read such an archive, or the job must say more.
             EnvironmentFailed: the disk fails.
         """
-        with self._opened(file) as opened:
+        with self._opened(file) as (archive, opened):
             if opened is None:
                 yield self._itself(file)  # where it cannot be opened, reading it records why
             elif self._kind(file) == "parquet":
-                yield from self._rows.entries(file, opened)
+                yield from self._rows.entries(archive, opened)
             else:
                 index = Index()
                 for found in self._scan(file, opened):
                     index.add(found)
                 if not len(index) and not index.damages:
                     self._log(f"{_shown(file.path)}: an archive without files")
-                yield from index.entries(file)
+                yield from index.entries(archive)
                 self.num_left_out += index.num_left_out
 
     def glimpse(self, file: File) -> Iterator[Entry]:
@@ -73,32 +76,37 @@ class Archives:
         Raises:
             UsageError, EnvironmentFailed: as `entries`.
         """
-        with self._opened(file) as opened:
+        with self._opened(file) as (archive, opened):
             if opened is None:
                 yield self._itself(file)
             elif self._kind(file) == "parquet":
-                yield from self._rows.entries(file, opened)
+                yield from self._rows.entries(archive, opened)
             else:
                 for found in self._scan(file, opened):
                     if isinstance(found, Member):
                         name = b"%s/%s" % (file.path, tidy(found.name))
-                        yield Entry(name, located(found.fields, file.place))
+                        yield Entry(name, located(found.fields, archive))
                     elif isinstance(found, Damage):
-                        yield Entry(file.path, located(failed(found.failure), file.place))
+                        yield Entry(file.path, located(failed(found.failure), archive))
 
     def _itself(self, file: File) -> Entry:
         return Entry(file.path, b"" if file.place == file.path else file.place)
 
     @contextmanager
-    def _opened(self, file: File) -> Iterator[BinaryIO | None]:
-        """An archive; None: it is none, or cannot be opened."""
+    def _opened(self, file: File) -> Iterator[tuple[File, BinaryIO | None]]:
+        """An archive of a certain version; None: it is none, or cannot be opened."""
         try:
-            opened = None if self._kind(file) is None else self._files.open(file.place)
-            if opened is None or isinstance(opened, Failure):
-                yield None
-            else:
-                with opened:
-                    yield opened
+            if self._kind(file) is None:
+                yield file, None
+                return
+            # Asked first: of an archive that changes while it is listed, no member is read.
+            version = self._files.version(file.place)
+            opened = version if isinstance(version, Failure) else self._files.open(file.place)
+            if isinstance(version, Failure) or isinstance(opened, Failure):
+                yield file, None
+                return
+            with opened:
+                yield file._replace(version=short(version)), opened
         except OSError as error:
             raise refusal("input", _shown(file.path), error) from error
 
@@ -125,6 +133,33 @@ def read_member(files: Ranges, location: bytes, max_bytes: int) -> bytes | Failu
     where = parse(location)
     if where.kind == FAILED:
         return failure_in(where)
+    found = _read(files, where, max_bytes)
+    # Asked afterwards: an archive that is the listed one still, was so while it was read.
+    return _refused_version(files, where) or found
+
+
+def is_changed(files: Ranges, location: bytes) -> bool:
+    """Whether the archive of a member is there, and not the one that was listed."""
+    where = parse(location)
+    refused = None if where.kind == FAILED else _refused_version(files, where)
+    return refused is not None and refused.code == "changed"
+
+
+def archive_of(location: bytes) -> bytes:
+    """The file that a member lies in."""
+    return parse(location).archive
+
+
+def _refused_version(files: Ranges, where: Location) -> Failure | None:
+    version = files.version(where.archive)
+    if isinstance(version, Failure):
+        return version
+    if short(version) == where.version:
+        return None
+    return Failure("changed", f"its archive was written to after it was listed; {ANEW}")
+
+
+def _read(files: Ranges, where: Location, max_bytes: int) -> bytes | Failure:
     try:
         return _READERS[where.kind](files, where, max_bytes)
     except Refused as refused:

@@ -11,8 +11,8 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-from batchclf.images.archives.location import failed, located
-from batchclf.images.archives.members import Damage, File, Found, LeftOut, Link, Member
+from batchclf.images.archives.location import File, failed, located
+from batchclf.images.archives.members import Damage, Found, LeftOut, Link, Member
 from batchclf.images.archives.names import is_hidden, refused_name, tidy
 from batchclf.images.archives.sides import key_of, may_hold_truth, side_kind, truth_in
 from batchclf.images.formats import suffix_format
@@ -99,7 +99,7 @@ class Index:
             ):
                 yield self._entry(archive, number, source, truth)
         if self.damages:
-            yield Entry(archive.path, located(failed(_together(self.damages)), archive.place))
+            yield Entry(archive.path, located(failed(_together(self.damages)), archive))
 
     def _entry(self, archive: File, number: int, source: int, truth: int) -> Entry:
         name, target, _ = self._text(number)
@@ -112,7 +112,7 @@ class Index:
         else:
             fields = self._text(source)[1]
         label = b"" if truth < 0 else self._text(truth)[2]
-        return Entry(b"%s/%s" % (archive.path, name), located(fields, archive.place, label))
+        return Entry(b"%s/%s" % (archive.path, name), located(fields, archive, label))
 
     def _sources(self, names: "_Lookup", listed: _Numbers) -> _Numbers:
         """Of each member that one which has its bytes: itself, but for hard links."""

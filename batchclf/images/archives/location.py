@@ -1,10 +1,14 @@
 """Where the bytes of a member lie: one line of bytes, which stands in the frozen listing.
 
-`kind:fields:truth:archive`. The fields are separated by commas, and in them and in the truth what
-would be taken for a separator is percent-encoded; the path of the archive comes last, as it is.
+`kind:fields:version:truth:archive`. The fields are separated by commas, and in them and in the
+truth what would be taken for a separator is percent-encoded; the path of the archive comes last, as
+it is. The version tells whether the archive is the one that was listed: in another one, the same
+place holds other bytes.
 """
 
 from dataclasses import dataclass
+from hashlib import blake2b
+from typing import NamedTuple
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from batchclf.results.records import Failure
@@ -19,6 +23,8 @@ class Location:
 
     kind: bytes
     fields: tuple[bytes, ...]
+    version: bytes
+    """Of the archive that was listed."""
     archive: bytes
 
     @property
@@ -37,20 +43,36 @@ def failed(failure: Failure) -> bytes:
     return fields_of(FAILED, failure.code.encode(), failure.message.encode())
 
 
-def located(fields: bytes, archive: bytes, truth: bytes = b"") -> bytes:
+class File(NamedTuple):
+    """A file that may be an archive."""
+
+    path: bytes
+    """As its records name it."""
+    place: bytes
+    """Where it is opened: the path, but for what a list names otherwise."""
+    version: bytes = b""
+    """As `short`, of an archive that is listed."""
+
+
+def short(version: bytes) -> bytes:
+    """A version, as locations have it: two have the same in 1 of 4 billion cases."""
+    return blake2b(version, digest_size=4).hexdigest().encode()
+
+
+def located(fields: bytes, archive: File, truth: bytes = b"") -> bytes:
     """A whole location."""
-    return b"%s:%s:%s" % (fields, _quoted(truth), archive)
+    return b"%s:%s:%s:%s" % (fields, archive.version, _quoted(truth), archive.place)
 
 
 def parse(location: bytes) -> Location:
     """A location, taken apart."""
-    kind, fields, _, archive = location.split(b":", 3)
-    return Location(kind, tuple(map(unquote_to_bytes, fields.split(b","))), archive)
+    kind, fields, version, _, archive = location.split(b":", 4)
+    return Location(kind, tuple(map(unquote_to_bytes, fields.split(b","))), version, archive)
 
 
 def truth_of(location: bytes) -> bytes | None:
     """The true label that stands beside an image in its archive; None: there is none."""
-    return unquote_to_bytes(location.split(b":", 3)[2]) or None
+    return unquote_to_bytes(location.split(b":", 4)[3]) or None
 
 
 def failure_in(location: Location) -> Failure:

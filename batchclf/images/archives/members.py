@@ -19,6 +19,9 @@ class Ranges(Protocol):
     def read_range(self, path: bytes, start: int, length: int) -> bytes | Failure:
         """So many bytes of a file, or why they cannot be read."""
 
+    def version(self, path: bytes) -> bytes | Failure:
+        """Another one where the file is another; or why that cannot be told."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -28,15 +31,6 @@ class Rows:
     """None: the only one that holds images."""
     id: str | None = None
     """None: the image's own path, or else the file and the row."""
-
-
-class File(NamedTuple):
-    """A file that may be an archive."""
-
-    path: bytes
-    """As its records name it."""
-    place: bytes
-    """Where it is opened: the path, but for what a list names otherwise."""
 
 
 class Member(NamedTuple):

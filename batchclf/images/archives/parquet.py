@@ -16,8 +16,8 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 from batchclf.errors import UsageError
-from batchclf.images.archives.location import Location, failed, fields_of, located
-from batchclf.images.archives.members import File, Ranges, Rows, too_large
+from batchclf.images.archives.location import File, Location, failed, fields_of, located
+from batchclf.images.archives.members import Ranges, Rows, too_large
 from batchclf.images.archives.passage import Chunk, Refused, cursor_at, required
 from batchclf.images.formats import looks_like_image
 from batchclf.results.records import Entry, Failure
@@ -144,7 +144,7 @@ class RowLister:
                 yield from _rows(_opened(opened, buffer_bytes=0), columns, file)
         except (Unreadable, MemoryError) as error:
             failure = Failure("damaged_archive", f"no Parquet file, or a damaged one: {error}")
-            yield Entry(file.path, located(failed(failure), file.place))
+            yield Entry(file.path, located(failed(failure), file))
 
     def _columns(self, file: Any, path: bytes) -> Columns:
         schema = file.schema_arrow
@@ -305,11 +305,11 @@ def _rows(opened: Any, columns: Columns, file: File) -> Iterator[Entry]:
             labels = _texts(batch, columns.truth)
             for name, label in zip(names, labels, strict=True):
                 fields = fields_of(KIND, row, *same)
-                yield Entry(name or b"%s/%d" % (file.path, row), located(fields, file.place, label))
+                yield Entry(name or b"%s/%d" % (file.path, row), located(fields, file, label))
                 row += 1
     for number in range(row, num_rows):
         fields = fields_of(KIND, number, *same)
-        yield Entry(b"%s/%d" % (file.path, number), located(fields, file.place))
+        yield Entry(b"%s/%d" % (file.path, number), located(fields, file))
 
 
 def _require_sound_counts(metadata: Any, image: str) -> None:
@@ -469,7 +469,8 @@ def read(files: Ranges, location: Location, max_bytes: int) -> bytes | Failure:
     number, column_ = location.fields[:2]
     row, column = int(number), column_.decode()
     cursor = cursor_at(
-        (files, location.archive, column), lambda: _Images(files, location.archive, column)
+        (files, location.archive, location.version, column),
+        lambda: _Images(files, location.archive, column),
     )
     found = cursor.read(row, row + 1)
     if not found:

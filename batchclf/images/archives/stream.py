@@ -139,7 +139,8 @@ def read(files: Ranges, location: Location, max_bytes: int) -> bytes | Failure:
     start, length = location.numbers
     if refused := too_large(length, max_bytes):
         return refused
-    cursor = cursor_at((files, location.archive), lambda: _Bytes(files, location.archive))
+    path = location.archive
+    cursor = cursor_at((files, path, location.version), lambda: _Bytes(files, path))
     parts: list[bytes] = []
     num_bytes = 0
     for at, chunk in cursor.read(start, start + length):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO, Final, NamedTuple
 
-from batchclf.images.archives.location import Location, located, parse
+from batchclf.images.archives.location import File, Location, located, parse
 from batchclf.images.archives.members import (
     Found,
     LeftOut,
@@ -130,7 +130,7 @@ def _found(entry: _Entry, files: Ranges, path: bytes, end: int) -> Found:
 
 
 def _content(files: Ranges, path: bytes, fields: bytes) -> bytes | Failure:
-    return read(files, parse(located(fields, path)), MAX_SIDE_BYTES)
+    return read(files, parse(located(fields, File(path, path))), MAX_SIDE_BYTES)
 
 
 def _entry(values: tuple[int, ...], name: bytes, extra: bytes, moved: int) -> _Entry:

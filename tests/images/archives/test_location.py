@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from batchclf.images.ahead import Fetched
 from batchclf.images.archives import Archives, failure_of, is_in_passing, passage, row_of
-from batchclf.images.archives.location import failed, fields_of, located, parse, truth_of
-from batchclf.images.archives.members import File
+from batchclf.images.archives.location import File, failed, fields_of, located, parse, truth_of
 from batchclf.images.decode import Decoder
 from batchclf.images.load import Loader
 from batchclf.images.source import Sources, open_source
@@ -30,9 +29,9 @@ PATHS = st.binary(min_size=1).filter(lambda path: b"\0" not in path)
 def test_a_location_comes_back_as_it_was_made(
     kind: bytes, values: list[int | bytes], truth: bytes, archive: bytes
 ) -> None:
-    location = located(fields_of(kind, *values), archive, truth)
+    location = located(fields_of(kind, *values), File(b"", archive, b"00ff"), truth)
     found = parse(location)
-    assert (found.kind, found.archive) == (kind, archive)
+    assert (found.kind, found.version, found.archive) == (kind, b"00ff", archive)
     assert found.fields == tuple(
         b"%d" % value if isinstance(value, int) else value for value in values
     )
@@ -43,12 +42,12 @@ def test_a_location_comes_back_as_it_was_made(
 @given(st.text(st.characters(codec="utf-8")), PATHS)
 def test_a_failure_comes_back_as_it_was_made(message: str, archive: bytes) -> None:
     failure = Failure("corrupt", message)
-    assert failure_of(located(failed(failure), archive)) == failure
+    assert failure_of(located(failed(failure), File(b"", archive))) == failure
 
 
 def test_only_what_is_read_in_passing_is_fetched_for_another_process() -> None:
-    assert not is_in_passing(b"range:0,3::a.tar")
-    assert is_in_passing(b"stream:0,3::a.tgz")
+    assert not is_in_passing(b"range:0,3:::a.tar")
+    assert is_in_passing(b"stream:0,3:::a.tgz")
 
 
 @pytest.mark.parametrize("suffix", [".tgz", ".parquet"])

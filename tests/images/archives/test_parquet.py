@@ -366,7 +366,7 @@ def test_a_file_that_shrank_since_it_was_listed_is_told_of(tmp_path: Path) -> No
     passage._cursors.clear()
     found = store.read(ImageRef(9, *entries[9]), 2**20)
     assert isinstance(found, Failure)
-    assert (found.code, "fewer rows" in found.message) == ("changed", True)
+    assert (found.code, "written to after it" in found.message) == ("changed", True)
     file.unlink()
     passage._cursors.clear()
     found = store.read(ImageRef(9, *entries[9]), 2**20)
