@@ -85,6 +85,9 @@ class Entries(Protocol):
 
     def __iter__(self) -> Iterator[Entry]: ...
 
+    def after(self, listed: Iterable[Entry]) -> Iterator[Entry]:
+        """The entries of an earlier listing, and behind them those that it lacks."""
+
 
 class Store(Protocol):
     """Images, wherever they lie; plain data, so that it can be sent to other processes."""
@@ -257,13 +260,45 @@ def _file_of(path: bytes, location: bytes) -> bytes | None:
     return None if location else path
 
 
-class FileEntries:
+class _Named:
+    """Entries, each under a path of its own."""
+
+    has_rows: bool
+    """Whether there may be rows of Parquet files, which name themselves."""
+    _log: Log
+
+    def __iter__(self) -> Iterator[Entry]:
+        return self._named(self.found())
+
+    def after(self, listed: Iterable[Entry]) -> Iterator[Entry]:
+        """The entries of an earlier listing, and behind them those that it lacks."""
+        some = mark_repeated(chain(listed, self.found()), self._identity)
+        return self._named(
+            chain.from_iterable(compress(entries, ~is_repeated) for entries, is_repeated in some)
+        )
+
+    def found(self) -> Iterator[Entry]:
+        """The entries as they name themselves."""
+        raise NotImplementedError
+
+    def _row_of(self, entry: Entry) -> bytes | None:
+        """File and row; None: it is no row of a Parquet file."""
+        raise NotImplementedError
+
+    def _identity(self, entry: Entry) -> bytes:
+        """Of rows the path does not tell whether they are the same."""
+        return self._row_of(entry) or entry.path
+
+    def _named(self, entries: Iterator[Entry]) -> Iterator[Entry]:
+        return _each_named_once(entries, self._row_of, self._log) if self.has_rows else entries
+
+
+class FileEntries(_Named):
     """The images of one source; those of an archive come where the archive would."""
 
     def __init__(self, source: Source, files: Files, log: Log) -> None:
         self.located = source.opens_archives
         self.has_rows = self.located and source.may_hold_rows
-        """Whether there may be rows of Parquet files."""
         self._source = source
         self._paths = files.paths()
         self._begin = partial(Archives, files, source.rows, log)
@@ -275,12 +310,14 @@ class FileEntries:
     def num_left_out(self) -> int:
         return self._paths.num_left_out + self._archives.num_left_out + self._num_others
 
-    def __iter__(self) -> Iterator[Entry]:
+    def found(self) -> Iterator[Entry]:
         if not self.located:
             return map(Entry, self._paths)
         self._archives = self._begin()
-        entries = chain.from_iterable(map(self._archives.entries, self._candidates()))
-        return _each_named_once(entries, _row_of, self._log) if self.has_rows else entries
+        return chain.from_iterable(map(self._archives.entries, self._candidates()))
+
+    def _row_of(self, entry: Entry) -> bytes | None:
+        return row_of(entry.location)
 
     def glimpse(self) -> Iterator[Entry]:
         """The same, the first of which comes sooner; with those that archives do not list."""
@@ -308,10 +345,6 @@ def _holds_rows(path: bytes) -> bool:
     return not is_hidden and archive_kind(path) == "parquet"
 
 
-def _row_of(entry: Entry) -> bytes | None:
-    return row_of(entry.location)
-
-
 def _each_named_once(
     entries: Iterator[Entry], row_of: Callable[[Entry], bytes | None], log: Log
 ) -> Iterator[Entry]:
@@ -320,7 +353,7 @@ def _each_named_once(
     for some, is_repeated in mark_repeated(entries, lambda entry: entry.path):
         for entry, is_another in zip(some, is_repeated.tolist(), strict=True):
             row = row_of(entry) if is_another else None
-            num_renamed += row is not None
+            num_renamed += row not in (None, entry.path)
             yield entry if row is None else Entry(row, entry.location)
     if num_renamed:
         log(
@@ -422,7 +455,7 @@ def _in_part(entry: Entry) -> tuple[int, Entry]:
     return int(digits), Entry(entry.path, rest) if sign == b":" else Entry(rest)
 
 
-class SeveralEntries:
+class SeveralEntries(_Named):
     """The images of several sources; what two of them hold is listed once."""
 
     located = True
@@ -431,24 +464,17 @@ class SeveralEntries:
         self._prefixes = prefixes
         self._parts = parts
         self._log = log
+        self.has_rows = any(part.has_rows for part in parts)
         self._num_repeated = 0
 
     @property
     def num_left_out(self) -> int:
         return self._num_repeated + sum(part.num_left_out for part in self._parts)
 
-    def __iter__(self) -> Iterator[Entry]:
-        entries = self._once()
-        if not any(part.has_rows for part in self._parts):
-            return entries
-        return _each_named_once(entries, self._row_of, self._log)
-
-    def _once(self) -> Iterator[Entry]:
-        """Each image once; of rows the path does not tell whether they are the same."""
+    def found(self) -> Iterator[Entry]:
+        """Each image once."""
         self._num_repeated = 0
-        for entries, is_repeated in mark_repeated(
-            self._all(), lambda entry: self._row_of(entry) or entry.path
-        ):
+        for entries, is_repeated in mark_repeated(self._all(), self._identity):
             self._num_repeated += int(is_repeated.sum())
             yield from compress(entries, ~is_repeated)
 
@@ -459,6 +485,6 @@ class SeveralEntries:
 
     def _all(self) -> Iterator[Entry]:
         for number, (prefix, part) in enumerate(zip(self._prefixes, self._parts, strict=True)):
-            for path, location in part:
+            for path, location in part.found():
                 place = b":" + location if location else b"/" + path
                 yield Entry(prefix + path, b"%d%s" % (number, place))

@@ -19,8 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
 
-import numpy as np
-
 from batchclf.errors import ResumeRefused
 from batchclf.results.files import RunFiles, output_failed, reading, sync_folder
 from batchclf.results.identity import Extent, Identity, Strict, as_written
@@ -126,6 +124,9 @@ class Entries(Protocol):
         """Whether an entry may have a location."""
 
     def __iter__(self) -> Iterator[Entry]: ...
+
+    def after(self, listed: Iterable[Entry]) -> Iterator[Entry]:
+        """The entries of an earlier listing, and behind them those that it lacks."""
 
 
 def open_listing(files: RunFiles) -> Listing | None:
@@ -264,22 +265,6 @@ def _rename_noreplace(source: Path, target: Path) -> None:
         raise OSError(number, os.strerror(number), os.fspath(target))
 
 
-def new_entries(listing: Listing, entries: Iterable[Entry]) -> Iterator[Entry]:
-    """Those `entries` whose paths a listing does not hold.
-
-    Compares hashes of 64 bits, in 8 bytes per listed path: two of a million paths share one in 1 of
-    10^7 listings, and one of them would then be taken for listed.
-    """
-    known = np.fromiter(map(hash, listing.paths()), np.int64)
-    known.sort()
-    iterator = iter(entries)
-    while chunk := list(itertools.islice(iterator, WRITE_PATHS)):
-        hashes = np.fromiter((hash(entry.path) for entry in chunk), np.int64, len(chunk))
-        places = np.searchsorted(known, hashes)
-        is_known = known[np.minimum(places, len(known) - 1)] == hashes if len(known) else places > 0
-        yield from itertools.compress(chunk, ~np.asarray(is_known))
-
-
 def _write(
     draft: Path,
     job: Identity,
@@ -288,10 +273,11 @@ def _write(
     extends: Listing | None,
 ) -> Listing:
     before: tuple[Extent, ...] = ()
-    listed = iter(entries)
-    if extends is not None:
+    if extends is None:
+        listed = iter(entries)
+    else:
         before = (*extends.extends, extends.extent)
-        listed = itertools.chain(extends.entries(), new_entries(extends, listed))
+        listed = entries.after(extends.entries())
     with open(draft, "xb") as file:
         extent = _write_entries(file, itertools.islice(listed, limit), entries.located)
         trailer = _Trailer(

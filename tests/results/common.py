@@ -1,6 +1,6 @@
 """An identity, a run record and a listing, as small as they get."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,6 +68,10 @@ class Entries:
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries)
+
+    def after(self, listed: Iterable[Entry]) -> Iterator[Entry]:
+        known = list(listed)
+        return iter(known + [one for one in self if one not in known])
 
 
 def placed(files: RunFiles, paths: Sequence[bytes], locations: Sequence[bytes] = ()) -> Listing:

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from batchclf.errors import NoImagesError, UsageError
 from batchclf.images.archives import parquet, passage
 from batchclf.images.archives.members import Rows
-from batchclf.images.source import open_source
+from batchclf.images.source import Sources, open_source
 from batchclf.images.store import open_store
-from batchclf.results.records import Failure, ImageRef
+from batchclf.results.records import Failure, ImageRef, refs_of
 from tests.conftest import ROOT
 from tests.images.archives.common import look, photo, written
 
@@ -235,6 +235,31 @@ def test_a_path_that_another_row_has_costs_no_image(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_rows_with_listed_paths_are_added_to_a_listing_by_their_files_and_rows(
+    tmp_path: Path, several: bool
+) -> None:
+    def rows(*named: tuple[int, str]) -> bytes:
+        return as_parquet({"image": structs([(photo(number), name) for number, name in named])})
+
+    folder = tmp_path / "all.parquet"
+    folder.mkdir()
+    written(folder / "b.parquet", rows((0, "x"), (1, "y"), (2, "y")))
+    source = open_source(folder)
+    store = open_store(Sources((source,), (b"in/",)) if several else source)
+    before = list(store.entries())
+    written(folder / "a.parquet", rows((3, "x"), (4, "z")))
+    log: list[str] = []
+    after = list(store.entries(log.append).after(before))
+    assert after[:3] == before
+    names = [b"x", b"y", b"b.parquet/2", b"a.parquet/0", b"z"]
+    assert [one.path for one in after] == [b"in/" * several + name for name in names]
+    found = [store.read(ref, 2**20) for ref in refs_of(after)]
+    assert found == [photo(number) for number in range(5)]
+    assert [line.split(" have")[0] for line in log] == ["input: 1 rows"]
+    assert list(store.entries().after(after)) == after
+
+
 def test_ids_are_numbers_or_names_and_rows_where_there_is_none(tmp_path: Path) -> None:
     columns = {"image": structs(TEN[:4]), "id": pa.array([7, None, 8, 7])}
     file = written(tmp_path / "a.parquet", as_parquet(columns))
@@ -274,7 +299,7 @@ import sys
 from pathlib import Path
 from batchclf.images.archives import passage
 passage.KEPT_BYTES = 2**23
-from batchclf.images.source import open_source
+from batchclf.images.source import Sources, open_source
 from batchclf.images.store import open_store
 from batchclf.results.records import refs_of
 from batchclf.system.machine import peak_rss_mb
