@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple, Protocol
 
 from batchclf.images.archives.location import failed
+from batchclf.images.memory import SMALL_BYTES, Claim, default_limit
 from batchclf.results.records import Failure
 
 Log = Callable[[str], None]
@@ -78,6 +79,16 @@ def unreadable(name: bytes, place: int, failure: Failure) -> Member:
 def damage(what: str) -> Damage:
     """Damage to an archive."""
     return Damage(Failure("damaged_archive", what))
+
+
+def inflating(num_bytes: int) -> Claim:
+    """A turn, as for decoding, of a member that inflates to so much, however small its archive is.
+
+    Whoever takes it must hold no lock.
+    """
+    claim = Claim(default_limit() if num_bytes >= SMALL_BYTES else 0)
+    claim(num_bytes)
+    return claim
 
 
 def too_large(size: int, max_bytes: int) -> Failure | None:

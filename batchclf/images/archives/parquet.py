@@ -1,8 +1,9 @@
 """Parquet files with an image in each row, as Hugging Face datasets, Spark and Ray write them.
 
-A location is a row of a file, counted from 0, and the column with its image. Rows are read in small
-batches from the beginning of their row group on (passage.py). What is in memory at least is a page,
-compressed and inflated: 1 MB, unless its writer took all rows of a row group for one.
+A location is a row of a file, counted from 0, and the column with its image. Rows are read one by
+one from the beginning of their row group on (passage.py), since only a row that was read tells how
+large it is: a value that many rows have is counted once by the file. What is in memory at least is
+a page, compressed and inflated: 1 MB, unless its writer took all rows of a row group for one.
 """
 
 import difflib
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 from types import ModuleType
 from typing import Any, BinaryIO
 
@@ -23,10 +24,14 @@ from batchclf.images.formats import looks_like_image
 from batchclf.results.records import Entry, Failure
 
 KIND = b"row"
-BATCH_BYTES = 2**22
-"""About so much of a file is decompressed at once."""
-MAX_BATCH_ROWS = 256
+CHUNK_BYTES = 2**22
+"""Rows are passed on together when they have so many bytes."""
+MAX_CHUNK_ROWS = 256
 LIST_ROWS = 16_384
+LIST_BYTES = 2**24
+"""Of names and labels at once, if each were as long as all those of a row group together."""
+MAX_TEXT_BYTES = 4096
+"""Of a name or a label; a longer one is none."""
 BUFFER_BYTES = 2**20
 """Of what is read of a file at once; 0: a whole column of a row group."""
 MAX_WHOLE_BYTES = 2**26
@@ -300,7 +305,9 @@ def _rows(opened: Any, columns: Columns, file: File) -> Iterator[Entry]:
     _require_sound_counts(opened.metadata, columns.image)
     row = 0
     if wanted:
-        for batch in _batches(opened, wanted, LIST_ROWS):
+        largest = max(map(partial(_num_bytes, opened.metadata, wanted), groups), default=0)
+        at_once = min(LIST_ROWS, max(1, LIST_BYTES // max(1, largest)))
+        for batch in _batches(opened, wanted, at_once):
             names = _texts(batch, columns.path)
             labels = _texts(batch, columns.truth)
             for name, label in zip(names, labels, strict=True):
@@ -354,7 +361,7 @@ def _bytes(value: object) -> bytes:
         text = b"%d" % value
     else:
         text = b""
-    return b"" if b"\0" in text else text
+    return b"" if b"\0" in text or len(text) > MAX_TEXT_BYTES else text
 
 
 def row_of(location: Location) -> bytes:
@@ -384,8 +391,8 @@ class _Images:
             self._columns = _leaves(opened.schema_arrow, column)
             groups = range(self._metadata.num_row_groups)
             self._counts = [self._metadata.row_group(group).num_rows for group in groups]
-            self._batch_rows = list(map(self._rows_per_batch, groups))
-            largest = max((self._num_bytes(group) for group in groups), default=0)
+            sizes = map(partial(_num_bytes, self._metadata, self._columns), groups)
+            largest = max(sizes, default=0)
             self._buffer_bytes = BUFFER_BYTES if largest > MAX_WHOLE_BYTES else 0
         self._starts = [0, *accumulate(self._counts)]
 
@@ -393,49 +400,45 @@ class _Images:
         """The first row of a row's group."""
         return int(self._starts[max(0, bisect_right(self._starts, unit) - 1)])
 
-    def begin(self, start: int) -> Iterator[Chunk[Any]]:
-        """As `Passage`: Arrow arrays."""
+    def begin(self, start: int) -> Iterator[Chunk[list[Any]]]:
+        """As `Passage`: Arrow arrays of one row."""
         with required(self._open()) as file, _required_intact():
             opened = _opened(file, self._metadata, self._buffer_bytes)
             for group in range(bisect_right(self._starts, start) - 1, len(self._counts)):
                 yield from self._group(opened, group)
 
-    def _group(self, file: Any, group: int) -> Iterator[Chunk[Any]]:
-        """One row group; where it is damaged, the rows before are had one by one."""
+    def _group(self, file: Any, group: int) -> Iterator[Chunk[list[Any]]]:
+        """One row group; where it is damaged, the rows before are had."""
         num_rows, at, why = self._counts[group], 0, "it ends too soon"
-        for batch_rows in (self._batch_rows[group], 1):
-            try:
-                seen = 0
-                for batch in _batches(file, self._columns, batch_rows, group):
-                    fresh = batch.column(0)[max(0, at - seen) :][: num_rows - at]
-                    seen += batch.num_rows
-                    if len(fresh):
-                        at += len(fresh)
-                        yield Chunk(len(fresh), fresh, batch.nbytes)
-            except Unreadable as error:
-                why = str(error)
-            else:
-                break
+        rows: list[Any] = []
+        num_bytes = 0
+        try:
+            for batch in islice(_batches(file, self._columns, 1, group), num_rows):
+                rows.append(batch.column(0))
+                num_bytes += batch.nbytes
+                if num_bytes >= CHUNK_BYTES or len(rows) == MAX_CHUNK_ROWS:
+                    at += len(rows)
+                    yield Chunk(len(rows), rows, num_bytes)
+                    rows, num_bytes = [], 0
+        except Unreadable as error:
+            why = str(error)
+        if rows:
+            at += len(rows)
+            yield Chunk(len(rows), rows, num_bytes)
         if at < num_rows:
             failure = Failure("corrupt", f"damaged in its Parquet file: {why}")
             yield Chunk(num_rows - at, failure, 0)
 
-    def _rows_per_batch(self, group: int) -> int:
-        """So many that a batch takes about BATCH_BYTES."""
-        bytes_per_row = max(1, self._num_bytes(group) // max(1, self._counts[group]))
-        return int(max(1, min(BATCH_BYTES // bytes_per_row, MAX_BATCH_ROWS)))
 
-    def _num_bytes(self, group: int) -> int:
-        """What the images of a row group take, inflated."""
-        found = self._metadata.row_group(group)
-        columns = map(found.column, range(found.num_columns))
-        names = tuple(self._columns)
-        sizes = (
-            max(one.total_uncompressed_size, one.total_compressed_size)
-            for one in columns
-            if one.path_in_schema in names
-        )
-        return int(sum(sizes))
+def _num_bytes(metadata: Any, names: Sequence[str], group: int) -> int:
+    """What some columns of a row group take, inflated."""
+    found = metadata.row_group(group)
+    columns = map(found.column, range(found.num_columns))
+    return sum(
+        max(one.total_uncompressed_size, one.total_compressed_size)
+        for one in columns
+        if one.path_in_schema in names
+    )
 
 
 def _leaves(schema: Any, column: str) -> list[str]:
@@ -478,11 +481,11 @@ def read(files: Ranges, location: Location, max_bytes: int) -> bytes | Failure:
     at, chunk = found[0]
     if isinstance(chunk.payload, Failure):
         return chunk.payload
-    value = chunk.payload[row - at]
-    names = [field.name for field in value.type] if _is_struct(chunk.payload) else []
-    content = (value["bytes"] if names else value).as_py()
-    if content is not None:
-        return too_large(len(content), max_bytes) or content
+    (value,) = chunk.payload[row - at]
+    names = [field.name for field in value.type] if _is_struct(value) else []
+    content = value["bytes"] if names else value
+    if content.is_valid:
+        return too_large(content.as_buffer().size, max_bytes) or bytes(content.as_py())
     return _without_bytes(value["path"]) if "path" in names else b""
 
 

@@ -15,10 +15,10 @@ from batchclf.results.records import Failure
 from batchclf.system.alive import alive, away
 
 KEPT_BYTES = 2**26
-MAX_KEPT_BYTES = 2**30
-"""Kept bytes are doubled, up to so many, when something was asked for just after it was let go."""
 MAX_CURSORS = 4
 """At once in a process: the threads are at one archive, or between two."""
+MAX_KEPT_BYTES = 2**30 // MAX_CURSORS
+"""Kept bytes are doubled, up to so many, when something was asked for just after it was let go."""
 _Payload = TypeVar("_Payload", covariant=True)
 
 

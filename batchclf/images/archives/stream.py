@@ -11,7 +11,7 @@ from typing import BinaryIO, Protocol, cast
 
 from batchclf.errors import UsageError
 from batchclf.images.archives.location import Location
-from batchclf.images.archives.members import Ranges, too_large
+from batchclf.images.archives.members import Ranges, inflating, too_large
 from batchclf.images.archives.names import archive_kind
 from batchclf.images.archives.passage import Chunk, cursor_at, required
 from batchclf.images.archives.tar import Broken
@@ -141,9 +141,14 @@ def read(files: Ranges, location: Location, max_bytes: int) -> bytes | Failure:
         return refused
     path = location.archive
     cursor = cursor_at((files, path, location.version), lambda: _Bytes(files, path))
+    with inflating(2 * length):
+        return _joined(cursor.read(start, start + length), start, length)
+
+
+def _joined(chunks: list[tuple[int, Chunk[bytes]]], start: int, length: int) -> bytes | Failure:
     parts: list[bytes] = []
     num_bytes = 0
-    for at, chunk in cursor.read(start, start + length):
+    for at, chunk in chunks:
         if isinstance(chunk.payload, Failure):
             return _cut(chunk.payload, at - start, length)
         parts.append(chunk.payload[max(0, start - at) : start + length - at])

@@ -19,6 +19,7 @@ from batchclf.images.archives.members import (
     Member,
     Ranges,
     damage,
+    inflating,
     too_large,
     unreadable,
 )
@@ -220,7 +221,8 @@ def read(files: Ranges, location: Location, max_bytes: int) -> bytes | Failure:
         if isinstance(more, Failure):
             return _beyond(more)
         data += more
-    content = _unpacked(data[begin : begin + packed], method, flags, (size, max_bytes))
+    with inflating(0 if method == _STORED else size):
+        content = _unpacked(data[begin : begin + packed], method, flags, (size, max_bytes))
     if isinstance(content, bytes) and zlib.crc32(content) != crc:
         return Failure("corrupt", "its checksum in the archive is that of other bytes")
     return content

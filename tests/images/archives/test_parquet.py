@@ -294,6 +294,14 @@ table = pa.table({"image": pa.array(rows, pa.binary())})
 options = {"row_group_size": 256, "use_dictionary": False, "write_batch_size": 1}
 pq.write_table(table, sys.argv[1], **options)
 """
+BOMB = """
+import sys
+import pyarrow as pa, pyarrow.parquet as pq
+value = {"bytes": b"\\xff\\xd8\\xff" + bytes(2**22), "path": "x" * 2**20}
+type_ = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+table = pa.table({"image": pa.chunked_array([pa.array([value], type_)] * 300)})
+pq.write_table(table, sys.argv[1], dictionary_pagesize_limit=2**24)
+"""
 READ = """
 import sys
 from pathlib import Path
@@ -320,6 +328,20 @@ def test_a_large_row_group_is_never_in_memory_as_a_whole(tmp_path: Path) -> None
     num_mb, grown_mb = map(int, done.stdout.split())
     assert num_mb == 256
     assert grown_mb < 100
+
+
+def test_values_that_a_file_has_once_for_many_rows_are_not_in_memory_for_all(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "a.parquet"
+    subprocess.run([sys.executable, "-c", BOMB, file], check=True)
+    assert file.stat().st_size < 2**20
+    done = subprocess.run(
+        [sys.executable, "-c", READ, file], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    num_mb, grown_mb = map(int, done.stdout.split())
+    assert num_mb == 1200
+    assert grown_mb < 200
 
 
 def test_to_go_on_in_the_middle_only_one_row_group_is_read(
