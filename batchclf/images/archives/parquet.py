@@ -164,6 +164,8 @@ class RowLister:
         _require_images(schema.field(self._column), where)
         if self._rows.id is not None and self._rows.id not in schema.names:
             raise UsageError(_no_column(where, self._rows.id, schema.names))
+        if self._rows.id is not None:
+            _require_names(schema.field(self._rows.id), where)
         return _columns_of(schema, self._column, self._rows.id)
 
 
@@ -231,6 +233,19 @@ def _require_images(field: Any, where: str) -> None:
     )
 
 
+def _require_names(field: Any, where: str) -> None:
+    """Refuse a column whose values cannot be paths of records.
+
+    Raises:
+        UsageError: saying what it holds.
+    """
+    if not (_can_be_label(field.type) or _is_binary(_plain(field.type))):
+        raise UsageError(
+            f"{where}: the column {field.name!r} (id) holds {field.type}, neither text nor whole "
+            "numbers; name another one, or none: rows are then named for their file and number"
+        )
+
+
 def _no_column(where: str, name: str, names: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, names, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -285,14 +300,20 @@ def _is_binary(type_: Any) -> bool:
 def _is_text(type_: Any) -> bool:
     pyarrow, _ = _pyarrow()
     types = pyarrow.types
-    return bool(types.is_string(type_) or types.is_large_string(type_))
+    return bool(
+        types.is_string(type_) or types.is_large_string(type_) or types.is_string_view(type_)
+    )
 
 
 def _can_be_label(type_: Any) -> bool:
     pyarrow, _ = _pyarrow()
-    if pyarrow.types.is_dictionary(type_):  # a category of pandas
-        type_ = type_.value_type
-    return bool(pyarrow.types.is_integer(type_)) or _is_text(type_)
+    return bool(pyarrow.types.is_integer(_plain(type_))) or _is_text(_plain(type_))
+
+
+def _plain(type_: Any) -> Any:
+    """The type of the values of a category of pandas; else the type itself."""
+    pyarrow, _ = _pyarrow()
+    return type_.value_type if pyarrow.types.is_dictionary(type_) else type_
 
 
 def _rows(opened: Any, columns: Columns, file: File) -> Iterator[Entry]:

@@ -266,6 +266,36 @@ def test_ids_are_numbers_or_names_and_rows_where_there_is_none(tmp_path: Path) -
     assert look(file, Rows(id="id")).paths == [b"7", b"1", b"8", b"3"]
 
 
+IDS: dict[str, Any] = {
+    "float": pa.array([0.5, 1.5]),
+    "date": pa.array([0, 1], pa.date32()),
+    "bool": pa.array([True, False]),
+    "struct": pa.array([{"a": 1}, {"a": 2}]),
+    "list": pa.array([["a"], ["b"]]),
+    "null": pa.nulls(2),
+}
+
+
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
+def test_a_column_of_ids_that_are_neither_text_nor_whole_numbers_is_refused(
+    tmp_path: Path, ids: Any
+) -> None:
+    file = written(tmp_path / "a.parquet", as_parquet({"image": structs(TEN[:2]), "id": ids}))
+    said = r"a\.parquet: the column 'id' \(id\) holds .*, neither text nor whole numbers"
+    with pytest.raises(UsageError, match=said):
+        look(file, Rows(id="id"))
+
+
+TEXTS = [pa.string(), pa.large_string(), pa.string_view(), pa.binary()]
+
+
+@pytest.mark.parametrize("type_", [*TEXTS, pa.dictionary(pa.int8(), pa.string())], ids=str)
+def test_ids_may_be_text_of_any_kind(tmp_path: Path, type_: Any) -> None:
+    columns = {"image": structs(TEN[:2]), "id": pa.array(["x", "y"]).cast(type_)}
+    file = written(tmp_path / "a.parquet", as_parquet(columns))
+    assert look(file, Rows(id="id")).paths == [b"x", b"y"]
+
+
 def test_values_larger_than_allowed_are_refused(tmp_path: Path) -> None:
     file = as_parquet({"image": structs([(photo(1, 5000), "1.jpg"), (photo(2), "2.jpg")])})
     found = look(written(tmp_path / "a.parquet", file), max_bytes=1000)
