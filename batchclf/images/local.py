@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from batchclf.errors import EnvironmentFailed, NoImagesError, UsageError
+from batchclf.images.archives.names import archive_around
 from batchclf.images.clutter import is_apple_double, is_clutter
 from batchclf.images.dialect import is_far
 from batchclf.images.formats import looks_like_image, suffix_format
@@ -172,6 +173,12 @@ def _require_some(source: Source) -> None:
         return
     for place, path in missing:
         _require_one_path(source, place, path)
+    for place, path in missing:
+        if archive := archive_around(path):
+            raise NoImagesError(
+                f"{place}: found {os.fsdecode(path)}: an image inside of an archive, which a list "
+                f"cannot name; give the archive as input, or in the list: {os.fsdecode(archive)}"
+            )
     place, path = missing[0]
     folders = ", nor below ".join(map(os.fsdecode, source.roots))
     found = "found 0 images: " if len(missing) == num_tried else ""

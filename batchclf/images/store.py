@@ -388,11 +388,12 @@ class _Seen:
 
     def advice(self, source: Source) -> str:
         """What to do."""
-        if not self._archive or source.kind != "folder":
+        if not self._archive or source.kind not in ("folder", "glob"):
             return "check the job's `input`"
         folder, name = os.path.split(os.fsdecode(self._archive))
         suffix = next(one for one in SUFFIXES if name.lower().endswith(os.fsdecode(one)))
-        glob = os.path.join(source.spec, folder, "*" + os.fsdecode(suffix))
+        top = source.spec if source.kind == "folder" else os.fsdecode(source.root)
+        glob = os.path.join(top, folder, "*" + os.fsdecode(suffix))
         return f"to read the images in its archives, give them as input: {glob}"
 
 

@@ -202,6 +202,19 @@ def test_a_list_names_archives_and_images_beside_each_other(
     assert_same_records(inner(found), [expected[0], *expected[10:30]])
 
 
+def test_records_of_members_are_no_list_and_the_archive_to_give_is_named(
+    tmp_path: Path, photos: Path
+) -> None:
+    run_here(write_tiny_job(tmp_path, input=form_of("zip", photos, tmp_path)))
+    records = tmp_path / "out" / "predictions.jsonl"
+    path = read_records(tmp_path / "out")[0]["path"]
+    job = write_tiny_job(tmp_path, input=str(records), output=str(tmp_path / "again"))
+    with pytest.raises(NoImagesError) as raised:
+        run_here(job)
+    assert f"found {path}: an image inside of an archive" in str(raised.value)
+    assert str(raised.value).endswith(f"or in the list: {path.partition('/')[0]}")
+
+
 def test_extend_adds_the_members_of_new_archives(
     tmp_path: Path, photos: Path, expected: list[dict[str, Any]]
 ) -> None:
@@ -226,9 +239,12 @@ def test_validate_counts_members_and_says_what_is_left_out(
     assert (found["num_images"], found["num_left_out"]) == (NUM_PHOTOS, 1)
 
 
-def test_a_folder_of_archives_says_how_to_read_them(tmp_path: Path, photos: Path) -> None:
+@pytest.mark.parametrize("below", ["packed", "packed/*", "p*/*"])
+def test_a_folder_or_a_glob_of_archives_says_how_to_read_them(
+    tmp_path: Path, photos: Path, below: str
+) -> None:
     form_of("tar", photos, tmp_path)
-    job = write_tiny_job(tmp_path, input=str(tmp_path / "packed"))
+    job = write_tiny_job(tmp_path, input=str(tmp_path / below))
     with pytest.raises(NoImagesError, match=r"found 0 images \(4 files.*packed/\*\.tar"):
         run_here(job)
 

@@ -34,6 +34,13 @@ def is_archive(path: bytes) -> bool:
     return archive_kind(path) is not None
 
 
+def archive_around(path: bytes) -> bytes | None:
+    """The first folder of a path that has the name of an archive, as the paths of members do."""
+    names = path.split(b"/")
+    ends = (end for end in range(1, len(names)) if is_archive(names[end - 1]))
+    return next((b"/".join(names[:end]) for end in ends), None)
+
+
 def tidy(name: bytes) -> bytes:
     """A member's name as a path: up to the first NUL, without `.` and without doubled `/`."""
     name = name.partition(b"\0")[0]
