@@ -6,6 +6,7 @@ systems leave there (clutter.py); a glob selects further.
 """
 
 import errno
+import io
 import os
 import stat
 import time
@@ -35,6 +36,9 @@ MAX_FILE_BYTES = 2**31
 RETRY_AFTER_S = (0.05, 0.2)
 """What a disk or a file server refuses is asked for again after these pauses."""
 NUM_TRIES = 1 + len(RETRY_AFTER_S)
+OPENED_BYTES = 2**13
+"""Of an opened file at once: it is an archive, of which headers are read; between them lie photos.
+"""
 MAX_SURVEYED = 100_000
 """Files that are looked at to tell what a glob does not select."""
 OUT_OF_MEMORY = "out of memory while reading"
@@ -117,7 +121,9 @@ class LocalFiles:
             EnvironmentFailed: as `read`.
         """
         opened = self._insisting(path, _open_regular)
-        return opened if isinstance(opened, Failure) else os.fdopen(opened, "rb")
+        if isinstance(opened, Failure):
+            return opened
+        return io.BufferedReader(_InsistingFile(opened), OPENED_BYTES)
 
     def read(self, path: bytes, max_bytes: int = MAX_FILE_BYTES) -> bytes | Failure:
         """The whole content of one listed file, or why it cannot be read.
@@ -357,6 +363,22 @@ def _insist(action: Callable[[], _Found]) -> _Found:
                 raise
         time.sleep(pause_s)
     return action()
+
+
+class _InsistingFile(io.FileIO):
+    """A file of which each range is asked for again as a whole file is."""
+
+    def readinto(self, buffer: memoryview | bytearray) -> int:  # type: ignore[override]
+        """As `io.RawIOBase`, but for what cannot be read at once: that is an error."""
+        return _insist(lambda: os.readv(self.fileno(), [buffer]))
+
+    def readall(self) -> bytes:
+        """As `io.RawIOBase`; the base's own loses what it read before it fails."""
+        rest = bytearray()
+        some = bytearray(OPENED_BYTES)
+        while num_bytes := self.readinto(some):
+            rest += memoryview(some)[:num_bytes]
+        return bytes(rest)
 
 
 def _read_file(source: Source, full: bytes, max_bytes: int) -> bytes | Failure:
