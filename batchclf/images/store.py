@@ -27,6 +27,7 @@ from batchclf.images.archives.location import File
 from batchclf.images.archives.location import truth_of as truth_in
 from batchclf.images.archives.members import Log, Ranges
 from batchclf.images.archives.names import SUFFIXES, archive_kind, is_archive
+from batchclf.images.dialect import is_far
 from batchclf.images.formats import looks_like_image, suffix_format
 from batchclf.images.lists import mark_repeated
 from batchclf.images.local import LocalFiles
@@ -213,7 +214,9 @@ class FileStore:
             self.require_images()
             return
         files = [_file_of(*entry) for entry in entries]
-        tried = [os.path.join(self.source.root, path) for path in files if path is not None]
+        # Whether an address, or what an archive holds, is there is told by reading it.
+        here = [path for path in files if path is not None and not is_far(path)]
+        tried = [os.path.join(self.source.root, path) for path in here]
         if tried and len(tried) == len(files) and not any(map(os.path.lexists, tried)):
             raise NoImagesError(
                 f"input: {self.source.spec}: the first {len(tried):,} files of the list are no "

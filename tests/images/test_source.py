@@ -1143,6 +1143,16 @@ def test_files_of_a_list_that_are_taken_away_do_not_stop_a_job_that_goes_on(
             store.require_listed(some)
 
 
+def test_addresses_of_a_list_are_not_looked_for_on_this_machine(tmp_path: Path) -> None:
+    write(tmp_path, "in/0.jpg")
+    lines = ["https://example.invalid/1.jpg", "s3://nowhere/2.jpg"]
+    for name, paths in (("far.txt", lines), ("mixed.txt", [*lines, str(tmp_path / "gone.jpg")])):
+        write(tmp_path, name, content="\n".join(paths).encode())
+        source = open_source(tmp_path / name)
+        for store in (open_store(source), open_store(together((source, open_source(tmp_path))))):
+            store.require_listed(list(store.entries())[: len(paths)])
+
+
 @pytest.mark.parametrize(
     "line",
     [

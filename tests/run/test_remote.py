@@ -130,6 +130,25 @@ def test_a_list_may_name_addresses_and_paths(
     assert_same_records(read_records(tmp_path / "out"), named)
 
 
+@pytest.mark.parametrize("num_here", [0, 2])
+def test_a_killed_job_over_a_list_of_addresses_goes_on(
+    tmp_path: Path, photos: Path, bucket: Bucket, expected: list[dict[str, Any]], num_here: int
+) -> None:
+    paths = [str(photos / one["path"]) for one in expected[:num_here]]
+    paths += [f"s3://{NAME}/photos/{one['path']}" for one in expected[num_here:]]
+    (tmp_path / "list.txt").write_text("".join(f"{one}\n" for one in paths))
+    bucket.proxy.decide = lambda *_: Fault(delay_s=0.2)
+    job = write_tiny_job(tmp_path, input=str(tmp_path / "list.txt"), batch_size=2)
+    process = started(job)
+    wait_for_lines(tmp_path / "out" / "predictions.jsonl", 4)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    bucket.proxy.decide = lambda *_: None
+    run_here(job)
+    named = [one | {"path": path} for one, path in zip(expected, paths, strict=True)]
+    assert_same_records(read_records(tmp_path / "out"), named)
+
+
 # ---- faults --------------------------------------------------------------------------------------
 
 
