@@ -5,6 +5,7 @@ first. The order is to be the same wherever images lie, so all keys are taken, a
 100 bytes of memory for each: asking folder by folder would cost a request for each folder.
 """
 
+import errno
 import io
 import os
 import threading
@@ -23,6 +24,7 @@ from batchclf.images.addresses import (
     split_address,
     unreadable,
 )
+from batchclf.images.archives.passage import Refused as ArchiveRefused
 from batchclf.images.attempts import CHANGED, OPENING_S, Content, Patience, Refused, insist
 from batchclf.images.buckets import Bucket, Object
 from batchclf.images.clutter import is_clutter
@@ -137,6 +139,7 @@ class RemoteFiles:
 
         Raises:
             EnvironmentFailed: as `read`; also while it is read.
+            OSError: while it is read: it cannot be.
         """
         found = self._insisting(path, lambda file: file.get((0, 1)))
         if isinstance(found, Failure):
@@ -158,6 +161,17 @@ class RemoteFiles:
             return Failure(refused.code, str(refused))
         _health(self.source).answered()
         return found
+
+
+class _Lost(ArchiveRefused, OSError):
+    """What cannot be read of an opened file: to who reads an image in it, that image's failure.
+
+    To who lists it, a failing disk: to go on without it would lose its images for good.
+    """
+
+    def __init__(self, path: bytes, why: Failure) -> None:
+        OSError.__init__(self, errno.EIO, why.message)
+        self.failure = Failure(why.code, f"{os.fsdecode(path)}: {why.message}")
 
 
 class _Opened(io.RawIOBase):
@@ -192,10 +206,7 @@ class _Opened(io.RawIOBase):
         length = max(0, min(len(buffer), self._size - self._at))
         data = self._files.read_range(self._path, self._at, length)
         if isinstance(data, Failure):
-            # To go on without it would lose its images for good: the listing is frozen.
-            raise EnvironmentFailed(
-                f"input: {os.fsdecode(self._path)}: cannot be read: {data.message}; run again"
-            )
+            raise _Lost(self._path, data)
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -16,11 +17,12 @@ import pytest
 from batchclf.errors import EnvironmentFailed, NoImagesError, UsageError
 from batchclf.images import remote
 from batchclf.images.addresses import file_at
+from batchclf.images.archives import passage
 from batchclf.images.attempts import Patience
 from batchclf.images.remote import RemoteFiles
 from batchclf.images.source import AnySource, Source, source_of
 from batchclf.images.store import FileStore, open_store
-from batchclf.results.records import Failure
+from batchclf.results.records import Failure, ImageRef
 from batchclf.spec.file import load_job
 from tests.proxy import NAME, OTHER, Bucket, Fault, proxied_bucket
 from tests.tiny import write_tiny_job
@@ -167,6 +169,61 @@ def test_an_object_that_changes_between_two_ranges_is_told(tmp_path: Path, bucke
         found = files.read_range(b"2.bin", *span)
         assert isinstance(found, Failure)
         assert found.code == "changed"
+
+
+def archive_of(contents: list[bytes], place: Path) -> bytes:
+    """An archive of the kind that its suffix says."""
+    if place.suffix == ".parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pq.write_table(pa.table({"image": contents}), place, compression="none")
+    else:
+        with tarfile.open(place, "w:gz") as archive:
+            for number, content in enumerate(contents):
+                member = tarfile.TarInfo(f"{number}.jpg")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return place.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar.gz"])
+def test_an_archive_that_cannot_be_read_on_is_its_images_failure_but_ends_a_listing(
+    tmp_path: Path, bucket: Bucket, kind: str
+) -> None:
+    contents = [os.urandom(3_000_000) for _ in range(3)]
+    content = archive_of(contents, tmp_path / f"0.{kind}")
+    bucket.put(f"lost/0.{kind}", content)
+    store = open_store(source_at(tmp_path, f"s3://{NAME}/lost/*.{kind}"))
+    entries = list(store.entries())
+    assert len(entries) == 3
+
+    def read(number: int) -> bytes | Failure:
+        passage._cursors.clear()  # nothing is read on where another image left it
+        return store.read(ImageRef(number, *entries[number]), 1 << 30)
+
+    assert read(2) == contents[2]
+    asked: list[str] = []
+
+    def deny_but_the_first(method: str, path: str) -> Fault | None:
+        if path.endswith(kind):
+            asked.append(path)
+        denied = path.endswith(kind) and len(asked) > 1
+        return Fault(status=403, code="AccessDenied") if denied else None
+
+    bucket.proxy.decide = deny_but_the_first
+    for number in range(3):
+        asked.clear()
+        found = read(number)
+        assert isinstance(found, Failure)
+        assert found.code == "permission_denied"
+        assert f"0.{kind}: the server says 403" in found.message
+    asked.clear()
+    with pytest.raises(EnvironmentFailed, match="cannot be read: the server says 403"):
+        list(store.entries())
+    bucket.proxy.forget()
+    bucket.put(f"lost/0.{kind}", content + b"x")
+    found = read(1)
+    assert isinstance(found, Failure)
+    assert found.code == "changed"
 
 
 def test_an_object_larger_than_is_allowed_is_not_fetched(tmp_path: Path, bucket: Bucket) -> None:
