@@ -51,6 +51,11 @@ class Address:
     """What comes behind that, without the slash."""
 
     @property
+    def server(self) -> str:
+        """The address of what holds it: a bucket, a container or a server."""
+        return f"{self.scheme}://{self.name}"
+
+    @property
     def is_bucket(self) -> bool:
         """Whether what lies there can be listed."""
         return self.scheme in BUCKETS
@@ -155,6 +160,8 @@ def unreadable(address: str, refused: Refused) -> EnvironmentFailed | UsageError
             f"input: {address}: {refused}; rename that object, or give what lies beside it as a "
             "list of inputs"
         )
+    if refused.code == "no_parts":
+        return UsageError(f"input: {address}: {refused}, as archives are read; download it first")
     advice = "is the address right, and the network up?"
     scheme = split_address(address).scheme
     if scheme in _ADVICE:

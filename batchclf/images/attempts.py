@@ -22,8 +22,9 @@ LONGEST_REQUEST_S = 30.0
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 """Answers of servers (statuses of HTTP) that may be others a little later."""
 CHANGED = "changed since it was listed, or while it was read"
-Code = Literal["vanished", "permission_denied", "changed", "io_error", "bad_name"]
-"""As of `Failure`; only a listing is refused for a bad name."""
+Code = Literal["vanished", "permission_denied", "changed", "io_error", "bad_name", "no_parts"]
+"""As of `Failure`, but for the last two, which end a job: a name in a listing that no path can be,
+and a server that sends files in one piece only."""
 _Answer = TypeVar("_Answer")
 
 

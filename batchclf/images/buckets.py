@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from batchclf.images.attempts import CHANGED, PASSING, Content, Patience, Refused
+from batchclf.images.attempts import CHANGED, PASSING, Code, Content, Patience, Refused
 from batchclf.system.bucket import open_store
 
 if TYPE_CHECKING:
@@ -23,11 +23,15 @@ if TYPE_CHECKING:
 
 NO_BYTE_S = 10.0
 """A server that sends nothing for so long is asked again."""
-_CREDENTIALS = re.compile(
-    "AccessDeniedException|AuthenticationFailed|ExpiredToken|InvalidAccessKeyId|InvalidToken|"
-    "NoSuchBucket|ContainerNotFound|RequestTimeTooSkewed|SignatureDoesNotMatch|TokenRefreshRequired"
-)
+_EVERYWHERE: Final[dict[Code, re.Pattern[str]]] = {
+    "permission_denied": re.compile(
+        "AccessDeniedException|AuthenticationFailed|ExpiredToken|InvalidAccessKeyId|InvalidToken|"
+        "RequestTimeTooSkewed|SignatureDoesNotMatch|TokenRefreshRequired"
+    ),
+    "vanished": re.compile("NoSuchBucket|ContainerNotFound"),
+}
 """Codes of answers that no other object of a bucket would get rid of."""
+_NO_CREDENTIALS = "no credentials were found"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +151,9 @@ def refused(error: Exception, *, listing: bool = False) -> Refused:
     if listing and (name := re.search(r'invalid path: .*?"(.*?)"', text)):
         return Refused(f"no path can be named as the object {name[1]!r}", "bad_name")
     why = _why(text)
-    if _CREDENTIALS.search(text):
-        return Refused(why, "permission_denied", is_everywhere=True)
+    for code, said in _EVERYWHERE.items():
+        if said.search(text):
+            return Refused(why, code, is_everywhere=True)
     if status := re.search(r"status code: (\d{3})", text):
         number = int(status[1])
         if number in (401, 403):
@@ -161,14 +166,15 @@ def refused(error: Exception, *, listing: bool = False) -> Refused:
     if isinstance(error, ValueError):
         return Refused("no object can have this name", "vanished", is_everywhere=listing)
     may_pass = re.search(r"HTTP error|error sending request|error decoding|timed out", text)
-    return Refused(why, may_pass=may_pass is not None, is_everywhere=listing)
+    is_everywhere = listing or why == _NO_CREDENTIALS
+    return Refused(why, may_pass=may_pass is not None, is_everywhere=is_everywhere)
 
 
 def _why(text: str) -> str:
     """A few words on what went wrong; the library's own hold addresses, and go on for pages."""
     first, _, details = text.partition("\n")
     if re.search(r"169\.254\.169\.254|metadata\.google|token request|credentials", first):
-        return "no credentials were found"
+        return _NO_CREDENTIALS
     if status := re.search(r"status code: (\d{3} [A-Za-z -]+\w)", text):
         code = re.search(r"<Code>([\w.-]{1,80})</Code>", text)
         return f"the server says {status[1]}" + (f" ({code[1]})" if code else "")

@@ -8,15 +8,12 @@ first. The order is to be the same wherever images lie, so all keys are taken, a
 import errno
 import io
 import os
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, islice
 from typing import BinaryIO
 
-from batchclf.errors import EnvironmentFailed
 from batchclf.images.addresses import (
     RemoteFile,
     bucket_at,
@@ -30,6 +27,7 @@ from batchclf.images.buckets import Bucket, Object
 from batchclf.images.clutter import is_clutter
 from batchclf.images.dialect import is_far
 from batchclf.images.formats import suffix_format
+from batchclf.images.health import health_of
 from batchclf.images.local import MAX_FILE_BYTES, OUT_OF_MEMORY, LocalFiles, Paths
 from batchclf.images.source import Source, selector
 from batchclf.results.records import Failure
@@ -39,10 +37,6 @@ PAGE_KEYS = 100
 HEAD_BYTES = 32
 CHUNK_BYTES = 4 << 20
 """Of an opened file at once: its members are listed from their headers, in between lie photos."""
-ASK_EVERY_S = 1.0
-"""Whether a place still answers is asked at most so often, however many reads fail."""
-NUM_IN_A_ROW = 100
-"""Files of a list, wherever each lies, that are refused without one that is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +151,16 @@ class RemoteFiles:
         except MemoryError:
             return Failure("oom", OUT_OF_MEMORY)
         except Refused as refused:
-            _health(self.source).require(refused)
-            return Failure(refused.code, str(refused))
-        _health(self.source).answered()
+            if refused.code == "no_parts":
+                raise unreadable(address, refused) from refused
+            health_of(self.source).require(address, refused)
+            return Failure(self._code_of(refused), str(refused))
+        health_of(self.source).answered(address)
         return found
+
+    def _code_of(self, refused: Refused) -> str:
+        is_unseen = self.source.kind == "list"  # what it names was not looked up
+        return "not_found" if is_unseen and refused.code == "vanished" else refused.code
 
 
 class _Lost(ArchiveRefused, OSError):
@@ -249,74 +249,6 @@ def version_of(content: Content) -> bytes:
 @cache
 def _versions() -> _Versions:
     return _Versions()
-
-
-# ---- whether a place still answers ---------------------------------------------------------------
-
-
-class _Health:
-    """Tells a file that cannot be read from a place of which nothing can be."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._asking = threading.Lock()
-        self._answered_at = -ASK_EVERY_S
-        self._num_refused = 0
-
-    def answered(self) -> None:
-        """A file was read."""
-        self._num_refused = 0
-
-    def require(self, refused: Refused) -> None:
-        """Refuse to take one file for unreadable where nothing there is to be had.
-
-        Raises:
-            EnvironmentFailed: with what the place says.
-        """
-        if self._source.kind == "list":
-            self._require_not_all(refused)
-            return
-        if refused.is_everywhere:
-            raise unreadable(str(self._source.spec), refused) from refused
-        with self._asking:
-            if time.monotonic() - self._answered_at < ASK_EVERY_S:
-                return
-            try:
-                self._ask()
-            except Refused as error:
-                raise unreadable(str(self._source.spec), error) from error
-            self._answered_at = time.monotonic()
-
-    def _ask(self) -> None:
-        source, patience = self._source, Patience.within(self._source.max_seconds)
-        root = os.fsdecode(source.root)
-        if source.kind != "file":
-            key = split_address(root).key
-            insist(lambda: next(bucket_at(root, patience).pages(key, None, 1), []), OPENING_S)
-            return
-        try:
-            file = file_at(f"{root}/{source.names[-1]}", patience)
-            insist(lambda: file.get((0, 1)), OPENING_S)
-        except Refused as refused:
-            if refused.code not in ("vanished", "changed"):
-                raise
-
-    def _require_not_all(self, refused: Refused) -> None:
-        """A list may name files of many places, some of which are gone."""
-        if refused.code not in ("permission_denied", "io_error"):
-            return
-        self._num_refused += 1
-        if self._num_refused >= NUM_IN_A_ROW:
-            raise EnvironmentFailed(
-                f"input: {self._source.spec}: {self._num_refused} files in a row cannot be read, "
-                f"the last for this: {refused}; is the network up, and are the credentials right? "
-                "Run again to resume"
-            ) from refused
-
-
-@cache
-def _health(source: Source) -> _Health:
-    return _Health(source)
 
 
 # ---- listing -------------------------------------------------------------------------------------

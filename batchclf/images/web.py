@@ -48,7 +48,7 @@ class WebFile:
         with _answer(self.url, self.patience, headers) as found:
             is_part = found.status == 206
             if not is_part and span[0] > 0:
-                raise Refused("the server does not send parts of a file")
+                raise Refused("the server does not send parts of a file", "no_parts")
             found_tag = found.headers.get("ETag")
             if tag is not None and found_tag != tag:
                 raise Refused(CHANGED, "changed")

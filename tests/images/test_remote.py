@@ -15,13 +15,13 @@ from typing import ClassVar
 import pytest
 
 from batchclf.errors import EnvironmentFailed, NoImagesError, UsageError
-from batchclf.images import remote
+from batchclf.images import attempts, health, remote
 from batchclf.images.addresses import file_at
 from batchclf.images.archives import passage
 from batchclf.images.attempts import Patience
 from batchclf.images.remote import RemoteFiles
 from batchclf.images.source import AnySource, Source, source_of
-from batchclf.images.store import FileStore, open_store
+from batchclf.images.store import Files, FileStore, open_store
 from batchclf.results.records import Failure, ImageRef
 from batchclf.spec.file import load_job
 from tests.proxy import NAME, OTHER, Bucket, Fault, proxied_bucket
@@ -263,25 +263,90 @@ def test_a_name_that_is_not_utf8_is_a_failure_and_no_error(tmp_path: Path, bucke
     assert found.code == "vanished"
 
 
+def files_of_list(folder: Path, *addresses: str) -> Files:
+    (folder / "list.txt").write_text("\n".join(addresses))
+    source = source_at(folder, str(folder / "list.txt"))
+    assert isinstance(source, Source)
+    health.health_of.cache_clear()
+    return FileStore(source).files
+
+
+DEAD = "http://127.0.0.1:1/{}.jpg"
+
+
 def test_a_list_of_which_nothing_is_to_be_read_any_more_ends_the_job(
     tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "NUM_IN_A_ROW", 5)
+    monkeypatch.setattr(health, "NUM_IN_A_ROW", 5)
     bucket.put("listed/1.jpg", b"x")
-    good, bad = f"s3://{NAME}/listed/1.jpg".encode(), f"s3://{NAME}/listed/2.jpg".encode()
-    bucket.proxy.decide = lambda method, path: (
-        Fault(status=403, code="AccessDenied") if path.endswith("2.jpg") else None
-    )
-    (tmp_path / "list.txt").write_bytes(good + b"\n" + bad + b"\n")
-    source = source_at(tmp_path, str(tmp_path / "list.txt"))
-    assert isinstance(source, Source)
-    files = FileStore(source).files
-    for _ in range(2):
-        assert files.read(good, 10) == b"x"
-        for _ in range(4):
-            assert isinstance(files.read(bad, 10), Failure)
-    with pytest.raises(EnvironmentFailed, match="5 files in a row cannot be read"):
-        files.read(bad, 10)
+    good, bad = (f"s3://{NAME}/listed/{number}.jpg" for number in (1, 2))
+    files = files_of_list(tmp_path, good, bad, DEAD.format(0))
+    denied = Fault(status=403, code="AccessDenied")
+    bucket.proxy.decide = lambda method, path: denied if path.endswith("2.jpg") else None
+    assert files.read(good.encode(), 10) == b"x"
+    for _ in range(12):
+        assert isinstance(files.read(bad.encode(), 10), Failure), "the bucket answers"
+    bucket.proxy.decide = lambda *_: denied
+    time.sleep(health.ASK_EVERY_S)
+    with pytest.raises(EnvironmentFailed, match=f"13 files of s3://{NAME} in a row .*403"):
+        files.read(bad.encode(), 10)
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_a_dead_server_ends_a_job_only_where_the_list_names_none_that_answers(
+    tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, is_alone: bool
+) -> None:
+    monkeypatch.setattr(health, "NUM_IN_A_ROW", 3)
+    monkeypatch.setattr(attempts, "PAUSES_S", ())
+    bucket.put("listed/1.jpg", b"x")
+    others = [] if is_alone else [f"s3://{NAME}/listed/1.jpg"]
+    addresses = [DEAD.format(number) for number in range(8)]
+    files = files_of_list(tmp_path, *addresses, *others)
+    found = [files.read(address.encode(), 10) for address in addresses[:2]]
+    if is_alone:
+        with pytest.raises(EnvironmentFailed, match=r"3 files of http://127\.0\.0\.1:1 in a row"):
+            files.read(addresses[2].encode(), 10)
+    else:
+        found += [files.read(address.encode(), 10) for address in addresses[2:]]
+    assert {one.code if isinstance(one, Failure) else "" for one in found} == {"io_error"}
+
+
+def test_credentials_of_a_list_that_have_expired_end_the_job_at_its_first_file(
+    tmp_path: Path, bucket: Bucket
+) -> None:
+    bucket.put("listed/1.jpg", b"x")
+    address = f"s3://{NAME}/listed/1.jpg"
+    files = files_of_list(tmp_path, address, DEAD.format(0))
+    bucket.proxy.decide = lambda *_: Fault(status=400, code="ExpiredToken")
+    with pytest.raises(EnvironmentFailed, match=rf"s3://{NAME}: cannot be read: .*ExpiredToken"):
+        files.read(address.encode(), 10)
+
+
+def test_what_a_list_names_and_is_not_there_is_not_found(
+    tmp_path: Path, bucket: Bucket, web: str
+) -> None:
+    addresses = [f"s3://{NAME}/listed/none.jpg", "s3://no-such/1.jpg", f"{web}/missing.jpg"]
+    files = files_of_list(tmp_path, *addresses)
+    for address in addresses:
+        found = files.read(address.encode(), 10)
+        assert isinstance(found, Failure)
+        assert found.code == "not_found"
+
+
+@pytest.mark.parametrize("below", ["", "/*.jpg"])
+def test_a_place_that_was_emptied_ends_the_job(tmp_path: Path, bucket: Bucket, below: str) -> None:
+    bucket.put("emptied/1.jpg", b"x")
+    bucket.put("emptied/2.jpg", b"x")
+    files = files_at(tmp_path, f"s3://{NAME}/emptied{below}")
+    health.health_of.cache_clear()
+    bucket.server.client.delete_object(Bucket=NAME, Key="emptied/1.jpg")
+    found = files.read(b"1.jpg")
+    assert isinstance(found, Failure)
+    assert found.code == "vanished"
+    bucket.server.client.delete_object(Bucket=NAME, Key="emptied/2.jpg")
+    time.sleep(health.ASK_EVERY_S)
+    with pytest.raises(EnvironmentFailed, match="nothing lies there any more"):
+        files.read(b"2.jpg")
 
 
 # ---- web servers ---------------------------------------------------------------------------------
@@ -308,6 +373,9 @@ class _Web(BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", "/plain.jpg")
             self.end_headers()
+            return
+        if self.path.startswith("/missing"):
+            self.send_error(404)
             return
         if self.path.startswith("/trickle"):
             self._trickle()
@@ -391,9 +459,8 @@ def test_a_web_server_that_never_comes_to_an_end_is_given_up(tmp_path: Path, web
 def test_a_web_server_that_sends_no_parts_is_told(tmp_path: Path, web: str) -> None:
     files = files_at(tmp_path, f"{web}/plain.tar")
     assert files.read_range(b"plain.tar", 0, 5) == CONTENT[:5]
-    found = files.read_range(b"plain.tar", 5, 5)
-    assert isinstance(found, Failure)
-    assert "parts" in found.message
+    with pytest.raises(UsageError, match=r"plain\.tar: .* parts .*; download it first"):
+        files.read_range(b"plain.tar", 5, 5)
 
 
 def test_a_web_server_without_a_file_is_refused(tmp_path: Path) -> None:

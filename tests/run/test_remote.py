@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from batchclf.errors import EnvironmentFailed, UsageError
-from batchclf.images import addresses, attempts, remote
+from batchclf.images import addresses, attempts, health, remote
 from batchclf.images.store import open_input
 from batchclf.spec.file import load_job
 from tests.conftest import ONLY_IN_CI, Batchclf, command, read_records
@@ -217,7 +217,7 @@ def test_a_place_that_refuses_is_told_before_any_work(
     tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, said: str, below: str
 ) -> None:
     assert attempts.OPENING_S <= 8, "the job ends within 10 s"
-    for module in (addresses, remote):
+    for module in (addresses, remote, health):
         monkeypatch.setattr(module, "OPENING_S", 1.0)
     bucket.proxy.decide = lambda method, path: REFUSALS[said]
     address = f"s3://{NAME}/photos{below}"
