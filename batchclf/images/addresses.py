@@ -1,5 +1,6 @@
 """Addresses: which server or bucket they name, and what lies there."""
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -8,6 +9,7 @@ from batchclf.errors import EnvironmentFailed, UsageError
 from batchclf.images import buckets
 from batchclf.images.attempts import OPENING_S, Content, Patience, Refused, insist
 from batchclf.images.buckets import Bucket
+from batchclf.images.globs import selects
 from batchclf.images.web import WebFile
 from batchclf.spec.input import BUCKETS
 
@@ -78,6 +80,14 @@ def split_address_glob(address: str) -> tuple[str, tuple[str, ...]]:
         return address, ()
     first = next((i for i, name in enumerate(names) if re.search(r"[*?\[{]", name)), len(names))
     return "/".join([root, *names[:first]]), tuple(names[first:])
+
+
+def would_hold(place: str, address: str) -> bool:
+    """Whether the listing of a folder or a glob of a bucket would hold a file at an address."""
+    root, names = split_address_glob(place)
+    if not address.startswith(f"{root}/"):
+        return False
+    return not names or selects(names)(os.fsencode(address.removeprefix(f"{root}/")))
 
 
 def split_file(address: str) -> tuple[str, str]:

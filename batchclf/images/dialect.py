@@ -18,7 +18,7 @@ from typing import Final, Literal
 import orjson
 
 from batchclf.errors import UsageError
-from batchclf.spec.input import is_address, reveals_secret
+from batchclf.spec.input import SCHEMES, is_address, path_named_by, reveals_secret
 
 NormalForm = Literal["NFC", "NFD"]
 Exists = Callable[[bytes], bool]
@@ -47,9 +47,29 @@ _REPAIRS: Final[dict[str, Callable[[bytes], bytes]]] = {
 """What is done to a path as it is written, by what is said of that; in this order."""
 
 
+_FAR: Final = re.compile(rb"(?i)(%s)://" % "|".join(SCHEMES).encode())
+
+
 def is_far(path: bytes) -> bool:
     """Whether a path is the address of another machine's file."""
-    return b"://" in path and is_address(os.fsdecode(path))
+    return _FAR.match(path) is not None
+
+
+def _without_scheme(path: bytes, where: str) -> bytes:
+    """A path, or the address of another machine's file, as it is; what `file://` names.
+
+    Raises:
+        UsageError: nothing reads such an address.
+    """
+    if b"://" not in path or is_far(path) or not is_address(address := os.fsdecode(path)):
+        return path
+    if (named := path_named_by(address)) is not None:
+        return os.fsencode(named)
+    scheme = address.partition("://")[0]
+    raise UsageError(
+        f"{where}: found an address that begins with {scheme}://; a list has paths, file:/// and "
+        f"a path, or addresses: {', '.join(f'{one}://' for one in SCHEMES)}"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +106,14 @@ class Dialect:
                 f"{where}: found a NUL byte; save the list as UTF-8 text with one path a line "
                 "(`tr '\\0' '\\n'` makes one of what `find -print0` printed)"
             )
+        path = _without_scheme(path, where)
         if not path or b"\0" in path:
             raise UsageError(f"{where}: found no usable path: {path[:80]!r}")
         if is_far(path) and reveals_secret(text := os.fsdecode(path)):
+            shown = re.split(r"[?#]", text)[0].rpartition("@")[2]
             raise UsageError(
-                f"{where}: the address of {text.partition('?')[0].rpartition('@')[2]!r} holds a "
-                "password or a signature, which the records would tell; list addresses without"
+                f"{where}: the address of {shown!r} holds a password or a signature, which the "
+                "records would tell; list addresses without"
             )
         return path
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from batchclf.errors import UsageError
+from batchclf.images.addresses import would_hold
 from batchclf.images.source import would_list
 from batchclf.images.streams import is_stream
 from batchclf.results.lock import Lease, only_writer
@@ -14,6 +15,9 @@ from batchclf.run.request import files_of
 from batchclf.spec.input import places_of
 from batchclf.spec.job import JobSpec
 from batchclf.system.paths import kind_of
+
+_IN_BUCKET = ("predictions.jsonl", "parts/00000000.jsonl")
+"""Where the records of a job lie in a bucket, at its end and on the way there."""
 
 
 def require_separate_output(job: JobSpec) -> None:
@@ -50,8 +54,9 @@ def require_separate_output(job: JobSpec) -> None:
 
 
 def _require_separate_addresses(job: JobSpec, output: str) -> None:
+    records = [f"{output.rstrip('/')}/{name}" for name in _IN_BUCKET]
     for place in places_of(job.input):
-        if isinstance(place, str) and f"{output.rstrip('/')}/".startswith(f"{place.rstrip('/')}/"):
+        if isinstance(place, str) and any(would_hold(place, one) for one in records):
             raise UsageError(
                 f"output: {output} lies inside the input {place}; give an address outside it"
             )

@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import unquote, unquote_to_bytes
 
 from pydantic import (
     BaseModel,
@@ -24,11 +25,13 @@ BUCKETS = SCHEMES[:3]
 """And of those, to which can be written."""
 STDIN = "-"
 """The input that is a list on stdin; a file of this name is `./-`."""
-_SECRETS = (
-    r"(x-amz-(signature|credential|security-token)|x-goog-(signature|credential)|sig|signature|"
-    r"awsaccesskeyid|key-pair-id|policy|token|access_token|api_?key)"
+_SECRETS = re.compile(
+    r"(?i)(^|[&;?#])([\w.~\[-]*[-_.\[])?"
+    r"(sig|signature|hmac|policy|credentials?|[a-z]*token|jwt|o?auth|authorization|[a-z]*secret|"
+    r"(api|auth|access|account|private|secret|shared|subscription)?key|awsaccesskeyid|key-pair-id|"
+    r"pass|pwd|passwd|[a-z]*password|passcode|passphrase)\]?="
 )
-"""Of queries; what signed addresses of Amazon, Google, Azure and CloudFront hold, and the like."""
+"""In queries; what signed addresses of Amazon, Google, Azure and CloudFront hold, and the like."""
 MAX_INPUTS = 10_000
 TAGS = ("(place)", "(places)", "(parquet)")
 """Which form an input has, as validation names it; no key that a user wrote."""
@@ -44,8 +47,17 @@ def is_address(value: str) -> bool:
 def reveals_secret(address: str) -> bool:
     """Whether an address holds a password, or the signature of one that was signed beforehand."""
     server, _, rest = address.partition("://")[2].partition("/")
-    _, _, query = rest.partition("?")
-    return "@" in server or re.search(r"(?i)(^|[&;])" + _SECRETS + "=", query) is not None
+    query = re.search(r"[?#].*", rest, re.DOTALL)
+    return "@" in server or (query is not None and _SECRETS.search(unquote(query[0])) is not None)
+
+
+def path_named_by(address: str) -> str | None:
+    """The path of this machine that a `file://` address names; None: it is none such."""
+    scheme, _, rest = address.partition("://")
+    host, slash, name = rest.partition("/")
+    if scheme.lower() != "file" or host.lower() not in ("", "localhost") or not slash:
+        return None
+    return "/" + os.fsdecode(unquote_to_bytes(os.fsencode(name)))
 
 
 def can_name_a_file(value: str) -> bool:
@@ -71,25 +83,28 @@ _SECRET = PydanticCustomError(
 
 
 def _as_place(value: object) -> object:
-    if not isinstance(value, str) or not is_address(value):
-        return as_path(value)
-    if reveals_secret(value):
-        raise _SECRET
-    if _is_of(value, SCHEMES):
-        return value
+    if (place := _as_path_or_address(value, SCHEMES)) is not None:
+        return place
     raise PydanticCustomError(
         "address", "a path, or the address of a bucket or server: s3://, gs://, az:// or https://"
     )
 
 
 def _as_output(value: object) -> object:
+    if (place := _as_path_or_address(value, BUCKETS)) is not None:
+        return place
+    raise PydanticCustomError("bucket", "a path, or an address in a bucket: s3://, gs:// or az://")
+
+
+def _as_path_or_address(value: object, schemes: tuple[str, ...]) -> object:
+    """None: an address of none of these schemes."""
     if not isinstance(value, str) or not is_address(value):
         return as_path(value)
+    if (path := path_named_by(value)) is not None:
+        return as_path(path)
     if reveals_secret(value):
         raise _SECRET
-    if _is_of(value, BUCKETS):
-        return value
-    raise PydanticCustomError("bucket", "a path, or an address in a bucket: s3://, gs:// or az://")
+    return value if _is_of(value, schemes) else None
 
 
 def _is_of(address: str, schemes: tuple[str, ...]) -> bool:

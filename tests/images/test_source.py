@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -1171,6 +1172,17 @@ def test_a_table_is_refused_with_its_line_unless_there_is_such_a_file(
     assert found_in(open_source(tmp_path / "list.txt"))[line.encode()] == JPEG
 
 
+@pytest.mark.parametrize("begin", ["file://", "FILE://localhost", "file://localhost"])
+def test_a_list_may_name_files_as_file_managers_write_them(tmp_path: Path, begin: str) -> None:
+    write(tmp_path, "ü %20+é.jpg", "b.jpg")
+    named = [
+        f"{begin}{quote(os.fspath(tmp_path))}/{name}" for name in ("%C3%BC%20%2520+é.jpg", "b.jpg")
+    ]
+    write(tmp_path, "list.txt", content="\r\n".join(named).encode())
+    paths = [os.fsencode(tmp_path / name) for name in ("ü %20+é.jpg", "b.jpg")]
+    assert found_in(open_source(tmp_path / "list.txt")) == dict.fromkeys(paths, JPEG)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -1182,8 +1194,14 @@ def test_a_table_is_refused_with_its_line_unless_there_is_such_a_file(
             b"a.jpg\n" * 200 + b"https://x/1.jpg?sig=ab\n",
             r"list\.txt:201: the address of 'https://x/1",
         ),
+        (b"a.jpg\nftp://me:pass@x/1.jpg\n", r"list\.txt:2: .* with ftp://; .* s3://, gs://"),
+        (b"a.jpg\nhdfs://x/1.jpg\n", r"list\.txt:2: .* begins with hdfs://"),
+        (b"a.jpg\nfile://server/1.jpg\n", r"list\.txt:2: .* begins with file://; .* file:///"),
     ],
-    ids=["UTF-16 without a mark", "print0", "UTF-16 cut", "address", "address far below"],
+    ids=[
+        *("UTF-16 without a mark", "print0", "UTF-16 cut", "address", "address far below"),
+        *("ftp", "hdfs", "another machine's file"),
+    ],
 )
 def test_a_list_that_cannot_be_understood_is_one_error_that_names_the_line(
     tmp_path: Path, content: bytes, said: str

@@ -9,6 +9,7 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import pytest
 from batchclf.errors import EnvironmentFailed, UsageError
 from batchclf.images import addresses, attempts, health, remote
 from batchclf.images.store import open_input
+from batchclf.run.output import require_separate_output
 from batchclf.spec.file import load_job
+from batchclf.spec.input import reveals_secret
 from tests.conftest import ONLY_IN_CI, Batchclf, command, read_records
 from tests.proxy import NAME, Bucket, Fault, proxied_bucket
 from tests.tiny import DIGITS, assert_same_records, run_here, write_tiny_job
@@ -346,12 +349,22 @@ def test_no_output_tells_a_secret(
         assert not any(secret.encode() in one for one in told)
 
 
+SECRETS = (
+    *("key", "api_key", "apikey", "authKey", "subscription-key", "auth", "oauth", "Authorization"),
+    *("password", "user[password]", "passwd", "pwd", "secret", "client_secret", "token", "jwt"),
+    *("x-goog-credential", "X-Amz-Security-Token", "oauth_signature", "AWSAccessKeyId", "Policy"),
+)
+
+
 @pytest.mark.parametrize(
     "address",
     [
         "https://user:pa55@example.com/1.jpg",
         "https://example.com/1.jpg?X-Amz-Expires=9&X-Amz-Signature=pa55",
         "https://example.com/1.jpg?sv=2024&sig=pa55",
+        "https://example.com/1.jpg?X%2DAmz%2dSignature=pa55",
+        *(f"https://example.com/1.jpg?a=1&{name}=pa55" for name in SECRETS),
+        "https://example.com/1.jpg#access_token=pa55",
     ],
 )
 def test_an_address_with_a_secret_is_refused_without_telling_it(
@@ -365,6 +378,49 @@ def test_an_address_with_a_secret_is_refused_without_telling_it(
     with pytest.raises(UsageError, match="password or a signature") as told:
         load_job(write_tiny_job(tmp_path, output=address))
     assert "pa55" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://example.com/1.jpg?size=5&author=me&design=2&monkey=3&pass_through=1",
+        "https://example.com/key=1/secret=2/1.jpg",
+        "s3://bucket/token=5/1.jpg",
+    ],
+)
+def test_an_address_that_only_looks_like_one_with_a_secret_is_taken(address: str) -> None:
+    assert not reveals_secret(address)
+
+
+def test_a_job_may_name_places_as_file_managers_write_them(tmp_path: Path, photos: Path) -> None:
+    (tmp_path / "ü 1").symlink_to(photos / "a")
+    job = load_job(write_tiny_job(tmp_path, input=f"file://{tmp_path}/%C3%BC%201"))
+    assert job.input == tmp_path / "ü 1"
+
+
+@pytest.mark.parametrize(
+    ("place", "is_refused"),
+    [
+        *(
+            (place, True)
+            for place in ("s3://b", "s3://b/", "s3://b/o/out/", "s3://b/o", "s3://b/**/*")
+        ),
+        *(
+            (f"s3://b/{glob}", True)
+            for glob in ("**/*.jsonl", "o*/**", "{x,o}/out/*", "**/parts/*")
+        ),
+        *(
+            (f"s3://b/{glob}", False)
+            for glob in ("*/*.jsonl", "**/*.jpg", "out", "o/out2", "o/out-*")
+        ),
+    ],
+)
+def test_an_output_that_the_input_would_list_is_refused_in_a_bucket_too(
+    tmp_path: Path, place: str, is_refused: bool
+) -> None:
+    job = load_job(write_tiny_job(tmp_path, input=place, output="s3://b/o/out"))
+    with pytest.raises(UsageError, match="lies inside") if is_refused else nullcontext():
+        require_separate_output(job)
 
 
 @pytest.mark.parametrize(
