@@ -112,7 +112,7 @@ def _matches(patterns: Sequence[_Name | None], names: Sequence[str]) -> bool:
 # ---- where nothing is selected -------------------------------------------------------------------
 
 
-def describe_others(names: Sequence[str], root: Path, paths: Sequence[bytes]) -> str:
+def describe_others(names: Sequence[str], root: str, paths: Sequence[bytes]) -> str:
     """What lies below the root of a glob that selects nothing of it, and what would select some."""
     if not paths:
         return f"no files are below {root}"
@@ -126,7 +126,7 @@ def describe_others(names: Sequence[str], root: Path, paths: Sequence[bytes]) ->
     told = f"{files}, {count:,} of which end in {suffix}"
     for tail in _variants(names, [suffix for suffix, _ in suffixes]):
         if any(map(selects(tail), paths)):
-            return f"{told}; write {root.joinpath(*tail)}"
+            return f"{told}; write {'/'.join([root, *tail]).removeprefix('./')}"
     return told
 
 

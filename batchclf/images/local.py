@@ -213,7 +213,7 @@ def _require_selected(source: Source) -> None:
     if next(iter(Paths(source)), None) is not None:
         return
     others = list(islice(_walk(Paths(source)), MAX_SURVEYED))
-    told = describe_others(source.names, Path(os.fsdecode(source.root)), others)
+    told = describe_others(source.names, os.fsdecode(source.root), others)
     raise NoImagesError(f"input: {source.spec}: found 0 images: no file matches; {told}")
 
 

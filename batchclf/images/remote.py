@@ -14,6 +14,7 @@ from functools import cache
 from itertools import chain, islice
 from typing import BinaryIO
 
+from batchclf.errors import NoImagesError
 from batchclf.images.addresses import (
     RemoteFile,
     bucket_at,
@@ -27,8 +28,9 @@ from batchclf.images.buckets import Bucket, Object
 from batchclf.images.clutter import is_clutter
 from batchclf.images.dialect import is_far
 from batchclf.images.formats import suffix_format
+from batchclf.images.globs import describe_others
 from batchclf.images.health import health_of
-from batchclf.images.local import MAX_FILE_BYTES, OUT_OF_MEMORY, LocalFiles, Paths
+from batchclf.images.local import MAX_FILE_BYTES, MAX_SURVEYED, OUT_OF_MEMORY, LocalFiles, Paths
 from batchclf.images.source import Source, selector
 from batchclf.results.records import Failure
 
@@ -69,12 +71,21 @@ class RemoteFiles:
             EnvironmentFailed: the place does not answer, or refuses.
         """
         if self.source.kind in ("folder", "glob"):
-            selected = selector(self.source)
-            paths = (path for path, _ in _listed(self.source, OPENING_S))
-            yield from (path for path in paths if selected(path) and not _left_out(path))
+            yield from filter(selector(self.source), _visible(self.source))
 
     def require_some(self) -> None:
-        """As `Files`; that the one file is there, was seen when it was opened."""
+        """As `Files`; that the one file is there, was seen when it was opened.
+
+        Raises:
+            NoImagesError: a glob selects nothing; with what there is.
+            EnvironmentFailed: as `glimpse`.
+        """
+        if self.source.kind == "glob" and next(self.glimpse(), None) is None:
+            others = list(islice(_visible(self.source), MAX_SURVEYED))
+            told = describe_others(self.source.names, self._root, others)
+            raise NoImagesError(
+                f"input: {self.source.spec}: found 0 images: no file matches; {told}"
+            )
 
     def head(self, path: bytes) -> bytes:
         """The first bytes of a file; empty where it cannot be read."""
@@ -295,6 +306,15 @@ class RemotePaths:
         is_marker = not suffix_format(name)
         self.num_left_out += is_marker  # perhaps a file without content
         return is_marker
+
+
+def _visible(source: Source) -> Iterator[bytes]:
+    """What lies below the root, in the bucket's order, but for what systems leave there.
+
+    Raises:
+        UsageError, EnvironmentFailed: as `_listed`.
+    """
+    return (path for path, _ in _listed(source, OPENING_S) if not _left_out(path))
 
 
 def _listed(source: Source, total_s: float) -> Iterator[tuple[bytes, int]]:

@@ -105,12 +105,11 @@ def _answer(url: str, patience: Patience, headers: dict[str, str]) -> Iterator["
         if found.status not in (200, 206):
             raise _refused(found)
         yield found
-        found.release_conn()
     except (HTTPError, OSError, UnicodeError) as error:
         raise Refused(_why(error), may_pass=not isinstance(error, UnicodeError)) from error
     finally:
         if found is not None:
-            found.close()
+            found.close()  # its connection as well, unless all was read: the next one may use that
 
 
 def _content(found: "BaseHTTPResponse", patience: Patience, max_bytes: int | None) -> bytes:

@@ -2,11 +2,12 @@
 
 import io
 import os
+import re
 import tarfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,7 +19,7 @@ from batchclf.errors import EnvironmentFailed, NoImagesError, UsageError
 from batchclf.images import attempts, health, remote
 from batchclf.images.addresses import file_at
 from batchclf.images.archives import passage
-from batchclf.images.attempts import Patience
+from batchclf.images.attempts import Content, Patience
 from batchclf.images.remote import RemoteFiles
 from batchclf.images.source import AnySource, Source, source_of
 from batchclf.images.store import Files, FileStore, open_store
@@ -136,6 +137,23 @@ def test_a_place_without_an_image_is_refused(tmp_path: Path, bucket: Bucket) -> 
     store = open_store(source_at(tmp_path, f"s3://{NAME}/texts"))
     with pytest.raises(NoImagesError, match="found 0 images"):
         store.require_images()
+
+
+@pytest.mark.parametrize(
+    ("glob", "said"),
+    [
+        ("*.JPG", "3 files are below {}, 2 of which end in .jpg; write {}/*.jpg"),
+        ("*/*.png", "3 files are below {}, 2 of which end in .jpg; write {}/**/*.jpg"),
+    ],
+)
+def test_a_glob_that_finds_nothing_is_refused_with_what_there_is(
+    tmp_path: Path, bucket: Bucket, glob: str, said: str
+) -> None:
+    for name in ("1.jpg", "2.jpg", "texts/1.txt", ".git/1.jpg"):
+        bucket.put(f"globbed/{name}", b"x")
+    root = f"s3://{NAME}/globbed"
+    with pytest.raises(NoImagesError, match=re.escape(said.format(root, root))):
+        open_store(source_at(tmp_path, f"{root}/{glob}")).require_images()
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -389,10 +407,12 @@ class _Web(BaseHTTPRequestHandler):
             self.wfile.write(CONTENT[:5])
             return
         self.send_response(200)
+        content = CONTENT * 400 if self.path.startswith("/large") else CONTENT
         if not self.path.startswith("/chunked"):
-            self.send_header("Content-Length", str(len(CONTENT)))
+            self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(CONTENT[:100] if self.path.startswith("/torn") else CONTENT)
+        with suppress(OSError):  # who has enough hangs up
+            self.wfile.write(content[:100] if self.path.startswith("/torn") else content)
 
     def _trickle(self) -> None:
         self.send_response(200)
@@ -403,15 +423,49 @@ class _Web(BaseHTTPRequestHandler):
                 time.sleep(0.05)
 
 
+class _Lasting(_Web):
+    """Keeps connections open."""
+
+    protocol_version = "HTTP/1.1"
+    clients: ClassVar[list[object]] = []
+
+    def do_GET(self) -> None:
+        self.clients.append(self.client_address)
+        super().do_GET()
+
+
 @pytest.fixture
 def web() -> Iterator[str]:
     _Web.times.clear()
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Web) as server:
-        serving = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        serving.start()
+    with serving(_Web) as url:
+        yield url
+
+
+@contextmanager
+def serving(handler: type[_Web]) -> Iterator[str]:
+    """A web server's address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
-        serving.join()
+        thread.join()
+
+
+def test_a_connection_serves_the_next_read_only_where_the_last_was_read_to_its_end() -> None:
+    _Lasting.clients.clear()
+    with serving(_Lasting) as url:
+        file = file_at(f"{url}/plain.jpg", Patience.within(10))
+        for _ in range(2):
+            assert file.get_up_to(1 << 20).data == CONTENT
+        assert len(set(_Lasting.clients)) == 1
+        large = file_at(f"{url}/large.jpg", Patience.within(10))
+        assert large.get((0, 5)).data == CONTENT[:5], "of an answer with all of it"
+        assert large.get_up_to(9) == Content(b"", 400 * len(CONTENT))
+        assert file.get_up_to(1 << 20).data == CONTENT
+    assert len(_Lasting.clients) == 5
+    assert len(set(_Lasting.clients)) == 3
 
 
 @pytest.mark.parametrize("path", ["plain.jpg", "a%20b/ü.jpg?size=5&x=y/z", "moved.jpg", "chunked"])
