@@ -10,6 +10,7 @@ from batchclf.images import buckets
 from batchclf.images.attempts import OPENING_S, Content, Patience, Refused, insist
 from batchclf.images.buckets import Bucket
 from batchclf.images.globs import selects
+from batchclf.images.room import Claim
 from batchclf.images.web import WebFile
 from batchclf.spec.input import BUCKETS
 
@@ -34,11 +35,12 @@ class RemoteFile(Protocol):
             Refused: they are not to be had, or not with this `tag` any more.
         """
 
-    def get_up_to(self, max_bytes: int) -> Content:
-        """All of it, unless it is larger.
+    def get_up_to(self, max_bytes: int, claim: Claim) -> Content:
+        """All of it, unless it is larger; its bytes are claimed before they are taken.
 
         Raises:
             Refused: it is not to be had.
+            NoRoom: as `claim`.
         """
 
 

@@ -5,22 +5,20 @@ fits into a bound; workers take contents, of whatever kind they are (`Decoding`)
 """
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import tee
 
 from batchclf.images.prefetch import Decoding, LoadRows
+from batchclf.images.room import NoRoom, claiming
 from batchclf.results.records import Failure, ImageRef, Loaded, Pixels
 
 WAIT_S = 1.0
-RECENT = 64
-"""Reads, the largest of which tells what those on their way are taken for."""
-FIRST_SIZE = 1 << 20
-"""What a read is taken for before one has come."""
 Beat = Callable[[], None]
-Read = Callable[[ImageRef], bytes | Failure]
+Read = Callable[[ImageRef], bytes | Failure | None]
+"""None: the image lies near, and who loads it reads it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +28,7 @@ class Depth:
     num_reads: int = 64
     """On their way, or come and not yet taken."""
     num_bytes: int = 64 << 20
-    """The same in bytes; those on their way are taken to be as large as the largest of late, and
-    one at least is always on its way."""
+    """Of the same; only the first of them, which is wanted next, may go beyond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +61,15 @@ class ReadAhead:
         self._to_read, self._to_hand_out = tee(refs)
         self._lock = threading.Lock()
         self._has_room = threading.Condition(self._lock)
+        self._has_bytes = threading.Condition(self._lock)
         self._has_come = threading.Condition(self._lock)
-        self._come: dict[int, bytes | Failure | BaseException] = {}
-        self._num_reading = 0
+        self._come: dict[int, bytes | Failure | BaseException | None] = {}
+        self._held: dict[int, int] = {}
+        """The bytes of each that is on its way, as far as it claimed them, or has come; in order.
+        """
         self._num_bytes = 0
-        self._recent: deque[int] = deque([FIRST_SIZE], RECENT)
+        self._waiting: set[int] = set()
+        """Those on their way for which there was no room."""
         self._error: BaseException | None = None
         self._is_closed = False
 
@@ -85,8 +86,8 @@ class ReadAhead:
         with self._lock:
             self._is_closed = True
             self._come.clear()
-            self._has_room.notify_all()
-            self._has_come.notify_all()
+            for waited_for in (self._has_room, self._has_bytes, self._has_come):
+                waited_for.notify_all()
 
     def __iter__(self) -> Iterator[ImageRef]:
         return self
@@ -100,8 +101,8 @@ class ReadAhead:
                     raise self._error from None
                 raise
 
-    def take(self, ref: ImageRef) -> Fetched:
-        """The image with its content, waiting for it; once for each.
+    def take(self, ref: ImageRef) -> ImageRef:
+        """The image with its content, waiting for it; as it is, where it lies near. Once for each.
 
         Raises:
             Abandoned: closed meanwhile.
@@ -114,23 +115,72 @@ class ReadAhead:
                 self._has_come.wait(WAIT_S)
                 self._beat()
             content = self._come.pop(ref.index)
-            if isinstance(content, bytes):
-                self._num_bytes -= len(content)
-            self._has_room.notify()
+            self._num_bytes -= self._held.pop(ref.index)
+            self._wake()
         if isinstance(content, BaseException):
             raise content
-        return Fetched(ref.index, ref.path, ref.location, content)
+        return ref if content is None else Fetched(ref.index, ref.path, ref.location, content)
 
     # ---- the readers -----------------------------------------------------------------------------
 
     def _work(self) -> None:
         while (ref := self._next()) is not None:
-            content: bytes | Failure | BaseException
-            try:
-                content = self._read(ref)
-            except BaseException as error:  # noqa: BLE001 - raised by who takes it
-                content = error
+            with claiming(partial(self._claim, ref.index)):
+                content = self._content(ref)
             self._put(ref, content)
+
+    def _content(self, ref: ImageRef) -> bytes | Failure | BaseException | None:
+        num_bytes = 0
+        while True:
+            try:
+                if num_bytes:
+                    self._wait_for_room(ref.index, num_bytes)
+                return self._read(ref)
+            except NoRoom as no_room:
+                num_bytes = no_room.num_bytes
+            except BaseException as error:  # noqa: BLE001 - raised by who takes it
+                return error
+
+    def _claim(self, index: int, num_bytes: int) -> None:
+        """Hold so many bytes for a read that is under way.
+
+        Raises:
+            NoRoom: it must begin again when there is room.
+        """
+        with self._lock:
+            if not self._has_room_for(index, num_bytes):
+                raise NoRoom(num_bytes)
+            self._hold(index, num_bytes)
+
+    def _wait_for_room(self, index: int, num_bytes: int) -> None:
+        """Hold so many bytes as soon as there is room; those that are wanted first come first.
+
+        Raises:
+            Abandoned: closed meanwhile.
+        """
+        with self._lock:
+            self._hold(index, 0)
+            self._waiting.add(index)
+            self._wake()
+            while not self._is_closed and (
+                index > min(self._waiting) or not self._has_room_for(index, num_bytes)
+            ):
+                self._has_bytes.wait()
+            self._waiting.remove(index)
+            if self._is_closed:
+                raise Abandoned
+            self._hold(index, num_bytes)
+            self._wake()
+
+    def _has_room_for(self, index: int, num_bytes: int) -> bool:
+        """Whether a read may take so much: always the one that is wanted next, lest all wait."""
+        is_first = next(iter(self._held)) == index
+        others = self._num_bytes - self._held[index]
+        return is_first or others + num_bytes <= self._depth.num_bytes
+
+    def _hold(self, index: int, num_bytes: int) -> None:
+        self._num_bytes += num_bytes - self._held[index]
+        self._held[index] = num_bytes
 
     def _next(self) -> ImageRef | None:
         """The next image to be read, when there is room for it; None: there is none."""
@@ -148,29 +198,31 @@ class ReadAhead:
             except BaseException as error:  # noqa: BLE001 - raised by who iterates
                 self._error = error
                 return None
-            self._num_reading += 1
-            if self._may_read():
-                self._has_room.notify()
+            self._held[ref.index] = 0
+            self._wake()
             return ref
 
     def _may_read(self) -> bool:
-        num_ahead = self._num_reading + len(self._come)
-        on_the_way = (self._num_reading + 1) * max(self._recent)
-        fits = self._num_bytes + on_the_way <= self._depth.num_bytes
-        return num_ahead == 0 or (num_ahead < self._depth.num_reads and fits)
+        is_full = (
+            len(self._held) >= self._depth.num_reads or self._num_bytes >= self._depth.num_bytes
+        )
+        return not self._held or not (is_full or self._waiting)
 
-    def _put(self, ref: ImageRef, content: bytes | Failure | BaseException) -> None:
+    def _wake(self) -> None:
+        """Let those go on for whom there may be room now."""
+        if self._waiting:
+            self._has_bytes.notify_all()
+        elif self._may_read():
+            self._has_room.notify()
+
+    def _put(self, ref: ImageRef, content: bytes | Failure | BaseException | None) -> None:
         with self._lock:
-            self._num_reading -= 1
             if self._is_closed:
                 return
             self._come[ref.index] = content
-            if isinstance(content, bytes):
-                self._num_bytes += len(content)
-                self._recent.append(len(content))
+            self._hold(ref.index, len(content) if isinstance(content, bytes) else 0)
             self._has_come.notify_all()
-            if self._may_read():
-                self._has_room.notify()
+            self._wake()
 
 
 @contextmanager

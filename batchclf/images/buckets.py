@@ -15,6 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Final
 
 from batchclf.images.attempts import CHANGED, PASSING, Code, Content, Patience, Refused
+from batchclf.images.room import Claim
 from batchclf.system.bucket import open_store
 
 if TYPE_CHECKING:
@@ -116,15 +117,18 @@ class BucketFile:
             options["if_match"] = tag
         return self._get(options, span[1])
 
-    def get_up_to(self, max_bytes: int) -> Content:
-        """All of it, unless it is larger.
+    def get_up_to(self, max_bytes: int, claim: Claim) -> Content:
+        """All of it, unless it is larger; its bytes are claimed before they are taken.
 
         Raises:
             Refused: it is not to be had.
+            NoRoom: as `claim`.
         """
-        return self._get({}, max_bytes)
+        return self._get({}, max_bytes, claim)
 
-    def _get(self, options: "GetOptions", max_bytes: int) -> Content:
+    def _get(
+        self, options: "GetOptions", max_bytes: int, claim: Claim = lambda num_bytes: None
+    ) -> Content:
         import obstore
         from obstore.exceptions import BaseError
 
@@ -134,6 +138,7 @@ class BucketFile:
             first, end = found.range
             if end > max_bytes:
                 return Content(b"", size, tag)
+            claim(end - first)
             data = bytes(found.bytes())
         except (BaseError, ValueError, OSError) as error:
             raise refused(error) from error

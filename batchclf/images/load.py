@@ -34,8 +34,11 @@ class Loader:
 
     @property
     def read_far(self) -> Read | None:
-        """What reads the images, where these lie so far away that it should be done ahead."""
-        return self.read if self.store.is_far else None
+        """What reads those images that lie so far away that it should be done ahead, if any."""
+        return self._read_if_far if self.store.is_far else None
+
+    def _read_if_far(self, ref: ImageRef) -> bytes | Failure | None:
+        return self.read(ref) if self.store.lies_far(ref) else None
 
     def fetched(self, ref: ImageRef) -> ImageRef:
         """The same image for another process to load.

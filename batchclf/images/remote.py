@@ -31,6 +31,7 @@ from batchclf.images.formats import suffix_format
 from batchclf.images.globs import describe_others
 from batchclf.images.health import health_of
 from batchclf.images.local import MAX_FILE_BYTES, MAX_SURVEYED, OUT_OF_MEMORY, LocalFiles, Paths
+from batchclf.images.room import this_claim
 from batchclf.images.source import Source, selector
 from batchclf.results.records import Failure
 
@@ -97,8 +98,10 @@ class RemoteFiles:
 
         Raises:
             EnvironmentFailed: nothing is to be read there any more.
+            NoRoom: as what this thread claims room with.
         """
-        found = self._insisting(path, lambda file: file.get_up_to(max_bytes))
+        claim = this_claim()
+        found = self._insisting(path, lambda file: file.get_up_to(max_bytes, claim))
         if isinstance(found, Failure):
             return found
         if found.size > max_bytes:
@@ -109,6 +112,15 @@ class RemoteFiles:
 
     def read_range(self, path: bytes, start: int, length: int) -> bytes | Failure:
         """So many bytes of one listed file, or why they cannot be read.
+
+        Raises:
+            EnvironmentFailed, NoRoom: as `read`.
+        """
+        this_claim()(length)
+        return self.part(path, start, length)
+
+    def part(self, path: bytes, start: int, length: int) -> bytes | Failure:
+        """The same for what an archive is read by, which no image holds.
 
         All that this process reads of a file is of one and the same version.
 
@@ -215,7 +227,7 @@ class _Opened(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         length = max(0, min(len(buffer), self._size - self._at))
-        data = self._files.read_range(self._path, self._at, length)
+        data = self._files.part(self._path, self._at, length)
         if isinstance(data, Failure):
             raise _Lost(self._path, data)
         buffer[: len(data)] = data
@@ -406,8 +418,8 @@ class ListedFiles:
         return self._that_have(path).version(path)
 
     def are_far(self) -> bool:
-        """Whether the list begins with an address, so that reading ahead is worth it."""
-        return any(map(is_far, islice(self.paths(), 1)))
+        """Whether the list names an address, so that reading ahead is worth it."""
+        return any(map(is_far, self.paths()))
 
     def _that_have(self, path: bytes) -> LocalFiles | RemoteFiles:
         return RemoteFiles(self.source) if is_far(path) else LocalFiles(self.source)

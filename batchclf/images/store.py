@@ -102,6 +102,9 @@ class Store(Protocol):
 
     @property
     def is_far(self) -> bool:
+        """Whether there is an image of which `lies_far` is true."""
+
+    def lies_far(self, ref: ImageRef) -> bool:
         """Whether reading an image takes so long that it had better begin before it is wanted."""
 
     def require_images(self) -> None:
@@ -187,6 +190,13 @@ class FileStore:
         return isinstance(files, RemoteFiles) or (
             isinstance(files, ListedFiles) and files.are_far()
         )
+
+    def lies_far(self, ref: ImageRef) -> bool:
+        """As `Store`."""
+        if self.source.kind != "list":
+            return self.source.is_remote
+        path = _file_of(ref.path, ref.location)
+        return is_far(archive_of(ref.location) if path is None else path)
 
     def entries(self, log: Log = _say_nothing) -> "FileEntries":
         """As `Store`."""
@@ -419,6 +429,11 @@ class SeveralStores:
     def is_far(self) -> bool:
         """As `Store`."""
         return any(part.is_far for part in self.parts)
+
+    def lies_far(self, ref: ImageRef) -> bool:
+        """As `Store`."""
+        number, entry = _in_part(Entry(ref.path, ref.location))
+        return self.parts[number].lies_far(ImageRef(ref.index, *entry))
 
     def require_images(self) -> None:
         """As `Store`: of each part, since one without images is a mistake."""

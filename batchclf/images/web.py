@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import batchclf
 from batchclf.errors import UsageError
 from batchclf.images.attempts import CHANGED, PASSING, Code, Content, Patience, Refused
+from batchclf.images.room import Claim
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse, PoolManager
@@ -20,6 +21,8 @@ NUM_CONNECTIONS = 64
 """Kept open, of one server; and servers with any."""
 MAX_REDIRECTS = 5
 PIECE_BYTES = 1 << 16
+FIRST_CLAIM_BYTES = 1 << 20
+"""For what the server does not say the size of; then twice as much as has come."""
 _MISSING = (
     "input: urllib3, which reads from web servers, is not installed: pip install 'batchclf[remote]'"
 )
@@ -56,18 +59,22 @@ class WebFile:
             size = _size(found)
             return Content(data, len(data) if size is None else size, found_tag)
 
-    def get_up_to(self, max_bytes: int) -> Content:
-        """All of it, unless it is larger.
+    def get_up_to(self, max_bytes: int, claim: Claim) -> Content:
+        """All of it, unless it is larger; its bytes are claimed before they are taken.
 
         Raises:
             Refused: it is not to be had.
+            NoRoom: as `claim`.
             UsageError: the library is not installed.
         """
         with _answer(self.url, self.patience, {}) as found:
             size = _size(found)
             if size is not None and size > max_bytes:
                 return Content(b"", size)
-            data = _content(found, self.patience, max_bytes + 1)
+            if size is not None:
+                claim(size)
+            grows = claim if size is None else None
+            data = _content(found, self.patience, max_bytes + 1, grows)
             return Content(b"" if len(data) > max_bytes else data, len(data))
 
 
@@ -112,19 +119,29 @@ def _answer(url: str, patience: Patience, headers: dict[str, str]) -> Iterator["
             found.close()  # its connection as well, unless all was read: the next one may use that
 
 
-def _content(found: "BaseHTTPResponse", patience: Patience, max_bytes: int | None) -> bytes:
-    """What is sent, or so many bytes of it.
+def _content(
+    found: "BaseHTTPResponse",
+    patience: Patience,
+    max_bytes: int | None,
+    claim: Claim | None = None,
+) -> bytes:
+    """What is sent, or so many bytes of it; `claim`: of what the server does not say the size.
 
     Raises:
         Refused: it takes too long; each of its pieces may come in time.
+        NoRoom: as `claim`.
     """
     ends_at = time.monotonic() + patience.request_s
     content = bytearray()
+    claimed = 0
     while max_bytes is None or len(content) < max_bytes:
         piece = found.read1(PIECE_BYTES, decode_content=True)
         if not piece:
             break
         content += piece
+        if claim is not None and len(content) > claimed:
+            claimed = max(FIRST_CLAIM_BYTES, 2 * len(content))
+            claim(claimed)
         if time.monotonic() > ends_at:
             raise Refused(f"sent {len(content):,} bytes in {patience.request_s:g} s, and not all")
     return bytes(content[:max_bytes])

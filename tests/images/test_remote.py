@@ -21,6 +21,7 @@ from batchclf.images.addresses import file_at
 from batchclf.images.archives import passage
 from batchclf.images.attempts import Content, Patience
 from batchclf.images.remote import RemoteFiles
+from batchclf.images.room import NoRoom, claiming
 from batchclf.images.source import AnySource, Source, source_of
 from batchclf.images.store import Files, FileStore, open_store
 from batchclf.results.records import Failure, ImageRef
@@ -244,6 +245,36 @@ def test_an_archive_that_cannot_be_read_on_is_its_images_failure_but_ends_a_list
     assert found.code == "changed"
 
 
+def gladly(num_bytes: int) -> None:
+    """There is room for everything."""
+
+
+def test_the_bytes_of_a_read_are_claimed_before_they_are_taken(
+    tmp_path: Path, bucket: Bucket, web: str
+) -> None:
+    bucket.put("sized/1.jpg", b"x" * 1000)
+    files = files_at(tmp_path, f"s3://{NAME}/sized")
+    claimed: list[int] = []
+    size = len(CONTENT)
+    with claiming(claimed.append):
+        assert files.read(b"1.jpg") == b"x" * 1000
+        assert files.read_range(b"1.jpg", 5, 7) == b"x" * 7
+        for path in ("plain.jpg", "large.jpg", "chunked"):
+            assert isinstance(files.read(f"{web}/{path}".encode()), bytes)
+        file = files.open(b"1.jpg")
+        assert not isinstance(file, Failure)
+        assert file.read() == b"x" * 1000, "of archives more than one image is read"
+    assert claimed == [1000, 7, size, 400 * size, 1 << 20]
+
+    def refuse(num_bytes: int) -> None:
+        raise NoRoom(num_bytes)
+
+    for address in (b"1.jpg", f"{web}/plain.jpg".encode(), f"{web}/chunked".encode()):
+        with claiming(refuse), pytest.raises(NoRoom):
+            files.read(address)
+    assert files.read(b"1.jpg") == b"x" * 1000
+
+
 def test_an_object_larger_than_is_allowed_is_not_fetched(tmp_path: Path, bucket: Bucket) -> None:
     bucket.put("sized/1.jpg", b"x" * 1000)
     files = files_at(tmp_path, f"s3://{NAME}/sized")
@@ -252,10 +283,8 @@ def test_an_object_larger_than_is_allowed_is_not_fetched(tmp_path: Path, bucket:
     assert isinstance(found, Failure)
     assert found.code == "too_large_bytes"
     assert "1,000 bytes" in found.message
-    patience = Patience.within(10)
-    assert file_at(f"s3://{NAME}/sized/1.jpg", patience).get_up_to(999) == replace(
-        file_at(f"s3://{NAME}/sized/1.jpg", patience).get_up_to(1000), data=b""
-    )
+    file = file_at(f"s3://{NAME}/sized/1.jpg", Patience.within(10))
+    assert file.get_up_to(999, gladly) == replace(file.get_up_to(1000, gladly), data=b"")
 
 
 def test_a_server_that_does_not_answer_is_given_up_within_the_time_for_an_image(
@@ -458,12 +487,12 @@ def test_a_connection_serves_the_next_read_only_where_the_last_was_read_to_its_e
     with serving(_Lasting) as url:
         file = file_at(f"{url}/plain.jpg", Patience.within(10))
         for _ in range(2):
-            assert file.get_up_to(1 << 20).data == CONTENT
+            assert file.get_up_to(1 << 20, gladly).data == CONTENT
         assert len(set(_Lasting.clients)) == 1
         large = file_at(f"{url}/large.jpg", Patience.within(10))
         assert large.get((0, 5)).data == CONTENT[:5], "of an answer with all of it"
-        assert large.get_up_to(9) == Content(b"", 400 * len(CONTENT))
-        assert file.get_up_to(1 << 20).data == CONTENT
+        assert large.get_up_to(9, gladly) == Content(b"", 400 * len(CONTENT))
+        assert file.get_up_to(1 << 20, gladly).data == CONTENT
     assert len(_Lasting.clients) == 5
     assert len(set(_Lasting.clients)) == 3
 

@@ -152,6 +152,19 @@ def test_a_killed_job_over_a_list_of_addresses_goes_on(
     assert_same_records(read_records(tmp_path / "out"), named)
 
 
+def test_addresses_behind_a_path_of_this_machine_are_read_ahead_as_well(
+    tmp_path: Path, photos: Path, bucket: Bucket, expected: list[dict[str, Any]]
+) -> None:
+    paths = [f"s3://{NAME}/photos/{one['path']}" for one in expected]
+    paths[0], paths[20] = (str(photos / expected[number]["path"]) for number in (0, 20))
+    (tmp_path / "list.txt").write_text("".join(f"{one}\n" for one in paths))
+    bucket.proxy.decide = lambda *_: Fault(delay_s=0.1)
+    run_here(write_tiny_job(tmp_path, input=str(tmp_path / "list.txt"), loader={"workers": 2}))
+    assert bucket.proxy.most_at_once > 8
+    named = [one | {"path": path} for one, path in zip(expected, paths, strict=True)]
+    assert_same_records(read_records(tmp_path / "out"), named)
+
+
 # ---- faults --------------------------------------------------------------------------------------
 
 
