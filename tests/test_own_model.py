@@ -17,8 +17,8 @@ zoo = pytest.importorskip("torchvision.models")
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
 
-README = (ROOT / "README.md").read_text()
-TRAINED, ONNX, TIMM, TRANSFORMERS = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+SECTION = (ROOT / "README.md").read_text().partition("## Your own model")[2]
+TRAINED, ONNX, TIMM, TRANSFORMERS = re.findall(r"```yaml\n(.*?)```", SECTION, re.DOTALL)
 PHOTOS = sorted((ROOT / "samples" / "photos").iterdir())
 FLOWERS = ("daisy", "rose", "tulip", "iris", "poppy")
 
