@@ -1,5 +1,6 @@
 """A real S3 API on this machine, and what a test needs to look into it."""
 
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,6 +56,9 @@ def running_server() -> Iterator[Server]:
     try:
         host, port = server.get_host_and_port()
         found = Server(f"http://{host}:{port}")
+        # All servers of a process hold the same objects.
+        reset = urllib.request.Request(f"{found.url}/moto-api/reset", method="POST")
+        urllib.request.urlopen(reset, timeout=10).close()
         found.client.create_bucket(Bucket="bucket")
         yield found
     finally:

@@ -313,7 +313,7 @@ BAD_FILES = [
     Bad("x.dcm", lambda: bytes(128) + b"DICM" + bytes(60), "unsupported_format", "DICOM"),
     Bad("film.jpg", lambda: b"\0\0\0\x18ftypisom" + bytes(60), "not_an_image", "video"),
     Bad(
-        "._a.jpg",
+        "apple_double.jpg",
         lambda: b"\0\x05\x16\x07\0\2\0\0Mac OS X" + bytes(60),
         "not_an_image",
         "AppleDouble",
