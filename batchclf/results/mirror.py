@@ -16,8 +16,7 @@ from pathlib import Path
 
 from batchclf.errors import ResumeRefused
 from batchclf.results.files import RunFiles, output_failed, read_bytes, remove
-from batchclf.results.identity import Extent
-from batchclf.results.listing import open_listing
+from batchclf.results.listing import Listing, open_listing
 from batchclf.results.records import Shard
 from batchclf.results.run_record import Durable, RunRecord, read_run, write_run
 from batchclf.system.bucket import AlreadyThere, Bucket
@@ -47,7 +46,7 @@ class Mirror:
         self._num_images = 0
         """Sent in parts."""
         self._pulled_run: bytes | None = None
-        self._pulled_listing: Extent | None = None
+        self._pulled_listing: Listing | None = None
         """What the bucket held of this shard's run record, and of the listing."""
         self._num_retries = 0
         self._first: int | None = None
@@ -71,7 +70,7 @@ class Mirror:
                 self._fetch(files.folder / name)
         self._pulled_run = read_bytes(files.run)
         listing = open_listing(files)
-        self._pulled_listing = None if listing is None else listing.extent
+        self._pulled_listing = listing
         if self._overwrite or listing is None:
             return
         self._fetch(files.stats)
@@ -177,14 +176,14 @@ class Mirror:
         first, last = files.shard.bounds(listing.num_images)
         if self._overwrite:
             self._discard(first, last)
-        self._place_listing(listing.extent)
+        self._place_listing(listing)
         self._first = first
         return True
 
-    def _place_listing(self, extent: Extent) -> None:
+    def _place_listing(self, listing: Listing) -> None:
         path = self._files.listing
         if self._pulled_listing is not None:
-            if self._pulled_listing != extent:  # extended, or begun anew
+            if self._pulled_listing != listing:  # extended, or begun anew for another job
                 self._bucket.write(path.name, path)
             return
         data = read_bytes(path)
@@ -203,8 +202,8 @@ class Mirror:
         files = self._files
         parts = {*self._numbers_of_parts(first, last)}
         if self._pulled_listing is not None:  # it may have been longer
-            num_before = self._pulled_listing.num_images
-            parts |= {*self._numbers_of_parts(*files.shard.bounds(num_before))}
+            before = files.shard.bounds(self._pulled_listing.num_images)
+            parts |= {*self._numbers_of_parts(*before)}
         self._bucket.remove([_name_of(number) for number in sorted(parts)])
         self._bucket.remove([files.predictions.name, files.stats.name])
         self._bucket.remove([files.run.name])

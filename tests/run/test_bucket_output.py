@@ -284,6 +284,16 @@ def test_a_signal_ends_a_run_whose_bucket_does_not_answer(
     assert time.monotonic() - asked < 8
 
 
+def test_a_job_begun_anew_otherwise_goes_on_as_that_job_elsewhere(
+    job: Callable[..., Path], batchclf: Batchclf, tmp_path: Path
+) -> None:
+    assert batchclf("run", job("other")).exit_code == 0
+    assert batchclf("run", job("other", top_k=2), "--overwrite").exit_code == 0
+    forget_this_machine(tmp_path)
+    done = batchclf("run", job("other", top_k=2), "--json")
+    assert (done.exit_code, done.json["was_complete"]) == (0, True), done.stderr
+
+
 def test_beginning_anew_with_fewer_images_leaves_no_part_of_before(
     job: Callable[..., Path], server: Server, batchclf: Batchclf
 ) -> None:
