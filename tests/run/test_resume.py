@@ -906,7 +906,7 @@ def test_an_int8_job_goes_on_with_the_model_it_began_with_whatever_became_of_its
     batchclf: Batchclf, tmp_path: Path, change: str
 ) -> None:
     images = link_digits(tmp_path / "images", 40)
-    job = write_job(tmp_path, input=str(images), precision="int8")
+    job = write_tiny_job(tmp_path, input=str(images), precision="int8", min_agreement=0)
     predictions = tmp_path / "out" / "predictions.jsonl"
     if change == "retry":
         first, *_ = sorted(images.iterdir())
@@ -938,7 +938,7 @@ def test_records_of_a_model_that_would_be_calibrated_anew_are_not_added_to(
 ) -> None:
     """Where the model is no longer in the cache, and images it was calibrated on have changed."""
     images = link_digits(tmp_path / "images", 40)
-    job = write_job(tmp_path, input=str(images), precision="int8")
+    job = write_tiny_job(tmp_path, input=str(images), precision="int8", min_agreement=0)
     cache = {"BATCHCLF_CACHE_DIR": str(tmp_path / "cache")}
     assert batchclf("run", job, env=cache).exit_code == 0
     predictions = tmp_path / "out" / "predictions.jsonl"
