@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from tests.proxy import Bucket
 
 USERS_ENVIRONMENT = dict(os.environ)
 """The environment without what tests set for themselves: for processes whose speed is measured."""
@@ -91,6 +94,23 @@ def batchclf() -> Batchclf:
         return Finished(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def bucket() -> "Iterator[Bucket]":
+    """A bucket and the proxy before it, to which this process's environment leads."""
+    from tests.proxy import proxied_bucket  # its server takes a second to import
+
+    with proxied_bucket() as found:
+        yield found
+
+
+@pytest.fixture
+def no_faults(bucket: "Bucket") -> Iterator[None]:
+    """The proxy lets everything through, unless the test says otherwise."""
+    bucket.proxy.forget()
+    yield
+    bucket.proxy.forget()
 
 
 def command(*arguments: str | os.PathLike[str]) -> list[str]:

@@ -26,21 +26,10 @@ from batchclf.images.source import AnySource, Source, source_of
 from batchclf.images.store import Files, FileStore, open_store
 from batchclf.results.records import Failure, ImageRef
 from batchclf.spec.file import load_job
-from tests.proxy import NAME, OTHER, Bucket, Fault, proxied_bucket
+from tests.proxy import NAME, OTHER, Bucket, Fault
 from tests.tiny import write_tiny_job
 
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[Bucket]:
-    with proxied_bucket() as bucket:
-        yield bucket
-
-
-@pytest.fixture(autouse=True)
-def _no_faults(bucket: Bucket) -> Iterator[None]:
-    bucket.proxy.forget()
-    yield
-    bucket.proxy.forget()
+pytestmark = pytest.mark.usefixtures("no_faults")
 
 
 def source_at(folder: Path, place: str) -> AnySource:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import tarfile
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,23 +21,11 @@ from batchclf.run.output import require_separate_output
 from batchclf.spec.file import load_job
 from batchclf.spec.input import reveals_secret
 from tests.conftest import ONLY_IN_CI, Batchclf, command, read_records
-from tests.proxy import NAME, Bucket, Fault, proxied_bucket
+from tests.proxy import NAME, Bucket, Fault
 from tests.tiny import DIGITS, assert_same_records, run_here, write_tiny_job
 
+pytestmark = pytest.mark.usefixtures("no_faults")
 NUM_PHOTOS = 40
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[Bucket]:
-    with proxied_bucket() as bucket:
-        yield bucket
-
-
-@pytest.fixture(autouse=True)
-def _no_faults(bucket: Bucket) -> Iterator[None]:
-    bucket.proxy.forget()
-    yield
-    bucket.proxy.forget()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Archives that were written to after they were listed: no image is given for another one."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from batchclf.images.store import Store, open_store
 from batchclf.results.records import Failure, refs_of
 from batchclf.spec.file import load_job
 from tests.images.archives.common import MAX_BYTES, PHOTOS, as_tar, as_zip, written
-from tests.proxy import NAME, Bucket, proxied_bucket
+from tests.proxy import NAME, Bucket
 from tests.tiny import write_tiny_job
 
 SWAPPED = dict(zip(PHOTOS, reversed(list(PHOTOS.values())), strict=True))
@@ -83,12 +83,6 @@ def test_a_changed_archive_is_refused_before_its_images_are_asked_for(
 
 
 # ---- in a bucket ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[Bucket]:
-    with proxied_bucket() as bucket:
-        yield bucket
 
 
 def test_no_member_of_a_changed_archive_in_a_bucket_is_read(tmp_path: Path, bucket: Bucket) -> None:
