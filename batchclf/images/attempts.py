@@ -19,8 +19,6 @@ MAX_PAUSE_S = 30.0
 OPENING_S = 8.0
 """Seconds in which a place must answer before a job begins."""
 LONGEST_REQUEST_S = 30.0
-PASSING = (408, 425, 429, 500, 502, 503, 504)
-"""Answers of servers (statuses of HTTP) that may be others a little later."""
 CHANGED = "changed since it was listed, or while it was read"
 Code = Literal["vanished", "permission_denied", "changed", "io_error", "bad_name", "no_parts"]
 """As of `Failure`, but for the last two, which end a job: a name in a listing that no path can be,
@@ -68,6 +66,7 @@ class Refused(Exception):
         *,
         may_pass: bool = False,
         is_everywhere: bool = False,
+        is_unanswered: bool = False,
         after_s: float | None = None,
     ) -> None:
         super().__init__(why)
@@ -75,6 +74,8 @@ class Refused(Exception):
         self.may_pass = may_pass
         self.is_everywhere = is_everywhere
         """Whether it is said of everything there: credentials that have expired, no such bucket."""
+        self.is_unanswered = is_unanswered
+        """Whether nothing came from the server: it may be down, or the network."""
         self.after_s = after_s
         """When the server wants to be asked again."""
         self.num_tries = 1
@@ -138,5 +139,7 @@ def _interruptible(ask: Callable[[], _Answer], seconds: float) -> _Answer:
     if errors:
         raise errors[0]
     if not answers:
-        raise Refused(f"no answer within {max(0.0, seconds):.0f} s", may_pass=True)
+        raise Refused(
+            f"no answer within {max(0.0, seconds):.0f} s", may_pass=True, is_unanswered=True
+        )
     return answers[0]

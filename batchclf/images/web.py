@@ -11,8 +11,9 @@ from urllib.parse import urlsplit
 
 import batchclf
 from batchclf.errors import UsageError
-from batchclf.images.attempts import CHANGED, PASSING, Code, Content, Patience, Refused
+from batchclf.images.attempts import CHANGED, Code, Content, Patience, Refused
 from batchclf.images.room import Claim
+from batchclf.system.bucket import PASSING
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse, PoolManager
@@ -113,7 +114,9 @@ def _answer(url: str, patience: Patience, headers: dict[str, str]) -> Iterator["
             raise _refused(found)
         yield found
     except (HTTPError, OSError, UnicodeError) as error:
-        raise Refused(_why(error), may_pass=not isinstance(error, UnicodeError)) from error
+        may_pass = not isinstance(error, UnicodeError)
+        is_unanswered = may_pass and found is None
+        raise Refused(_why(error), may_pass=may_pass, is_unanswered=is_unanswered) from error
     finally:
         if found is not None:
             found.close()  # its connection as well, unless all was read: the next one may use that

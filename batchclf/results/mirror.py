@@ -15,11 +15,11 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 from batchclf.errors import ResumeRefused
+from batchclf.results.bucket import AlreadyThere, Bucket
 from batchclf.results.files import RunFiles, output_failed, read_bytes, remove
 from batchclf.results.listing import Listing, open_listing
 from batchclf.results.records import Shard
 from batchclf.results.run_record import Durable, RunRecord, read_run, write_run
-from batchclf.system.bucket import AlreadyThere, Bucket
 from batchclf.system.cache import cache_root
 from batchclf.system.machine import boot_id
 

@@ -1,25 +1,23 @@
-"""What lies below the address of a bucket, as whole objects; obstore speaks to its server."""
+"""Buckets: how one is opened, and what an error of obstore, which speaks to their servers, means.
+
+Of S3 and what speaks like it, of Google Cloud Storage, of Azure's blob storage. Which objects are
+read and written, and how often they are asked for, is for who does it: images/buckets.py reads an
+input, results/bucket.py keeps an output.
+"""
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Literal
 
-from batchclf.errors import EnvironmentFailed, UsageError
+from batchclf.errors import UsageError
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+    from obstore.store import ObjectStore, RetryConfig
 
-RETRIES = 4
-RETRY_S = 30.0
-"""A request is tried so often, within so many seconds; the library waits longer each time."""
-TIMEOUT_S, NO_BYTE_S = 300.0, 20.0
-"""Of one request, which may send a listing of some 100 MB, and of a server that sends nothing."""
-PIECE_BYTES = 1 << 22
-MAX_CAUSE_CHARS = 300
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_ENDPOINT")
 """Of the environment: where a server other than the provider's own is; the user's choice."""
 ALLOWING = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
@@ -27,139 +25,49 @@ ALLOWING = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
 MISSING = (
     "obstore, which reads and writes buckets, is not installed: pip install 'batchclf[remote]'"
 )
+PASSING = (408, 425, 429, 500, 502, 503, 504)
+"""Answers of servers (statuses of HTTP) that may be others a little later."""
+MAX_WHY_CHARS = 300
+Kind = Literal["denied", "missing", "changed", "exists", "bad_name", "failed"]
+"""`exists`: it was to be created; `bad_name`: no path can be named as an object that is there."""
+_KINDS: Final[dict[int, Kind]] = {
+    **dict.fromkeys((401, 403), "denied"),
+    404: "missing",
+    **dict.fromkeys((412, 416), "changed"),
+}
+_EVERYWHERE: Final[dict[Kind, re.Pattern[str]]] = {
+    "denied": re.compile(
+        "AccessDeniedException|AuthenticationFailed|ExpiredToken|InvalidAccessKeyId|InvalidToken|"
+        "RequestTimeTooSkewed|SignatureDoesNotMatch|TokenRefreshRequired"
+    ),
+    "missing": re.compile("NoSuchBucket|ContainerNotFound"),
+}
+"""Codes of answers that no other object of a bucket would get rid of."""
+_NO_CREDENTIALS = "no credentials were found"
 
 
-class AlreadyThere(Exception):
-    """An object that was to be created is there."""
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a bucket did not do what it was asked to."""
 
-
-class Bucket:
-    """The objects below an address, such as s3://bucket/runs/1; names are relative to it.
-
-    Credentials are the library's own affair: the environment, or what the machine is given.
-    """
-
-    def __init__(self, address: str, key: str) -> None:
-        """`key`: of the job file, for messages.
-
-        Raises:
-            UsageError: obstore is not installed, or the address is none.
-        """
-        self.address = address.rstrip("/")
-        self._key = key
-        self._store = open_store(
-            self.address,
-            key,
-            {
-                "timeout": timedelta(seconds=TIMEOUT_S),
-                "read_timeout": timedelta(seconds=NO_BYTE_S),
-            },
-            {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=RETRY_S)},
-        )
-
-    def read(self, name: str) -> bytes | None:
-        """An object's bytes; None: it is not there.
-
-        Raises:
-            EnvironmentFailed: the bucket does not give it.
-        """
-        with self._telling(name, "read"):
-            try:
-                return bytes(self._store.get(name).bytes())
-            except FileNotFoundError:
-                return None
-
-    def fetch(self, name: str, path: Path) -> bool:
-        """Write an object's bytes to a file, in pieces; False: it is not there, and no file is.
-
-        Raises:
-            EnvironmentFailed: the bucket does not give it, or the file cannot be written.
-        """
-        with self._telling(name, "read"):
-            try:
-                pieces = self._store.get(name).stream(PIECE_BYTES)
-            except FileNotFoundError:
-                return False
-            with path.open("wb") as file:
-                for piece in pieces:
-                    file.write(piece)
-        return True
-
-    def create(self, name: str, data: bytes) -> None:
-        """Write an object that is not there yet, whole or not at all.
-
-        Raises:
-            AlreadyThere: it is there; it stays as it is.
-            EnvironmentFailed: the bucket does not take it.
-        """
-        from obstore.exceptions import AlreadyExistsError
-
-        with self._telling(name, "written"):
-            try:
-                self._store.put(name, data, mode="create", use_multipart=False)
-            except AlreadyExistsError:
-                raise AlreadyThere from None
-
-    def write(self, name: str, data: bytes | Path) -> None:
-        """Write an object, or replace it, whole; a file is sent in pieces.
-
-        Raises:
-            EnvironmentFailed: the bucket does not take it.
-        """
-        with self._telling(name, "written"):
-            self._store.put(name, data)
-
-    def names(self, folder: str = "") -> list[str]:
-        """The names of the objects in a folder, without those in folders below it, sorted.
-
-        Raises:
-            EnvironmentFailed: the bucket does not list them.
-        """
-        with self._telling(folder, "listed"):
-            found = self._store.list_with_delimiter(folder or None)["objects"]
-            return sorted(one["path"] for one in found)
-
-    def remove(self, names: list[str]) -> None:
-        """Remove objects, those that are there.
-
-        Raises:
-            EnvironmentFailed: the bucket does not let them go.
-        """
-        with self._telling(names[0] if names else "", "removed"):
-            if names:
-                self._store.delete(names)
-
-    @contextmanager
-    def _telling(self, name: str, deed: str) -> Iterator[None]:
-        from obstore.exceptions import BaseError
-
-        try:
-            yield
-        except (BaseError, OSError, ValueError) as error:
-            raise EnvironmentFailed(
-                f"{self._key}: {self.address}/{name}: cannot be {deed}: {cause_of(error)}; "
-                "mend it and run the same command to resume"
-            ) from error
-
-
-def cause_of(error: Exception) -> str:
-    """What a server or the library said, in one line, without what may hold a secret."""
-    from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
-
-    if isinstance(error, PermissionDeniedError):
-        return "its server forbids it (403); are the credentials those of this bucket?"
-    if isinstance(error, UnauthenticatedError):
-        return "its server takes no credentials of ours (401); are there any, and not expired?"
-    said = str(error).partition("Debug source")[0]
-    code = re.search(r"<Code>(\w+)</Code>", said)
-    first = said.partition("\n")[0].strip()[:MAX_CAUSE_CHARS]
-    return f"{code[1]}: {first}" if code else first
+    kind: Kind
+    why: str
+    """In plain words, on one line, without an address: some carry a signature."""
+    may_pass: bool = False
+    """Whether the same request may be answered a little later."""
+    is_everywhere: bool = False
+    """Whether it is said of the whole bucket: credentials that have expired, no such bucket."""
+    is_unanswered: bool = False
+    """Whether nothing came from the server: it may be down, or the network."""
 
 
 def open_store(
-    address: str, key: str, client: "ClientConfig", retry: "RetryConfig"
+    address: str, key: str, request_s: float, no_byte_s: float, retry: "RetryConfig"
 ) -> "ObjectStore":
     """What speaks to the server of an address; nothing is asked of it yet.
+
+    Credentials are the library's own affair: the environment, or what the machine is given.
+    `key`: of the job file, for messages; `no_byte_s`: of a server that sends nothing.
 
     Raises:
         UsageError: obstore is not installed, the address is none, or the environment lacks
@@ -172,10 +80,16 @@ def open_store(
         raise UsageError(f"{key}: {address}: {MISSING}") from None
     try:
         return from_url(
-            address, client_options={**client, "allow_http": _allows_http()}, retry_config=retry
+            address,
+            client_options={
+                "timeout": timedelta(seconds=request_s),
+                "read_timeout": timedelta(seconds=no_byte_s),
+                "allow_http": _allows_http(),
+            },
+            retry_config=retry,
         )
     except (BaseError, ValueError) as error:
-        raise UsageError(f"{key}: {address}: {cause_of(error)}") from error
+        raise UsageError(f"{key}: {address}: {_first_line(str(error))}") from error
 
 
 def _allows_http() -> bool:
@@ -185,3 +99,64 @@ def _allows_http() -> bool:
     """
     names_one = any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS)
     return names_one or any(os.environ.get(name, "").lower() in ("1", "true") for name in ALLOWING)
+
+
+@contextmanager
+def raising(error_of: Callable[[Fault], Exception], *, listing: bool = False) -> Iterator[None]:
+    """Raise in place of the library's errors what `error_of` makes of them."""
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except (BaseError, ValueError, OSError) as error:
+        raise error_of(fault_of(error, listing=listing)) from error
+
+
+def fault_of(error: Exception, *, listing: bool = False) -> Fault:
+    """What an error of the library means.
+
+    Of a listing, whatever is refused is refused of all that lies there.
+    """
+    from obstore.exceptions import AlreadyExistsError
+
+    text = str(error)
+    if isinstance(error, AlreadyExistsError):
+        return Fault("exists", "it is there already")
+    if listing and (name := re.search(r'invalid path: .*?"(.*?)"', text)):
+        return Fault("bad_name", f"no path can be named as the object {name[1]!r}")
+    why = _why(text)
+    for kind, said in _EVERYWHERE.items():
+        if said.search(text):
+            return Fault(kind, why, is_everywhere=True)
+    if status := re.search(r"status code: (\d{3})", text):
+        number = int(status[1])
+        kind = _KINDS.get(number, "failed")
+        return Fault(kind, why, number in PASSING, is_everywhere=listing and kind != "changed")
+    if isinstance(error, ValueError):
+        return Fault("missing", "no object can have this name", is_everywhere=listing)
+    may_pass = re.search(r"HTTP error|error sending request|error decoding|timed out", text)
+    is_everywhere = listing or why == _NO_CREDENTIALS
+    is_unanswered = "error sending request" in text
+    return Fault("failed", why, may_pass is not None, is_everywhere, is_unanswered)
+
+
+def _why(text: str) -> str:
+    """A few words on what went wrong; the library's own hold addresses, and go on for pages."""
+    first, _, details = text.partition("\n")
+    if re.search(r"169\.254\.169\.254|metadata\.google|token request|credentials", first):
+        return _NO_CREDENTIALS
+    if status := re.search(r"status code: (\d{3} [A-Za-z -]+\w)", text):
+        code = re.search(r"<Code>([\w.-]{1,80})</Code>", text)
+        return f"the server says {status[1]}" + (f" ({code[1]})" if code else "")
+    if "redirect without LOCATION" in text:
+        return "the bucket lies in another region; set AWS_REGION to it"
+    if "kind: Timeout" in details or "TimedOut" in details:
+        return "no answer in time"
+    deepest = re.findall(r"(?:message|error): \"([^\"]{1,120})\"", details)
+    if "HTTP error" in first:
+        return "the connection failed: " + (deepest[-1] if deepest else first.rpartition(": ")[2])
+    return re.sub(r"\S*://\S+", "the server", _first_line(text))
+
+
+def _first_line(text: str) -> str:
+    return text.partition("Debug source")[0].partition("\n")[0].strip()[:MAX_WHY_CHARS]

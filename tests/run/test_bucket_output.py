@@ -240,7 +240,8 @@ def test_a_job_is_complete_in_the_bucket_only_once_all_of_it_is_there(
     proxy.decide = refuse_predictions
     done = batchclf("run", job("torn"))
     assert done.exit_code == 5
-    assert "torn/predictions.jsonl: cannot be written" in done.stderr
+    told = "torn/predictions.jsonl: cannot be written: the server says 403 Forbidden (AccessDenied)"
+    assert f"{told}; are the credentials those of this bucket" in done.stderr
     found = server.objects("torn/")
     assert json.loads(found.get("run.json", b'{"status": "none"}'))["status"] != "complete"
     proxy.decide = lambda method, path: None

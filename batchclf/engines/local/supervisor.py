@@ -24,6 +24,7 @@ from batchclf.errors import (
     ResumeRefused,
     WorkerFailed,
 )
+from batchclf.results.bucket import Bucket
 from batchclf.results.files import RunFiles
 from batchclf.results.lock import Lease
 from batchclf.results.mirror import Mirror
@@ -35,7 +36,6 @@ from batchclf.run.recovery import Beginning, Death, Progress, Recovery, recover
 from batchclf.run.request import RunResult, files_of
 from batchclf.spec.job import JobSpec
 from batchclf.spec.options import RunOptions
-from batchclf.system.bucket import Bucket
 from batchclf.system.children import how_it_ended
 from batchclf.system.interrupt import StopRequest
 
