@@ -28,9 +28,10 @@ def command(job: Path, sets: tuple[str, ...], as_json: bool, **direct: Any) -> N
     if as_json:
         text = json.dumps({"valid": True, **asdict(checked)})
     else:
-        left_out = f" ({checked.num_left_out:,} left out)" if checked.num_left_out else ""
+        left_out = [f"left out: {checked.left_out}"] if checked.num_left_out else []
         text = as_lines(
-            f"images:   {checked.num_images:,}{left_out} in {spec.input}",
+            f"images:   {checked.num_images:,} in {spec.input}",
+            *left_out,
             f"model:    {checked.model}",
             f"provider: {checked.provider}",
             f"output:   {spec.output}",

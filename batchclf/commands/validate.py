@@ -16,6 +16,8 @@ class Checked:
 
     num_images: int
     num_left_out: int
+    left_out: str
+    """The same in words: how much of which kind."""
     provider: str
     model: str
 
@@ -37,5 +39,9 @@ def check_job(job: JobSpec, log: Log) -> Checked:
     num_images = sum(1 for _ in entries)
     flavours = ", ".join(f"{name} {version}" for name, version in installed_flavours().items())
     return Checked(
-        num_images, entries.num_left_out, f"{provider.execution_provider} of {flavours}", model
+        num_images=num_images,
+        num_left_out=entries.num_left_out,
+        left_out=str(entries.left_out),
+        provider=f"{provider.execution_provider} of {flavours}",
+        model=model,
     )

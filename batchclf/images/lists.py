@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from batchclf.errors import UsageError
 from batchclf.images.dialect import Dialect, find_dialect
+from batchclf.images.omissions import Omissions
 from batchclf.system.paths import refusal
 
 NUM_TRIED = 100
@@ -44,13 +45,13 @@ class ListedPaths:
         EnvironmentFailed: while it is iterated: the list cannot be read.
     """
 
-    def __init__(self, spec: Path, dialect: Dialect) -> None:
+    def __init__(self, spec: Path, dialect: Dialect, left_out: Omissions) -> None:
+        """`left_out` is told of comments."""
         self._spec = spec
+        self._left_out = left_out
         self._dialect = dialect
         self.line_number = 0
         """Of the last path, from 1."""
-        self.num_comments = 0
-        """Lines that are comments, seen by the last iteration."""
 
     @property
     def place(self) -> str:
@@ -58,7 +59,6 @@ class ListedPaths:
         return f"input: {self._spec}:{self.line_number}"
 
     def __iter__(self) -> Iterator[bytes]:
-        self.num_comments = 0
         for number, line in enumerate(_lines(self._spec, self._dialect.encoding), start=1):
             self.line_number = number
             if len(line) > MAX_LINE_BYTES:
@@ -70,7 +70,7 @@ class ListedPaths:
                 continue
             path = self._dialect.path_in(line, self.place)
             if self._dialect.is_comment(line, path, os.path.lexists):
-                self.num_comments += 1
+                self._left_out.add("in comments", line)
             else:
                 yield path
 

@@ -10,7 +10,7 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import chain, islice
 from typing import BinaryIO
 
@@ -25,12 +25,14 @@ from batchclf.images.addresses import (
 from batchclf.images.archives.passage import Refused as ArchiveRefused
 from batchclf.images.attempts import CHANGED, OPENING_S, Content, Patience, Refused, insist
 from batchclf.images.buckets import Bucket, Object
-from batchclf.images.clutter import is_clutter
+from batchclf.images.clutter import clutter_kind
 from batchclf.images.dialect import is_far
+from batchclf.images.disk import OUT_OF_MEMORY
 from batchclf.images.formats import suffix_format
 from batchclf.images.globs import describe_others
 from batchclf.images.health import health_of
-from batchclf.images.local import MAX_FILE_BYTES, MAX_SURVEYED, OUT_OF_MEMORY, LocalFiles, Paths
+from batchclf.images.local import MAX_FILE_BYTES, MAX_SURVEYED, LocalFiles, Paths
+from batchclf.images.omissions import Omissions
 from batchclf.images.room import this_claim
 from batchclf.images.source import Source, selector
 from batchclf.results.records import Failure
@@ -117,9 +119,9 @@ class RemoteFiles:
             EnvironmentFailed, NoRoom: as `read`.
         """
         this_claim()(length)
-        return self.part(path, start, length)
+        return self._part(path, start, length)
 
-    def part(self, path: bytes, start: int, length: int) -> bytes | Failure:
+    def _part(self, path: bytes, start: int, length: int) -> bytes | Failure:
         """The same for what an archive is read by, which no image holds.
 
         All that this process reads of a file is of one and the same version.
@@ -161,7 +163,7 @@ class RemoteFiles:
         found = self._insisting(path, lambda file: file.get((0, 1)))
         if isinstance(found, Failure):
             return found
-        return io.BufferedReader(_Opened(self, path, found.size), CHUNK_BYTES)
+        return io.BufferedReader(_Opened(partial(self._part, path), path, found.size), CHUNK_BYTES)
 
     def _address(self, path: bytes) -> str:
         text = os.fsdecode(path)
@@ -200,8 +202,9 @@ class _Lost(ArchiveRefused, OSError):
 class _Opened(io.RawIOBase):
     """A file of another machine, of which ranges are read."""
 
-    def __init__(self, files: RemoteFiles, path: bytes, size: int) -> None:
-        self._files = files
+    def __init__(self, part: Callable[[int, int], bytes | Failure], path: bytes, size: int) -> None:
+        """`part`: reads so many bytes, the first of which is at the first number."""
+        self._part = part
         self._path = path
         self._size = size
         self._at = 0
@@ -227,7 +230,7 @@ class _Opened(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         length = max(0, min(len(buffer), self._size - self._at))
-        data = self._files.part(self._path, self._at, length)
+        data = self._part(self._at, length)
         if isinstance(data, Failure):
             raise _Lost(self._path, data)
         buffer[: len(data)] = data
@@ -282,28 +285,30 @@ class RemotePaths:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.num_left_out = 0
-        """Hidden files and folders, and what marks folders, seen by the last iteration."""
+        self.left_out = Omissions()
+        """Clutter, and what marks folders, seen by the last iteration."""
 
     def __iter__(self) -> Iterator[bytes]:
-        self.num_left_out = 0
+        self.left_out = Omissions()
         if self.source.kind == "file":
             return iter([os.fsencode(self.source.names[-1])])
         return filter(selector(self.source), self._sorted())
 
     def _sorted(self) -> Iterator[bytes]:
-        hidden: set[bytes] = set()
+        places: set[bytes] = set()
         empty: set[bytes] = set()
         names: list[bytes] = []
         for path, size in _listed(self.source, Patience.within(self.source.max_seconds).total_s):
             if left_out := _left_out(path):
-                hidden.add(left_out)
+                place, kind = left_out
+                if place not in places:
+                    self.left_out.add(kind, place)
+                    places.add(place)
                 continue
             # NUL, which no name holds, comes before all others: so `a/1` does before `a-b/1`.
             names.append(path.replace(b"/", b"\0"))
             if size == 0:
                 empty.add(names[-1])
-        self.num_left_out = len(hidden)
         names.sort()
         following = chain(islice(names, 1, None), [b""])
         for name, next_name in zip(names, following, strict=True):
@@ -315,9 +320,10 @@ class RemotePaths:
         """Consoles leave an object without content for a folder; the library drops its slash."""
         if next_name.startswith(name + b"\0"):
             return True
-        is_marker = not suffix_format(name)
-        self.num_left_out += is_marker  # perhaps a file without content
-        return is_marker
+        if suffix_format(name):
+            return False
+        self.left_out.add("empty", name.replace(b"\0", b"/"))  # perhaps a file without content
+        return True
 
 
 def _visible(source: Source) -> Iterator[bytes]:
@@ -367,13 +373,14 @@ def _pages(bucket: Bucket, prefix: str, total_s: float) -> Iterator[list[Object]
         after = page[-1].key
 
 
-def _left_out(path: bytes) -> bytes | None:
-    """The hidden folder that a path leads through, or the path of a hidden file."""
+def _left_out(path: bytes) -> tuple[bytes, str] | None:
+    """The clutter that a path is, or the folder that it leads through; and of which kind it is."""
     *folders, name = path.split(b"/")
     for number, folder in enumerate(folders, start=1):
-        if is_clutter(folder, is_folder=True):
-            return b"/".join(folders[:number])
-    return path if is_clutter(name, is_folder=False) else None
+        if kind := clutter_kind(folder, is_folder=True):
+            return b"/".join(folders[:number]), kind
+    kind = clutter_kind(name, is_folder=False)
+    return None if kind is None else (path, kind)
 
 
 # ---- lists ---------------------------------------------------------------------------------------

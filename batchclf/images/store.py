@@ -1,35 +1,29 @@
-"""Where images lie: what an input holds, in a fixed order, and the content of each image.
+"""Where images lie: what an input holds (entries.py), and the content of each image.
 
-Files, of this machine (local.py) or of a bucket (remote.py), are listed, opened and read in ranges;
-a store lists their images, those inside of archives as well, and reads an image that it listed.
+A store lists the images of files (files.py), those inside of archives as well, and reads an image
+that it listed.
 """
 
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain, compress
 from typing import Protocol
 
 from batchclf.errors import NoImagesError, ResumeRefused
 from batchclf.images.archives import (
     ANEW,
-    Archives,
     archive_of,
     failure_of,
     is_changed,
     is_in_passing,
     read_member,
-    row_of,
 )
-from batchclf.images.archives.location import File
-from batchclf.images.archives.location import truth_of as truth_in
-from batchclf.images.archives.members import Log, Ranges
-from batchclf.images.archives.names import SUFFIXES, archive_kind, is_archive
+from batchclf.images.archives.members import Log
+from batchclf.images.archives.names import SUFFIXES, is_archive
 from batchclf.images.dialect import is_far
+from batchclf.images.entries import Entries, FileEntries, SeveralEntries, file_of, in_part
+from batchclf.images.files import Files
 from batchclf.images.formats import looks_like_image, suffix_format
-from batchclf.images.lists import mark_repeated
 from batchclf.images.local import LocalFiles
 from batchclf.images.remote import ListedFiles, RemoteFiles
 from batchclf.images.source import AnySource, Source, Sources, source_of
@@ -42,52 +36,6 @@ MAX_HEAD_BYTES = 2**26
 
 def _say_nothing(text: str) -> None:
     pass
-
-
-class Paths(Protocol):
-    """Paths in a fixed order; each iteration looks anew."""
-
-    @property
-    def num_left_out(self) -> int:
-        """Hidden or repeated ones, seen by the last iteration."""
-
-    def __iter__(self) -> Iterator[bytes]: ...
-
-
-class Files(Ranges, Protocol):
-    """The files of one source."""
-
-    def paths(self) -> Paths:
-        """What the source holds, relative to its root."""
-
-    def glimpse(self) -> Iterator[bytes]:
-        """Paths in no order and not all, the first of which comes sooner than that of `paths`."""
-
-    def require_some(self) -> None:
-        """Refuse a source of whose first files too many are missing."""
-
-    def head(self, path: bytes) -> bytes:
-        """The first bytes of a file; empty where it cannot be read."""
-
-    def read(self, path: bytes, max_bytes: int) -> bytes | Failure:
-        """The whole content of one file, or why it cannot be read."""
-
-
-class Entries(Protocol):
-    """What an input holds, in a fixed order; each iteration looks anew."""
-
-    @property
-    def num_left_out(self) -> int:
-        """Hidden or repeated entries, seen by the last iteration."""
-
-    @property
-    def located(self) -> bool:
-        """Whether an entry may have a location."""
-
-    def __iter__(self) -> Iterator[Entry]: ...
-
-    def after(self, listed: Iterable[Entry]) -> Iterator[Entry]:
-        """The entries of an earlier listing, and behind them those that it lacks."""
 
 
 class Store(Protocol):
@@ -160,13 +108,6 @@ def open_store(source: AnySource) -> Store:
     return FileStore(source)
 
 
-def truth_of(location: bytes) -> bytes | None:
-    """The true label that the listing found beside an image in its archive, if there is one."""
-    if location[:1].isdigit():
-        location = _in_part(Entry(b"", location))[1].location
-    return None if _file_of(b"", location) is not None else truth_in(location)
-
-
 # ---- one place -----------------------------------------------------------------------------------
 
 
@@ -195,7 +136,7 @@ class FileStore:
         """As `Store`."""
         if self.source.kind != "list":
             return self.source.is_remote
-        path = _file_of(ref.path, ref.location)
+        path = file_of(ref.path, ref.location)
         return is_far(archive_of(ref.location) if path is None else path)
 
     def entries(self, log: Log = _say_nothing) -> "FileEntries":
@@ -223,7 +164,7 @@ class FileStore:
         if self.source.kind != "list":
             self.require_images()
             return
-        files = [_file_of(*entry) for entry in entries]
+        files = [file_of(*entry) for entry in entries]
         # Whether an address, or what an archive holds, is there is told by reading it.
         here = [path for path in files if path is not None and not is_far(path)]
         tried = [os.path.join(self.source.root, path) for path in here]
@@ -235,7 +176,7 @@ class FileStore:
 
     def require_unchanged(self, entries: Iterable[Entry]) -> None:
         """As `Store`."""
-        members = (one.location for one in entries if _file_of(*one) is None)
+        members = (one.location for one in entries if file_of(*one) is None)
         one_of_each = {archive_of(location): location for location in members}
         for archive, location in one_of_each.items():
             if is_changed(self.files, location):
@@ -250,129 +191,20 @@ class FileStore:
         return suffix_format(entry.path) is not None or looks_like_image(self._head(entry))
 
     def _head(self, entry: Entry) -> bytes:
-        if (path := _file_of(*entry)) is not None:
+        if (path := file_of(*entry)) is not None:
             return self.files.head(path)
         found = read_member(self.files, entry.location, MAX_HEAD_BYTES)
         return b"" if isinstance(found, Failure) else found
 
     def read(self, ref: ImageRef, max_bytes: int) -> bytes | Failure:
         """As `Store`."""
-        if (path := _file_of(ref.path, ref.location)) is not None:
+        if (path := file_of(ref.path, ref.location)) is not None:
             return self.files.read(path, max_bytes)
         return read_member(self.files, ref.location, max_bytes)
 
     def is_in_passing(self, ref: ImageRef) -> bool:
         """As `Store`."""
-        return _file_of(ref.path, ref.location) is None and is_in_passing(ref.location)
-
-
-def _file_of(path: bytes, location: bytes) -> bytes | None:
-    """The file that an entry is; None: it lies in an archive."""
-    if location.startswith(b"/"):  # a list named it otherwise
-        return location
-    return None if location else path
-
-
-class _Named:
-    """Entries, each under a path of its own."""
-
-    has_rows: bool
-    """Whether there may be rows of Parquet files, which name themselves."""
-    _log: Log
-
-    def __iter__(self) -> Iterator[Entry]:
-        return self._named(self.found())
-
-    def after(self, listed: Iterable[Entry]) -> Iterator[Entry]:
-        """The entries of an earlier listing, and behind them those that it lacks."""
-        some = mark_repeated(chain(listed, self.found()), self._identity)
-        return self._named(
-            chain.from_iterable(compress(entries, ~is_repeated) for entries, is_repeated in some)
-        )
-
-    def found(self) -> Iterator[Entry]:
-        """The entries as they name themselves."""
-        raise NotImplementedError
-
-    def _row_of(self, entry: Entry) -> bytes | None:
-        """File and row; None: it is no row of a Parquet file."""
-        raise NotImplementedError
-
-    def _identity(self, entry: Entry) -> bytes:
-        """Of rows the path does not tell whether they are the same."""
-        return self._row_of(entry) or entry.path
-
-    def _named(self, entries: Iterator[Entry]) -> Iterator[Entry]:
-        return _each_named_once(entries, self._row_of, self._log) if self.has_rows else entries
-
-
-class FileEntries(_Named):
-    """The images of one source; those of an archive come where the archive would."""
-
-    def __init__(self, source: Source, files: Files, log: Log) -> None:
-        self.located = source.opens_archives
-        self.has_rows = self.located and source.may_hold_rows
-        self._source = source
-        self._paths = files.paths()
-        self._begin = partial(Archives, files, source.rows, log)
-        self._archives = self._begin()
-        self._log = log
-        self._num_others = 0
-
-    @property
-    def num_left_out(self) -> int:
-        return self._paths.num_left_out + self._archives.num_left_out + self._num_others
-
-    def found(self) -> Iterator[Entry]:
-        if not self.located:
-            return map(Entry, self._paths)
-        self._archives = self._begin()
-        return chain.from_iterable(map(self._archives.entries, self._candidates()))
-
-    def _row_of(self, entry: Entry) -> bytes | None:
-        return row_of(entry.location)
-
-    def glimpse(self) -> Iterator[Entry]:
-        """The same, the first of which comes sooner; with those that archives do not list."""
-        if not self.located:
-            return map(Entry, self._paths)
-        return chain.from_iterable(map(self._begin().glimpse, self._candidates()))
-
-    def _candidates(self) -> Iterator[File]:
-        """Of a folder of Parquet files, those without what the programs that write it put beside.
-
-        Raises:
-            BatchclfError: as the paths.
-        """
-        self._num_others = 0
-        is_folder_of_rows = self._source.kind == "folder" and self._source.rows is not None
-        for path in self._paths:
-            if is_folder_of_rows and not _holds_rows(path):
-                self._num_others += 1
-            else:
-                yield File(path, self._source.locate(path))
-
-
-def _holds_rows(path: bytes) -> bool:
-    is_hidden = any(part.startswith((b"_", b".")) for part in path.split(b"/"))
-    return not is_hidden and archive_kind(path) == "parquet"
-
-
-def _each_named_once(
-    entries: Iterator[Entry], row_of: Callable[[Entry], bytes | None], log: Log
-) -> Iterator[Entry]:
-    """The entries; rows of Parquet files with the path of another are named for file and row."""
-    num_renamed = 0
-    for some, is_repeated in mark_repeated(entries, lambda entry: entry.path):
-        for entry, is_another in zip(some, is_repeated.tolist(), strict=True):
-            row = row_of(entry) if is_another else None
-            num_renamed += row not in (None, entry.path)
-            yield entry if row is None else Entry(row, entry.location)
-    if num_renamed:
-        log(
-            f"input: {num_renamed:,} rows have the path of another row, so their records are named "
-            "for their file and row"
-        )
+        return file_of(ref.path, ref.location) is None and is_in_passing(ref.location)
 
 
 class _Seen:
@@ -432,7 +264,7 @@ class SeveralStores:
 
     def lies_far(self, ref: ImageRef) -> bool:
         """As `Store`."""
-        number, entry = _in_part(Entry(ref.path, ref.location))
+        number, entry = in_part(Entry(ref.path, ref.location))
         return self.parts[number].lies_far(ImageRef(ref.index, *entry))
 
     def require_images(self) -> None:
@@ -453,57 +285,16 @@ class SeveralStores:
     def _of_parts(self, entries: Iterable[Entry]) -> list[list[Entry]]:
         own: list[list[Entry]] = [[] for _ in self.parts]
         for entry in entries:
-            number, inner = _in_part(entry)
+            number, inner = in_part(entry)
             own[number].append(inner)
         return own
 
     def read(self, ref: ImageRef, max_bytes: int) -> bytes | Failure:
         """As `Store`."""
-        number, entry = _in_part(Entry(ref.path, ref.location))
+        number, entry = in_part(Entry(ref.path, ref.location))
         return self.parts[number].read(ImageRef(ref.index, *entry), max_bytes)
 
     def is_in_passing(self, ref: ImageRef) -> bool:
         """As `Store`."""
-        number, entry = _in_part(Entry(ref.path, ref.location))
+        number, entry = in_part(Entry(ref.path, ref.location))
         return self.parts[number].is_in_passing(ImageRef(ref.index, *entry))
-
-
-def _in_part(entry: Entry) -> tuple[int, Entry]:
-    """The number of an entry's part, and the entry as that part listed it."""
-    digits, sign, rest = re.split(rb"([:/])", entry.location, maxsplit=1)
-    return int(digits), Entry(entry.path, rest) if sign == b":" else Entry(rest)
-
-
-class SeveralEntries(_Named):
-    """The images of several sources; what two of them hold is listed once."""
-
-    located = True
-
-    def __init__(self, prefixes: tuple[bytes, ...], parts: Sequence[FileEntries], log: Log) -> None:
-        self._prefixes = prefixes
-        self._parts = parts
-        self._log = log
-        self.has_rows = any(part.has_rows for part in parts)
-        self._num_repeated = 0
-
-    @property
-    def num_left_out(self) -> int:
-        return self._num_repeated + sum(part.num_left_out for part in self._parts)
-
-    def found(self) -> Iterator[Entry]:
-        """Each image once."""
-        self._num_repeated = 0
-        for entries, is_repeated in mark_repeated(self._all(), self._identity):
-            self._num_repeated += int(is_repeated.sum())
-            yield from compress(entries, ~is_repeated)
-
-    def _row_of(self, entry: Entry) -> bytes | None:
-        number, inner = _in_part(entry)
-        row = row_of(inner.location)
-        return None if row is None else self._prefixes[number] + row
-
-    def _all(self) -> Iterator[Entry]:
-        for number, (prefix, part) in enumerate(zip(self._prefixes, self._parts, strict=True)):
-            for path, location in part.found():
-                place = b":" + location if location else b"/" + path
-                yield Entry(prefix + path, b"%d%s" % (number, place))

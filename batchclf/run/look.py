@@ -175,9 +175,6 @@ def listed(found: Found) -> Iterator[Listing]:
             run.reporter.log(f"{what}: {num_new:,} new images in the listing")
         for remark in store.source.remarks():
             run.reporter.log(remark)
-        if draft.num_left_out:
-            run.reporter.log(
-                f"input: left out {draft.num_left_out:,} entries: hidden or a system's own, "
-                "comments, repeated or beside an image"
-            )
+        if entries.num_left_out:
+            run.reporter.log(f"input: left out: {entries.left_out}")
         yield draft

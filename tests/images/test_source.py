@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from batchclf.errors import BatchclfError, EnvironmentFailed, NoImagesError, UsageError
 from batchclf.images import lists
-from batchclf.images.clutter import is_clutter
+from batchclf.images.clutter import clutter_kind
 from batchclf.images.decode import Decoder
 from batchclf.images.dialect import NormalForm
 from batchclf.images.lists import mark_repeated
@@ -86,7 +86,7 @@ Tree = dict[bytes, "Tree | None"]
 names = (
     st.binary(min_size=1, max_size=6)
     .map(lambda name: name.replace(b"/", b"-").replace(b"\0", b"0"))
-    .filter(lambda name: not is_clutter(name, True) and not is_clutter(name, False))
+    .filter(lambda name: not clutter_kind(name, True) and not clutter_kind(name, False))
 )
 trees: st.SearchStrategy[Tree] = st.recursive(
     st.dictionaries(names, st.none(), max_size=5),
@@ -121,7 +121,7 @@ def test_the_listing_is_depth_first_with_names_in_the_order_of_their_bytes(tree:
         paths = LocalFiles(source).paths()
         assert list(paths) == expected
         assert list(paths) == expected, "and again"
-        assert paths.num_left_out == 0
+        assert paths.left_out.num == 0
 
 
 def test_a_folder_comes_before_a_file_whose_name_goes_on_where_its_own_ends(
@@ -163,7 +163,7 @@ def test_hidden_folders_and_hidden_files_that_are_no_images_are_left_out_and_cou
     paths = LocalFiles(source).paths()
     for _ in range(2):
         assert list(paths) == expected
-        assert paths.num_left_out == 3
+        assert paths.left_out.num == 3
 
 
 CLUTTER = [
@@ -185,7 +185,11 @@ def test_what_systems_leave_among_photos_is_left_out_and_counted(tmp_path: Path)
     source = open_source(tmp_path)
     paths = LocalFiles(source).paths()
     assert list(paths) == [b"a/1.jpg"]
-    assert paths.num_left_out == len(CLUTTER)
+    assert paths.left_out.num == len(CLUTTER)
+    assert str(paths.left_out) == (
+        "7 of Windows ($RECYCLE.BIN), 5 hidden (.Spotlight-V100), 4 of a NAS (#recycle), "
+        "4 of macOS (.DS_Store), 1 of the file system (lost+found)"
+    )
     assert list(LocalFiles(source).glimpse()) == [b"a/1.jpg"]
 
 
@@ -201,7 +205,7 @@ def test_a_photo_whose_name_is_that_of_an_appledouble_file_is_listed(tmp_path: P
     write(tmp_path, "._orphan.jpg", content=b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X")
     paths = LocalFiles(open_source(tmp_path)).paths()
     assert list(paths) == [b"._photo.jpg", b"1.jpg"]
-    assert paths.num_left_out == 3
+    assert paths.left_out.num == 3
 
 
 def test_an_appledouble_file_of_a_camera_card_is_no_image(tmp_path: Path) -> None:
@@ -252,7 +256,7 @@ def test_an_input_is_data_that_lists_and_loads_the_same_in_another_process(
     source = open_source(tmp_path / spec)
     loader = Loader(open_store(source), Decoder(Preprocess(8, (8, 8), "bilinear", None, None)))
     paths = LocalFiles(source).paths()
-    expected = list(paths), paths.num_left_out, [load(loader, path) for path in paths]
+    expected = list(paths), paths.left_out.num, [load(loader, path) for path in paths]
     assert len(expected[0]) > 1
     done = subprocess.run(
         [sys.executable, "-c", ELSEWHERE],
@@ -273,7 +277,7 @@ from batchclf.images.store import open_store
 from tests.images.test_source import load
 source, loader = pickle.load(sys.stdin.buffer)
 paths = LocalFiles(source).paths()
-found = list(paths), paths.num_left_out, [load(loader, path) for path in paths]
+found = list(paths), paths.left_out.num, [load(loader, path) for path in paths]
 sys.stdout.buffer.write(pickle.dumps(found))
 """
 
@@ -681,7 +685,7 @@ def test_a_file_replaced_while_it_is_read_gives_one_whole_version(
         (tmp_path / "new").replace(path)
         return descriptor
 
-    monkeypatch.setattr("batchclf.images.local.os.open", open_and_replace)
+    monkeypatch.setattr("batchclf.images.disk.os.open", open_and_replace)
     found = LocalFiles(open_source(tmp_path)).read(b"x.jpg")
     assert found == JPEG
 
@@ -730,7 +734,7 @@ from pathlib import Path
 folder = Path(sys.argv[1])
 source = open_source(folder)
 paths = LocalFiles(source).paths()
-print(list(paths), paths.num_left_out)
+print(list(paths), paths.left_out.num)
 found = LocalFiles(source).read(b"x.jpg")
 print(len(found) if isinstance(found, bytes) else (found.code, found.message))
 """
@@ -844,7 +848,7 @@ def test_a_list_is_taken_line_by_line(
     paths = LocalFiles(list_of(tmp_path, content)).paths()
     for _ in range(2):
         assert list(paths) == expected
-        assert paths.num_left_out == num_left_out
+        assert paths.left_out.num == num_left_out
 
 
 @settings(max_examples=200, deadline=None)
@@ -875,7 +879,7 @@ def test_a_list_with_many_lines_twice_is_taken_without_the_second_ones(tmp_path:
     paths = [b"%d.jpg" % number for number in rng.integers(0, 60_000, 100_000)]
     found = LocalFiles(list_of(tmp_path, b"\n".join(paths))).paths()
     assert list(found) == list(dict.fromkeys(paths))
-    assert found.num_left_out == len(paths) - len(set(paths))
+    assert found.left_out.num == len(paths) - len(set(paths))
 
 
 def test_paths_in_a_list_are_relative_to_its_folder_or_absolute(
@@ -910,7 +914,7 @@ def test_a_jsonl_list_holds_texts_or_objects_with_a_path(tmp_path: Path) -> None
     source = list_of(tmp_path, "\ufeff".encode() + "\r\n".join(lines).encode(), "list.JSONL")
     paths = LocalFiles(source).paths()
     assert list(paths) == [b"a.jpg", b"b/1.jpg", "café.jpg".encode(), b"caf\xe9.jpg"]
-    assert paths.num_left_out == 1
+    assert paths.left_out.num == 1
 
 
 @pytest.mark.parametrize(
@@ -988,7 +992,8 @@ def test_comments_are_counted(tmp_path: Path) -> None:
     paths = LocalFiles(list_of(tmp_path, b"# one\na.jpg\na.jpg\n# two\n")).paths()
     for _ in range(2):
         assert list(paths) == [b"a.jpg"]
-        assert paths.num_left_out == 3
+        assert paths.left_out.num == 3
+        assert str(paths.left_out) == "2 in comments (# one), 1 repeated (a.jpg)"
 
 
 @pytest.mark.parametrize(("listed_as", "on_disk"), [("NFC", "NFD"), ("NFD", "NFC")])

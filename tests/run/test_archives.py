@@ -235,8 +235,14 @@ def test_validate_counts_members_and_says_what_is_left_out(
     job = write_tiny_job(tmp_path, input=form_of("tar", photos, tmp_path))
     with tarfile.open(tmp_path / "packed" / "s3.tar", "a") as archive:
         archive.add(photos / "s3" / "30.jpg", "s3/30.jpg")
+        for name in ("._30.jpg", "30.cls", "30.txt"):
+            archive.addfile(tarfile.TarInfo(f"s3/{name}"))
+    told = "2 beside an image (s3/30.cls), 1 replaced (s3/30.jpg), 1 of macOS (s3/._30.jpg)"
     found = batchclf("validate", job, "--json").json
-    assert (found["num_images"], found["num_left_out"]) == (NUM_PHOTOS, 1)
+    assert (found["num_images"], found["num_left_out"]) == (NUM_PHOTOS, 4)
+    assert sorted(found["left_out"].split(", ")) == sorted(told.split(", "))
+    assert f"left out: {found['left_out']}\n" in batchclf("validate", job).stdout
+    assert f"input: left out: {found['left_out']}\n" in batchclf("run", job).stderr
 
 
 @pytest.mark.parametrize("below", ["packed", "packed/*", "p*/*"])

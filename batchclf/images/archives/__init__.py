@@ -23,6 +23,7 @@ from batchclf.images.archives.location import (
 from batchclf.images.archives.members import Damage, Found, Log, Member, Ranges, Rows
 from batchclf.images.archives.names import archive_kind, tidy
 from batchclf.images.archives.passage import Refused
+from batchclf.images.omissions import Omissions
 from batchclf.results.records import Entry, Failure
 from batchclf.system.paths import reason, refusal
 
@@ -47,7 +48,7 @@ class Archives:
         self._rows = parquet.RowLister(files, rows or Rows())
         self._log = log
         self._is_warned = False
-        self.num_left_out = 0
+        self.left_out = Omissions()
 
     def entries(self, file: File) -> Iterator[Entry]:
         """The images in one file, each under `archive/name`.
@@ -68,7 +69,7 @@ class Archives:
                 if not len(index) and not index.damages:
                     self._log(f"{_shown(file.path)}: an archive without files")
                 yield from index.entries(archive)
-                self.num_left_out += index.num_left_out
+                self.left_out += index.left_out
 
     def glimpse(self, file: File) -> Iterator[Entry]:
         """The same, the first of which comes sooner; with those that `entries` leaves out.

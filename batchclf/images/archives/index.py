@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from batchclf.images.archives.location import File, failed, located
 from batchclf.images.archives.members import Damage, Found, LeftOut, Link, Member
-from batchclf.images.archives.names import is_hidden, refused_name, tidy
+from batchclf.images.archives.names import left_out_as, refused_name, tidy
 from batchclf.images.archives.sides import key_of, may_hold_truth, side_kind, truth_in
 from batchclf.images.formats import suffix_format
+from batchclf.images.omissions import Omissions
 from batchclf.results.records import Entry, Failure
 
 MAX_DAMAGES = 5
@@ -32,7 +33,7 @@ class Index:
     """What was found in one archive."""
 
     def __init__(self) -> None:
-        self.num_left_out = 0
+        self.left_out = Omissions()
         """Hidden ones, and what is no file; once its entries were asked for, all of them."""
         self.damages: list[Failure] = []
         self._kinds = bytearray()
@@ -52,8 +53,10 @@ class Index:
             self.damages.append(found.failure)
             return
         name = tidy(found.name)
-        if isinstance(found, LeftOut) or is_hidden(name):
-            self.num_left_out += 1
+        if isinstance(found, LeftOut):
+            self.left_out.add("not regular", name)
+        elif kind := left_out_as(name):
+            self.left_out.add(kind, name)
         elif isinstance(found, Link):
             self._put(_LINK, name, found.place, tidy(found.target))
         elif name:
@@ -90,7 +93,8 @@ class Index:
         if len(self):
             names = _Lookup(np.frombuffer(self._digests, "S16"))
             listed, truths = self._without_sides(np.sort(names.numbers))
-            self.num_left_out += len(self) - len(listed)
+            self._leave_out("replaced", np.arange(len(self)), names.numbers)
+            self._leave_out("beside an image", names.numbers, listed)
             sources = self._sources(names, listed)
             places = np.frombuffer(self._places, np.int64)[np.where(sources < 0, listed, sources)]
             order = np.argsort(places, kind="stable")
@@ -100,6 +104,11 @@ class Index:
                 yield self._entry(archive, number, source, truth)
         if self.damages:
             yield Entry(archive.path, located(failed(_together(self.damages)), archive))
+
+    def _leave_out(self, kind: str, numbers: _Numbers, kept: _Numbers) -> None:
+        if num := len(numbers) - len(kept):
+            first = np.setdiff1d(numbers, kept)[0]
+            self.left_out.add(kind, self._text(int(first))[0], num)
 
     def _entry(self, archive: File, number: int, source: int, truth: int) -> Entry:
         name, target, _ = self._text(number)

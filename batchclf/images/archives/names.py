@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from batchclf.images.clutter import is_clutter
+from batchclf.images.clutter import clutter_kind
 from batchclf.results.records import Failure
 
 COMPRESSED_TARS: Final[dict[bytes, str]] = {
@@ -50,12 +50,13 @@ def tidy(name: bytes) -> bytes:
     return name
 
 
-def is_hidden(name: bytes) -> bool:
-    """Whether a member would be left out of a folder as well."""
+def left_out_as(name: bytes) -> str | None:
+    """The kind that a member would be left out of a folder as; None: it would be listed."""
     *folders, base = name.split(b"/")
-    if any(is_clutter(one, is_folder=True) for one in folders if one not in (b".", b"..")):
-        return True
-    return is_clutter(base, is_folder=False)
+    for folder in folders:
+        if folder not in (b".", b"..") and (kind := clutter_kind(folder, is_folder=True)):
+            return kind
+    return clutter_kind(base, is_folder=False)
 
 
 def refused_name(name: bytes) -> Failure | None:

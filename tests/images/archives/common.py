@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from batchclf.images.archives.members import Rows
+from batchclf.images.entries import truth_of
 from batchclf.images.source import open_source
-from batchclf.images.store import open_store, truth_of
+from batchclf.images.store import open_store
 from batchclf.results.records import Failure, refs_of
 
 MAX_BYTES = 2**20

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from batchclf.images.store import truth_of
+from batchclf.images.entries import truth_of
 from tests.images.archives.common import as_tar, as_zip, look, written
 
 SAMPLES = {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from batchclf.errors import UsageError
 from batchclf.images.archives import tar
-from batchclf.images.clutter import is_clutter
+from batchclf.images.clutter import clutter_kind
 from tests.images.archives.common import (
     PHOTOS,
     as_tar,
@@ -212,7 +212,7 @@ def test_an_archive_without_files_is_told_of(tmp_path: Path) -> None:
 @given(
     st.dictionaries(
         st.binary(min_size=1, max_size=300).filter(
-            lambda name: not set(name) & set(b"\0/.") and not is_clutter(name, is_folder=False)
+            lambda name: not set(name) & set(b"\0/.") and not clutter_kind(name, is_folder=False)
         ),
         st.binary(max_size=2000),
         max_size=8,
