@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import islice
@@ -23,9 +24,10 @@ from batchclf.images.source import Source
 ASK_EVERY_S = 1.0
 """Whether a place still answers is asked at most so often, however many reads fail."""
 NUM_IN_A_ROW = 100
-"""Files of one server that a list names and that are refused without one that is not."""
+"""Files of one server that a list names and that are refused without one that is not. Where no
+answer comes at all, it is asked after the first: the network may be down."""
 NUM_ASKED = 8
-"""Servers that are asked then."""
+"""Files of the list that are tried then, as many as may be of other servers."""
 MAX_LINES = 1_000_000
 """Of a list, among which they are looked for."""
 
@@ -96,7 +98,9 @@ class _ListHealth:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._asking = threading.Lock()
-        self._answered_at = -ASK_EVERY_S
+        self._asked_at = -ASK_EVERY_S
+        self._is_up = True
+        """Whether anything answered then."""
         self._num_refused: Counter[str] = Counter()
         """By server, in a row."""
         self._last_read: str | None = None
@@ -117,35 +121,46 @@ class _ListHealth:
         with self._asking:
             self._num_refused[server] += 1
             in_a_row = self._num_refused[server]
-            is_known = time.monotonic() - self._answered_at < ASK_EVERY_S
-            if in_a_row < NUM_IN_A_ROW or is_known:
+            if not refused.is_unanswered and in_a_row < NUM_IN_A_ROW:
                 return
-            if not any(map(_answers, self._to_ask())):
+            if time.monotonic() - self._asked_at >= ASK_EVERY_S:
+                self._is_up = self._anything_answers()
+                self._asked_at = time.monotonic()
+            if not self._is_up:
                 raise EnvironmentFailed(
-                    f"input: {self._source.spec}: {in_a_row} files of {server} in a row cannot be "
-                    f"read, the last for this: {refused}; nor can others of the list; is the "
-                    "network up, and are the credentials right? Run again to resume"
+                    f"input: {self._source.spec}: {server}: cannot be read: {refused} (in a row: "
+                    f"{in_a_row:,} of its files); nor can others of the list; is the network up, "
+                    "and are the credentials right? Run again to resume"
                 ) from refused
-            self._answered_at = time.monotonic()
 
-    def _to_ask(self) -> Iterator[str]:
-        """The file that was read last, and the first one of each server."""
-        if self._last_read is not None:
-            yield self._last_read
+    def _anything_answers(self) -> bool:
+        if self._last_read is not None and _answers(self._last_read):
+            return True
+        # At once: each may take as long as a server that hangs is waited for.
+        with ThreadPoolExecutor(NUM_ASKED) as pool:
+            return any(pool.map(_answers, self._to_ask()))
+
+    def _to_ask(self) -> list[str]:
+        """Files of the list, of as many servers as may be."""
         # Where the list is not there any more, or not a list, it names nothing that answers.
         with suppress(EnvironmentFailed, UsageError):
             paths = islice(LocalFiles(self._source).paths(), MAX_LINES)
-            yield from islice(
-                _one_of_each_server(map(os.fsdecode, filter(is_far, paths))), NUM_ASKED
-            )
+            addresses = map(os.fsdecode, filter(is_far, paths))
+            return list(islice(_from_all_servers(addresses), NUM_ASKED))
+        return []
 
 
-def _one_of_each_server(addresses: Iterable[str]) -> Iterator[str]:
+def _from_all_servers(addresses: Iterable[str]) -> Iterator[str]:
+    """The first address of each server, then the next ones of any."""
     servers: set[str] = set()
+    others: list[str] = []
     for address in addresses:
         if (server := split_address(address).server) not in servers:
             servers.add(server)
             yield address
+        elif len(others) < NUM_ASKED:
+            others.append(address)
+    yield from others
 
 
 @contextmanager

@@ -114,9 +114,11 @@ def _answer(url: str, patience: Patience, headers: dict[str, str]) -> Iterator["
             raise _refused(found)
         yield found
     except (HTTPError, OSError, UnicodeError) as error:
-        may_pass = not isinstance(error, UnicodeError)
-        is_unanswered = may_pass and found is None
-        raise Refused(_why(error), may_pass=may_pass, is_unanswered=is_unanswered) from error
+        raise Refused(
+            _why(error),
+            may_pass=not isinstance(error, UnicodeError),
+            is_unanswered=found is None and _is_of_connection(error),
+        ) from error
     finally:
         if found is not None:
             found.close()  # its connection as well, unless all was read: the next one may use that
@@ -190,12 +192,27 @@ def _refused(found: "BaseHTTPResponse") -> Refused:
     )
 
 
+def _is_of_connection(error: Exception) -> bool:
+    """Whether no answer came; else the address may be bad, or lead back to itself."""
+    from urllib3 import exceptions as of
+
+    kinds = (of.TimeoutError, of.ProtocolError, of.SSLError, of.NewConnectionError, of.ProxyError)
+    return isinstance(_cause(error), (*kinds, OSError))
+
+
+def _cause(error: Exception) -> Exception:
+    from urllib3.exceptions import MaxRetryError
+
+    if isinstance(error, MaxRetryError) and error.reason is not None:
+        return error.reason
+    return error
+
+
 def _why(error: Exception) -> str:
     """What went wrong, without the address, which may carry a signature."""
     from urllib3 import exceptions
 
-    if isinstance(error, exceptions.MaxRetryError) and error.reason is not None:
-        error = error.reason
+    error = _cause(error)
     if isinstance(error, exceptions.NewConnectionError):
         reason = getattr(error.__cause__, "strerror", None) or "no connection"
         return f"the connection failed: {reason}"

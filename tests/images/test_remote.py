@@ -326,7 +326,7 @@ def test_a_list_of_which_nothing_is_to_be_read_any_more_ends_the_job(
         assert isinstance(files.read(bad.encode(), 10), Failure), "the bucket answers"
     bucket.proxy.decide = lambda *_: denied
     time.sleep(health.ASK_EVERY_S)
-    with pytest.raises(EnvironmentFailed, match=f"13 files of s3://{NAME} in a row .*403"):
+    with pytest.raises(EnvironmentFailed, match=f"s3://{NAME}: .*403.*in a row: 13 of its"):
         files.read(bad.encode(), 10)
 
 
@@ -334,19 +334,34 @@ def test_a_list_of_which_nothing_is_to_be_read_any_more_ends_the_job(
 def test_a_dead_server_ends_a_job_only_where_the_list_names_none_that_answers(
     tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, is_alone: bool
 ) -> None:
-    monkeypatch.setattr(health, "NUM_IN_A_ROW", 3)
     monkeypatch.setattr(attempts, "PAUSES_S", ())
     bucket.put("listed/1.jpg", b"x")
     others = [] if is_alone else [f"s3://{NAME}/listed/1.jpg"]
     addresses = [DEAD.format(number) for number in range(8)]
     files = files_of_list(tmp_path, *addresses, *others)
-    found = [files.read(address.encode(), 10) for address in addresses[:2]]
-    if is_alone:
-        with pytest.raises(EnvironmentFailed, match=r"3 files of http://127\.0\.0\.1:1 in a row"):
-            files.read(addresses[2].encode(), 10)
-    else:
-        found += [files.read(address.encode(), 10) for address in addresses[2:]]
-    assert {one.code if isinstance(one, Failure) else "" for one in found} == {"io_error"}
+    for address in addresses:
+        if is_alone:
+            with pytest.raises(EnvironmentFailed, match=r"http://127\.0\.0\.1:1: cannot be read"):
+                files.read(address.encode(), 10)
+        else:
+            found = files.read(address.encode(), 10)
+            assert isinstance(found, Failure)
+            assert found.code == "io_error"
+
+
+def test_a_file_of_which_nothing_comes_is_one_failure_where_others_of_its_server_are_read(
+    tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "PAUSES_S", ())
+    for number in range(2):
+        bucket.put(f"listed/{number}.jpg", b"x")
+    addresses = [f"s3://{NAME}/listed/{number}.jpg" for number in range(2)]
+    files = files_of_list(tmp_path, *addresses)
+    reset = Fault(breaks="reset")
+    bucket.proxy.decide = lambda method, path: reset if path.endswith("0.jpg") else None
+    found = files.read(addresses[0].encode(), 10)
+    assert isinstance(found, Failure)
+    assert found.code == "io_error"
 
 
 def test_credentials_of_a_list_that_have_expired_end_the_job_at_its_first_file(

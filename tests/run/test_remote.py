@@ -11,6 +11,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -127,8 +128,7 @@ def test_a_killed_job_over_a_list_of_addresses_goes_on(
     paths = [str(photos / one["path"]) for one in expected[:num_here]]
     paths += [f"s3://{NAME}/photos/{one['path']}" for one in expected[num_here:]]
     (tmp_path / "list.txt").write_text("".join(f"{one}\n" for one in paths))
-    stuck = Fault(breaks="stuck")
-    bucket.proxy.decide = lambda *_: stuck if len(bucket.proxy.requests) > 25 else None
+    bucket.proxy.decide = stuck_behind(expected[:25])
     job = write_tiny_job(tmp_path, input=str(tmp_path / "list.txt"), batch_size=2)
     process = started(job)
     wait_for_lines(tmp_path / "out" / "predictions.jsonl", 4)
@@ -281,8 +281,7 @@ def started(job: Path) -> subprocess.Popen[bytes]:
 def test_a_job_ends_in_time_though_the_server_does_not_answer(
     tmp_path: Path, bucket: Bucket, expected: list[dict[str, Any]]
 ) -> None:
-    stuck = Fault(breaks="stuck")
-    bucket.proxy.decide = lambda *_: stuck if len(bucket.proxy.requests) > 25 else None
+    bucket.proxy.decide = stuck_behind(expected[:25])
     job = write_tiny_job(tmp_path, input=f"s3://{NAME}/photos", batch_size=4)
     process = started(job)
     predictions = tmp_path / "out" / "predictions.jsonl"
@@ -335,6 +334,31 @@ def test_a_killed_job_goes_on_with_nothing_lost_or_doubled(
         shutil.rmtree(tmp_path / "out")
     run_here(job)
     assert_same_records(read_records(tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize("scheme", ["s3", "http"])
+def test_a_network_that_is_down_costs_a_list_of_one_server_no_record(
+    tmp_path: Path,
+    photos: Path,
+    batchclf: Batchclf,
+    bucket: Bucket,
+    expected: list[dict[str, Any]],
+    scheme: str,
+) -> None:
+    server = f"s3://{NAME}" if scheme == "s3" else f"{bucket.proxy.url}/{NAME}"
+    written = quote if scheme == "http" else str
+    addresses = [f"{server}/photos/{written(one['path'])}" for one in expected]
+    (tmp_path / "list.txt").write_text("".join(f"{one}\n" for one in addresses))
+    bucket.proxy.decide = lambda *_: Fault(breaks="reset")
+    job = write_tiny_job(tmp_path, input=str(tmp_path / "list.txt"), batch_size=4)
+    done = batchclf("run", job)
+    assert done.exit_code == 5, done.stderr
+    assert "is the network up" in done.stderr
+    assert read_records(tmp_path / "out") == []
+    bucket.proxy.decide = lambda *_: None
+    assert batchclf("run", job).exit_code == 0
+    named = [one | {"path": path} for one, path in zip(expected, addresses, strict=True)]
+    assert_same_records(read_records(tmp_path / "out"), named)
 
 
 def test_no_output_tells_a_secret(
@@ -436,6 +460,18 @@ def test_without_its_library_an_address_is_refused_with_the_command_that_install
     done = batchclf("run", write_tiny_job(tmp_path, input=address), env={"PYTHONPATH": path})
     assert done.exit_code == 2, done.stderr
     assert "pip install 'batchclf[remote]'" in done.stderr
+
+
+def stuck_behind(served: list[dict[str, Any]]) -> Any:
+    """A server that sends these images, and to requests for others says nothing."""
+    names = {one["path"].rpartition("/")[2] for one in served}
+    stuck = Fault(breaks="stuck")
+
+    def decide(method: str, path: str) -> Fault | None:
+        name = path.rpartition("/")[2]
+        return stuck if name.endswith((".png", ".jpg")) and name not in names else None
+
+    return decide
 
 
 def wait_for_lines(path: Path, num_lines: int) -> None:
