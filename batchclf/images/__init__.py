@@ -1,1 +1,1 @@
-"""From a path to pixels: the input as data (source), where it lies (store), decode, prefetch."""
+"""From an input to pixels: folders, lists, archives, buckets (store), decode, prefetch."""

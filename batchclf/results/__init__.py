@@ -1,1 +1,1 @@
-"""From records to durable files: listing, lines, writer, run record, statistics, lock."""
+"""From records to durable files (listing, writer, run record, lock), or a bucket (mirror)."""

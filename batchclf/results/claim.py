@@ -49,7 +49,7 @@ def give_back(lease: Path, token: str) -> None:
 
 
 def remove_if_unused(lock: Path) -> None:
-    """Leave no folder of our own making behind a run that ended before it wrote anything."""
+    """Leave no folder of our own making behind a run that wrote nothing, or left nothing in it."""
     with suppress(OSError):  # somebody was faster
         if {entry.name for entry in lock.parent.iterdir()} <= {lock.name}:
             lock.unlink(missing_ok=True)

@@ -97,18 +97,18 @@ def read_records(files: RunFiles, first: int, num_images: int) -> Iterator[Recor
     Raises:
         EnvironmentFailed: they cannot be read, or are not what was written.
     """
-    number = -1
+    number, where = -1, files.shown(files.predictions)
     for number, line in enumerate(read_lines(files.predictions)):
         try:
             yield decode_record(line, first + number)
         except (KeyError, TypeError, ValueError) as error:
             raise EnvironmentFailed(
-                f"output: {files.predictions}:{number + 1}: not a record: {error!r}; run the job "
+                f"output: {where}:{number + 1}: not a record: {error!r}; run the job "
                 "again to have it written anew"
             ) from error
     if number + 1 != num_images:
         raise EnvironmentFailed(
-            f"output: {files.predictions}: {number + 1:,} records are there, not {num_images:,}; "
+            f"output: {where}: {number + 1:,} records are there, not {num_images:,}; "
             "run the job again to have them written anew"
         )
 

@@ -61,6 +61,7 @@ def only_writer(files: RunFiles, renewed: Callable[[], None] = lambda: None) -> 
         UsageError: its path is too long, or its links lead in a circle.
     """
     is_new = kind_of(files.folder, "output") == "nothing"
+    is_own = is_new or files.address is not None
     try:
         files.folder.mkdir(parents=True, exist_ok=True)
         if is_new:
@@ -77,13 +78,13 @@ def only_writer(files: RunFiles, renewed: Callable[[], None] = lambda: None) -> 
                 with _leased(files, lease, is_locked=lock is not None):
                     yield lease
             except BaseException as error:
-                if is_new and _may_hang(error):
+                if is_own and _may_hang(error):
                     with suppress(OSError):
                         apart.do(DROP_S, remove_if_unused, files.lock)
-                elif is_new:
+                elif is_own:
                     remove_if_unused(files.lock)
                 raise
-            if is_new:
+            if is_own:
                 remove_if_unused(files.lock)
     finally:
         if lock is not None:

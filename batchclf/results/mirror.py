@@ -9,6 +9,7 @@ have been another machine's.
 """
 
 import re
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from itertools import islice, pairwise
@@ -239,14 +240,21 @@ class Mirror:
     def finish(self) -> None:
         """Send all that is left of a complete job; the bucket says that it is, too, then.
 
+        Nothing of it stays in the folder, but for what tells who holds that.
+
         Raises:
             ResumeRefused, EnvironmentFailed: as `push`.
         """
-        files, record = self._files, read_run(self._files)
-        if read_bytes(files.run) == self._pulled_run or record is None:
-            return  # it was complete
-        if not self._begin(record, is_over=True):
-            return
+        record = read_run(self._files)
+        # It may have been complete.
+        if record is not None and read_bytes(self._files.run) != self._pulled_run:
+            self._send_rest(record)
+        self._empty_folder()
+
+    def _send_rest(self, record: RunRecord) -> None:
+        files = self._files
+        has_begun = self._begin(record, is_over=True)
+        assert has_begun, "a complete job has its listing"
         if len(record.retries) == self._num_retries:
             self._send_parts(record.durable.num_bytes)
         else:
@@ -254,6 +262,12 @@ class Mirror:
         self._bucket.write(files.predictions.name, files.predictions)
         self._send(files.stats)
         self._send(files.run)
+
+    def _empty_folder(self) -> None:
+        with suppress(OSError):  # what stays is overwritten by the next run
+            for path in [*self._files.folder.iterdir()]:
+                if path not in (self._files.lock, self._files.lease):
+                    path.unlink()
 
     def _rewrite_parts(self) -> None:
         """Put the records of a retry into the parts as well."""

@@ -1,8 +1,12 @@
 """What travels together through a run, and what the run gives back."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from batchclf.results.bucket import Bucket
 from batchclf.results.files import RunFiles
 from batchclf.results.lines import read_records
 from batchclf.results.mirror import working_folder
@@ -51,7 +55,15 @@ class RunResult:
     def records(self) -> Iterator[Record]:
         """The record of each image, in the order of the listing, read as they are asked for.
 
+        Those in a bucket are fetched first, into a temporary folder.
+
         Raises:
             EnvironmentFailed: they cannot be read, or are not what was written.
         """
-        return read_records(self.files, self.first, self.summary.num_images)
+        with ExitStack() as stack:
+            files, address = self.files, self.files.address
+            if address is not None:
+                folder = stack.enter_context(TemporaryDirectory(prefix="batchclf-"))
+                files = replace(files, folder=Path(folder))
+                Bucket(address, "output").fetch(files.predictions.name, files.predictions)
+            yield from read_records(files, self.first, self.summary.num_images)

@@ -1,1 +1,1 @@
-"""This machine and the processes on it: cores, memory, paths, children, signals."""
+"""This machine and the processes on it: cores, memory, paths, children, signals; buckets."""

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from batchclf import load_job, run_job
+from batchclf.errors import EnvironmentFailed
 from tests.buckets import Server, running_server
 from tests.conftest import Batchclf, command
 from tests.proxy import Fault, Proxy, proxied
@@ -77,10 +79,25 @@ def test_a_job_with_a_bucket_as_output_leaves_all_of_its_files_there(
     assert b"test-secret" not in everything
     assert b"test-key" not in everything
 
-    forget_this_machine(tmp_path)
-    again = batchclf("run", job("whole"), "--json")
-    assert (again.exit_code, again.json["was_complete"]) == (0, True), again.stderr
-    assert server.objects("whole/") == found
+    for _ in range(2):
+        assert list((tmp_path / "cache" / "outputs").iterdir()) == [], "all of it is in the bucket"
+        again = batchclf("run", job("whole"), "--json")
+        assert (again.exit_code, again.json["was_complete"]) == (0, True), again.stderr
+        assert server.objects("whole/") == found
+
+
+def test_a_program_reads_the_records_from_the_bucket(
+    job: Callable[..., Path], server: Server
+) -> None:
+    result = run_job(load_job(job("program")))
+    lines = records(server.objects("program/")["predictions.jsonl"])
+    assert [record.ref.path.decode() for record in result.records()] == [
+        line["path"] for line in lines
+    ]
+    assert len(lines) == NUM_IMAGES
+    server.client.delete_object(Bucket="bucket", Key="program/predictions.jsonl")
+    with pytest.raises(EnvironmentFailed, match=r"s3://bucket/program/predictions\.jsonl: 0 rec"):
+        list(result.records())
 
 
 def test_a_stopped_job_goes_on_from_the_bucket_on_another_machine(
@@ -94,9 +111,11 @@ def test_a_stopped_job_goes_on_from_the_bucket_on_another_machine(
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
     found = server.objects("stopped/")
+    kept = list((tmp_path / "cache" / "outputs").glob("*/listing.nul"))
     num_sent = len(records(b"".join(found[name] for name in sorted(found) if "parts/" in name)))
     status = json.loads(found["run.json"])["status"]
     assert status == "complete" if "predictions.jsonl" in found else status != "complete"
+    assert kept or status == "complete"
     forget_this_machine(tmp_path)
     done = batchclf("run", job("stopped", batch_size=2))
     assert done.exit_code == 0, done.stderr
