@@ -61,7 +61,7 @@ OUTSIDE = {
     "tqdm": ("cli/progress.py", "engines/display.py"),
     "pydantic": ("spec/", "models/bundle.py", "results/identity.py", "results/run_record.py"),
     "obstore": ("system/bucket.py", "images/buckets.py"),
-    "pyarrow": ("images/archives/parquet.py",),
+    "pyarrow": ("images/archives/parquet_file.py",),
     "psutil": (),
     "ray": (),
 }

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, Final
 
-from batchclf.images.archives import parquet, stream, tar, zips
+from batchclf.images.archives import parquet, parquet_list, stream, tar, zips
 from batchclf.images.archives.index import Index
 from batchclf.images.archives.location import (
     FAILED,
@@ -45,7 +45,7 @@ class Archives:
         """`rows`: all of them are Parquet files, whatever their names promise."""
         self._files = files
         self._all_parquet = rows is not None
-        self._rows = parquet.RowLister(files, rows or Rows())
+        self._rows = parquet_list.RowLister(files, rows or Rows())
         self._log = log
         self._is_warned = False
         self.left_out = Omissions()

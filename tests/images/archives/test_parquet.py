@@ -378,14 +378,14 @@ def test_to_go_on_in_the_middle_only_one_row_group_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    batches = parquet._batches
+    batches = parquet.batches
 
     def watched(file: Any, columns: Sequence[str], num: int, group: int | None = None) -> Any:
         if group is not None:
             read.append(group)
         return batches(file, columns, num, group)
 
-    monkeypatch.setattr(parquet, "_batches", watched)
+    monkeypatch.setattr(parquet, "batches", watched)
     rows = [(photo(number), None) for number in range(100)]
     file = written(tmp_path / "a.parquet", as_parquet({"image": structs(rows)}, group=10))
     store = open_store(open_source(file))
