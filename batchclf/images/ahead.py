@@ -13,10 +13,10 @@ from itertools import tee
 
 from batchclf.images.prefetch import Decoding, LoadRows
 from batchclf.images.room import NoRoom, claiming
+from batchclf.images.watch import UNWATCHED, Watch
 from batchclf.results.records import Failure, ImageRef, Loaded, Pixels
 
 WAIT_S = 1.0
-Beat = Callable[[], None]
 Read = Callable[[ImageRef], bytes | Failure | None]
 """None: the image lies near, and who loads it reads it."""
 
@@ -53,11 +53,14 @@ class ReadAhead:
         read: Read,
         refs: Iterator[ImageRef],
         depth: Depth = Depth(),
-        beat: Beat = lambda: None,
+        watch: Watch = UNWATCHED,
+        first_thread: int = 0,
     ) -> None:
+        """`first_thread`: what `watch` knows the first reading thread by; the others follow."""
         self._read = read
         self._depth = depth
-        self._beat = beat
+        self._watch = watch
+        self._first_thread = first_thread
         self._to_read, self._to_hand_out = tee(refs)
         self._lock = threading.Lock()
         self._has_room = threading.Condition(self._lock)
@@ -75,7 +78,9 @@ class ReadAhead:
 
     def __enter__(self) -> "ReadAhead":
         for number in range(self._depth.num_reads):
-            threading.Thread(target=self._work, name=f"read-{number}", daemon=True).start()
+            own = self._first_thread + number
+            name = f"read-{number}"
+            threading.Thread(target=self._work, args=(own,), name=name, daemon=True).start()
         return self
 
     def __exit__(self, *problem: object) -> None:
@@ -113,7 +118,7 @@ class ReadAhead:
                 if self._is_closed:
                     raise Abandoned
                 self._has_come.wait(WAIT_S)
-                self._beat()
+                self._watch.beat()
             content = self._come.pop(ref.index)
             self._num_bytes -= self._held.pop(ref.index)
             self._wake()
@@ -123,9 +128,10 @@ class ReadAhead:
 
     # ---- the readers -----------------------------------------------------------------------------
 
-    def _work(self) -> None:
+    def _work(self, own: int) -> None:
         while (ref := self._next()) is not None:
-            with claiming(partial(self._claim, ref.index)):
+            claim = partial(self._claim, ref.index)
+            with claiming(claim), self._watch.reading(own, ref.index):
                 content = self._content(ref)
             self._put(ref, content)
 
@@ -230,7 +236,7 @@ def reading_ahead(
     read: Read | None,
     refs: Iterator[ImageRef],
     decoding: Decoding,
-    beat: Beat = lambda: None,
+    watch: Watch = UNWATCHED,
 ) -> Iterator[tuple[Iterator[ImageRef], Decoding]]:
     """The same images and workers, which are given the images' contents; None: they are near.
 
@@ -250,6 +256,7 @@ def reading_ahead(
         ahead.close()
         decoding.abandon()
 
-    with ReadAhead(read, refs, beat=beat) as ahead:
+    first_thread = len(decoding.workers)
+    with ReadAhead(read, refs, watch=watch, first_thread=first_thread) as ahead:
         workers = list(map(with_contents, decoding.workers))
         yield ahead, replace(decoding, workers=workers, abandon=abandon)

@@ -15,16 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from batchclf.errors import EnvironmentFailed
 from batchclf.images.decode_process import Beat, Ended, NeverReady, Process
 from batchclf.images.prefetch import Decoding, Load, Memory, threads
 from batchclf.images.shared import SharedPixels
 from batchclf.results.records import DecodeBackend, Failure, ImageRef, Loaded, Pixels
-from batchclf.system.alive import watched
+from batchclf.system.alive import Place
 from batchclf.system.children import available_memory
 
-HandOver = Callable[[ImageRef], ImageRef]
+HandOver = Callable[[int, ImageRef], ImageRef]
 MAX_ROWS = 8
 """Images per message: a message costs the parent as much as one image would cost it in a thread."""
 MEMORY_SHARE = 0.8
@@ -42,8 +43,8 @@ class Workers:
     """An image that keeps a process for longer than this, or ends it, twice, is a failure."""
     beat: Beat = lambda: None
     """Called by the threads that wait for processes, every second that an image takes."""
-    hand_over: HandOver = lambda ref: ref
-    """What becomes of an image here before a process is given it."""
+    hand_over: HandOver = lambda worker, ref: ref
+    """What becomes of an image here before a process is given it, by a worker's number."""
 
 
 @contextmanager
@@ -90,7 +91,8 @@ class DecodeProcesses:
         self._processes = _Processes(load, self._shared)
         try:
             self._workers = [
-                _Worker(self._processes, self._shared, workers) for _ in range(workers.num)
+                _Worker(self._processes, self._shared, workers, number)
+                for number in range(workers.num)
             ]
             for worker in self._workers:
                 worker.wait_until_ready()
@@ -124,7 +126,10 @@ class DecodeProcesses:
 class _Worker:
     """What one thread decodes with: a process, and when that ends, the next one."""
 
-    def __init__(self, processes: "_Processes", shared: SharedPixels, workers: Workers) -> None:
+    def __init__(
+        self, processes: "_Processes", shared: SharedPixels, workers: Workers, number: int = 0
+    ) -> None:
+        self._number = number
         self._processes = processes
         self._shared = shared
         self._workers = workers
@@ -170,8 +175,7 @@ class _Worker:
         process = self.wait_until_ready()
         try:
             first = self._shared.row_of(rows_NHWC)
-            with watched(self._workers.beat):
-                handed = list(map(self._workers.hand_over, refs))
+            handed = [self._workers.hand_over(self._number, ref) for ref in refs]
             loaded, cpu_s = process.ask(
                 first, handed, self._workers.max_seconds, self._workers.beat
             )
@@ -267,13 +271,21 @@ class _Abandoned(Exception):
     """
 
 
+class Blame(NamedTuple):
+    """What an image that was tried alone is guilty of."""
+
+    failure: Failure
+    place: Place | None = None
+    """Where in its archive; None: it is no fault of the archive's."""
+
+
 def try_alone(
     load: Load,
     ref: ImageRef,
     shape_HWC: tuple[int, int, int],
     max_seconds: float,
     beat: Beat = lambda: None,
-) -> Failure | None:
+) -> Blame | None:
     """Load one image in a process of its own, to see whether it would end ours.
 
     `beat` is called every second that it takes.
@@ -281,7 +293,7 @@ def try_alone(
     Returns:
         decoder_crash, timeout or oom: it ended that process, kept it longer than `max_seconds`, or
         asked for more memory than there is; None: it does none of that, whatever else is wrong
-        with it.
+        with it. With the place in its archive where reading did so, if it was reading.
 
     Raises:
         OSError: no memory, or no process, is to be had.
@@ -296,11 +308,11 @@ def try_alone(
         try:
             (loaded,) = worker.ask([ref], shared.pixels_NHWC)
         except Ended as ended:
-            return ended.failure
+            return Blame(ended.failure, ended.place)
         except RuntimeError:  # a bug, which shows itself on the ordinary path too
             return None
     failure = loaded.failure
-    return failure if failure is not None and failure.code == "oom" else None
+    return Blame(failure) if failure is not None and failure.code == "oom" else None
 
 
 def _memory_limit() -> int:

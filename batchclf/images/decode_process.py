@@ -14,6 +14,7 @@ import socket
 import subprocess
 import time
 import traceback
+from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -25,6 +26,7 @@ from batchclf.images.memory import ask_elsewhere, the_room
 from batchclf.images.prefetch import Load
 from batchclf.images.shared import SharedPixels, mapped_pixels, shared_memory
 from batchclf.results.records import Failure, ImageRef, Loaded, Pixels
+from batchclf.system.alive import Place, watched
 from batchclf.system.children import (
     end_with_parent,
     expendable,
@@ -39,6 +41,7 @@ END_S = 5.0
 """Seconds a killed process may take to end; one that is stuck in the kernel is left behind."""
 Beat = Callable[[], None]
 """Told that there is progress, though no image is finished: a process was ended over one."""
+_NOWHERE = Place(-1, -1)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """The parent drains, and ends the processes."""
 
@@ -46,13 +49,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 class Ended(Exception):
     """A process ended over its images, or had to be; `decode_pool.py` makes a `Failure` of it.
 
-    `at` is the number of the image, among those that it had been given, that it was at.
+    `at` is the number of the image, among those that it had been given, that it was at; `place`,
+    where it was reading in passing through its archive, if it was.
     """
 
-    def __init__(self, failure: Failure, at: int) -> None:
+    def __init__(self, failure: Failure, at: int, place: Place | None) -> None:
         super().__init__(failure.message)
         self.failure = failure
         self.at = at
+        self.place = place
 
 
 _Answer = tuple[Sequence[Loaded], float, str | BatchclfError]
@@ -90,7 +95,7 @@ class NeverReady(Exception):
 
 
 class Bookmark:
-    """Which image a process is at, in memory that it shares with its parent."""
+    """Which image a process is at, and where in its archive, in memory shared with its parent."""
 
     def __init__(self, descriptor: int) -> None:
         self._numbers = memoryview(mmap.mmap(descriptor, mmap.PAGESIZE)).cast("q")
@@ -98,10 +103,30 @@ class Bookmark:
     def begin(self, number: int) -> None:
         """Note that an image begins, by its number among those that were asked for."""
         self._numbers[0] = number
+        self.pass_by(None)
+
+    def alive(self) -> None:
+        """Note that all is well, as where a far place of an archive is waited for."""
+        self._numbers[1] += 1
+
+    def pass_by(self, place: Place | None) -> None:
+        """Note where the archive is being read in passing; None: it is not."""
+        self.alive()
+        self._numbers[2:4] = memoryview(array("q", place or _NOWHERE))
 
     @property
     def number(self) -> int:
         return self._numbers[0]
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Another one where it got any further."""
+        return self._numbers[0], self._numbers[1]
+
+    @property
+    def place(self) -> Place | None:
+        found = Place(*self._numbers[2:4])
+        return None if found == _NOWHERE else found
 
 
 class Process:
@@ -159,7 +184,7 @@ class Process:
             self._connection.send((first, refs))
             loaded, cpu_s, failed = self._answer_to_turns(max_seconds, beat)
         except (EOFError, OSError):
-            raise Ended(_crash(self._process.wait()), self._bookmark.number) from None
+            raise self._ended(_crash(self._process.wait(), self._bookmark.place)) from None
         if isinstance(failed, BatchclfError):
             raise failed
         if failed:
@@ -199,14 +224,17 @@ class Process:
             Ended: the process took longer than `max_seconds` for an image.
         """
         longest_s = min(BEAT_S, max_seconds / 4)  # so that no stop costs an image all its time
-        number, waited_s = 0, 0.0
+        progress, waited_s = self._bookmark.progress, 0.0
         while not self._answer.poll(1000 * (step_s := min(longest_s, max_seconds - waited_s))):
             waited_s += step_s
-            if (now_at := self._bookmark.number) != number:
-                number, waited_s = now_at, 0.0
+            if (now_at := self._bookmark.progress) != progress:
+                progress, waited_s = now_at, 0.0
             elif waited_s >= max_seconds:
-                raise Ended(_timeout(max_seconds), number)
+                raise self._ended(_timeout(max_seconds, self._bookmark.place))
             beat()
+
+    def _ended(self, failure: Failure) -> Ended:
+        return Ended(failure, self._bookmark.number, self._bookmark.place)
 
     def kill(self) -> None:
         """End the process, whatever it is at."""
@@ -220,17 +248,19 @@ class Process:
         self._connection.close()
 
 
-def _timeout(max_seconds: float) -> Failure:
+def _timeout(max_seconds: float, place: Place | None) -> Failure:
+    what = "decoded" if place is None else "read from its archive"
     return Failure(
-        "timeout", f"not decoded after {max_seconds:g} s, which is what loader.max_seconds allows"
+        "timeout", f"not {what} after {max_seconds:g} s, which is what loader.max_seconds allows"
     )
 
 
-def _crash(returncode: int) -> Failure:
+def _crash(returncode: int, place: Place | None) -> Failure:
     how = how_it_ended(returncode)
+    process = f"the process {'decoding it' if place is None else 'reading it from its archive'}"
     if returncode == -signal.SIGKILL:  # not by us
-        return Failure("oom", f"the process decoding it was {how}, most likely for want of memory")
-    return Failure("decoder_crash", f"the process decoding it ended: {how}")
+        return Failure("oom", f"{process} was {how}, most likely for want of memory")
+    return Failure("decoder_crash", f"{process} ended: {how}")
 
 
 # ---- in the process ------------------------------------------------------------------------------
@@ -252,7 +282,8 @@ def serve(
         cpu_s = time.process_time()
         while True:
             first, refs = connection.recv()
-            loaded, failed = _load(load, refs, pixels_NHWC[first : first + len(refs)], bookmark)
+            with watched(bookmark.alive, tell_place=bookmark.pass_by):
+                loaded, failed = _load(load, refs, pixels_NHWC[first : first + len(refs)], bookmark)
             before_s, cpu_s = cpu_s, time.process_time()
             connection.send((loaded, cpu_s - before_s, failed))
 

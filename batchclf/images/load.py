@@ -1,6 +1,6 @@
 """One listed image, read and decoded into its slot."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from batchclf.images.ahead import Fetched, Read
 from batchclf.images.decode import Decoder
@@ -8,7 +8,15 @@ from batchclf.images.local import MAX_FILE_BYTES
 from batchclf.images.memory import default_limit
 from batchclf.images.source import AnySource
 from batchclf.images.store import Store, open_store
-from batchclf.results.records import Failure, ImageRef, Loaded, Pixels, Preprocess
+from batchclf.results.records import (
+    Failure,
+    ImageRef,
+    Loaded,
+    Pixels,
+    Preprocess,
+    Quarantined,
+    Stretch,
+)
 from batchclf.spec.job import JobSpec
 
 
@@ -19,6 +27,8 @@ class Loader:
     store: Store
     decoder: Decoder
     max_bytes: int = MAX_FILE_BYTES
+    quarantined: Quarantined = field(default_factory=dict)
+    """What is not read, since that would crash or hang this process."""
 
     def __call__(self, ref: ImageRef, slot_HWC: Pixels) -> Loaded:
         """Read and decode one image; a failure leaves its slot zero."""
@@ -30,7 +40,20 @@ class Loader:
 
     def read(self, ref: ImageRef) -> bytes | Failure:
         """The whole content of one image, or why it cannot be read."""
-        return self.store.read(ref, self.max_bytes)
+        known = self._known_of(ref) if self.quarantined else None
+        return known or self.store.read(ref, self.max_bytes, self.decoder.max_memory)
+
+    def _known_of(self, ref: ImageRef) -> Failure | None:
+        """Why an image is not even tried, if it is so."""
+        if found := self.quarantined.get(ref.path):
+            return found
+        own = self.store.stretch_of(ref)
+        met = (
+            failure
+            for bad, failure in self.quarantined.items()
+            if own is not None and isinstance(bad, Stretch) and bad.meets(own)
+        )
+        return next(met, None)
 
     @property
     def read_far(self) -> Read | None:
@@ -45,7 +68,7 @@ class Loader:
 
         With its content, where each process would have to go through a whole archive for it.
         """
-        if isinstance(ref, Fetched) or not self.store.is_in_passing(ref):
+        if isinstance(ref, Fetched) or self.store.stretch_of(ref) is None:
             return ref
         return Fetched(ref.index, ref.path, ref.location, self.read(ref))
 

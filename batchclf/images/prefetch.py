@@ -9,15 +9,15 @@ Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB).
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import starmap
 from types import TracebackType
 
 import numpy as np
 
-from batchclf.results.records import Batch, Failure, ImageRef, Loaded, Pixels
-from batchclf.system.alive import watched
+from batchclf.images.watch import Watch
+from batchclf.results.records import Batch, ImageRef, Loaded, Pixels
 
 Allocate = Callable[[Sequence[int]], Pixels]
 """Makes the zeroed memory of one batch, uint8 of the given shape NHWC."""
@@ -71,47 +71,17 @@ def threads(load: Load, num_workers: int, memory: Memory) -> Decoding:
     return Decoding([load_rows] * num_workers, memory.batches())
 
 
-Note = Callable[[int, int | None], None]
-"""Told, by a worker's number, the image (index in the listing) that it is at; None: at none."""
-
-
-def noted(decoding: Decoding, note: Note, beat: Callable[[], None] = lambda: None) -> Decoding:
-    """The same, its workers noting what they are at: whoever finds them dead knows the suspects.
-
-    For workers that are given one image at a time. `beat` is called while one gets ahead to it.
-    """
+def noted(decoding: Decoding, watch: Watch) -> Decoding:
+    """The same, its workers noting what they are at. They must be given one image at a time."""
 
     def noting(number: int, load_rows: LoadRows) -> LoadRows:
         def load_and_note(refs: Sequence[ImageRef], rows_NHWC: Pixels) -> Sequence[Loaded]:
-            def tell_away(is_away: bool) -> None:
-                note(number, None if is_away else refs[0].index)
-
-            note(number, refs[0].index)
-            with watched(beat, tell_away):
-                loaded = load_rows(refs, rows_NHWC)
-            note(number, None)
-            return loaded
+            with watch.loading(number, refs[0].index):
+                return load_rows(refs, rows_NHWC)
 
         return load_and_note
 
     return replace(decoding, workers=list(starmap(noting, enumerate(decoding.workers))))
-
-
-@dataclass(frozen=True, slots=True)
-class Quarantine:
-    """Loads images, but for those known to crash or hang whoever loads them."""
-
-    load: Load
-    failures: Mapping[bytes, Failure]
-    """By their paths in the listing."""
-
-    def __call__(self, ref: ImageRef, slot_HWC: Pixels) -> Loaded:
-        """Load one image, or leave its slot zero and tell why."""
-        failure = self.failures.get(ref.path)
-        if failure is None:
-            return self.load(ref, slot_HWC)
-        slot_HWC[:] = 0
-        return Loaded(failure)
 
 
 class _Pending:

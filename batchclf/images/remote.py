@@ -36,6 +36,7 @@ from batchclf.images.omissions import Omissions
 from batchclf.images.room import this_claim
 from batchclf.images.source import Source, selector
 from batchclf.results.records import Failure
+from batchclf.system.alive import alive
 
 PAGE_KEYS = 100
 """Of a listing at once, at least; where it fails, it goes on behind these."""
@@ -233,6 +234,7 @@ class _Opened(io.RawIOBase):
         data = self._part(self._at, length)
         if isinstance(data, Failure):
             raise _Lost(self._path, data)
+        alive()  # a place of an archive may be many requests, each of which ends in time
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)

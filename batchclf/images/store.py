@@ -5,6 +5,7 @@ that it listed.
 """
 
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,10 +16,10 @@ from batchclf.images.archives import (
     archive_of,
     failure_of,
     is_changed,
-    is_in_passing,
     read_member,
+    stretch_of,
 )
-from batchclf.images.archives.members import Log
+from batchclf.images.archives.members import Limits, Log
 from batchclf.images.archives.names import SUFFIXES, is_archive
 from batchclf.images.dialect import is_far
 from batchclf.images.entries import Entries, FileEntries, SeveralEntries, file_of, in_part
@@ -27,7 +28,7 @@ from batchclf.images.formats import looks_like_image, suffix_format
 from batchclf.images.local import LocalFiles
 from batchclf.images.remote import ListedFiles, RemoteFiles
 from batchclf.images.source import AnySource, Source, Sources, source_of
-from batchclf.results.records import Entry, Failure, ImageRef
+from batchclf.results.records import Entry, Failure, ImageRef, Stretch
 from batchclf.spec.job import JobSpec
 
 MAX_HEAD_BYTES = 2**26
@@ -78,15 +79,20 @@ class Store(Protocol):
             ResumeRefused: naming the archive.
         """
 
-    def read(self, ref: ImageRef, max_bytes: int) -> bytes | Failure:
+    def read(self, ref: ImageRef, max_bytes: int, max_memory: int = sys.maxsize) -> bytes | Failure:
         """The whole content of one listed image, or why it cannot be read.
+
+        `max_memory`: bytes that large members, inflated at the same time, may take together.
 
         Raises:
             EnvironmentFailed: the whole input has gone, or this process can open no more files.
         """
 
-    def is_in_passing(self, ref: ImageRef) -> bool:
-        """Whether an image is read in passing through its archive, which one process should do."""
+    def stretch_of(self, ref: ImageRef) -> Stretch | None:
+        """Where an image lies that is read in passing through its archive; None: it is not.
+
+        One process should do that for all.
+        """
 
 
 def open_input(job: JobSpec) -> Store:
@@ -193,18 +199,18 @@ class FileStore:
     def _head(self, entry: Entry) -> bytes:
         if (path := file_of(*entry)) is not None:
             return self.files.head(path)
-        found = read_member(self.files, entry.location, MAX_HEAD_BYTES)
+        found = read_member(self.files, entry.location, Limits(MAX_HEAD_BYTES))
         return b"" if isinstance(found, Failure) else found
 
-    def read(self, ref: ImageRef, max_bytes: int) -> bytes | Failure:
+    def read(self, ref: ImageRef, max_bytes: int, max_memory: int = sys.maxsize) -> bytes | Failure:
         """As `Store`."""
         if (path := file_of(ref.path, ref.location)) is not None:
             return self.files.read(path, max_bytes)
-        return read_member(self.files, ref.location, max_bytes)
+        return read_member(self.files, ref.location, Limits(max_bytes, max_memory))
 
-    def is_in_passing(self, ref: ImageRef) -> bool:
+    def stretch_of(self, ref: ImageRef) -> Stretch | None:
         """As `Store`."""
-        return file_of(ref.path, ref.location) is None and is_in_passing(ref.location)
+        return stretch_of(ref.location) if file_of(ref.path, ref.location) is None else None
 
 
 class _Seen:
@@ -289,12 +295,13 @@ class SeveralStores:
             own[number].append(inner)
         return own
 
-    def read(self, ref: ImageRef, max_bytes: int) -> bytes | Failure:
+    def read(self, ref: ImageRef, max_bytes: int, max_memory: int = sys.maxsize) -> bytes | Failure:
         """As `Store`."""
         number, entry = in_part(Entry(ref.path, ref.location))
-        return self.parts[number].read(ImageRef(ref.index, *entry), max_bytes)
+        return self.parts[number].read(ImageRef(ref.index, *entry), max_bytes, max_memory)
 
-    def is_in_passing(self, ref: ImageRef) -> bool:
+    def stretch_of(self, ref: ImageRef) -> Stretch | None:
         """As `Store`."""
         number, entry = in_part(Entry(ref.path, ref.location))
-        return self.parts[number].is_in_passing(ImageRef(ref.index, *entry))
+        found = self.parts[number].stretch_of(ImageRef(ref.index, *entry))
+        return found and found._replace(archive=b"%d:%s" % (number, found.archive))

@@ -56,6 +56,26 @@ class Failure:
     message: str
 
 
+class Stretch(NamedTuple):
+    """What of an archive can only be read in passing through what lies before it."""
+
+    archive: bytes
+    """With all that tells it from others."""
+    start: int
+    """The first unit, such as a byte or a row."""
+    stop: int
+    """The one behind the last."""
+
+    def meets(self, other: "Stretch") -> bool:
+        """Whether it has a unit of another."""
+        is_same = self.archive == other.archive
+        return is_same and self.start < other.stop and other.start < self.stop
+
+
+Quarantined = Mapping[bytes | Stretch, Failure]
+"""What crashes or hangs whoever loads it: images, by their paths in the listing, and stretches."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """One class of an image's top k; `score` is its probability, unless the job says otherwise."""

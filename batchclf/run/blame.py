@@ -7,52 +7,71 @@ from dataclasses import replace
 from itertools import islice
 
 from batchclf.errors import DeviceLost, EnvironmentFailed, OutOfMemory, ProviderError
-from batchclf.images.decode_pool import try_alone
-from batchclf.images.load import loader_of
-from batchclf.images.prefetch import Quarantine
-from batchclf.results.records import Failure, ImageRef
+from batchclf.images.decode_pool import Blame, try_alone
+from batchclf.images.load import Loader, loader_of
+from batchclf.results.records import ImageRef, Stretch
 from batchclf.run.plan import Task
 from batchclf.run.request import Run
 from batchclf.runtime.faults import is_device_lost, is_out_of_memory
 from batchclf.runtime.sessions import ORT_ERRORS
-from batchclf.system.alive import watched
 
 _FAILURES: tuple[type[Exception], ...] = (*ORT_ERRORS, MemoryError, ProviderError)
 """What a lack of memory or a lost device may come as."""
 
 
 def try_suspects(run: Run, task: Task, refs: Iterable[ImageRef]) -> Run:
-    """Try alone what was being decoded when a process died or hung; the guilty are quarantined.
+    """Try alone what was being loaded when a process died or hung; the guilty are quarantined.
 
     Raises:
         EnvironmentFailed: no process is to be had.
     """
-    job, recovery, reporter = run.job, run.recovery, run.reporter
-    if not recovery.suspects:
+    recovery, reporter = run.recovery, run.reporter
+    wanted = {*recovery.suspects, *recovery.readers}
+    if not wanted:
         return run
-    loader = loader_of(job, task.source, task.model.preprocess)
-    load = Quarantine(loader, recovery.quarantined)
-    shape_HWC = (*task.model.preprocess.crop, 3)
-    guilty: dict[bytes, Failure] = {}
-    for ref in islice(refs, max(recovery.suspects) + 1):
-        if ref.index not in recovery.suspects:
-            continue
-        try:
-            with watched(reporter.beat):
-                handed = loader.fetched(ref)
-            failure = try_alone(load, handed, shape_HWC, job.loader.max_seconds, reporter.beat)
-        except OSError as error:
-            raise EnvironmentFailed(
-                f"no process in which to try an image alone: {error}; run again to resume"
-            ) from error
-        if failure is None:
+    listed = (ref for ref in islice(refs, max(wanted) + 1) if ref.index in wanted)
+    # Readers first: then nothing is read for the others that would end this process.
+    suspects = sorted(listed, key=lambda ref: ref.index not in recovery.readers)
+    loader = loader_of(run.job, task.source, task.model.preprocess)
+    quarantined = dict(recovery.quarantined)
+    for ref in suspects:
+        load = replace(loader, quarantined=quarantined)
+        blame = _tried(run, load, ref, is_reader=ref.index in recovery.readers)
+        if blame is None:
             reporter.log(f"{os.fsdecode(ref.path)}: tried alone, does no harm")
             continue
-        reporter.log(f"{os.fsdecode(ref.path)}: recorded as {failure.code}: {failure.message}")
-        reporter.found_guilty(ref.path, failure)
-        guilty[ref.path] = failure
-    found = replace(recovery, suspects=(), quarantined={**recovery.quarantined, **guilty})
-    return replace(run, recovery=found)
+        failure = blame.failure
+        guilty, what = _guilty(load, ref, blame)
+        reporter.log(f"{what}: recorded as {failure.code}: {failure.message}")
+        reporter.found_guilty(guilty, failure)
+        quarantined[guilty] = failure
+    return replace(
+        run, recovery=replace(recovery, suspects=(), readers=(), quarantined=quarantined)
+    )
+
+
+def _tried(run: Run, load: Loader, ref: ImageRef, *, is_reader: bool) -> Blame | None:
+    """What an image is guilty of; one that is no reader is read here, in passing with others."""
+    reporter, crop = run.reporter, load.decoder.preprocess.crop
+    try:
+        if not is_reader:
+            with reporter.watch.reading(0, ref.index):
+                ref = load.fetched(ref)
+        return try_alone(load, ref, (*crop, 3), run.job.loader.max_seconds, reporter.beat)
+    except OSError as error:
+        raise EnvironmentFailed(
+            f"no process in which to try an image alone: {error}; run again to resume"
+        ) from error
+
+
+def _guilty(load: Loader, ref: ImageRef, blame: Blame) -> tuple[bytes | Stretch, str]:
+    """The image, or all that can only be read at and behind a place of its archive; in words."""
+    shown = os.fsdecode(ref.path)
+    own = load.store.stretch_of(ref)
+    if blame.place is None or own is None:
+        return ref.path, shown
+    guilty = Stretch(own.archive, *blame.place)
+    return guilty, f"{shown}, and what else is read behind the same place of its archive"
 
 
 @contextmanager

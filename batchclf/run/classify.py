@@ -106,15 +106,18 @@ def _prefetched(work: Work, refs: Iterator[ImageRef]) -> Iterator[tuple[Decoding
     num_batches = num_streams + auto(task.job.loader.prefetch, max(2, num_streams)) + 1
     batch_shape = (plan.batch_size, *task.model.preprocess.crop, 3)
     memory = Memory(num_batches, batch_shape, work.opened.allocate)
-    max_seconds, beat = task.job.loader.max_seconds, work.reporter.beat
-    loader = plan.loader
-    workers = Workers(plan.num_workers, max_seconds, beat, loader.fetched)
-    with open_decoding(plan.load, plan.backend, workers, memory) as decoding:
+    loader, watch = plan.loader, work.reporter.watch
+
+    def hand_over(worker: int, ref: ImageRef) -> ImageRef:
+        with watch.reading(worker, ref.index):
+            return loader.fetched(ref)
+
+    workers = Workers(plan.num_workers, task.job.loader.max_seconds, watch.beat, hand_over)
+    with open_decoding(loader, plan.backend, workers, memory) as decoding:
         # Processes mind themselves what their images do to them.
-        is_watched = plan.backend == "threads"
-        watched = noted(decoding, work.reporter.decoding, beat) if is_watched else decoding
+        watched = noted(decoding, watch) if plan.backend == "threads" else decoding
         with (
-            reading_ahead(loader.read_far, refs, watched, beat) as (ahead, fed),
+            reading_ahead(loader.read_far, refs, watched, watch) as (ahead, fed),
             Prefetcher(ahead, fed) as batches,
         ):
             yield decoding, batches

@@ -1,13 +1,11 @@
 """What is to be classified (`Task`), and how this process does it (`Plan`); both are plain data."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from batchclf.images.load import Loader, loader_of
-from batchclf.images.prefetch import Load, Quarantine
 from batchclf.images.source import AnySource
 from batchclf.models.resolve import ResolvedModel
-from batchclf.results.records import DecodeBackend, Failure
+from batchclf.results.records import DecodeBackend, Quarantined
 from batchclf.run.request import Run
 from batchclf.spec.job import JobSpec, auto, runs_on_cpu
 from batchclf.system.machine import usable_cores
@@ -34,18 +32,14 @@ class Plan:
     batch_size: int
     num_workers: int
     backend: DecodeBackend
-    quarantined: Mapping[bytes, Failure] = field(default_factory=dict)
-    """Images, by their paths in the listing, that crash or hang whoever decodes them."""
+    quarantined: Quarantined = field(default_factory=dict)
 
     @property
     def loader(self) -> Loader:
-        """What loads the task's images."""
-        return loader_of(self.task.job, self.task.source, self.task.model.preprocess)
-
-    @property
-    def load(self) -> Load:
-        """The same, but for those that are quarantined."""
-        return Quarantine(self.loader, self.quarantined) if self.quarantined else self.loader
+        """What loads the task's images, but for those that are quarantined."""
+        task = self.task
+        loader = loader_of(task.job, task.source, task.model.preprocess)
+        return replace(loader, quarantined=self.quarantined)
 
 
 def make_plan(run: Run, task: Task) -> Plan:

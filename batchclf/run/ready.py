@@ -3,7 +3,6 @@
 from collections import Counter
 from dataclasses import astuple, dataclass
 
-from batchclf.images.prefetch import Decoding, Load, Memory, Quarantine, noted, threads
 from batchclf.results.listing import Listing
 from batchclf.results.records import Pixels
 from batchclf.results.run_record import RunRecord
@@ -98,15 +97,9 @@ def _open(found: Found, plan: Plan, listing: Listing) -> Opened:
     """Open a job's sessions; the images of a sample are watched while they are decoded."""
     run, task = found.run, plan.task
 
-    def decode(load: Load, num_workers: int, memory: Memory) -> Decoding:
-        quarantine = Quarantine(load, plan.quarantined)
-        return noted(
-            threads(quarantine, num_workers, memory), run.reporter.decoding, run.reporter.beat
-        )
-
     def sample() -> Pixels:
         refs = evenly_spread(listing.refs(), listing.num_images)
-        return load_sample(task.job, task.source, task.model, refs, decode=decode)
+        return load_sample(task.job, plan.loader, refs, run.reporter.watch)
 
     wanted = Wanted(
         job=task.job,

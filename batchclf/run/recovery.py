@@ -1,17 +1,17 @@
 """What to do after a process of a run died: a function of what happened, for every engine.
 
-A process that died leaves word of the images that it was decoding. The next one tries these alone,
-each in a process of its own; those that are to blame get a record and are not decoded again. When
+A process that died leaves word of the images that it was loading. The next one tries these alone,
+each in a process of its own; those that are to blame get a record and are not loaded again. When
+reading an archive is to blame, so is all of it that cannot be had without reading that place. When
 that does not help, decoding moves to processes of its own for good; when that does not help either,
 the death has other reasons, and the job ends.
 """
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from batchclf.errors import BatchclfError, EnvironmentFailed, OutOfMemory, WorkerFailed
-from batchclf.results.records import Failure
+from batchclf.results.records import Quarantined
 
 MAX_FUTILE = 3
 """Deaths of a worker in a row, without a record or a culprit between them, that a job survives."""
@@ -36,8 +36,10 @@ class Recovery:
 
     suspects: tuple[int, ...] = ()
     """Images, by index in the listing, to be tried alone first."""
-    quarantined: Mapping[bytes, Failure] = field(default_factory=dict)
-    """Images found guilty, by their paths in the listing: never to be decoded again."""
+    quarantined: Quarantined = field(default_factory=dict)
+    """What was found guilty: never to be loaded again."""
+    readers: tuple[int, ...] = ()
+    """More images, which are not even to be read but alone."""
     isolate: bool = False
     """Decode in processes of their own, whatever the job says."""
     max_batch_size: int = sys.maxsize
@@ -55,8 +57,10 @@ class Death:
     """The end of a process that did not say why it ended."""
 
     cause: str
-    suspects: tuple[int, ...]
+    suspects: tuple[int, ...] = ()
     """Images, by index in the listing, that it was decoding."""
+    readers: tuple[int, ...] = ()
+    """Others to which it was reading its way through their archives."""
     by_kernel: bool = False
     """Whether it was killed, and not by its parent: as where memory runs out."""
     by_device: bool = False
@@ -69,8 +73,8 @@ class Progress:
 
     num_images: int
     """Records by then; 0: it had not begun."""
-    guilty: Mapping[bytes, Failure]
-    """Images found guilty by then."""
+    guilty: Quarantined
+    """What was found guilty by then."""
     beginning: Beginning | None
 
 
@@ -92,6 +96,7 @@ def recover(
     found = replace(
         recovery,
         suspects=(),
+        readers=(),
         quarantined=dict(progress.guilty),
         beginning=progress.beginning,
         num_futile=recovery.num_futile if is_futile else 0,
@@ -103,13 +108,22 @@ def recover(
     if num_futile > MAX_FUTILE:
         raise _hopeless(ended, num_futile)
     may_be_decoding = num_futile >= ISOLATE_AFTER and not ended.by_device
-    isolate = recovery.isolate or may_be_decoding or len(progress.guilty) >= MANY_GUILTY
+    num_guilty = sum(isinstance(one, bytes) for one in progress.guilty)
+    isolate = recovery.isolate or may_be_decoding or num_guilty >= MANY_GUILTY
     what = "starting it again"
     if ended.suspects:
         what += f"; images that it was decoding, to be tried alone: {len(ended.suspects)}"
+    if ended.readers:
+        what += f"; images that it was reading archives for, likewise: {len(ended.readers)}"
     if isolate and not recovery.isolate:
         what += "; decoding in processes of its own from now on"
-    found = replace(found, suspects=ended.suspects, isolate=isolate, num_futile=num_futile)
+    found = replace(
+        found,
+        suspects=ended.suspects,
+        readers=ended.readers,
+        isolate=isolate,
+        num_futile=num_futile,
+    )
     return found, f"the worker {ended.cause}: {what}"
 
 

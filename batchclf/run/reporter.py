@@ -1,6 +1,7 @@
 """What a running job tells whoever shows it to people, and whoever watches over it."""
 
-from batchclf.results.records import Failure
+from batchclf.images.watch import Watch
+from batchclf.results.records import Failure, Stretch
 
 
 class Reporter:
@@ -18,14 +19,19 @@ class Reporter:
     def update(self, num_images: int, num_errors: int) -> None:
         """How many images have a record by now, and how many of those are errors."""
 
-    def decoding(self, worker: int, index: int | None) -> None:
-        """A worker thread begins an image, by index in the listing; None: it has none."""
+    @property
+    def watch(self) -> Watch:
+        """Who is told what image each thread is at."""
+        return Watch(self.loading, self.beat)
+
+    def loading(self, thread: int, index: int | None, step: int) -> None:
+        """A thread is at an image, as `Note` of images/watch.py."""
 
     def beat(self) -> None:
         """All is well, though no image is finished: one takes long, but not too long."""
 
-    def found_guilty(self, path: bytes, failure: Failure) -> None:
-        """An image crashes or hangs whoever decodes it."""
+    def found_guilty(self, guilty: bytes | Stretch, failure: Failure) -> None:
+        """An image, or a stretch of an archive, crashes or hangs whoever loads it."""
 
     def before_write(self) -> None:
         """The output is about to be changed; returns when it is surely this process's."""

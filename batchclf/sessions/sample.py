@@ -3,21 +3,19 @@
 Array shapes: N images, H rows, W columns, C = 3 (RGB).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from batchclf.errors import NoImagesError
 from batchclf.images.ahead import reading_ahead
-from batchclf.images.load import loader_of
-from batchclf.images.prefetch import Decoding, Load, Memory, Prefetcher, threads
-from batchclf.images.source import AnySource
+from batchclf.images.load import Loader, loader_of
+from batchclf.images.prefetch import Memory, Prefetcher, noted, threads
 from batchclf.images.store import open_input
+from batchclf.images.watch import UNWATCHED, Watch
 from batchclf.models.resolve import ResolvedModel
 from batchclf.results.records import ImageRef, Pixels, refs_of
 from batchclf.spec.job import JobSpec, auto
 from batchclf.system.machine import usable_cores
 
-Decode = Callable[[Load, int, Memory], Decoding]
-"""Makes so many workers that load images into memory."""
 SAMPLE_SIZE = 200
 """Images of a sample: an agreement of 0.97 is then known to within about 0.012."""
 
@@ -31,23 +29,20 @@ def evenly_spread(
 
 
 def load_sample(
-    job: JobSpec,
-    source: AnySource,
-    model: ResolvedModel,
-    refs: Iterable[ImageRef],
-    decode: Decode = threads,
+    job: JobSpec, loader: Loader, refs: Iterable[ImageRef], watch: Watch = UNWATCHED
 ) -> Pixels:
     """Those of the images that decode, decoded as the job decodes them, as one uint8 array NHWC.
+
+    `watch` hears which image is being loaded.
 
     Raises:
         NoImagesError: not one of them decodes.
     """
     listed = list(refs)
-    load = loader_of(job, source, model.preprocess)
-    memory = Memory(1, (max(1, len(listed)), *model.preprocess.crop, 3))
-    decoding = decode(load, auto(job.loader.workers, usable_cores()), memory)
+    memory = Memory(1, (max(1, len(listed)), *loader.decoder.preprocess.crop, 3))
+    decoding = noted(threads(loader, auto(job.loader.workers, usable_cores()), memory), watch)
     with (
-        reading_ahead(load.read_far, iter(listed), decoding) as (ahead, fed),
+        reading_ahead(loader.read_far, iter(listed), decoding, watch) as (ahead, fed),
         Prefetcher(ahead, fed) as batches,
     ):
         batch = batches.next_batch()
@@ -68,4 +63,5 @@ def sample_input(job: JobSpec, model: ResolvedModel, *, size: int = SAMPLE_SIZE)
     """
     store = open_input(job)
     refs = list(refs_of(store.entries()))
-    return load_sample(job, store.source, model, evenly_spread(refs, len(refs), size))
+    loader = loader_of(job, store.source, model.preprocess)
+    return load_sample(job, loader, evenly_spread(refs, len(refs), size))

@@ -1,17 +1,31 @@
-"""Who waits for something outside, such as a network, tells whoever watches over this process.
+"""What a thread tells of itself to whoever watches over this process.
 
-A wait shows neither as CPU time nor as finished images, so it would be taken for a hang. Whoever
-tells that it is alive must end by itself where what it waits for never comes.
+A wait for something outside, such as a network, shows neither as CPU time nor as finished images,
+so it would be taken for a hang. Whoever tells that it is alive must end by itself where what it
+waits for never comes.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
+
+class Place(NamedTuple):
+    """Where a thread is in what can only be read from its beginning on, such as bytes or rows."""
+
+    start: int
+    """The unit that is read next."""
+    stop: int
+    """The next unit from which reading can begin anew: those before it are had by passing here."""
+
+
+TellAway = Callable[[bool], None]
+TellPlace = Callable[[Place | None], None]
+"""None: the thread reads nothing in passing any more."""
 _tell: ContextVar[Callable[[], None]] = ContextVar("tell", default=lambda: None)
-_tell_away: ContextVar[Callable[[bool], None]] = ContextVar(
-    "tell away", default=lambda is_away: None
-)
+_tell_away: ContextVar[TellAway] = ContextVar("tell away", default=lambda is_away: None)
+_tell_place: ContextVar[TellPlace] = ContextVar("tell place", default=lambda place: None)
 
 
 def alive() -> None:
@@ -21,7 +35,7 @@ def alive() -> None:
 
 @contextmanager
 def away() -> Iterator[None]:
-    """Tell that this thread is not at its image: it passes over others, or waits for its turn."""
+    """Tell that this thread is not at its image: it waits for its turn."""
     tell = _tell_away.get()
     tell(True)
     try:
@@ -31,13 +45,26 @@ def away() -> Iterator[None]:
 
 
 @contextmanager
+def passing() -> Iterator[TellPlace]:
+    """Tell that this thread passes over others to its image: at which place it is, each time."""
+    tell = _tell_place.get()
+    try:
+        yield tell
+    finally:
+        tell(None)
+
+
+@contextmanager
 def watched(
-    tell: Callable[[], None], tell_away: Callable[[bool], None] = lambda is_away: None
+    tell: Callable[[], None],
+    tell_away: TellAway = lambda is_away: None,
+    tell_place: TellPlace = lambda place: None,
 ) -> Iterator[None]:
-    """Have `tell` called whenever this thread says that it is `alive`; `tell_away`, when `away`."""
-    tokens = _tell.set(tell), _tell_away.set(tell_away)
+    """Have `tell` called whenever this thread says that it is `alive`; the others likewise."""
+    tokens = _tell.set(tell), _tell_away.set(tell_away), _tell_place.set(tell_place)
     try:
         yield
     finally:
         _tell.reset(tokens[0])
         _tell_away.reset(tokens[1])
+        _tell_place.reset(tokens[2])

@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from batchclf.errors import UsageError
+from batchclf.images.load import loader_of
 from batchclf.images.store import open_input
 from batchclf.models.resolve import Log, resolve_model
 from batchclf.results.files import replace_file
@@ -66,9 +67,8 @@ def tune_job(job: JobSpec, options: TuneOptions, *, log: Log, stop: StopRequest)
             # Where the listing was whole, the sample is a run's: int8 then is converted once.
             sampled = refs_of(store.entries()) if is_whole else refs
             num_sampled = num_listed if is_whole else len(refs)
-            sample = partial(
-                load_sample, job, store.source, model, evenly_spread(sampled, num_sampled)
-            )
+            loader = loader_of(job, store.source, model.preprocess)
+            sample = partial(load_sample, job, loader, evenly_spread(sampled, num_sampled))
             sessions = Sessions(bench, cache(sample), fallback)
             tuned = Tuning(
                 bench, sessions, options, clock, lambda record: lines.append(as_line(record))

@@ -10,21 +10,22 @@ import pytest
 from batchclf.engines.local.board import MAX_THREADS, Board
 from batchclf.engines.local.process import WorkerProcess
 from batchclf.engines.local.supervisor import _Pulse
+from batchclf.images.ahead import Depth
 from batchclf.spec.file import load_job
 from batchclf.spec.job import MAX_COUNT
 from tests.tiny import write_tiny_job
 
 
-def test_every_decoding_thread_that_a_job_may_have_has_its_place_on_the_board() -> None:
-    assert MAX_THREADS == MAX_COUNT
+def test_every_thread_that_a_job_may_have_has_its_place_on_the_board() -> None:
+    assert MAX_COUNT + Depth().num_reads == MAX_THREADS
     descriptor = Board.new_descriptor()
     try:
         worker, parent = Board(descriptor), Board(descriptor)
     finally:
         os.close(descriptor)
-    worker.at(MAX_COUNT - 1, 7)
+    worker.at(MAX_THREADS - 1, 7, step=3)
     worker.at(0, 0)
-    assert list(parent.in_flight()) == [(0, 0), (MAX_COUNT - 1, 7)]
+    assert list(parent.in_flight()) == [(0, 0, 0), (MAX_THREADS - 1, 7, 3)]
     parent.clear()
     assert list(worker.in_flight()) == []
 

@@ -14,6 +14,7 @@ from batchclf.errors import EnvironmentFailed
 from batchclf.images.ahead import Depth, Fetched, ReadAhead, reading_ahead
 from batchclf.images.prefetch import Memory, Prefetcher, threads
 from batchclf.images.room import this_claim
+from batchclf.images.watch import Watch
 from batchclf.results.records import Batch, Failure, ImageRef, Loaded, Pixels
 
 SHAPE = (2, 3, 3)
@@ -201,11 +202,12 @@ def released(batches: Prefetcher) -> Batch | None:
 
 def test_who_waits_for_a_read_shows_that_it_is_alive() -> None:
     beats: list[float] = []
+    watch = Watch(beat=lambda: beats.append(time.monotonic()))
 
     def read(ref: ImageRef) -> bytes:
         time.sleep(1.5)
         return b""
 
-    with ReadAhead(read, refs(1), beat=lambda: beats.append(time.monotonic())) as ahead:
+    with ReadAhead(read, refs(1), watch=watch) as ahead:
         ahead.take(next(ahead))
     assert beats

@@ -532,7 +532,9 @@ def test_a_job_with_poison_ends_well(tmp_path: Path, batchclf: Batchclf) -> None
 
 
 def alone(load: Load, name: str, max_seconds: float = 60) -> Failure | None:
-    return try_alone(load, ImageRef(0, os.fsencode(name)), BATCH_SHAPE[1:], max_seconds)
+    blame = try_alone(load, ImageRef(0, os.fsencode(name)), BATCH_SHAPE[1:], max_seconds)
+    assert blame is None or blame.place is None, "it lies in no archive"
+    return blame and blame.failure
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -564,7 +566,7 @@ def test_a_suspect_that_is_merely_bad_or_meets_a_bug_is_not_guilty(images: Path)
 
 
 def test_a_process_loads_what_it_is_handed(images: Path) -> None:
-    def first(ref: ImageRef) -> ImageRef:
+    def first(worker: int, ref: ImageRef) -> ImageRef:
         return ImageRef(ref.index, b"00.jpg")
 
     workers = Workers(1, 60, hand_over=first)

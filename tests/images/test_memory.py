@@ -22,6 +22,7 @@ from batchclf.images.decode import Decoder
 from batchclf.images.decode_pool import DecodeProcesses, Workers
 from batchclf.images.memory import SMALL_BYTES, Claim, SharedRoom
 from batchclf.images.prefetch import Memory, Prefetcher, noted, threads
+from batchclf.images.watch import Watch
 from batchclf.results.records import Batch, Failure, ImageRef, Loaded, Pixels, Preprocess
 from tests.conftest import ROOT
 from tests.images.common import encode
@@ -194,7 +195,8 @@ def test_an_image_that_waits_for_its_turn_is_not_one_that_takes_long(room: Share
             claim(LARGE if ref.index == 1 else 1)
         return Loaded()
 
-    decoding = noted(threads(load, 1, MEMORY), lambda number, index: notes.append((number, index)))
+    watch = Watch(lambda thread, index, step: notes.append((thread, index)))
+    decoding = noted(threads(load, 1, MEMORY), watch)
     with Prefetcher(iter(REFS[:3]), decoding) as batches:
         wait_until(lambda: len(room._asking) == 1)
         assert notes[-1] == (0, None)

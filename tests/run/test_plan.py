@@ -8,7 +8,15 @@ import pytest
 from batchclf.images.source import source_of
 from batchclf.models.resolve import resolve_model
 from batchclf.results.files import RunFiles
-from batchclf.results.records import Failure, ImageRef, Prediction, Record, Shard
+from batchclf.results.records import (
+    Failure,
+    ImageRef,
+    Prediction,
+    Quarantined,
+    Record,
+    Shard,
+    Stretch,
+)
 from batchclf.run.plan import Plan, Task
 from batchclf.run.recovery import Beginning, Death, Progress, Recovery
 from batchclf.runtime.classifier import open_reference
@@ -22,7 +30,10 @@ def a_plan(folder: Path) -> Plan:
     job = load_job(write_tiny_job(folder))
     model = resolve_model(job.model, batch_size=4, open_reference=open_reference, log=print)
     task = Task(job, source_of(job), model, num_images=300)
-    guilty = {b"a.jpg": Failure("timeout", "too slow")}
+    guilty: Quarantined = {
+        b"a.jpg": Failure("timeout", "too slow"),
+        Stretch(b"a.parquet", 3, 9): Failure("decoder_crash", "killed by SIGSEGV"),
+    }
     return Plan(task, batch_size=4, num_workers=2, backend="threads", quarantined=guilty)
 
 

@@ -1,12 +1,11 @@
 """What becomes of a run after one of its processes died, case by case, and death after death."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pytest
 
 from batchclf.errors import BatchclfError, EnvironmentFailed, OutOfMemory, WorkerFailed
-from batchclf.results.records import Failure
+from batchclf.results.records import Failure, Quarantined, Stretch
 from batchclf.run.recovery import (
     ISOLATE_AFTER,
     MANY_GUILTY,
@@ -27,9 +26,16 @@ AT_TWO_IMAGES = Death("ended (killed by SIGSEGV)", (4, 7))
 ISOLATED = "; decoding in processes of its own from now on"
 
 
-def guilty(number: int) -> Mapping[bytes, Failure]:
+def guilty(number: int) -> Quarantined:
     """So many images that were found guilty."""
     return {b"%d.jpg" % one: Failure("crash", "killed by SIGSEGV") for one in range(number)}
+
+
+STRETCHES: Quarantined = {
+    Stretch(b"a.parquet", start, start + 10): Failure("crash", "killed by SIGSEGV")
+    for start in range(0, 100 * MANY_GUILTY, 100)
+}
+"""Many, which decoding in processes of its own does not help against."""
 
 
 def short_of_memory(batch_size: int, *, can_be_smaller: bool = True) -> OutOfMemory:
@@ -148,6 +154,22 @@ CASES = (
         DEATH,
         Progress(0, guilty(1), BEGUN),
         Recovery(quarantined=guilty(1), beginning=BEGUN, num_futile=1),
+        ": starting it again",
+    ),
+    Case(
+        "while it read archives",
+        Recovery(),
+        Death("ended (killed by SIGSEGV)", (4, 7), (9,)),
+        Progress(0, {}, BEGUN),
+        Recovery(suspects=(4, 7), readers=(9,), beginning=BEGUN, num_futile=1),
+        "to be tried alone: 2; images that it was reading archives for, likewise: 1",
+    ),
+    Case(
+        "readers of before are not tried again",
+        Recovery(readers=(9,), beginning=BEGUN, num_futile=1),
+        DEATH,
+        Progress(0, STRETCHES, BEGUN),
+        Recovery(quarantined=STRETCHES, beginning=BEGUN),
         ": starting it again",
     ),
     # ---- decoding in processes of its own ----

@@ -7,16 +7,29 @@ import mmap
 import os
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
-MAX_THREADS = 1024
-"""As many as `loader.workers` may ask for."""
+MAX_THREADS = 1024 + 64
+"""As many as `loader.workers` may ask for, and those that read ahead (`Depth` of images/ahead.py).
+"""
 _NUM_IMAGES, _NUM_ERRORS, _RENEWED_NS, _BEAT_NS, _FIRST_SLOT = range(5)
-_NUM_NUMBERS = _FIRST_SLOT + MAX_THREADS
+_FIRST_STEP = _FIRST_SLOT + MAX_THREADS
+_NUM_NUMBERS = _FIRST_STEP + MAX_THREADS
 _IDLE = 0
 
 
+class Seen(NamedTuple):
+    """What a thread is at."""
+
+    thread: int
+    image: int
+    """By index in the listing."""
+    step: int
+    """How many places of an archive it has passed on its way to the image; 0: it has it."""
+
+
 class Board:
-    """Counts, and the image that each decoding thread is at."""
+    """Counts, and the image that each thread is at."""
 
     def __init__(self, descriptor: int) -> None:
         """Map a descriptor that `new_descriptor` made, in this process or in its parent."""
@@ -36,8 +49,9 @@ class Board:
         self._numbers[_NUM_IMAGES] = num_images
         self._numbers[_NUM_ERRORS] = num_errors
 
-    def at(self, thread: int, index: int | None) -> None:
-        """Note the image, by index in the listing, that a decoding thread begins; None: no one."""
+    def at(self, thread: int, index: int | None, step: int = 0) -> None:
+        """Note the image, by index in the listing, that a thread is at, None: no one; as `Seen`."""
+        self._numbers[_FIRST_STEP + thread] = step
         self._numbers[_FIRST_SLOT + thread] = _IDLE if index is None else index + 1
 
     def beat(self) -> None:
@@ -46,8 +60,8 @@ class Board:
 
     def clear(self) -> None:
         """Forget what a dead worker's threads were at; what it counted is in the output."""
-        for thread, _ in self.in_flight():
-            self.at(thread, None)
+        for seen in self.in_flight():
+            self.at(seen.thread, None)
 
     # ---- written by the parent -------------------------------------------------------------------
 
@@ -75,11 +89,11 @@ class Board:
         """Another number after each `beat`."""
         return self._numbers[_BEAT_NS]
 
-    def in_flight(self) -> Iterator[tuple[int, int]]:
-        """Each busy decoding thread and the index of the image that it is at."""
-        for thread, number in enumerate(self._numbers[_FIRST_SLOT:]):
+    def in_flight(self) -> Iterator[Seen]:
+        """What each busy thread is at."""
+        for thread, number in enumerate(self._numbers[_FIRST_SLOT:_FIRST_STEP]):
             if number != _IDLE:
-                yield thread, number - 1
+                yield Seen(thread, number - 1, self._numbers[_FIRST_STEP + thread])
 
 
 def _now_ns() -> int:

@@ -20,5 +20,5 @@ class Setup:
 
 Message = tuple[str, object]
 """A word and what goes with it: `log` text, `begin` (images, done,
-errors), `guilty` (path, Failure); and
+errors), `guilty` (path or Stretch, Failure); and
 as the last one `result` RunResult, `error` BatchclfError, or `bug`, a traceback as text."""

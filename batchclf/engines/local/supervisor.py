@@ -5,13 +5,14 @@ What to do otherwise then, run/recovery.py tells.
 
 import signal
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import cast
 
 from batchclf.engines.display import Display
-from batchclf.engines.local.board import Board
+from batchclf.engines.local.board import Board, Seen
 from batchclf.engines.local.messages import Message, Setup
 from batchclf.engines.local.process import WorkerProcess, Workers
 from batchclf.engines.local.sender import Sender
@@ -28,7 +29,7 @@ from batchclf.results.bucket import Bucket
 from batchclf.results.files import RunFiles
 from batchclf.results.lock import Lease
 from batchclf.results.mirror import Mirror
-from batchclf.results.records import Failure
+from batchclf.results.records import Failure, Stretch
 from batchclf.results.run_record import mark_ended
 from batchclf.run.kept import keep_for_run
 from batchclf.run.output import hold_output
@@ -67,7 +68,7 @@ class Supervisor:
         self._started = started
         self._board = Board(workers.board_descriptor)
         self._beginning: Beginning | None = None
-        self._guilty: dict[bytes, Failure] = {}
+        self._guilty: dict[bytes | Stretch, Failure] = {}
         self._num_images = 0
         """What this worker works on; 0: it has not begun."""
         self._sender: Sender | None = None
@@ -210,15 +211,15 @@ class Supervisor:
                     self._beginning = Beginning(now, now - self._started, num_done)
                 self._display.begin(num_images, num_done, num_errors)
             case "guilty":
-                path, failure = cast(tuple[bytes, Failure], what)
-                self._guilty[path] = failure
+                guilty, failure = cast(tuple[bytes | Stretch, Failure], what)
+                self._guilty[guilty] = failure
             case "result":
                 return cast(RunResult, what)
             case "bug":
                 raise WorkerFailed(f"unexpected failure:\n{what}")
             case "error":
                 if isinstance(what, DeviceLost):
-                    return Death(f"lost its device ({what})", (), by_device=True)
+                    return Death(f"lost its device ({what})", by_device=True)
                 raise cast(BatchclfError, what)
         return None
 
@@ -226,11 +227,17 @@ class Supervisor:
         returncode = worker.end()
         self._stop.raise_if_requested()
         if returncode is None:
-            return Death("closed its connection and did not end", ())
-        suspects = tuple(sorted({index for _, index in self._board.in_flight()}))
-        return Death(
-            f"ended ({how_it_ended(returncode)})", suspects, by_kernel=returncode == -signal.SIGKILL
-        )
+            return Death("closed its connection and did not end")
+        death = _death(f"ended ({how_it_ended(returncode)})", self._board.in_flight())
+        return replace(death, by_kernel=returncode == -signal.SIGKILL)
+
+
+def _death(cause: str, seen: Iterable[Seen]) -> Death:
+    """The end of a worker over one of the images that its threads were at."""
+    at = {(one.image, one.step > 0) for one in seen}
+    readers = tuple(sorted(index for index, is_reading in at if is_reading))
+    loaders = {index for index, is_reading in at if not is_reading}
+    return Death(cause, tuple(sorted(loaders - set(readers))), readers)
 
 
 class _Pulse:
@@ -247,8 +254,8 @@ class _Pulse:
         self._awake_s = 0.0
         self._looked_at = time.monotonic()
         self._shown: object = None
-        self._since: dict[tuple[int, int], float] = {}
-        """When each thread was first seen at the image that it is at."""
+        self._since: dict[Seen, float] = {}
+        """When each thread was first seen at what it is at."""
         self.beat()
 
     def beat(self) -> None:
@@ -265,15 +272,13 @@ class _Pulse:
         self._awake_s += min(gap_s, 2 * LOOK_S)
         at = set(self._board.in_flight())
         self._since = {one: self._since.get(one, self._awake_s) for one in at}
-        late = {
-            index
-            for (_, index), since in self._since.items()
-            if self._awake_s - since > self._max_seconds
-        }
+        late = [
+            one for one, since in self._since.items() if self._awake_s - since > self._max_seconds
+        ]
         if late:
-            return Death(
-                f"has been decoding for longer than loader.max_seconds ({self._max_seconds:g} s)",
-                tuple(sorted(late)),
+            return _death(
+                f"has been loading for longer than loader.max_seconds ({self._max_seconds:g} s)",
+                late,
             )
         # Otherwise a model is loaded or compiled, or an input listed, which shows as CPU time only.
         progress = (self._board.num_images, at) if is_classifying else self._worker.cpu_seconds()
@@ -282,10 +287,10 @@ class _Pulse:
             self._shown = shown
             self.beat()
         if self._awake_s - self._beat_s > self._patience_s():
-            return Death(
+            return _death(
                 f"has made no progress for stall_timeout ({self._stall_timeout:g} s; to be raised "
                 "if a batch takes so long)",
-                tuple(sorted({index for _, index in at})),
+                at,
             )
         return None
 

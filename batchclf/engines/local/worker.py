@@ -16,7 +16,7 @@ from batchclf.engines.local.messages import Message, Setup
 from batchclf.engines.local.signals import DUMP_SIGNAL, STOP_SIGNALS
 from batchclf.errors import BatchclfError, DeviceLost
 from batchclf.results.lock import LEASE_S
-from batchclf.results.records import Failure
+from batchclf.results.records import Failure, Stretch
 from batchclf.run.reporter import Reporter
 from batchclf.system.alive import watched
 from batchclf.system.children import end_with_parent, expendable
@@ -105,14 +105,14 @@ class _Channel(Reporter):
     def update(self, num_images: int, num_errors: int) -> None:
         self._board.count(num_images, num_errors)
 
-    def decoding(self, worker: int, index: int | None) -> None:
-        self._board.at(worker, index)
+    def loading(self, thread: int, index: int | None, step: int) -> None:
+        self._board.at(thread, index, step)
 
     def beat(self) -> None:
         self._board.beat()
 
-    def found_guilty(self, path: bytes, failure: Failure) -> None:
-        self._send("guilty", (path, failure))
+    def found_guilty(self, guilty: bytes | Stretch, failure: Failure) -> None:
+        self._send("guilty", (guilty, failure))
 
     def before_write(self) -> None:
         while self._board.seconds_since_renewed > FENCE_S:

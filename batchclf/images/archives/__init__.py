@@ -20,22 +20,25 @@ from batchclf.images.archives.location import (
     parse,
     short,
 )
-from batchclf.images.archives.members import Damage, Found, Log, Member, Ranges, Rows
+from batchclf.images.archives.members import Damage, Found, Limits, Log, Member, Ranges, Rows
 from batchclf.images.archives.names import archive_kind, tidy
 from batchclf.images.archives.passage import Refused
 from batchclf.images.omissions import Omissions
-from batchclf.results.records import Entry, Failure
+from batchclf.results.records import Entry, Failure, Stretch
 from batchclf.system.paths import reason, refusal
 
-_READERS: Final[dict[bytes, Callable[[Ranges, Location, int], bytes | Failure]]] = {
+_READERS: Final[dict[bytes, Callable[[Ranges, Location, Limits], bytes | Failure]]] = {
     tar.KIND: tar.read,
     stream.KIND: stream.read,
     zips.KIND: zips.read,
     parquet.KIND: parquet.read,
 }
 ANEW = "give another output, or --overwrite, to list it anew"
-_IN_ORDER = (stream.KIND, parquet.KIND)
-"""Kinds that one process reads for all: each would have to inflate everything."""
+_SPANS: Final[dict[bytes, Callable[[Location], tuple[int, int]]]] = {
+    stream.KIND: stream.span_of,
+    parquet.KIND: parquet.span_of,
+}
+"""Kinds that are read in passing: which units a member takes."""
 
 
 class Archives:
@@ -129,12 +132,12 @@ class Archives:
         return tar.scan(stream.Inflated(opened, file.place))
 
 
-def read_member(files: Ranges, location: bytes, max_bytes: int) -> bytes | Failure:
+def read_member(files: Ranges, location: bytes, limits: Limits) -> bytes | Failure:
     """The whole content of a member, or why it cannot be read."""
     where = parse(location)
     if where.kind == FAILED:
         return failure_in(where)
-    found = _read(files, where, max_bytes)
+    found = _read(files, where, limits)
     # Asked afterwards: an archive that is the listed one still, was so while it was read.
     return _refused_version(files, where) or found
 
@@ -160,9 +163,9 @@ def _refused_version(files: Ranges, where: Location) -> Failure | None:
     return Failure("changed", f"its archive was written to after it was listed; {ANEW}")
 
 
-def _read(files: Ranges, where: Location, max_bytes: int) -> bytes | Failure:
+def _read(files: Ranges, where: Location, limits: Limits) -> bytes | Failure:
     try:
-        return _READERS[where.kind](files, where, max_bytes)
+        return _READERS[where.kind](files, where, limits)
     except Refused as refused:
         return refused.failure
     except OSError as error:
@@ -176,9 +179,12 @@ def failure_of(location: bytes) -> Failure | None:
     return failure_in(parse(location)) if location.startswith(FAILED) else None
 
 
-def is_in_passing(location: bytes) -> bool:
-    """Whether a member is read in passing through its archive: each reader would inflate it all."""
-    return location.startswith(_IN_ORDER)
+def stretch_of(location: bytes) -> Stretch | None:
+    """Where a member lies that is read in passing through its archive; None: it is not."""
+    where = parse(location)
+    if where.kind not in _SPANS:
+        return None
+    return Stretch(b"%s:%s" % (where.version, where.archive), *_SPANS[where.kind](where))
 
 
 def row_of(location: bytes) -> bytes | None:

@@ -1,11 +1,12 @@
 """What a look into an archive finds, one after the other, whatever kind of archive it is."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple, Protocol
 
 from batchclf.images.archives.location import failed
-from batchclf.images.memory import SMALL_BYTES, Claim, default_limit
+from batchclf.images.memory import Claim
 from batchclf.results.records import Failure
 
 Log = Callable[[str], None]
@@ -81,12 +82,19 @@ def damage(what: str) -> Damage:
     return Damage(Failure("damaged_archive", what))
 
 
-def inflating(num_bytes: int) -> Claim:
+class Limits(NamedTuple):
+    """What a job allows of one member, and of all that are inflated at the same time."""
+
+    max_bytes: int
+    max_memory: int = sys.maxsize
+
+
+def inflating(num_bytes: int, limits: Limits) -> Claim:
     """A turn, as for decoding, of a member that inflates to so much, however small its archive is.
 
     Whoever takes it must hold no lock.
     """
-    claim = Claim(default_limit() if num_bytes >= SMALL_BYTES else 0)
+    claim = Claim(limits.max_memory)
     claim(num_bytes)
     return claim
 

@@ -16,7 +16,7 @@ from itertools import accumulate, islice
 from typing import Any
 
 from batchclf.images.archives.location import Location
-from batchclf.images.archives.members import Ranges, too_large
+from batchclf.images.archives.members import Limits, Ranges, inflating, too_large
 from batchclf.images.archives.parquet_file import (
     BUFFER_BYTES,
     Unreadable,
@@ -27,13 +27,17 @@ from batchclf.images.archives.parquet_file import (
     open_parquet,
     reading,
 )
-from batchclf.images.archives.passage import Chunk, Refused, cursor_at, required
+from batchclf.images.archives.passage import (
+    BEHIND_ALL,
+    Chunk,
+    Refused,
+    cursor_at,
+    required,
+)
 from batchclf.results.records import Failure
+from batchclf.system.alive import Place
 
 KIND = b"row"
-CHUNK_BYTES = 2**22
-"""Rows are passed on together when they have so many bytes."""
-MAX_CHUNK_ROWS = 256
 MAX_WHOLE_BYTES = 2**26
 """A smaller column of a row group is read as a whole: then no room is made for what a damaged page
 says it has, up to 2 GB."""
@@ -67,37 +71,30 @@ class _Images:
             sizes = map(partial(num_bytes_of, self._metadata, self._columns), groups)
             largest = max(sizes, default=0)
             self._buffer_bytes = BUFFER_BYTES if largest > MAX_WHOLE_BYTES else 0
-        self._starts = [0, *accumulate(self._counts)]
+        self._starts: list[int] = [0, *accumulate(self._counts)]
 
-    def start_for(self, unit: int) -> int:
-        """The first row of a row's group."""
-        return int(self._starts[max(0, bisect_right(self._starts, unit) - 1)])
+    def span_of(self, unit: int) -> Place:
+        """The first row of a row's group, and that of the next one."""
+        group = bisect_right(self._starts, unit)
+        stop = self._starts[group] if group < len(self._starts) else BEHIND_ALL
+        return Place(self._starts[max(0, group - 1)], stop)
 
-    def begin(self, start: int) -> Iterator[Chunk[list[Any]]]:
+    def begin(self, start: int) -> Iterator[Chunk[Any]]:
         """As `Passage`: Arrow arrays of one row."""
         with required(self._open()) as file, _required_intact():
             opened = open_parquet(file, self._metadata, self._buffer_bytes)
             for group in range(bisect_right(self._starts, start) - 1, len(self._counts)):
                 yield from self._group(opened, group)
 
-    def _group(self, file: Any, group: int) -> Iterator[Chunk[list[Any]]]:
+    def _group(self, file: Any, group: int) -> Iterator[Chunk[Any]]:
         """One row group; where it is damaged, the rows before are had."""
         num_rows, at, why = self._counts[group], 0, "it ends too soon"
-        rows: list[Any] = []
-        num_bytes = 0
         try:
             for batch in islice(batches(file, self._columns, 1, group), num_rows):
-                rows.append(batch.column(0))
-                num_bytes += batch.nbytes
-                if num_bytes >= CHUNK_BYTES or len(rows) == MAX_CHUNK_ROWS:
-                    at += len(rows)
-                    yield Chunk(len(rows), rows, num_bytes)
-                    rows, num_bytes = [], 0
+                at += 1
+                yield Chunk(1, batch.column(0), batch.nbytes)
         except Unreadable as error:
             why = str(error)
-        if rows:
-            at += len(rows)
-            yield Chunk(len(rows), rows, num_bytes)
         if at < num_rows:
             failure = Failure("corrupt", f"damaged in its Parquet file: {why}")
             yield Chunk(num_rows - at, failure, 0)
@@ -125,7 +122,13 @@ def _required_intact() -> Iterator[None]:
         raise Refused(Failure("corrupt", f"its Parquet file is damaged: {error}")) from error
 
 
-def read(files: Ranges, location: Location, max_bytes: int) -> bytes | Failure:
+def span_of(location: Location) -> tuple[int, int]:
+    """Its row, and the next one."""
+    row = int(location.fields[0])
+    return row, row + 1
+
+
+def read(files: Ranges, location: Location, limits: Limits) -> bytes | Failure:
     """The image in a row, or why it cannot be read; nothing, where the row holds none.
 
     Raises:
@@ -140,14 +143,18 @@ def read(files: Ranges, location: Location, max_bytes: int) -> bytes | Failure:
     found = cursor.read(row, row + 1)
     if not found:
         return Failure("changed", "its Parquet file has fewer rows than it had when listed")
-    at, chunk = found[0]
+    ((_, chunk),) = found
     if isinstance(chunk.payload, Failure):
         return chunk.payload
-    (value,) = chunk.payload[row - at]
+    (value,) = chunk.payload
     names = [field.name for field in value.type] if is_struct(value) else []
     content = value["bytes"] if names else value
     if content.is_valid:
-        return too_large(content.as_buffer().size, max_bytes) or bytes(content.as_py())
+        size = content.as_buffer().size
+        if refused := too_large(size, limits.max_bytes):
+            return refused
+        with inflating(size, limits):
+            return bytes(content.as_py())
     return _without_bytes(value["path"]) if "path" in names else b""
 
 

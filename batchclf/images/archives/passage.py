@@ -3,18 +3,24 @@
 One cursor per archive goes forward, for all threads of a process. What it has just passed is kept
 for those that come a little late: a bounded number of bytes. Only who asks for what lies further
 back makes it begin again.
+
+Nothing is read that nobody asked for: where reading ends this process, or holds it up, whatever
+lies before that place can be had still.
 """
 
 import atexit
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import BinaryIO, Generic, NamedTuple, Protocol, TypeVar
 
 from batchclf.results.records import Failure
-from batchclf.system.alive import alive, away
+from batchclf.system.alive import Place, TellPlace, away, passing
 
 KEPT_BYTES = 2**26
+BEHIND_ALL = 2**62
+"""More units than anything has."""
 MAX_CURSORS = 4
 """At once in a process: the threads are at one archive, or between two."""
 MAX_KEPT_BYTES = 2**30 // MAX_CURSORS
@@ -54,8 +60,8 @@ class Chunk(NamedTuple, Generic[_Payload]):
 class Passage(Protocol[_Payload]):
     """What is read from its beginning on, or from one of several places on."""
 
-    def start_for(self, unit: int) -> int:
-        """The last place at or before a unit from which reading can begin."""
+    def span_of(self, unit: int) -> Place:
+        """The last place at or before a unit from which reading can begin, and the one behind."""
 
     def begin(self, start: int) -> Iterator[Chunk[_Payload]]:
         """What there is from such a place on.
@@ -68,8 +74,10 @@ class Passage(Protocol[_Payload]):
 class Cursor(Generic[_Payload]):
     """A passage, and where one is in it."""
 
-    def __init__(self, passage: Passage[_Payload]) -> None:
-        self.passage = passage
+    def __init__(self, make: Callable[[], Passage[_Payload]]) -> None:
+        """`make` is called when something is read, and again where it raised something."""
+        self._make = make
+        self._passage: Passage[_Payload] | None = None
         self._kept: deque[tuple[int, Chunk[_Payload]]] = deque()
         self._coming: Iterator[Chunk[_Payload]] = iter(())
         self._position = -1
@@ -84,34 +92,56 @@ class Cursor(Generic[_Payload]):
         Raises:
             OSError, Refused: as `Passage`; the next call begins again.
         """
-        # Neither what lies before nor the wait for other threads is this image's fault.
-        with away(), self._lock:
+        with self._turn(), passing() as tell:
+            if self._passage is None:
+                tell(Place(0, BEHIND_ALL))
+                self._passage = self._make()
             first = self._kept[0][0] if self._kept else self._position
-            if start < first or self._position < self.passage.start_for(start):
-                self._restart(start, first)
+            begin = self._passage.span_of(start).start
+            if start < first or self._position < begin:
+                self._restart(self._passage.begin(begin), begin, start, first)
             try:
-                self._go_on(start, stop)
+                self._go_on(self._passage, start, stop, tell)
             except BaseException:
                 self._position = -1
                 self._kept.clear()
                 raise
-            return [
-                (at, chunk)
-                for at, chunk in self._kept
-                if at < stop and start < at + chunk.num_units
-            ]
+            return self._found(start, stop)
 
-    def _restart(self, start: int, first: int) -> None:
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        with away():  # the wait for other threads is not this image's fault
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _restart(
+        self, coming: Iterator[Chunk[_Payload]], begin: int, start: int, first: int
+    ) -> None:
         if 0 <= first - start <= self._position - first:
             self._may_keep = min(2 * self._may_keep, MAX_KEPT_BYTES)
         self._kept.clear()
         self._kept_bytes = 0
-        self._position = self.passage.start_for(start)
-        self._coming = self.passage.begin(self._position)
+        self._position = begin
+        self._coming = coming
 
-    def _go_on(self, start: int, stop: int) -> None:
-        while self._position < stop and (chunk := next(self._coming, None)) is not None:
-            alive()
+    def _found(self, start: int, stop: int) -> list[tuple[int, Chunk[_Payload]]]:
+        found: list[tuple[int, Chunk[_Payload]]] = []
+        for at, chunk in reversed(self._kept):  # what is asked for is near the end
+            if at + chunk.num_units <= start:
+                break
+            if at < stop:
+                found.append((at, chunk))
+        return found[::-1]
+
+    def _go_on(self, passage: Passage[_Payload], start: int, stop: int, tell: TellPlace) -> None:
+        while self._position < stop:
+            tell(Place(self._position, passage.span_of(self._position).stop))
+            chunk = next(self._coming, None)
+            if chunk is None:
+                return
             self._kept.append((self._position, chunk))
             self._kept_bytes += chunk.num_bytes
             self._position += chunk.num_units
@@ -133,13 +163,9 @@ atexit.register(_cursors.clear)  # so that they close their files while there is
 
 
 def cursor_at(key: Hashable, make: Callable[[], Passage[_Payload]]) -> Cursor[_Payload]:
-    """The cursor of this process in a passage, made where there is none.
-
-    Raises:
-        Exception: what `make` raises.
-    """
+    """The cursor of this process in a passage, which `make` makes where there is none."""
     with _looking:
-        cursor = _cursors.pop(key, None) or Cursor(make())
+        cursor = _cursors.pop(key, None) or Cursor(make)
         _cursors[key] = cursor
         while len(_cursors) > MAX_CURSORS:
             _cursors.popitem(last=False)

@@ -11,16 +11,16 @@ from typing import BinaryIO, Protocol, cast
 
 from batchclf.errors import UsageError
 from batchclf.images.archives.location import Location
-from batchclf.images.archives.members import Ranges, inflating, too_large
+from batchclf.images.archives.members import Limits, Ranges, inflating, too_large
 from batchclf.images.archives.names import archive_kind
-from batchclf.images.archives.passage import Chunk, cursor_at, required
+from batchclf.images.archives.passage import BEHIND_ALL, Chunk, cursor_at, required
 from batchclf.images.archives.tar import Broken
 from batchclf.results.records import Failure
+from batchclf.system.alive import Place
 
 KIND = b"stream"
-CHUNK_BYTES = 2**18
-BEHIND_ALL = 2**62
-"""More bytes than any archive has."""
+CHUNK_BYTES = 2**16
+"""Inflated at once: so much before a place where that ends the process cannot be had either."""
 
 
 class Inflated:
@@ -115,9 +115,9 @@ class _Bytes:
     files: Ranges
     path: bytes
 
-    def start_for(self, unit: int) -> int:
+    def span_of(self, unit: int) -> Place:
         """There is only the beginning."""
-        return 0
+        return Place(0, BEHIND_ALL)
 
     def begin(self, start: int) -> Iterator[Chunk[bytes]]:
         """As `Passage`."""
@@ -130,18 +130,24 @@ class _Bytes:
                 yield Chunk(BEHIND_ALL, broken.failure, 0)
 
 
-def read(files: Ranges, location: Location, max_bytes: int) -> bytes | Failure:
+def span_of(location: Location) -> tuple[int, int]:
+    """The bytes of a member: the first, and the one behind the last."""
+    start, length = location.numbers
+    return start, start + length
+
+
+def read(files: Ranges, location: Location, limits: Limits) -> bytes | Failure:
     """The bytes of a member, or why they cannot be read.
 
     Raises:
         OSError, Refused: the disk fails, or the archive cannot be opened.
     """
     start, length = location.numbers
-    if refused := too_large(length, max_bytes):
+    if refused := too_large(length, limits.max_bytes):
         return refused
     path = location.archive
     cursor = cursor_at((files, path, location.version), lambda: _Bytes(files, path))
-    with inflating(2 * length):
+    with inflating(2 * length, limits):
         return _joined(cursor.read(start, start + length), start, length)
 
 

@@ -15,6 +15,7 @@ from batchclf.images.archives.members import (
     Damage,
     Found,
     LeftOut,
+    Limits,
     Link,
     Member,
     Ranges,
@@ -317,7 +318,7 @@ def _behind_sparse_map(header: Header, stream: Stream) -> Header:
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def read(files: Ranges, location: Location, max_bytes: int) -> bytes | Failure:
+def read(files: Ranges, location: Location, limits: Limits) -> bytes | Failure:
     """The bytes of a member of a plain archive, or why they cannot be read."""
     start, length = location.numbers
-    return too_large(length, max_bytes) or files.read_range(location.archive, start, length)
+    return too_large(length, limits.max_bytes) or files.read_range(location.archive, start, length)

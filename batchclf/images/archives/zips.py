@@ -16,6 +16,7 @@ from batchclf.images.archives.location import File, Location, located, parse
 from batchclf.images.archives.members import (
     Found,
     LeftOut,
+    Limits,
     Member,
     Ranges,
     damage,
@@ -131,7 +132,7 @@ def _found(entry: _Entry, files: Ranges, path: bytes, end: int) -> Found:
 
 
 def _content(files: Ranges, path: bytes, fields: bytes) -> bytes | Failure:
-    return read(files, parse(located(fields, File(path, path))), MAX_SIDE_BYTES)
+    return read(files, parse(located(fields, File(path, path))), Limits(MAX_SIDE_BYTES))
 
 
 def _entry(values: tuple[int, ...], name: bytes, extra: bytes, moved: int) -> _Entry:
@@ -204,10 +205,10 @@ def _no_directory(file: BinaryIO) -> Failure:
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def read(files: Ranges, location: Location, max_bytes: int) -> bytes | Failure:
+def read(files: Ranges, location: Location, limits: Limits) -> bytes | Failure:
     """The bytes of a member, or why they cannot be read."""
     offset, head, packed, size, method, crc = location.numbers
-    if refused := too_large(max(size, packed), max_bytes):
+    if refused := too_large(max(size, packed), limits.max_bytes):
         return refused
     data = files.read_range(location.archive, offset, head + packed)
     if isinstance(data, Failure):
@@ -221,8 +222,8 @@ def read(files: Ranges, location: Location, max_bytes: int) -> bytes | Failure:
         if isinstance(more, Failure):
             return _beyond(more)
         data += more
-    with inflating(0 if method == _STORED else size):
-        content = _unpacked(data[begin : begin + packed], method, flags, (size, max_bytes))
+    with inflating(0 if method == _STORED else size, limits):
+        content = _unpacked(data[begin : begin + packed], method, flags, (size, limits.max_bytes))
     if isinstance(content, bytes) and zlib.crc32(content) != crc:
         return Failure("corrupt", "its checksum in the archive is that of other bytes")
     return content

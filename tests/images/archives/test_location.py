@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchclf.images.ahead import Fetched
-from batchclf.images.archives import Archives, failure_of, is_in_passing, passage, row_of
+from batchclf.images.archives import Archives, failure_of, passage, row_of, stretch_of
 from batchclf.images.archives.location import File, failed, fields_of, located, parse, truth_of
 from batchclf.images.decode import Decoder
 from batchclf.images.load import Loader
 from batchclf.images.source import Sources, open_source
 from batchclf.images.store import FileStore, open_store
-from batchclf.results.records import Failure, Preprocess, refs_of
+from batchclf.results.records import Failure, Preprocess, Stretch, refs_of
 from tests.images.archives.common import MAX_BYTES, PHOTOS, as_tar, written
 
 PATHS = st.binary(min_size=1).filter(lambda path: b"\0" not in path)
@@ -46,8 +46,9 @@ def test_a_failure_comes_back_as_it_was_made(message: str, archive: bytes) -> No
 
 
 def test_only_what_is_read_in_passing_is_fetched_for_another_process() -> None:
-    assert not is_in_passing(b"range:0,3:::a.tar")
-    assert is_in_passing(b"stream:0,3:::a.tgz")
+    assert stretch_of(b"range:0,3:::a.tar") is None
+    assert stretch_of(b"stream:5,3:00ff::a.tgz") == Stretch(b"00ff:a.tgz", 5, 8)
+    assert stretch_of(b"row:5,image:00ff::a.parquet") == Stretch(b"00ff:a.parquet", 5, 6)
 
 
 @pytest.mark.parametrize("suffix", [".tgz", ".parquet"])

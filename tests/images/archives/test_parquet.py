@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchclf.errors import NoImagesError, UsageError
-from batchclf.images.archives import parquet, passage
+from batchclf.images.archives import parquet, parquet_file, passage
 from batchclf.images.archives.members import Rows
 from batchclf.images.source import Sources, open_source
 from batchclf.images.store import open_store
@@ -378,7 +378,7 @@ def test_to_go_on_in_the_middle_only_one_row_group_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    batches = parquet.batches
+    batches = parquet_file.batches
 
     def watched(file: Any, columns: Sequence[str], num: int, group: int | None = None) -> Any:
         if group is not None:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from batchclf.images.archives import passage
 from batchclf.images.archives.passage import Chunk, Cursor
 from batchclf.images.prefetch import Decoding, noted
+from batchclf.images.watch import Watch
 from batchclf.results.records import Failure, ImageRef, Loaded, Pixels
+from batchclf.system.alive import Place
 
 MANY = 10_000
 
@@ -24,8 +27,9 @@ class Numbers:
         self.begun: list[int] = []
         self.num_chunks = 0
 
-    def start_for(self, unit: int) -> int:
-        return unit // self.stride * self.stride
+    def span_of(self, unit: int) -> Place:
+        start = unit // self.stride * self.stride
+        return Place(start, start + self.stride)
 
     def begin(self, start: int) -> Iterator[Chunk[range]]:
         self.begun.append(start)
@@ -55,7 +59,7 @@ def little_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_many_threads_that_ask_almost_in_order_read_everything_once() -> None:
     numbers = Numbers()
-    cursor: Cursor[range] = Cursor(numbers)
+    cursor: Cursor[range] = Cursor(lambda: numbers)
     starts = iter(range(0, MANY, 7))
     taking = threading.Lock()
     found: dict[int, list[int]] = {}
@@ -76,7 +80,7 @@ def test_many_threads_that_ask_almost_in_order_read_everything_once() -> None:
 
 
 def test_no_more_is_kept_than_may_be_and_what_is_wanted() -> None:
-    cursor: Cursor[range] = Cursor(Numbers())
+    cursor: Cursor[range] = Cursor(Numbers)
     assert units(cursor, 5000, 5005) == list(range(5000, 5005))
     assert cursor._kept_bytes <= 210
     assert units(cursor, 6000, 8000) == list(range(6000, 8000))
@@ -85,7 +89,7 @@ def test_no_more_is_kept_than_may_be_and_what_is_wanted() -> None:
 
 def test_who_comes_too_late_makes_it_begin_again_and_keep_more() -> None:
     numbers = Numbers()
-    cursor: Cursor[range] = Cursor(numbers)
+    cursor: Cursor[range] = Cursor(lambda: numbers)
     for start in (1000, 700, 1000, 500):
         assert units(cursor, start, start + 3) == list(range(start, start + 3))
     assert numbers.begun == [0, 0, 0], "the second time, 700 to 1000 are kept"
@@ -95,7 +99,7 @@ def test_who_comes_too_late_makes_it_begin_again_and_keep_more() -> None:
 
 def test_it_goes_on_from_the_last_place_before_what_is_wanted() -> None:
     numbers = Numbers(stride=1000)
-    cursor: Cursor[range] = Cursor(numbers)
+    cursor: Cursor[range] = Cursor(lambda: numbers)
     assert units(cursor, 5432, 5435) == [5432, 5433, 5434]
     assert units(cursor, 5998, 6002) == [5998, 5999, 6000, 6001]
     assert units(cursor, 9001, 9002) == [9001]
@@ -105,14 +109,14 @@ def test_it_goes_on_from_the_last_place_before_what_is_wanted() -> None:
 
 def test_after_a_disk_error_the_next_call_begins_again() -> None:
     numbers = Numbers(fails_at=50)
-    cursor: Cursor[range] = Cursor(numbers)
+    cursor: Cursor[range] = Cursor(lambda: numbers)
     with pytest.raises(OSError, match="an I/O error"):
         cursor.read(40, 60)
     assert units(cursor, 40, 60) == list(range(40, 60))
 
 
 def test_behind_the_end_there_is_nothing() -> None:
-    cursor: Cursor[range] = Cursor(Numbers())
+    cursor: Cursor[range] = Cursor(Numbers)
     assert units(cursor, MANY - 3, MANY + 5) == [MANY - 3, MANY - 2, MANY - 1]
     assert cursor.read(MANY, MANY + 1) == []
 
@@ -125,22 +129,20 @@ def test_of_many_passages_the_last_few_stay_open() -> None:
         return Numbers()
 
     for number in (*range(6), 5, 4, 0):
-        passage.cursor_at(("test", number), lambda number=number: make(number))  # type: ignore[misc]
+        passage.cursor_at(("test", number), partial(make, number)).read(0, 1)
     assert made == [*range(6), 0]
 
 
-def test_while_others_are_passed_over_a_worker_is_at_no_image() -> None:
+def test_while_others_are_passed_over_a_worker_is_at_each_place_anew() -> None:
     told: list[object] = []
 
     def load(refs: Sequence[ImageRef], rows_NHWC: Pixels) -> Sequence[Loaded]:
-        Cursor(Numbers()).read(20, 25)
+        Cursor(Numbers).read(20, 25)
         told.append("decodes")
         return [Loaded()]
 
-    decoding = noted(
-        Decoding([load], []),
-        lambda number, index: told.append(index),
-        lambda: told.append("alive"),
-    )
+    watch = Watch(lambda thread, index, step: told.append((index, step)))
+    decoding = noted(Decoding([load], []), watch)
     decoding.workers[0]([ImageRef(7, b"7.jpg")], np.zeros((1, 1, 1, 3), np.uint8))
-    assert told == [7, None, "alive", "alive", "alive", 7, "decodes", None]
+    places = [(7, 1), (7, 2), (7, 3), (7, 4)]  # what makes the passage, then three chunks
+    assert told == [(7, 0), (None, 0), (7, 0), *places, (7, 0), "decodes", (None, 0)]

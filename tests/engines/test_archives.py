@@ -1,0 +1,125 @@
+"""Reading an archive ends or holds up the worker: what cannot be had pays, and nothing else."""
+
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.engines.common import assert_as_undisturbed, fault, finished, summary_of, write_job
+from tests.proxy import NAME, proxied_bucket
+from tests.tiny import DIGITS
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+NUM = 40
+GROUP = 10
+DEATHS = {
+    "segfault": "import ctypes; ctypes.string_at(0)",
+    "kill": "os.kill(os.getpid(), signal.SIGKILL)",
+    "hang": "time.sleep(1000)",
+}
+CODES = {"segfault": "decoder_crash", "kill": "oom", "hang": "timeout"}
+READING_ROWS = """
+def change(module):
+    batches = module.batches
+    def batches_or_die(file, columns, num_rows, group=None):
+        for row, batch in enumerate(batches(file, columns, num_rows, group)):
+            if (group, row) in AT:
+                die()
+            yield batch
+    module.batches = batches_or_die
+"""
+READING_BYTES = """
+def change(module):
+    begin = module._Bytes.begin
+    module.CHUNK_BYTES = 512
+    def begin_or_die(self, start):
+        for number, chunk in enumerate(begin(self, start)):
+            if 512 * number >= AT:
+                die()
+            yield chunk
+    module._Bytes.begin = begin_or_die
+"""
+
+
+def dying(folder: Path, kind: str, program: str, at: object) -> Mapping[str, str]:
+    """The environment of processes that die of reading at some places."""
+    module = "parquet" if program is READING_ROWS else "stream"
+    die = f"AT = {at!r}\ndef die():\n    {DEATHS[kind]}\n"
+    return fault(folder, die + program, f"batchclf.images.archives.{module}")
+
+
+def names(numbers: Sequence[int]) -> list[str]:
+    return [f"{number:02d}.jpg" for number in numbers]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """A Parquet file of 40 images in 4 row groups."""
+    images = [path.read_bytes() for path in sorted(DIGITS.rglob("*.jpg"))[:NUM]]
+    structs = [
+        {"bytes": one, "path": name} for one, name in zip(images, names(range(NUM)), strict=True)
+    ]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": structs}), path, row_group_size=GROUP)
+    return path
+
+
+@pytest.mark.parametrize("backend", ["threads", "processes"])
+@pytest.mark.parametrize("kind", DEATHS)
+def test_rows_that_cannot_be_read_become_errors_and_all_others_are_unharmed(
+    tmp_path: Path, rows: Path, kind: str, backend: str
+) -> None:
+    loader = {"workers": 2, "backend": backend, "max_seconds": 2}
+    job = write_job(tmp_path, input=str(rows), loader=loader)
+    env = dying(tmp_path, kind, READING_ROWS, {(1, 4), (3, 0)})
+    exit_code, said = finished(job, env=env)
+    assert exit_code == 0, said
+    lost = names([*range(14, 20), *range(30, 40)])
+    assert_as_undisturbed(tmp_path, but=dict.fromkeys(lost, CODES[kind]))
+    assert said.count("and what else is read behind the same place of its archive") == 2, said
+    assert summary_of(tmp_path / "out")["num_errors"] == len(lost)
+
+
+@pytest.mark.parametrize("kind", DEATHS)
+def test_members_behind_a_place_that_cannot_be_inflated_become_errors(
+    tmp_path: Path, kind: str
+) -> None:
+    archive = tmp_path / "a.tar.gz"
+    starts = []
+    with tarfile.open(archive, "w:gz") as tar:
+        for path, name in zip(sorted(DIGITS.rglob("*.jpg")), names(range(NUM)), strict=False):
+            tar.add(path, name)
+            starts.append(tar.offset)
+    loader = {"workers": 2, "max_seconds": 2}
+    job = write_job(tmp_path, input=str(archive), loader=loader)
+    exit_code, said = finished(job, env=dying(tmp_path, kind, READING_BYTES, starts[24]))
+    assert exit_code == 0, said
+    lost = [f"a.tar.gz/{name}" for name in names(range(25, NUM))]
+    assert_as_undisturbed(tmp_path, but=dict.fromkeys(lost, CODES[kind]))
+
+
+def test_a_crash_while_others_read_costs_no_row(tmp_path: Path, rows: Path) -> None:
+    job = write_job(tmp_path, input=str(rows))
+    program = READING_ROWS.replace("(group, row) in AT", "(group, row) in AT and once('died')")
+    die = f"AT = {{(2, 3)}}\ndef die():\n    {DEATHS['segfault']}\n"
+    env = fault(tmp_path, die + program, "batchclf.images.archives.parquet")
+    exit_code, said = finished(job, env=env)
+    assert exit_code == 0, said
+    assert "23.jpg: tried alone, does no harm" in said
+    assert_as_undisturbed(tmp_path)
+
+
+def test_rows_of_a_bucket_that_cannot_be_read_become_errors_as_well(
+    tmp_path: Path, rows: Path
+) -> None:
+    with proxied_bucket() as bucket:
+        (tmp_path / "up").mkdir()
+        rows.rename(tmp_path / "up" / rows.name)
+        bucket.put_folder(tmp_path / "up", "rows")
+        address = f"s3://{NAME}/rows/{rows.name}"
+        job = write_job(tmp_path, input=address, loader={"workers": 2, "max_seconds": 4})
+        exit_code, said = finished(job, env=dying(tmp_path, "hang", READING_ROWS, {(2, 7)}))
+    assert exit_code == 0, said
+    assert_as_undisturbed(tmp_path, but=dict.fromkeys(names(range(27, 30)), "timeout"))
