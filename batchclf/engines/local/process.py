@@ -21,6 +21,8 @@ END_S = 5.0
 """Seconds that a process which has said its last word may take to end."""
 KILL_S = 0.7
 """Seconds that a killed one may take; one that is stuck in the kernel is left behind."""
+_ARROW_POOL = "ARROW_DEFAULT_MEMORY_POOL"
+"""What pyarrow takes memory from: its own choice, mimalloc, keeps 16 MB more of it."""
 _HELD = (*SIGNALS, *STOP_SIGNALS)
 
 
@@ -88,6 +90,7 @@ class WorkerProcess:
                     f"main({theirs.fileno()}, {board_descriptor}, {os.getpid()})",
                     pass_fds=(theirs.fileno(), board_descriptor),
                     stdout=2,  # results are the parent's to print
+                    env={_ARROW_POOL: os.environ.get(_ARROW_POOL, "system")},
                 )
         except OSError as error:
             raise EnvironmentFailed(

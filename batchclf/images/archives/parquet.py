@@ -38,7 +38,8 @@ from batchclf.results.records import Failure
 from batchclf.system.alive import Place
 
 KIND = b"row"
-MAX_WHOLE_BYTES = 2**26
+KEPT_BYTES = 2**21
+MAX_WHOLE_BYTES = 2**24
 """A smaller column of a row group is read as a whole: then no room is made for what a damaged page
 says it has, up to 2 GB."""
 
@@ -54,6 +55,8 @@ _Value = bytes | Failure
 
 class _Images:
     """The images of a file, from a row group on."""
+
+    kept_bytes = KEPT_BYTES
 
     def __init__(self, files: Ranges, path: bytes, column: str) -> None:
         """

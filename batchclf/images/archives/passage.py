@@ -18,7 +18,6 @@ from typing import BinaryIO, Generic, NamedTuple, Protocol, TypeVar
 from batchclf.results.records import Failure
 from batchclf.system.alive import Place, TellPlace, away, passing
 
-KEPT_BYTES = 2**26
 BEHIND_ALL = 2**62
 """More units than anything has."""
 MAX_CURSORS = 4
@@ -60,6 +59,10 @@ class Chunk(NamedTuple, Generic[_Payload]):
 class Passage(Protocol[_Payload]):
     """What is read from its beginning on, or from one of several places on."""
 
+    @property
+    def kept_bytes(self) -> int:
+        """How much is kept at first: the more, the more it costs to begin again."""
+
     def span_of(self, unit: int) -> Place:
         """The last place at or before a unit from which reading can begin, and the one behind."""
 
@@ -74,8 +77,11 @@ class Passage(Protocol[_Payload]):
 class Cursor(Generic[_Payload]):
     """A passage, and where one is in it."""
 
-    def __init__(self, make: Callable[[], Passage[_Payload]]) -> None:
-        """`make` is called when something is read, and again where it raised something."""
+    def __init__(self, make: Callable[[], Passage[_Payload]], may_keep: int = 0) -> None:
+        """`make` is called when something is read, and again where it raised something.
+
+        `may_keep`: bytes that another one had to keep, whose readers are now this one's.
+        """
         self._make = make
         self._passage: Passage[_Payload] | None = None
         self._kept: deque[tuple[int, Chunk[_Payload]]] = deque()
@@ -83,7 +89,7 @@ class Cursor(Generic[_Payload]):
         self._position = -1
         """The unit that comes next; negative: it has not begun."""
         self._kept_bytes = 0
-        self._may_keep = KEPT_BYTES
+        self.may_keep = may_keep
         self._lock = threading.Lock()
 
     def read(self, start: int, stop: int) -> list[tuple[int, Chunk[_Payload]]]:
@@ -96,6 +102,7 @@ class Cursor(Generic[_Payload]):
             if self._passage is None:
                 tell(Place(0, BEHIND_ALL))
                 self._passage = self._make()
+                self.may_keep = max(self.may_keep, self._passage.kept_bytes)
             first = self._kept[0][0] if self._kept else self._position
             begin = self._passage.span_of(start).start
             if start < first or self._position < begin:
@@ -121,7 +128,7 @@ class Cursor(Generic[_Payload]):
         self, coming: Iterator[Chunk[_Payload]], begin: int, start: int, first: int
     ) -> None:
         if 0 <= first - start <= self._position - first:
-            self._may_keep = min(2 * self._may_keep, MAX_KEPT_BYTES)
+            self.may_keep = min(2 * self.may_keep, MAX_KEPT_BYTES)
         self._kept.clear()
         self._kept_bytes = 0
         self._position = begin
@@ -149,7 +156,7 @@ class Cursor(Generic[_Payload]):
 
     def _let_go(self, start: int) -> None:
         """Of the oldest, before a unit that is wanted, what is more than may be kept."""
-        while self._kept_bytes > self._may_keep:
+        while self._kept_bytes > self.may_keep:
             at, chunk = self._kept[0]
             if at + chunk.num_units > start:
                 return
@@ -165,7 +172,8 @@ atexit.register(_cursors.clear)  # so that they close their files while there is
 def cursor_at(key: Hashable, make: Callable[[], Passage[_Payload]]) -> Cursor[_Payload]:
     """The cursor of this process in a passage, which `make` makes where there is none."""
     with _looking:
-        cursor = _cursors.pop(key, None) or Cursor(make)
+        may_keep = max((one.may_keep for one in _cursors.values()), default=0)
+        cursor = _cursors.pop(key, None) or Cursor(make, may_keep)
         _cursors[key] = cursor
         while len(_cursors) > MAX_CURSORS:
             _cursors.popitem(last=False)

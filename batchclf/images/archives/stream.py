@@ -19,6 +19,7 @@ from batchclf.results.records import Failure
 from batchclf.system.alive import Place
 
 KIND = b"stream"
+KEPT_BYTES = 2**26
 CHUNK_BYTES = 2**16
 """Inflated at once: so much before a place where that ends the process cannot be had either."""
 
@@ -114,6 +115,7 @@ class _Bytes:
 
     files: Ranges
     path: bytes
+    kept_bytes = KEPT_BYTES
 
     def span_of(self, unit: int) -> Place:
         """There is only the beginning."""

@@ -335,8 +335,6 @@ pq.write_table(table, sys.argv[1], dictionary_pagesize_limit=2**24)
 READ = """
 import sys
 from pathlib import Path
-from batchclf.images.archives import passage
-passage.KEPT_BYTES = 2**23
 from batchclf.images.source import Sources, open_source
 from batchclf.images.store import open_store
 from batchclf.results.records import refs_of

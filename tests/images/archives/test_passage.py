@@ -21,6 +21,8 @@ MANY = 10_000
 class Numbers:
     """Chunks of 10 units, each of which takes a byte; reading can begin every `stride` units."""
 
+    kept_bytes = 200
+
     def __init__(self, stride: int = MANY, fails_at: int | None = None) -> None:
         self.stride = stride
         self.fails_at = fails_at
@@ -53,7 +55,6 @@ def units(cursor: Cursor[range], start: int, stop: int) -> list[int]:
 @pytest.fixture(autouse=True)
 def little_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that tests need no megabytes."""
-    monkeypatch.setattr(passage, "KEPT_BYTES", 200)
     monkeypatch.setattr(passage, "MAX_KEPT_BYTES", 1000)
 
 
@@ -94,7 +95,15 @@ def test_who_comes_too_late_makes_it_begin_again_and_keep_more() -> None:
         assert units(cursor, start, start + 3) == list(range(start, start + 3))
     assert numbers.begun == [0, 0, 0], "the second time, 700 to 1000 are kept"
     units(cursor, 0, 5)
-    assert cursor._may_keep == 800
+    assert cursor.may_keep == 800
+
+
+def test_what_one_had_to_keep_the_next_one_keeps_from_its_beginning_on() -> None:
+    passage._cursors.clear()
+    for start in (1000, 700):
+        passage.cursor_at("first", Numbers).read(start, start + 3)
+    assert passage.cursor_at("first", Numbers).may_keep == 400
+    assert passage.cursor_at("second", Numbers).may_keep == 400
 
 
 def test_it_goes_on_from_the_last_place_before_what_is_wanted() -> None:
