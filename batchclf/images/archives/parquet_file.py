@@ -74,16 +74,10 @@ def batches(
         Unreadable, OSError: as `reading`.
     """
     groups = None if group is None else [group]
-    with reading():
-        some = file.iter_batches(
+    with reading():  # what whoever takes a batch raises is not raised here
+        yield from file.iter_batches(
             num_rows, row_groups=groups, columns=list(columns), use_threads=False
         )
-    while True:
-        with reading():
-            batch = next(some, None)
-        if batch is None:
-            return
-        yield batch
 
 
 def num_bytes_of(metadata: Any, names: Sequence[str], group: int) -> int:

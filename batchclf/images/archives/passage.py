@@ -12,7 +12,6 @@ import atexit
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
 from typing import BinaryIO, Generic, NamedTuple, Protocol, TypeVar
 
 from batchclf.results.records import Failure
@@ -98,41 +97,40 @@ class Cursor(Generic[_Payload]):
         Raises:
             OSError, Refused: as `Passage`; the next call begins again.
         """
-        with self._turn(), passing() as tell:
-            if self._passage is None:
-                tell(Place(0, BEHIND_ALL))
-                self._passage = self._make()
-                self.may_keep = max(self.may_keep, self._passage.kept_bytes)
-            first = self._kept[0][0] if self._kept else self._position
-            begin = self._passage.span_of(start).start
-            if start < first or self._position < begin:
-                self._restart(self._passage.begin(begin), begin, start, first)
-            try:
-                self._go_on(self._passage, start, stop, tell)
-            except BaseException:
-                self._position = -1
-                self._kept.clear()
-                raise
-            return self._found(start, stop)
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        with away():  # the wait for other threads is not this image's fault
-            self._lock.acquire()
+        if not self._lock.acquire(blocking=False):
+            with away():  # the wait for other threads is not this image's fault
+                self._lock.acquire()
         try:
-            yield
+            with passing() as tell:
+                self._reach(start, stop, tell)
+            return self._found(start, stop)
+        except BaseException:
+            self._position = -1
+            self._kept.clear()
+            raise
         finally:
             self._lock.release()
 
-    def _restart(
-        self, coming: Iterator[Chunk[_Payload]], begin: int, start: int, first: int
-    ) -> None:
-        if 0 <= first - start <= self._position - first:
+    def _reach(self, start: int, stop: int, tell: TellPlace) -> None:
+        if self._passage is None:
+            tell(Place(0, BEHIND_ALL))
+            self._passage = self._make()
+            self.may_keep = max(self.may_keep, self._passage.kept_bytes)
+        first = self._kept[0][0] if self._kept else self._position
+        begin = self._passage.span_of(start).start
+        if start < first or self._position < begin:
+            self._restart(
+                self._passage, begin, is_late=0 <= first - start <= self._position - first
+            )
+        self._go_on(self._passage, start, stop, tell)
+
+    def _restart(self, passage: Passage[_Payload], begin: int, *, is_late: bool) -> None:
+        if is_late:
             self.may_keep = min(2 * self.may_keep, MAX_KEPT_BYTES)
         self._kept.clear()
         self._kept_bytes = 0
         self._position = begin
-        self._coming = coming
+        self._coming = passage.begin(begin)
 
     def _found(self, start: int, stop: int) -> list[tuple[int, Chunk[_Payload]]]:
         found: list[tuple[int, Chunk[_Payload]]] = []
@@ -172,8 +170,9 @@ atexit.register(_cursors.clear)  # so that they close their files while there is
 def cursor_at(key: Hashable, make: Callable[[], Passage[_Payload]]) -> Cursor[_Payload]:
     """The cursor of this process in a passage, which `make` makes where there is none."""
     with _looking:
-        may_keep = max((one.may_keep for one in _cursors.values()), default=0)
-        cursor = _cursors.pop(key, None) or Cursor(make, may_keep)
+        cursor = _cursors.pop(key, None)
+        if cursor is None:
+            cursor = Cursor(make, max((one.may_keep for one in _cursors.values()), default=0))
         _cursors[key] = cursor
         while len(_cursors) > MAX_CURSORS:
             _cursors.popitem(last=False)
