@@ -154,4 +154,27 @@ def test_while_others_are_passed_over_a_worker_is_at_each_place_anew() -> None:
     decoding = noted(Decoding([load], []), watch)
     decoding.workers[0]([ImageRef(7, b"7.jpg")], np.zeros((1, 1, 1, 3), np.uint8))
     places = [(7, 1), (7, 2), (7, 3), (7, 4)]  # what makes the passage, then three chunks
-    assert told == [(7, 0), (None, 0), (7, 0), *places, (7, 0), "decodes", (None, 0)]
+    assert told == [(7, 0), *places, (7, 0), "decodes", (None, 0)]
+
+
+def test_who_waits_for_another_thread_is_at_no_image() -> None:
+    told: list[object] = []
+    waits = threading.Event()
+
+    def note(thread: int, index: int | None, step: int) -> None:
+        told.append((index, step))
+        if index is None:
+            waits.set()
+
+    cursor: Cursor[range] = Cursor(Numbers)
+
+    def read() -> None:
+        with Watch(note).loading(0, 7):
+            cursor.read(0, 5)
+
+    with ThreadPoolExecutor(1) as pool:
+        with cursor._lock:
+            reading = pool.submit(read)
+            assert waits.wait(10)
+        reading.result()
+    assert told == [(7, 0), (None, 0), (7, 0), (7, 1), (7, 2), (7, 0), (None, 0)]
