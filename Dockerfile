@@ -19,8 +19,16 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 ENV PIP="/opt/build/bin/pip --python /opt/batchclf/bin/python"
 
 FROM build AS wheel
+# The compiler stays in this stage. Official Python images have Python.h, Debian's own Python has not.
+RUN headers=$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))') \
+    && apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+       $(test -e "$headers/Python.h" || echo libpython3-dev) \
+    && rm -rf /var/lib/apt/lists/*
 COPY . /source
-RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheel /source
+# Without its extension the wheel would be built as well, and be slower.
+RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheel /source \
+    && python3 -m zipfile --list /wheel/*.whl | grep -F _resize.abi3.so
 
 FROM build AS build-cpu
 COPY .docker/cpu.txt /requirements/

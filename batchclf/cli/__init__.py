@@ -74,8 +74,24 @@ class LazyGroup(click.Group):
             sys.exit(130)
 
 
+def _print_version(context: click.Context, _: click.Parameter, is_asked: bool) -> None:
+    if not is_asked:
+        return
+    from batchclf.images.resampler import resampler_name
+
+    print_result(f"batchclf, version {__version__}, resampler: {resampler_name()}")
+    context.exit()
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="batchclf")
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_print_version,
+    help="Show the version, and what resizes images here.",
+)
 def main() -> None:
     """Classify folders of images through ONNX Runtime, one record per image.
 

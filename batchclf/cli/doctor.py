@@ -46,6 +46,9 @@ def _lines(found: "Diagnosis") -> list[str]:
     for name, state in found.providers.items():
         verdict = "works" if state.opens else f"no: {state.problem}"
         lines.append(f"  {name:<11} {verdict}")
+    lines.append(f"resizing      {found.resampler}")
+    if found.resampler_problem:
+        lines.append(f"              PROBLEM: {found.resampler_problem}")
     lines += [
         f"CPU           {found.cpu}",
         f"  has         {', '.join(features) or 'none of the features that matter'}",

@@ -4,7 +4,9 @@ import platform
 from dataclasses import dataclass, field
 
 from batchclf import __version__
-from batchclf.errors import BatchclfError
+from batchclf.errors import BatchclfError, UsageError
+from batchclf.images.resampler import WHY_NOT, resampler_name
+from batchclf.images.resize import require_pillow
 from batchclf.models.bundle import cache_folder, list_cache, versions_of
 from batchclf.runtime.providers import (
     PROVIDERS,
@@ -58,6 +60,9 @@ class Diagnosis:
     flavours: dict[str, str]
     flavour_problem: str | None
     providers: dict[str, ProviderState]
+    resampler: str
+    resampler_problem: str | None
+    """Why exact pixels are not to be had, or take longer than they need."""
     cpu: str
     cpu_features: dict[str, bool]
     cores: dict[str, float | None]
@@ -78,6 +83,8 @@ def diagnose() -> Diagnosis:
         flavours=installed_flavours(),
         flavour_problem=problem,
         providers={name: _provider_state(name) for name in PROVIDERS},
+        resampler=resampler_name(),
+        resampler_problem=_resampler_problem(),
         cpu=name or platform.processor(),
         cpu_features={text: flag in flags for flag, text in CPU_FEATURES.items()},
         cores={
@@ -108,6 +115,14 @@ def _provider_state(name: str) -> ProviderState:
         opens=problem is None,
         problem=problem,
     )
+
+
+def _resampler_problem() -> str | None:
+    try:
+        require_pillow("exact")
+    except UsageError as error:
+        return str(error)
+    return f"slower than native code, the same pixels: {WHY_NOT}" if WHY_NOT else None
 
 
 def _cache() -> dict[str, str | int | bool]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from batchclf.images.resize import require_pillow
 from batchclf.images.store import open_input
 from batchclf.models.resolve import Log, check_model
 from batchclf.run.output import require_separate_output
@@ -29,6 +30,7 @@ def check_job(job: JobSpec, log: Log) -> Checked:
         BatchclfError: the first problem, with the exit code that `run` would end with.
     """
     require_separate_output(job)
+    require_pillow(job.loader.decode)
     fallback = settle_provider(job, log)
     provider = PROVIDERS["cpu" if fallback is not None else job.provider.name]
     store = open_input(job)

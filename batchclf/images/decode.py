@@ -1,8 +1,8 @@
-"""One file's bytes into one uint8 slot: simplejpeg or Pillow decodes, Pillow resizes.
+"""One file's bytes into one uint8 slot: simplejpeg or Pillow decodes, our own C or Pillow resizes.
 
 `exact` gives the very pixels of torchvision's `ImageClassification` transforms on a PIL image
 (`Image.open(...).convert("RGB")`, resize, centre crop). `fast` lets libjpeg decode at a reduced
-scale and resizes only what the crop keeps. Neither depends on which of the two decodes.
+scale and resizes only what the crop keeps. Neither depends on which of them does the work.
 
 Array shapes: H rows and W columns of the crop, C = 3 (RGB).
 """
@@ -14,9 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 
 from batchclf.images.deep import RANGELESS, to_rgb
@@ -33,8 +31,10 @@ from batchclf.images.formats import CAMERA_SUFFIXES, DECODED, avif_without_exif,
 from batchclf.images.jpeg import Jpeg, Limits, is_reducible, read_jpeg
 from batchclf.images.memory import Claim
 from batchclf.images.notes import colour_notes, content_notes, name_notes
+from batchclf.images.picture import Picture
 from batchclf.images.profile import profile_in_jpeg
-from batchclf.images.resample import Window, crop_window, resize_window, resized_size
+from batchclf.images.resample import crop_window, resized_size
+from batchclf.images.resize import Part, Rgb, as_image, is_too_large, resize_into, size_of
 from batchclf.images.tiff import (
     first_directory,
     is_camera_raw,
@@ -60,8 +60,6 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 silence_libtiff()
 
-MAX_RESIZED_PIXELS = 2**25
-"""Enlarging to more pixels than this (a very long and thin image), only the crop is computed."""
 FAST_FACTORS = ((8, 11), (4, 8), (2, 4))
 """By how much `fast` lets libjpeg reduce, and how many times the resize target an image must be.
 
@@ -69,27 +67,7 @@ What is left is at least twice the target, which hardly changes a pixel; but fro
 times will do, since at 8 every block becomes one pixel, and most of the decoding is saved.
 """
 
-_RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 _ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What turns a picture of each EXIF orientation (EXIF 2.32, tag 274) upright."""
-_SIDEWAYS = (5, 6, 7, 8)
-"""Orientations that swap width and height."""
-_FROM_RIGHT, _FROM_BELOW = (2, 3, 6, 7), (3, 4, 7, 8)
-"""Orientations whose first pixels in the file are shown at the right, or below."""
 _APP1 = b"\xff\xe1"
 """The JPEG marker before EXIF and XMP: without it there is no orientation to read."""
 _PEAK_BYTES_OF_RGB, _PEAK_BYTES, _PEAK_BYTES_OF = 5, 10, {"WEBP": 18, "AVIF": 11}
@@ -148,7 +126,7 @@ class Decoder:
         if jpeg.pixels_HWC is None:
             notes = self._decode_with_pillow(data, name, slot_HWC, claim)
             return (*notes, "jpeg_corrupt") if jpeg.is_damaged else notes
-        picture = _Picture(_image(jpeg), jpeg.width, jpeg.height, jpeg.reduction)
+        picture = Picture(_rgb(jpeg), jpeg.width, jpeg.height, jpeg.reduction)
         turned: tuple[str, ...] = ()
         if self.exif_transpose and _APP1 in data:
             picture, turned = _upright(picture, lambda: _open(data))
@@ -167,7 +145,7 @@ class Decoder:
         else:
             image, width, height, reduction = self._load(data, ask)
         rgb, notes = to_rgb(image, data, self.sixteen_bit)
-        picture = _Picture(rgb, width, height, reduction)
+        picture = Picture(rgb, width, height, reduction)
         turned: tuple[str, ...] = ()
         if self.exif_transpose:
             picture, turned = _upright(picture, lambda: image)
@@ -212,85 +190,27 @@ class Decoder:
                 return factor
         return 1
 
-    def _fit(self, picture: "_Picture", slot_HWC: Pixels) -> None:
+    def _fit(self, picture: Picture, slot_HWC: Pixels) -> None:
         """Resize and centre-crop as torchvision does, into the slot."""
         rgb = picture.rgb
         if self.preprocess.channels == "grey":
-            rgb = rgb.convert("L").convert("RGB")
+            rgb = as_image(rgb).convert("L").convert("RGB")
         size = resized_size(picture.width, picture.height, self.preprocess.resize)
         crop_h, crop_w = self.preprocess.crop
         window = crop_window(size, (crop_w, crop_h), self.preprocess.crop_rounding)
-        filter_ = self.preprocess.interpolation
-        enlarging = size[0] > rgb.width and size[1] > rgb.height
-        if enlarging and size[0] * size[1] > MAX_RESIZED_PIXELS:
-            pixels_HWC = resize_window(_pixels(rgb), size, window, filter_, _RESAMPLING[filter_])
-        elif self.mode == "fast":
-            part = rgb.resize(
-                (window.width, window.height), _RESAMPLING[filter_], picture.part(window, size)
-            )
-            pixels_HWC = _pixels(part)
+        if self.mode == "exact" or is_too_large(rgb, size):
+            part = Part((0, 0, *size_of(rgb)), size, window)
         else:
-            resized = rgb.resize(size, _RESAMPLING[filter_])
-            is_whole = (window.width, window.height) == size
-            pixels_HWC = _pixels(resized if is_whole else resized.crop(window.box))
-        if pixels_HWC.shape == slot_HWC.shape:
-            slot_HWC[:] = pixels_HWC
-            return
-        # Smaller than the crop: torchvision pads with black around it.
-        slot_HWC[:] = 0
+            part = picture.part(window, size)
         top, left = window.pad_top, window.pad_left
-        slot_HWC[top : top + window.height, left : left + window.width] = pixels_HWC
+        inner_HWC = slot_HWC[top : top + window.height, left : left + window.width]
+        if inner_HWC.shape != slot_HWC.shape:
+            slot_HWC[:] = 0  # smaller than the crop: torchvision pads with black around it
+        resize_into(inner_HWC, rgb, part, self.preprocess.interpolation)
 
 
-class _Picture(NamedTuple):
-    """An image in RGB, or RGBX, of `width` x `height` pixels before libjpeg reduced it.
-
-    Reduced, it is rounded up to whole pixels: the true edge lies within the last column and row,
-    or, turned upright, the first. A part taken from edge to edge instead would be shifted visibly.
-    """
-
-    rgb: Image.Image
-    width: int
-    height: int
-    reduction: int
-    from_right: bool = False
-    from_below: bool = False
-
-    def upright(self, orientation: int | None) -> "_Picture":
-        """As it should be seen, by its EXIF orientation."""
-        if orientation is None or orientation not in _UPRIGHT:
-            return self
-        rgb = self.rgb.transpose(_UPRIGHT[orientation])
-        width, height = self.width, self.height
-        if orientation in _SIDEWAYS:
-            width, height = height, width
-        from_right, from_below = orientation in _FROM_RIGHT, orientation in _FROM_BELOW
-        return _Picture(rgb, width, height, self.reduction, from_right, from_below)
-
-    def part(self, window: Window, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """The box (left, top, right, bottom) in `rgb` that becomes a window of the resized one."""
-        left, top, right, bottom = window.box
-        rgb_w, rgb_h = self.rgb.size
-        true_w, true_h = self.width / self.reduction, self.height / self.reduction
-        scale_w, scale_h = true_w / size[0], true_h / size[1]
-        first_w = rgb_w - true_w if self.from_right else 0.0
-        first_h = rgb_h - true_h if self.from_below else 0.0
-        return (
-            first_w + left * scale_w,
-            first_h + top * scale_h,
-            min(first_w + right * scale_w, rgb_w),
-            min(first_h + bottom * scale_h, rgb_h),
-        )
-
-
-def _pixels(rgb: Image.Image) -> Pixels:
-    """As np.asarray, which takes its time to find out mode and shape."""
-    rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")  # RGBX
-    return np.frombuffer(rgb.tobytes(), np.uint8).reshape(rgb.height, rgb.width, 3)
-
-
-def _image(jpeg: Jpeg) -> Image.Image:
-    """In RGB, or RGBX; as Image.fromarray, which also blackens the image first."""
+def _rgb(jpeg: Jpeg) -> Rgb:
+    """What is to be resized; an image of Pillow where Pillow has to convert it."""
     assert jpeg.pixels_HWC is not None, "it is left to Pillow"
     height, width, _ = jpeg.pixels_HWC.shape
     if jpeg.layout == "RGBX":  # as Pillow has it in memory: nothing is copied
@@ -299,9 +219,7 @@ def _image(jpeg: Jpeg) -> Image.Image:
         inks = Image.new("CMYK", (width, height), None)
         inks.frombytes(jpeg.pixels_HWC, "raw", "CMYK;I", 0, 1)  # inverted, as Adobe writes them
         return inks.convert("RGB")
-    rgb = Image.new("RGB", (width, height), None)
-    rgb.frombytes(jpeg.pixels_HWC, "raw", "RGB", 0, 1)
-    return rgb
+    return jpeg.pixels_HWC
 
 
 def _format_to_read(data: bytes, name: bytes) -> str:
@@ -336,8 +254,8 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _upright(
-    picture: "_Picture", opened: Callable[[], Image.Image]
-) -> tuple["_Picture", tuple[str, ...]]:
+    picture: Picture, opened: Callable[[], Image.Image]
+) -> tuple[Picture, tuple[str, ...]]:
     """The picture as its EXIF orientation says, or as it stands where that cannot be read."""
     try:
         image = opened()

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 from PIL import features
 from simplejpeg import decode_jpeg, decode_jpeg_header
 
+from batchclf.images.resampler import NATIVE
 from batchclf.results.records import Pixels
 
 USABLE = features.check_feature("libjpeg_turbo") is True
@@ -51,9 +52,10 @@ Claim = Callable[[int, int], None]
 Layout = Literal["RGB", "RGBX", "CMYK"]
 
 _LARGE_PIXELS = 2**22
-"""From here on RGBX: it takes longer to resize, but is not copied; less time, half the memory."""
-_PEAK_BYTES: Mapping[Layout, int] = {"RGB": 8, "RGBX": 5, "CMYK": 12}
-"""Of a pixel, with the image that Pillow makes of it."""
+"""From here on RGBX for Pillow: it takes longer to resize, but is not copied; less time and memory.
+"""
+_PEAK_BYTES: Mapping[Layout, int] = {"RGB": 4 if NATIVE else 8, "RGBX": 5, "CMYK": 12}
+"""Of a pixel, with the image that Pillow makes of it where it has to."""
 
 
 class Limits(NamedTuple):
@@ -129,7 +131,7 @@ def _read(data: bytes, limits: Limits) -> Jpeg | None:
         factor = 1
     reduced_w, reduced_h = -(-width // factor), -(-height // factor)
     layout = _OUTPUTS[colours]
-    if layout == "RGB" and reduced_w * reduced_h >= _LARGE_PIXELS:
+    if layout == "RGB" and not NATIVE and reduced_w * reduced_h >= _LARGE_PIXELS:
         layout = "RGBX"
     limits.claim(reduced_w * reduced_h, _PEAK_BYTES[layout])
     # The smallest scale that is no smaller than this; 0 is the full size.

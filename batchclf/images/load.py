@@ -6,6 +6,7 @@ from batchclf.images.ahead import Fetched, Read
 from batchclf.images.decode import Decoder
 from batchclf.images.local import MAX_FILE_BYTES
 from batchclf.images.memory import default_limit
+from batchclf.images.resize import require_pillow
 from batchclf.images.source import AnySource
 from batchclf.images.store import Store, open_store
 from batchclf.results.records import (
@@ -74,7 +75,12 @@ class Loader:
 
 
 def loader_of(job: JobSpec, source: AnySource, preprocess: Preprocess) -> Loader:
-    """What loads a job's images."""
+    """What loads a job's images.
+
+    Raises:
+        UsageError: `loader.decode` is exact, and what is installed as Pillow resizes otherwise.
+    """
+    require_pillow(job.loader.decode)
     limit = job.loader.max_memory
     decoder = Decoder(
         preprocess,

@@ -85,10 +85,11 @@ def resize_window(
 ) -> Pixels:
     """The window of `pixels_HWC` resized to `size`, with the very bytes a full resize would give.
 
-    For images so long and thin that enlarging them whole would need gigabytes. The short axis is
-    left to Pillow; of the long one only the window is computed, in Pillow's own fixed-point
-    arithmetic. Enlarging, Pillow goes horizontally first, and so do the two cases here (reducing,
-    it may start vertically, but then the result is no larger than the source).
+    For images so long and thin that enlarging them whole would need gigabytes, where Pillow has to
+    do it (_resize.c computes the window only, whatever its size). The short axis is left to Pillow;
+    of the long one only the window is computed, in Pillow's own fixed-point arithmetic. Enlarging,
+    Pillow goes horizontally first, and so do the two cases here (reducing, it may start vertically,
+    but then the result is no larger than the source).
     """
     source_h, source_w = pixels_HWC.shape[:2]
     if size[1] >= size[0]:

@@ -95,6 +95,7 @@ class RunRecord(How):
     num_workers: int
     backend: DecodeBackend
     jpeg_decoder: str
+    resampler: str
     durable: Durable
     segments: tuple[Segment, ...]
     retry: Retry | None

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from batchclf import __version__
 from batchclf.images.extras import installed_readers
 from batchclf.images.jpeg import decoder_name
+from batchclf.images.resampler import resampler_name
 from batchclf.models.variants import facts
 from batchclf.results.identity import Fingerprint
 from batchclf.results.lines import Done
@@ -44,6 +45,7 @@ def record_of(work: Work, fingerprint: Fingerprint, listing: Listing) -> RunReco
         num_workers=plan.num_workers,
         backend=plan.backend,
         jpeg_decoder=decoder_name(),
+        resampler=resampler_name(),
         batch_size=plan.batch_size,
         provider=opened.provider,
         precision=task.job.precision,

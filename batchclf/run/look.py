@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 
 from batchclf.images.lists import NUM_TRIED
+from batchclf.images.resize import require_pillow
 from batchclf.images.source import source_of
 from batchclf.images.store import Store, open_input, open_store
 from batchclf.models.resolve import ResolvedModel, resolve_model
@@ -71,6 +72,7 @@ def look(run: Run) -> Found:
     Raises:
         ResumeRefused: naming the file and what differs.
         ProviderError: the provider does not work here, and there may be work for it.
+        UsageError: exact pixels are not to be had from what is installed as Pillow.
         BatchclfError: the model cannot be had, a file cannot be read.
     """
     job, files, options = run.job, run.files, run.options
@@ -78,6 +80,7 @@ def look(run: Run) -> Found:
     settle = cache(partial(settle_provider, job, run.reporter.log))
     store = cache(partial(_open_store, run))
     if record is None or not record.is_finished:  # else they may be gone
+        require_pillow(job.loader.decode)
         settle()
         store()
     model = resolve_model(

@@ -194,6 +194,15 @@ def test_an_image_finds_its_command_first_and_works_in_data(target: str) -> None
     assert whole(target).of("WORKDIR") == ["/data"]
 
 
+def test_the_wheel_is_compiled_in_a_stage_whose_compiler_no_image_has() -> None:
+    (install, build) = STAGES["wheel"].of("RUN")[-2:]
+    assert " gcc libc6-dev " in install
+    assert build.endswith("| grep -F _resize.abi3.so"), "a wheel without it would pass"
+    assert "wheel" not in {stage.base for stage in STAGES.values()}
+    for target in TARGETS:
+        assert not any("gcc" in step for step in whole(target).of("RUN"))
+
+
 def test_only_the_python_image_is_foreign() -> None:
     foreign = {stage.base for stage in STAGES.values()} - set(STAGES)
     assert foreign == {"${PYTHON_IMAGE}", "scratch", "model-${MODEL}"}

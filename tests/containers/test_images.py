@@ -108,6 +108,12 @@ def test_the_gpu_image_finds_every_cuda_library_in_its_wheels(gpu: Image) -> Non
     assert (done.exit_code, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.parametrize("name", ["cpu", "openvino", "gpu"])
+def test_an_image_resizes_by_native_code(name: str, request: pytest.FixtureRequest) -> None:
+    image: Image = request.getfixturevalue(name)
+    assert "resampler: native (" in image.run("--version").stdout
+
+
 # ---- what a container may rely on ----------------------------------------------------------------
 
 

@@ -358,7 +358,7 @@ class Unheard(Exception):
     """What no decoder was ever seen to raise."""
 
 
-@pytest.mark.parametrize("place", ["load", "has_transparency_data", "convert", "resize"])
+@pytest.mark.parametrize("place", ["load", "has_transparency_data", "convert", "tobytes"])
 @pytest.mark.parametrize("error", [Unheard("boo"), AssertionError(), AttributeError("boo")])
 def test_whatever_a_decoder_raises_and_wherever_is_that_images_failure(
     monkeypatch: pytest.MonkeyPatch, place: str, error: Exception

@@ -27,6 +27,7 @@ from batchclf.images.decode_process import Beat
 from batchclf.images.jpeg import decoder_name
 from batchclf.images.load import Loader
 from batchclf.images.prefetch import Load, Memory, Prefetcher, threads
+from batchclf.images.resampler import resampler_name
 from batchclf.images.source import open_source
 from batchclf.images.store import open_store
 from batchclf.results.records import Failure, ImageRef, Loaded, Pixels, Preprocess
@@ -230,6 +231,7 @@ def test_a_job_writes_the_same_records_with_processes_and_counts_their_time(
     run = json.loads((tmp_path / "processes" / "run.json").read_bytes())
     assert (run["backend"], run["num_workers"]) == ("processes", 3)
     assert run["jpeg_decoder"] == decoder_name()
+    assert run["resampler"] == resampler_name()
 
 
 @pytest.mark.parametrize("whole_group", [False, True])

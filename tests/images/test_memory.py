@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from batchclf.images import memory
+from batchclf.images import decode, memory
 from batchclf.images.decode import Decoder
 from batchclf.images.decode_pool import DecodeProcesses, Workers
 from batchclf.images.memory import SMALL_BYTES, Claim, SharedRoom
@@ -118,11 +118,11 @@ def test_many_threads_are_never_beyond_the_limit_and_none_is_stuck(room: SharedR
 def test_an_image_that_fails_gives_its_turn_back(
     room: SharedRoom, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(image: Image.Image, *_: object) -> None:
+    def fails(*_: object) -> None:
         assert room._taken > 0
         raise OSError("no more")
 
-    monkeypatch.setattr(Image.Image, "resize", fails)
+    monkeypatch.setattr(decode, "resize_into", fails)
     decoder = Decoder(SMALL, max_memory=1)
     for format_ in ("JPEG", "PNG"):
         loaded = decoder(large(format_), b"x", np.zeros((32, 32, 3), np.uint8))

@@ -38,6 +38,7 @@ def a_record(**changes: Any) -> RunRecord:
         num_workers=1,
         backend="threads",
         jpeg_decoder="simplejpeg",
+        resampler="native (plain)",
         batch_size=8,
         provider=ActiveProvider("cpu", "CPUExecutionProvider", "CPU", {"x": 1}, ("a b",)),
         precision="fp32",

@@ -1,0 +1,27 @@
+"""What resizes here: our own C (_resize.c), or Pillow where that could not be compiled."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    from batchclf.images import _resize
+except ImportError as error:
+    NATIVE: tuple[str, ...] = ()
+    """The instruction sets that the native code has here, the fastest first; empty: no such code.
+    """
+    WHY_NOT = f"{error}; pip install batchclf again where there is a C compiler"
+else:
+    NATIVE = _resize.INSTRUCTIONS
+    WHY_NOT = ""
+
+
+def resampler_name() -> str:
+    """What resizes, as run.json says it."""
+    return f"native ({NATIVE[0]})" if NATIVE else f"pillow {pillow_version()}"
+
+
+def pillow_version() -> str:
+    """The version of the installed Pillow; of another package in its place, that it is one."""
+    try:
+        return version("pillow")
+    except PackageNotFoundError:
+        return "(another package in its place)"
