@@ -6,8 +6,9 @@ setup(
     ext_modules=[
         Extension(
             "batchclf.images._resize",
-            ["batchclf/images/_resize.c"],
-            extra_compile_args=["-O3", "-g0"],
+            ["batchclf/images/_resize.c", "batchclf/images/_resize_kernels.c"],
+            depends=["batchclf/images/_resize.h"],
+            extra_compile_args=["-O3", "-g0", "-fvisibility=hidden"],
             py_limited_api=True,
             optional=True,
         )

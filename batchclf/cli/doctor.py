@@ -48,7 +48,7 @@ def _lines(found: "Diagnosis") -> list[str]:
         lines.append(f"  {name:<11} {verdict}")
     lines.append(f"resizing      {found.resampler}")
     if found.resampler_problem:
-        lines.append(f"              PROBLEM: {found.resampler_problem}")
+        lines.append(f"              {found.resampler_problem}")
     lines += [
         f"CPU           {found.cpu}",
         f"  has         {', '.join(features) or 'none of the features that matter'}",

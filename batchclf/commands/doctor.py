@@ -62,7 +62,7 @@ class Diagnosis:
     providers: dict[str, ProviderState]
     resampler: str
     resampler_problem: str | None
-    """Why exact pixels are not to be had, or take longer than they need."""
+    """Why exact pixels are not to be had, or take longer than they could."""
     cpu: str
     cpu_features: dict[str, bool]
     cores: dict[str, float | None]
@@ -122,7 +122,9 @@ def _resampler_problem() -> str | None:
         require_pillow("exact")
     except UsageError as error:
         return str(error)
-    return f"slower than native code, the same pixels: {WHY_NOT}" if WHY_NOT else None
+    if WHY_NOT:
+        return f"no native code, which gives the same pixels in less time: {WHY_NOT}"
+    return None
 
 
 def _cache() -> dict[str, str | int | bool]:

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from PIL import features
 from simplejpeg import decode_jpeg, decode_jpeg_header
 
-from batchclf.images.resampler import NATIVE
+from batchclf.images import resampler
 from batchclf.results.records import Pixels
 
 USABLE = features.check_feature("libjpeg_turbo") is True
@@ -54,8 +54,10 @@ Layout = Literal["RGB", "RGBX", "CMYK"]
 _LARGE_PIXELS = 2**22
 """From here on RGBX for Pillow: it takes longer to resize, but is not copied; less time and memory.
 """
-_PEAK_BYTES: Mapping[Layout, int] = {"RGB": 4 if NATIVE else 8, "RGBX": 5, "CMYK": 12}
-"""Of a pixel, with the image that Pillow makes of it where it has to."""
+_PEAK_BYTES: Mapping[Layout, int] = {"RGB": 8, "RGBX": 5, "CMYK": 12}
+"""Of a pixel, with the image that Pillow makes of it."""
+_PEAK_BYTES_NATIVE = 4
+"""Where Pillow makes none, with what turning it upright or resizing it takes beside."""
 
 
 class Limits(NamedTuple):
@@ -131,9 +133,11 @@ def _read(data: bytes, limits: Limits) -> Jpeg | None:
         factor = 1
     reduced_w, reduced_h = -(-width // factor), -(-height // factor)
     layout = _OUTPUTS[colours]
-    if layout == "RGB" and not NATIVE and reduced_w * reduced_h >= _LARGE_PIXELS:
+    if layout == "RGB" and not resampler.NATIVE and reduced_w * reduced_h >= _LARGE_PIXELS:
         layout = "RGBX"
-    limits.claim(reduced_w * reduced_h, _PEAK_BYTES[layout])
+    is_native = layout == "RGB" and resampler.NATIVE
+    peak_bytes = _PEAK_BYTES_NATIVE if is_native else _PEAK_BYTES[layout]
+    limits.claim(reduced_w * reduced_h, peak_bytes)
     # The smallest scale that is no smaller than this; 0 is the full size.
     least_w, least_h = (0, 0) if factor == 1 else (reduced_w, reduced_h)
     try:

@@ -8,10 +8,11 @@ except ImportError as error:
     NATIVE: tuple[str, ...] = ()
     """The instruction sets that the native code has here, the fastest first; empty: no such code.
     """
-    WHY_NOT = f"{error}; pip install batchclf again where there is a C compiler"
+    WHY_NOT = f"{error}: install batchclf again where there is a C compiler"
 else:
     NATIVE = _resize.INSTRUCTIONS
     WHY_NOT = ""
+    """Why there is no native code."""
 
 
 def resampler_name() -> str:

@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image
 
 from batchclf.errors import UsageError
+from batchclf.images import resampler
 from batchclf.images.resample import Window, resize_window
-from batchclf.images.resampler import NATIVE
 from batchclf.results.records import DecodeMode, Interpolation, Pixels
 
-if NATIVE:
+if resampler.NATIVE:
     from batchclf.images import _resize
 
 Rgb = Image.Image | Pixels
@@ -54,13 +54,14 @@ def resize_into(out_HWC: Pixels, rgb: Rgb, part: Part, interpolation: Interpolat
         MemoryError: there is not enough.
     """
     is_copied = isinstance(rgb, np.ndarray) or rgb.width * rgb.height < LARGE_PIXELS
-    if not (NATIVE and is_copied):
+    if not (resampler.NATIVE and is_copied):
         out_HWC[:] = _by_pillow(as_image(rgb), part, interpolation)
         return
-    tall_first = goes_tall_first() is not False
     corner = (part.window.left, part.window.top)
+    tall_first = goes_tall_first() is not False
     _resize.resize_into(
-        out_HWC, as_pixels(rgb), part.box, part.size, corner, interpolation, tall_first, NATIVE[0]
+        *(out_HWC, as_pixels(rgb), part.box, part.size, corner, interpolation),
+        *(tall_first, resampler.NATIVE[0]),
     )
 
 

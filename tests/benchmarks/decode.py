@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from batchclf.images import jpeg
+from batchclf.images import jpeg, resampler
 from batchclf.images.decode import Decoder
 from batchclf.images.jpeg import decoder_name
 from batchclf.images.resample import crop_window, resized_size
+from batchclf.images.resampler import NATIVE, resampler_name
 from batchclf.results.records import DecodeMode, Pixels, Preprocess
 from tests.images.common import encode
 
@@ -39,12 +40,15 @@ LARGE_PIXELS = 12e6
 COLUMNS = ("files", "decoder", "cpu_ms", "speed", "mean", "worst", "pixel")
 
 
-def own(mode: DecodeMode, usable: bool, data: bytes, preprocess: Preprocess) -> Pixels:
-    """What a job does where simplejpeg is usable, or is not."""
+def own(
+    mode: DecodeMode, usable: bool, native: tuple[str, ...], data: bytes, preprocess: Preprocess
+) -> Pixels:
+    """What a job does where simplejpeg is usable, or is not, and with such native code."""
     slot_HWC = np.zeros((*preprocess.crop, 3), np.uint8)
     installed, jpeg.USABLE = jpeg.USABLE, usable
+    resampler.NATIVE = native
     loaded = Decoder(preprocess, mode)(data, b"x.jpg", slot_HWC)
-    jpeg.USABLE = installed
+    jpeg.USABLE, resampler.NATIVE = installed, NATIVE
     assert loaded.failure is None, loaded
     return slot_HWC
 
@@ -136,12 +140,16 @@ PEERS: dict[str, tuple[str, Callable[[Any, bytes, Preprocess], Pixels]]] = {
 
 def decoders() -> dict[str, Decode]:
     """Those that run here, `exact` first."""
-    found: dict[str, Decode] = {"exact": partial(own, "exact", jpeg.USABLE)}
-    if jpeg.USABLE:
-        found["exact, Pillow alone"] = partial(own, "exact", False)
-    found["fast"] = partial(own, "fast", jpeg.USABLE)
-    if jpeg.USABLE:
-        found["fast, Pillow alone"] = partial(own, "fast", False)
+    found: dict[str, Decode] = {}
+    modes: tuple[DecodeMode, ...] = ("exact", "fast")
+    for mode in modes:
+        found[mode] = partial(own, mode, jpeg.USABLE, NATIVE)
+        for instructions in NATIVE[1:]:
+            found[f"{mode}, {instructions}"] = partial(own, mode, jpeg.USABLE, (instructions,))
+        if NATIVE:
+            found[f"{mode}, Pillow resizes"] = partial(own, mode, jpeg.USABLE, ())
+        if jpeg.USABLE:
+            found[f"{mode}, Pillow alone"] = partial(own, mode, False, ())
     sample = encode(Image.new("RGB", (40, 30)), "JPEG")
     for name, (module, peer) in PEERS.items():
         try:
@@ -236,7 +244,8 @@ def main() -> None:
         print(
             f"{row['files']:<15}{row['decoder']:<22}", *(f"{row[key]!s:>8}" for key in COLUMNS[2:])
         )
-    print(json.dumps({"decoder": decoder_name(), "resize": arguments.resize, "rows": rows}))
+    made_by = {"decoder": decoder_name(), "resampler": resampler_name()}
+    print(json.dumps({**made_by, "resize": arguments.resize, "rows": rows}))
 
 
 if __name__ == "__main__":

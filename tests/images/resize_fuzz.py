@@ -27,7 +27,7 @@ from batchclf.images.resize import goes_tall_first
 from batchclf.results.records import Interpolation, Pixels
 from tests.conftest import ROOT
 
-SOURCE = ROOT / "batchclf" / "images" / "_resize.c"
+SOURCES = sorted((ROOT / "batchclf" / "images").glob("_resize*.c"))
 SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all"
 GUARD = 251
 """What surrounds the place of the result, and has to stay."""
@@ -153,7 +153,7 @@ def sanitized(folder: Path, cc: str) -> Path:
     library = folder / "_resize.so"
     include = sysconfig.get_path("include")
     options = ["-g", "-O1", "-shared", "-fPIC", *SANITIZERS.split(), f"-I{include}"]
-    subprocess.run([cc, *options, "-o", str(library), str(SOURCE), "-lm"], check=True)
+    subprocess.run([cc, *options, "-o", str(library), *map(str, SOURCES), "-lm"], check=True)
     return library
 
 

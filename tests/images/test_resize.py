@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from batchclf.errors import UsageError
-from batchclf.images import resize
+from batchclf.images import resampler, resize
 from batchclf.images.picture import Picture
 from batchclf.images.resample import Window, crop_window, resized_size
 from batchclf.images.resampler import NATIVE
@@ -206,7 +206,7 @@ def test_photos_are_torchvisions_by_whatever_resizes_them(monkeypatch: pytest.Mo
         preset = presets[number % len(presets)]
         expected_HWC = torchvision_pixels(Image.open(path), preset)
         for instructions in paths():
-            monkeypatch.setattr(resize, "NATIVE", instructions)
+            monkeypatch.setattr(resampler, "NATIVE", instructions)
             found_HWC, _ = decode(path.read_bytes(), preprocess=preset)
             np.testing.assert_array_equal(found_HWC, expected_HWC, f"{instructions} {path.name}")
 
@@ -218,7 +218,7 @@ def test_fast_gives_the_same_bytes_by_whatever_resizes_them(
         file = path.read_bytes()
         found = set()
         for instructions in paths():
-            monkeypatch.setattr(resize, "NATIVE", instructions)
+            monkeypatch.setattr(resampler, "NATIVE", instructions)
             found.add(decode(file, mode="fast")[0].tobytes())
         assert len(found) == 1
 
@@ -236,7 +236,7 @@ def test_every_kind_of_image_is_padded_and_grey_alike_by_whatever_resizes_it(
     for preprocess in (padded, replace(padded, channels="grey")):
         found = set()
         for instructions in paths():
-            monkeypatch.setattr(resize, "NATIVE", instructions)
+            monkeypatch.setattr(resampler, "NATIVE", instructions)
             pixels_HWC, loaded = decode(file, preprocess=preprocess)
             assert loaded.failure is None
             found.add(pixels_HWC.tobytes())
@@ -267,7 +267,7 @@ def test_what_is_too_large_whole_is_resized_alike_by_whatever_does_it(
     part = Part((0, 0, 2501, 3), size, crop_window(size, (224, 224)))
     found = set()
     for instructions in paths():
-        monkeypatch.setattr(resize, "NATIVE", instructions)
+        monkeypatch.setattr(resampler, "NATIVE", instructions)
         out_HWC = np.zeros((224, 224, 3), np.uint8)
         resize_into(out_HWC, pixels_HWC, part, interpolation)
         found.add(out_HWC.tobytes())
