@@ -120,7 +120,9 @@ static int
 find_weights(Axis *axis, const Span *span, const Filter *filter, const Kernel *kernel)
 {
     double scale = scale_of(span), stretch = scale < 1.0 ? 1.0 : scale, shrink = 1.0 / stretch;
-    axis->is_copy = scale == 1.0 && span->from == floorf(span->from);
+    /* Beyond 2^24 single precision may round the length up. */
+    int is_there = (Py_ssize_t)span->from + span->start + span->count <= span->length;
+    axis->is_copy = scale == 1.0 && span->from == floorf(span->from) && is_there;
     /* A copy has one tap each; every filter is one at zero. */
     Py_ssize_t most = find_taps(axis, span, axis->is_copy ? 0.5 : filter->radius * stretch);
     axis->groups = (most + GROUP - 1) / GROUP;

@@ -106,6 +106,24 @@ def test_edges_of_one_pixel_strips_and_extremes_are_pillows(
 
 
 @needs_code
+@pytest.mark.parametrize("interpolation", get_args(Interpolation))
+def test_the_end_of_a_row_too_long_for_single_precision_is_not_passed(
+    interpolation: Interpolation,
+) -> None:
+    """In which 2^24 + 3 is 2^24 + 4: the last output lies beyond the last input, and is black."""
+    length = 2**24 + 3
+    source_HWC = np.full((1, length, 3), 9, np.uint8)
+    for instructions in NATIVE:
+        out_HWC = np.zeros((1, 8, 3), np.uint8)
+        _resize.resize_into(
+            *(out_HWC, source_HWC, (0, 0, length, 1), (length + 1, 1), (length - 7, 0)),
+            *(interpolation, True, instructions),
+        )
+        assert (out_HWC[0, :6] == 9).all()
+        assert out_HWC.max() <= 10
+
+
+@needs_code
 @pytest.mark.parametrize("source_size", [(30, 61), (30, 60), (31, 90), (90, 181), (90, 180)])
 def test_tall_images_are_resized_in_the_order_of_the_installed_pillow(
     source_size: tuple[int, int],
