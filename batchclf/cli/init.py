@@ -51,7 +51,7 @@ provider: {provider}                   # cpu, cuda or openvino, or with more to 
                                 # provider, allow_fallback: true lets the CPU stand in for it
 precision: fp32                 # cpu: or int8; cuda: or fp16; openvino: or bf16, fp16, int8
 # min_agreement: 0.93           # of another precision with fp32, on a sample of the images
-batch_size: 16                  # a CPU gains nothing from more, a GPU wants 64 or more
+batch_size: 16                  # handed over at once; a GPU wants 64 or more
 top_k: 5                        # classes per record, best first
 
 loader:
@@ -70,6 +70,7 @@ loader:
 runtime:
   streams: auto                 # batches inferred at the same time
   threads: auto                 # threads within one batch
+  # part: auto                  # on a CPU: images of a batch that are inferred at once
 # stall_timeout: 120            # seconds without progress before the job's process starts again
 
 errors:

@@ -109,12 +109,13 @@ def _parse_shard(text: str) -> tuple[int, int]:
 
 
 def _print_summary(summary: "Summary", predictions: str) -> None:
-    provider, check = summary.provider, summary.precision_check
+    provider, check, part = summary.provider, summary.precision_check, summary.part
     lines = [
         f"{summary.num_images:,} images: {summary.num_ok:,} ok, {summary.num_errors:,} errors"
         + "".join(f", {count:,} {code}" for code, count in summary.errors_by_code.items()),
         f"{summary.images_per_s:,.1f} images/s over {summary.wall_s:.1f} s "
-        f"(and {summary.startup_s:.1f} s of start-up), batches of {summary.batch_size}",
+        f"(and {summary.startup_s:.1f} s of start-up), batches of {summary.batch_size}"
+        + (f" in parts of {part.num_images}" if part.num_images < summary.batch_size else ""),
         f"ran on {provider.active} ({provider.device}), {summary.precision}; "
         f"bottleneck: {summary.bottleneck} ({summary.bottleneck_why})",
     ]

@@ -79,7 +79,7 @@ def check_golden(
     """Refuse a session that does not give the bundle's own answers.
 
     Args:
-        classify: the session, as a function; called once.
+        classify: the session, as a function.
         where: what it runs on, for the message.
         precision: what it is to compute in.
         rounding: as which precision it may round; None: as that one.
@@ -89,10 +89,14 @@ def check_golden(
         ProviderError: other answers, or those of another precision than the one asked for.
     """
     pixels_NHWC, expected_NK = read_golden(bundle)
-    if batch_size is not None:
-        pixels_NHWC = tiled(pixels_NHWC, batch_size)
-        expected_NK = tiled(expected_NK, batch_size)
-    found_NK = classify(pixels_NHWC)
+    size = batch_size or len(pixels_NHWC)
+    if size > len(pixels_NHWC):
+        pixels_NHWC, expected_NK = tiled(pixels_NHWC, size), tiled(expected_NK, size)
+    parts = [
+        classify(np.resize(pixels_NHWC[first : first + size], (size, *pixels_NHWC.shape[1:])))
+        for first in range(0, len(pixels_NHWC), size)
+    ]
+    found_NK = np.concatenate(parts)[: len(expected_NK)]
     what = f"{bundle.meta.name} on {where}"
     rounding = rounding or precision
     if rounding == "fp32":

@@ -95,7 +95,10 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One batch of the prefetcher; rows of `pixels_NHWC` beyond `len(refs)` are padding."""
+    """One batch of the prefetcher; rows of `pixels_NHWC` beyond `len(refs)` are padding.
+
+    Once it was inferred, its rows are those of the images that loaded, in their order.
+    """
 
     sequence: int
     refs: tuple[ImageRef, ...]
@@ -172,6 +175,15 @@ class ActiveProvider:
     """All options the provider was opened with, the user's and the defaults of this program."""
     fallback: str | None = None
     """Why the requested provider does not run, where the job allowed the CPU in its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """How many images of a batch are inferred at once, and how that was chosen."""
+
+    num_images: int
+    chosen: Literal["measured", "remembered", "asked", "whole"]
+    """Measured now, or by an earlier run here; asked for by the job; whole: a batch is one part."""
 
 
 @dataclass(frozen=True, slots=True)

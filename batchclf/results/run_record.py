@@ -12,7 +12,13 @@ from pydantic import ValidationError
 from batchclf.errors import EnvironmentFailed, Interrupted, ResumeRefused
 from batchclf.results.files import RunFiles, read_bytes, replace_file
 from batchclf.results.identity import Fingerprint, Strict, as_written
-from batchclf.results.records import ActiveProvider, DecodeBackend, DecodeMode, PrecisionCheck
+from batchclf.results.records import (
+    ActiveProvider,
+    DecodeBackend,
+    DecodeMode,
+    Part,
+    PrecisionCheck,
+)
 from batchclf.system.machine import boot_id
 
 FORMAT_VERSION: Literal[1] = 1
@@ -67,6 +73,7 @@ class How(Strict):
     """How and on what a run goes; the summary line says it as well."""
 
     batch_size: int
+    part: Part
     provider: ActiveProvider
     precision: str
     precision_check: PrecisionCheck | None

@@ -19,7 +19,6 @@ from batchclf.run.blame import explained
 from batchclf.run.plan import Plan, Task
 from batchclf.run.reporter import Reporter
 from batchclf.run.sameness import FirstAnswers
-from batchclf.runtime.classifier import WithinMemory
 from batchclf.runtime.ranking import rank
 from batchclf.runtime.streams import Rank, Streams
 from batchclf.sessions.open import Opened
@@ -56,21 +55,21 @@ def classify(work: Work, refs: Iterator[ImageRef], sink: Sink) -> None:
     Raises:
         ErrorLimitPassed: after the batch that passed `errors.max`.
         Interrupted: after a signal, with everything in flight written.
-        OutOfMemory: for a batch of this size.
+        OutOfMemory: for so many images at once.
         DeviceLost: the device does not answer any more; another process may find that it does.
     """
     task, stats, stop = work.plan.task, work.stats, work.stop
-    classifiers = [WithinMemory(one, work.reporter.log) for one in work.opened.classifiers]
+    opened = work.opened
     first = FirstAnswers()
     work.reporter.begin(task.num_images, stats.num_images, stats.num_errors)
     with (
-        explained(task, work.plan.batch_size),
+        explained(task, opened.part.num_images),
         stop.drained_by_caller(),
         _prefetched(work, refs) as (decoding, batches),
-        Streams(batches.next_batch, classifiers, _ranking(task), stats.add_batch) as streams,
+        Streams(batches.next_batch, opened.classifiers, _ranking(task), stats.add_batch) as streams,
         _stopping(batches),
     ):
-        stats.start(time.perf_counter() - batchclf.STARTED, len(classifiers))
+        stats.start(time.perf_counter() - batchclf.STARTED, len(opened.classifiers))
         stats.count_cpu(decoding.cpu_seconds)
         for result in streams.results(TICK_S):
             work.reporter.before_write()

@@ -47,6 +47,7 @@ def record_of(work: Work, fingerprint: Fingerprint, listing: Listing) -> RunReco
         jpeg_decoder=decoder_name(),
         resampler=resampler_name(),
         batch_size=plan.batch_size,
+        part=opened.part,
         provider=opened.provider,
         precision=task.job.precision,
         precision_check=opened.precision_check,

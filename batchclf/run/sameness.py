@@ -29,9 +29,13 @@ class FirstAnswers:
 
         Images with the same pixels count as one: the same answer is right for them.
         """
-        for pixels_HWC, record in zip(batch.pixels_NHWC, records, strict=False):
+        rows = iter(batch.pixels_NHWC)
+        for loaded, record in zip(batch.loaded, records, strict=True):
             if self._is_over:
                 return None
+            if loaded.failure is not None:
+                continue
+            pixels_HWC = next(rows)
             if isinstance(record.outcome, Failure):
                 continue
             if self._answer is None or self._pixels_HWC is None:

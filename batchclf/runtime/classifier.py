@@ -12,7 +12,6 @@ import onnxruntime as ort
 
 from batchclf.errors import ModelError, ProviderError
 from batchclf.results.records import ActiveProvider, Pixels, Scores
-from batchclf.runtime.faults import is_out_of_memory
 from batchclf.runtime.sessions import (
     NOTHING,
     ORT_ERRORS,
@@ -107,43 +106,6 @@ def open_classifier(
         place = ("cuda", target.device_id) if on_cuda else ("cpu", 0)
         return BoundClassifier(session, active, *place)
     return OnnxClassifier(session, active)
-
-
-class WithinMemory:
-    """A classifier that infers a batch in parts, where memory does not suffice for all at once.
-
-    For a session that takes any batch, as those of provider cpu do: it is none the worse for a lack
-    of memory. Those of the others are opened for one size. Called from one thread.
-    """
-
-    def __init__(self, classify: OnnxClassifier, log: Callable[[str], None]) -> None:
-        """Tell `log` whenever the parts get smaller."""
-        self._classify = classify
-        self._log = log
-        self._most: int | None = None
-        """Images in a part; None: all of a batch."""
-
-    def __call__(self, pixels_NHWC: Pixels) -> Scores:
-        num_images = len(pixels_NHWC)
-        size = min(self._most or num_images, num_images)
-        try:
-            if size == num_images:
-                return self._classify(pixels_NHWC)
-            parts = [
-                self._classify(pixels_NHWC[first : first + size])
-                for first in range(0, num_images, size)
-            ]
-            return np.concatenate(parts)
-        except ORT_ERRORS as error:
-            if size == 1 or not self._classify.takes_any_batch or not is_out_of_memory(error):
-                raise
-            cause = str(error)
-        self._most = size // 2
-        self._log(
-            f"memory does not suffice for {size} images at once ({cause}): "
-            f"inferring batches in parts of {self._most}"
-        )
-        return self(pixels_NHWC)
 
 
 def warm_up(classify: OnnxClassifier, pixels_NHWC: Pixels) -> Scores:

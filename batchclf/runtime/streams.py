@@ -1,4 +1,7 @@
-"""Several streams of inference at once, their results in the order of the batches."""
+"""Several streams of inference at once, their results in the order of the batches.
+
+Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
+"""
 
 import threading
 import time
@@ -10,12 +13,14 @@ from batchclf.results.records import (
     Failure,
     ImageRef,
     Loaded,
+    Pixels,
     Prediction,
     Record,
     Scores,
 )
-from batchclf.runtime.classifier import Classifier
 
+Infer = Callable[[Pixels, int], Scores]
+"""A batch's memory (uint8 NHWC) and the number of its rows to infer, to their float32 scores NK."""
 Rank = Callable[[Scores], Sequence[tuple[Prediction, ...] | Failure]]
 """Scores of shape NK to each row's predictions."""
 Timed = Callable[[float, float], None]
@@ -25,6 +30,8 @@ Timed = Callable[[float, float], None]
 class Streams:
     """One thread per classifier, each taking the next batch until there is none.
 
+    Only images that loaded are inferred: their rows are moved to the beginning of the batch.
+
     Use as a context manager. `next_batch` must hand batches out in order and return None at the
     end; batches handed out are always finished, so what comes out is a prefix of the input.
     """
@@ -32,7 +39,7 @@ class Streams:
     def __init__(
         self,
         next_batch: Callable[[], Batch | None],
-        classifiers: Sequence[Classifier],
+        classifiers: Sequence[Infer],
         rank: Rank,
         timed: Timed,
     ) -> None:
@@ -84,7 +91,7 @@ class Streams:
     def _is_ready(self) -> bool:
         return self._next in self._results or self._num_running == 0 or self._error is not None
 
-    def _work(self, classifier: Classifier) -> None:
+    def _work(self, infer: Infer) -> None:
         try:
             while True:
                 started = time.perf_counter()
@@ -92,9 +99,11 @@ class Streams:
                 if batch is None:
                     break
                 received = time.perf_counter()
-                scores_NK = classifier(batch.pixels_NHWC)[: len(batch.refs)]
+                num_good = pack(batch)
+                scores_NK = infer(batch.pixels_NHWC, num_good) if num_good else None
                 self._timed(received - started, time.perf_counter() - received)
-                records = to_records(batch.refs, batch.loaded, self._rank(scores_NK))
+                ranked = [] if scores_NK is None else self._rank(scores_NK)
+                records = to_records(batch.refs, batch.loaded, ranked)
                 with self._changed:
                     self._results[batch.sequence] = (batch, records)
                     self._changed.notify_all()
@@ -107,13 +116,26 @@ class Streams:
                 self._changed.notify_all()
 
 
+def pack(batch: Batch) -> int:
+    """Move the rows of the images that loaded to the beginning, in their order; how many they are.
+
+    Costs nothing where all of them did.
+    """
+    good = [row for row, one in enumerate(batch.loaded) if one.failure is None]
+    for place, row in enumerate(good):
+        if place != row:
+            batch.pixels_NHWC[place] = batch.pixels_NHWC[row]
+    return len(good)
+
+
 def to_records(
     refs: Sequence[ImageRef],
     loaded: Sequence[Loaded],
     ranked: Sequence[tuple[Prediction, ...] | Failure],
 ) -> list[Record]:
-    """The records of a batch, in its order: a failure to load stands before any prediction."""
+    """The records of a batch, in its order; `ranked` is of the images that loaded."""
+    answers = iter(ranked)
     return [
-        Record(ref, one.failure or outcome, one.warnings)
-        for ref, one, outcome in zip(refs, loaded, ranked, strict=True)
+        Record(ref, one.failure or next(answers), one.warnings)
+        for ref, one in zip(refs, loaded, strict=True)
     ]

@@ -4,16 +4,18 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from hashlib import sha256
 from operator import attrgetter
 from pathlib import Path
 
 from batchclf.errors import ProviderError
 from batchclf.images.prefetch import Allocate, zeroed_pixels
 from batchclf.models.bundle import Bundle, cache_folder, digest_of, private_folder
+from batchclf.models.checks import sample_pixels, tiled
 from batchclf.models.golden import check_golden
 from batchclf.models.resolve import Log, ResolvedModel, confirm_batch_size
 from batchclf.models.variants import Conversion, needed_variant, resolve_variant
-from batchclf.results.records import ActiveProvider, Pixels, Precision, PrecisionCheck
+from batchclf.results.records import ActiveProvider, Part, Pixels, Precision, PrecisionCheck
 from batchclf.runtime.classifier import (
     OnnxClassifier,
     open_classifier,
@@ -21,6 +23,7 @@ from batchclf.runtime.classifier import (
     warm_up,
 )
 from batchclf.runtime.openvino import DEFAULT_DEVICE, device_names, require_cpu_precision
+from batchclf.runtime.parts import InParts
 from batchclf.runtime.probe import require_working
 from batchclf.runtime.providers import (
     PROVIDERS,
@@ -29,7 +32,9 @@ from batchclf.runtime.providers import (
     require_provider,
 )
 from batchclf.runtime.sessions import Target
-from batchclf.sessions.precision import compare_precisions, remembered, require_agreement
+from batchclf.sessions.kept import remembered
+from batchclf.sessions.part import LARGEST, Fastest, fastest_part, require_part
+from batchclf.sessions.precision import compare_precisions, require_agreement
 from batchclf.spec.job import JobSpec, ProviderSpec, auto, runs_on_cpu
 from batchclf.system.machine import cpu_name_and_flags, usable_cores
 
@@ -42,7 +47,9 @@ DEVICE_STREAMS = 2
 class Opened:
     """What classifies: one classifier per stream, and what was proven of them."""
 
-    classifiers: Sequence[OnnxClassifier]
+    classifiers: Sequence[InParts]
+    part: Part
+    """What each of them infers at once."""
     provider: ActiveProvider
     bundle: Bundle
     """The model at the job's precision."""
@@ -63,6 +70,7 @@ def settle_provider(job: JobSpec, log: Log) -> str | None:
         UsageError: the provider cannot do what the job asks of it.
     """
     require_precision(job.provider.name, job.precision)
+    require_part(job)
     try:
         require_working(targets(job.provider, job))
     except ProviderError as error:
@@ -119,7 +127,7 @@ class Wanted:
     job: JobSpec
     model: ResolvedModel
     batch_size: int
-    """Images per batch, as every batch will be padded to."""
+    """Rows of a batch, whatever is in them."""
     sample: Callable[[], Pixels]
     """Images of the job's own, uint8 NHWC; called once at most, at a reduced precision."""
     log: Log
@@ -153,18 +161,19 @@ def _open(wanted: Wanted, spec: ProviderSpec) -> Opened:
     job, bundle = wanted.job, wanted.model.bundle
     if (precision := needed_variant(spec.name, job.precision)) is not None:
         bundle = resolve_variant(bundle, precision, conversion_of(wanted))
-    classifiers: list[OnnxClassifier] = []
+    classifiers: list[InParts] = []
     check = None
     for target in targets(spec, job):
-        opened = open_target(bundle, target, wanted.batch_size)
+        opened, part = open_in_parts(wanted, bundle, target)
         _log_cpu_nodes(opened[0].active, wanted.log)
         if _rounding(target) != "fp32":
-            found = _check_precision(wanted, bundle, target, opened[0])
+            found = _check_precision(wanted, bundle, target, opened[0], part)
             check = found if check is None else min(check, found, key=attrgetter("top1_agreement"))
         classifiers += opened
     devices = dict.fromkeys(one.active.device for one in classifiers)
     return Opened(
         classifiers,
+        part,
         replace(classifiers[0].active, device=", ".join(devices)),
         bundle,
         allocate=partial(_pinned, spec.devices or (0,)) if spec.name == "cuda" else zeroed_pixels,
@@ -194,8 +203,62 @@ def _log_cpu_nodes(active: ActiveProvider, log: Log) -> None:
         log(f"provider {active.requested}: shapes are computed on the CPU: {some}")
 
 
-def open_target(bundle: Bundle, target: Target, batch_size: int) -> list[OnnxClassifier]:
-    """A classifier per stream, each session compared with the bundle's golden answers."""
+def open_in_parts(wanted: Wanted, bundle: Bundle, target: Target) -> tuple[list[InParts], Part]:
+    """A classifier per stream of a target, and what each of them infers at once.
+
+    Raises:
+        ProviderError: a session does not run, or gives other answers.
+        ModelError: the model gives other answers with another number of images.
+    """
+    any_size = _open_target(bundle, target, None) if target.provider.name == "cpu" else None
+
+    def in_parts(size: int) -> list[InParts]:
+        sessions = any_size or _open_target(bundle, target, size)
+        return [InParts(one, size, wanted.log) for one in sessions]
+
+    part = _choose_part(wanted, bundle, target, in_parts)
+    if any_size is not None:
+        confirm_batch_size(bundle, part.num_images, any_size[0])
+    return in_parts(part.num_images), part
+
+
+def _choose_part(
+    wanted: Wanted, bundle: Bundle, target: Target, in_parts: Callable[[int], list[InParts]]
+) -> Part:
+    """What the model or the device wants, what the job asks for, or what is fastest here."""
+    fixed, asked = bundle.meta.fixed_batch, wanted.job.runtime.part
+    if fixed is not None or not _is_cpu(target):
+        return Part(fixed or wanted.batch_size, "whole")
+    if asked != "auto":
+        return Part(min(asked, wanted.batch_size), "asked")
+    machine = (*_cpu(), usable_cores(), target.streams, target.threads)
+    key = (_what_answers(bundle, target), machine)
+    pixels_NHWC = tiled(sample_pixels(*bundle.meta.preprocess.crop), LARGEST)
+    found, is_known = remembered("parts", key, Fastest, lambda: fastest_part(in_parts, pixels_NHWC))
+    size = min(found.num_images, wanted.batch_size)
+    if is_known:
+        return Part(size, "remembered")
+    rates = ", ".join(f"of {tried} {rate:,.1f}" for tried, rate in found.rates.items())
+    wanted.log(f"inferring in parts of {size}, as is fastest here (images/s in parts {rates})")
+    return Part(size, "measured")
+
+
+def _is_cpu(target: Target) -> bool:
+    return target.provider.name == "cpu" or (
+        target.provider.name == "openvino" and target.device_type == DEFAULT_DEVICE
+    )
+
+
+def _cpu() -> tuple[str, list[str]]:
+    name, flags = cpu_name_and_flags()
+    return name, sorted(flags)
+
+
+def _open_target(bundle: Bundle, target: Target, size: int | None) -> list[OnnxClassifier]:
+    """A session per stream, compared with the bundle's golden answers.
+
+    `size`: images that each infers at once; None: any number, or the model's own.
+    """
     name = target.provider.name
     on_cpu = name == "cpu"
     # One-threaded calls share a session; a CUDA session computes one batch at a time.
@@ -205,8 +268,8 @@ def open_target(bundle: Bundle, target: Target, batch_size: int) -> list[OnnxCla
         classify = open_classifier(
             bundle.model_path,
             target,
-            batch_size=batch_size,
-            compile_cache=_compile_cache(bundle, target, batch_size),
+            batch_size=size,
+            compile_cache=_compile_cache(bundle, target, size),
         )
         check_golden(
             bundle,
@@ -214,11 +277,9 @@ def open_target(bundle: Bundle, target: Target, batch_size: int) -> list[OnnxCla
             where=f"{name} ({classify.active.device})",
             precision=target.precision,
             rounding=_rounding(target),
-            batch_size=bundle.meta.fixed_batch if on_cpu else batch_size,
+            batch_size=size or bundle.meta.fixed_batch,
         )
         sessions.append(classify)
-    if on_cpu:
-        confirm_batch_size(bundle, batch_size, sessions[0])
     return [sessions[number % num_sessions] for number in range(target.streams)]
 
 
@@ -229,9 +290,9 @@ def _rounding(target: Target) -> Precision:
     return "fp16" if is_tf32 and target.precision == "fp32" else target.precision
 
 
-def _compile_cache(bundle: Bundle, target: Target, batch_size: int) -> Path:
+def _compile_cache(bundle: Bundle, target: Target, size: int | None) -> Path:
     """Where a provider keeps what it compiled: the folder's name says all that it depends on."""
-    key = _what_answers(bundle, target, batch_size)
+    key = (_what_answers(bundle, target), size)
     folder = cache_folder().parent / "compiled"
     if target.provider.name == "openvino":
         with suppress(OSError):  # a cache that can only be read
@@ -239,21 +300,20 @@ def _compile_cache(bundle: Bundle, target: Target, batch_size: int) -> Path:
     return folder / digest_of(key)[:24]
 
 
-def _what_answers(bundle: Bundle, target: Target, batch_size: int) -> tuple[object, ...]:
-    """All that the answers of a session depend on, its device apart."""
+def _what_answers(bundle: Bundle, target: Target) -> tuple[object, ...]:
+    """All that the answers of a session depend on, its device and the size of its batches apart."""
     return (
         bundle.digest,
         target.provider.name,
         sorted(installed_flavours().items()),
         target.device_type,
         target.precision,
-        batch_size,
         sorted(target.options.items()),
     )
 
 
 def _check_precision(
-    wanted: Wanted, reduced: Bundle, target: Target, classify: OnnxClassifier
+    wanted: Wanted, reduced: Bundle, target: Target, classify: InParts, part: Part
 ) -> PrecisionCheck:
     """Compare with fp32 on the CPU, which every ONNX Runtime has and which is beyond doubt."""
     bundle, sample_NHWC = wanted.model.bundle, wanted.sample()
@@ -266,13 +326,15 @@ def _check_precision(
             classify,
             full,
             sample_NHWC,
-            wanted.batch_size,
+            part.num_images,
             activation=bundle.meta.activation,
         )
 
-    cpu, flags = cpu_name_and_flags()
-    key = (_what_answers(reduced, target, wanted.batch_size), bundle.digest, cpu, sorted(flags))
-    check = remembered(key, classify.active.device, sample_NHWC, compare)
+    key = (
+        *(_what_answers(reduced, target), part.num_images, classify.active.device),
+        *(bundle.digest, _cpu(), sample_NHWC.shape, sha256(sample_NHWC.data).hexdigest()),
+    )
+    check, _ = remembered("agreement", key, PrecisionCheck, compare)
     precision = wanted.job.precision
     wanted.log(
         f"{precision if precision != 'fp32' else 'TF32'} compared with fp32 on "

@@ -3,17 +3,11 @@
 Array shapes: N images, H rows, W columns, C = 3 (RGB), K classes.
 """
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import asdict
-from hashlib import sha256
 
 import numpy as np
-import orjson
 
 from batchclf.errors import PrecisionRefused
-from batchclf.models.bundle import cache_folder, digest_of
 from batchclf.results.records import Activation, Pixels, PrecisionCheck, Scores
 from batchclf.runtime.ranking import activated
 from batchclf.spec.job import JobSpec
@@ -60,27 +54,6 @@ def compare_precisions(
     return PrecisionCheck(
         len(pixels_NHWC), round(num_agreeing / len(pixels_NHWC), 4), round(largest, 6)
     )
-
-
-def remembered(
-    what_answers: object, device: str, sample_NHWC: Pixels, compare: Callable[[], PrecisionCheck]
-) -> PrecisionCheck:
-    """The result of `compare`, kept for the next run with the same sessions and pixels.
-
-    Comparing costs seconds at every start of a job otherwise, also when it resumes. The session
-    itself is compared with its reference answers at every start all the same.
-    """
-    key = digest_of((what_answers, device, sample_NHWC.shape, sha256(sample_NHWC.data).hexdigest()))
-    path = cache_folder().parent / "agreement" / f"{key[:24]}.json"
-    with suppress(OSError, ValueError, TypeError):  # none yet, or of another version
-        return PrecisionCheck(**orjson.loads(path.read_bytes()))
-    check = compare()
-    temporary = path.with_suffix(f".{os.getpid()}")
-    with suppress(OSError):  # a cache that can only be read: the next run compares again
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(orjson.dumps(asdict(check)))
-        os.replace(temporary, path)
-    return check
 
 
 def _padded_batches(pixels_NHWC: Pixels, size: int) -> Iterator[Pixels]:

@@ -476,6 +476,11 @@ class RuntimeSpec(_Spec):
 
     streams: AutoOrCount = Field("auto", description="Batches inferred at the same time.")
     threads: AutoOrCount = Field("auto", description="Threads within one batch's inference.")
+    part: AutoOrCount = Field(
+        "auto",
+        description="On a CPU: images of a batch that are inferred at once; auto: what is fastest "
+        "for the model, measured here once. Other devices infer whole batches.",
+    )
 
 
 class ErrorsSpec(_Spec):
@@ -517,7 +522,9 @@ class JobSpec(_Spec):
         "must be that at fp32; otherwise the job ends with exit code 5.",
     )
     batch_size: Annotated[int, Field(ge=1, le=65536)] = Field(
-        16, description="Images per batch; a CPU gains nothing from more, a GPU wants 64 or more."
+        16,
+        description="Images that are decoded and handed over together; a GPU infers them all at "
+        "once and wants 64 or more.",
     )
     top_k: Count = Field(5, description="Classes per record, best first.")
     loader: LoaderSpec = LoaderSpec()

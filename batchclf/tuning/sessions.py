@@ -7,7 +7,7 @@ from batchclf.images.prefetch import Allocate
 from batchclf.results.records import Pixels, Precision
 from batchclf.runtime.providers import PROVIDERS
 from batchclf.runtime.sessions import Target
-from batchclf.sessions.open import Opened, Wanted, open_devices, open_target, targets
+from batchclf.sessions.open import Opened, Wanted, open_devices, open_in_parts, targets
 from batchclf.spec.job import ProviderSpec, RuntimeSpec, runs_on_cpu
 from batchclf.tuning.measure import Bench, job_with
 from batchclf.tuning.records import Session, Settings
@@ -67,15 +67,14 @@ class Sessions:
 
     def _open(self, session: Session) -> Opened:
         job = job_with(self._bench.job, Settings(session, self._bench.job.loader.decode, 1))
+        wanted = Wanted(job, self._bench.model, session.batch_size, self._sample, self._bench.log)
         proven = self._proven.get(session.precision)
         if proven is not None:  # the precision is compared with fp32 once, the answers each time
-            classifiers = [
-                classify
-                for target in targets(self._spec, job)
-                for classify in open_target(proven.bundle, target, session.batch_size)
+            several = [
+                open_in_parts(wanted, proven.bundle, target) for target in targets(self._spec, job)
             ]
-            return replace(proven, classifiers=classifiers)
-        wanted = Wanted(job, self._bench.model, session.batch_size, self._sample, self._bench.log)
+            classifiers = [classify for of_target, _ in several for classify in of_target]
+            return replace(proven, classifiers=classifiers, part=several[0][1])
         opened = open_devices(wanted, self._fallback)
         if opened.provider.active != PROVIDERS[self._spec.name].execution_provider:
             self._spec = ProviderSpec(name="cpu")

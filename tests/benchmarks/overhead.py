@@ -40,6 +40,7 @@ from batchclf.results.records import (
     ActiveProvider,
     DecodeBackend,
     DecodeMode,
+    Part,
     Pixels,
     Scores,
     refs_of,
@@ -50,7 +51,8 @@ from batchclf.run.append import SyncedSink
 from batchclf.run.classify import Work, classify
 from batchclf.run.plan import Task, make_plan
 from batchclf.run.request import Run
-from batchclf.runtime.classifier import OnnxClassifier, open_reference
+from batchclf.runtime.classifier import open_reference
+from batchclf.runtime.parts import InParts
 from batchclf.runtime.ranking import rank
 from batchclf.runtime.streams import to_records
 from batchclf.sessions.open import Opened
@@ -72,14 +74,12 @@ CORES_16 = [(16, 2.5), (16, 1.0)]
 class NullModel:
     """The same scores for every batch, at once."""
 
-    takes_any_batch = False
-
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
         self._scores_NK: Scores = rng.normal(size=(BATCH_SIZE, NUM_CLASSES)).astype(np.float32)
 
-    def __call__(self, pixels_NHWC: Pixels) -> Scores:
-        return self._scores_NK[: len(pixels_NHWC)]
+    def __call__(self, pixels_NHWC: Pixels, num_rows: int | None = None) -> Scores:
+        return self._scores_NK[:num_rows]
 
 
 def prepare(folder: Path, num_images: int, decode: DecodeMode) -> tuple[JobSpec, ResolvedModel]:
@@ -135,8 +135,9 @@ def whole(
     job = job.model_copy(update={"loader": loader})
     source = source_of(job)
     files = RunFiles(Path(tempfile.mkdtemp(dir=folder)))
-    null = cast(OnnxClassifier, NullModel())
-    opened = Opened([null], ActiveProvider("cpu", "cpu", "CPU"), model.bundle, zeroed_pixels, None)
+    null, part = cast(InParts, NullModel()), Part(BATCH_SIZE, "whole")
+    provider = ActiveProvider("cpu", "cpu", "CPU")
+    opened = Opened([null], part, provider, model.bundle, zeroed_pixels, None)
     stats = StatsCollector(cpu_seconds, peak_rss_mb)
     watch = _Stopwatch()
     refs = refs_of(open_store(source).entries())

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from batchclf.results.records import Pixels, Scores
-from batchclf.runtime.classifier import OnnxClassifier, WithinMemory
+from batchclf.runtime.classifier import OnnxClassifier
+from batchclf.runtime.parts import InParts
 from tests.conftest import read_records
 from tests.engines.common import (
     assert_as_undisturbed,
@@ -324,9 +325,9 @@ def test_a_session_that_takes_any_batch_infers_one_in_parts_where_memory_is_shor
     session: Any = _Memory(3)
     classify = OnnxClassifier(session, active=None)  # type: ignore[arg-type]
     said: list[str] = []
-    within_memory = WithinMemory(classify, said.append)
+    in_parts = InParts(classify, 9, said.append)
     for _ in range(2):
-        scores_NK = within_memory(pixels_NHWC)
+        scores_NK = in_parts(pixels_NHWC)
         np.testing.assert_array_equal(scores_NK, pixels_NHWC.mean(axis=(1, 2), dtype=np.float32))
     assert session.sizes == [9, 4, 2, 2, 2, 2, 1, 2, 2, 2, 2, 1]
     assert ["parts of 4" in said[0], "parts of 2" in said[1]] == [True, True]
@@ -340,11 +341,11 @@ def test_a_session_that_cannot_infer_less_says_that_memory_is_short(
     session: Any = _Memory(room, batch)
     classify = OnnxClassifier(session, active=None)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="Failed to allocate memory"):
-        WithinMemory(classify, print)(np.zeros((9, 8, 8, 3), np.uint8))
+        InParts(classify, 9, print)(np.zeros((9, 8, 8, 3), np.uint8))
 
 
 def test_a_batch_too_large_for_the_memory_is_halved_until_it_fits(tmp_path: Path) -> None:
-    job = write_job(tmp_path, 40, batch_size=16)
+    job = write_job(tmp_path, 40, batch_size=16, runtime={"part": 16})
     program = f"{FAILING_CALL}\ndef fail(size):\n    if size > 5:\n        {OUT_OF_MEMORY}\n"
     for options in ((), ("--overwrite",)):
         env = {"PYTHONPATH": str(tmp_path / "fault")} if options else None
@@ -367,7 +368,7 @@ def fail(size):
 
 
 def test_memory_that_gets_short_half_way_has_batches_inferred_in_parts(tmp_path: Path) -> None:
-    job = write_job(tmp_path, 60, slow=True, batch_size=8, runtime={"streams": 1})
+    job = write_job(tmp_path, 60, slow=True, batch_size=8, runtime={"streams": 1, "part": 8})
     env = fault(tmp_path, FAILING_CALL + SHORT_HALF_WAY + ANY_BATCH, CLASSIFIER)
     written = tmp_path / "out" / "predictions.jsonl"
     exit_code, said = finished(job, env={**env, "WRITTEN": str(written)})
@@ -382,7 +383,7 @@ def test_memory_that_gets_short_half_way_has_batches_inferred_in_parts(tmp_path:
 def test_memory_that_gets_short_half_way_changes_the_batches_of_a_session_of_one_size(
     tmp_path: Path,
 ) -> None:
-    job = write_job(tmp_path, 60, slow=True, batch_size=8, runtime={"streams": 1})
+    job = write_job(tmp_path, 60, slow=True, batch_size=8, runtime={"streams": 1, "part": 8})
     env = fault(tmp_path, FAILING_CALL + SHORT_HALF_WAY, CLASSIFIER)
     written = tmp_path / "out" / "predictions.jsonl"
     exit_code, said = finished(job, env={**env, "WRITTEN": str(written)})

@@ -7,7 +7,7 @@ from typing import Any
 from batchclf.results.files import RunFiles
 from batchclf.results.identity import Extent, Fingerprint, Identity
 from batchclf.results.listing import Listing, drafted, place
-from batchclf.results.records import ActiveProvider, Entry
+from batchclf.results.records import ActiveProvider, Entry, Part
 from batchclf.results.run_record import NOTHING_DURABLE, RunRecord
 
 IDENTITY = Identity(
@@ -40,6 +40,7 @@ def a_record(**changes: Any) -> RunRecord:
         jpeg_decoder="simplejpeg",
         resampler="native (plain)",
         batch_size=8,
+        part=Part(2, "asked"),
         provider=ActiveProvider("cpu", "CPUExecutionProvider", "CPU", {"x": 1}, ("a b",)),
         precision="fp32",
         precision_check=None,

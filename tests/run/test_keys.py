@@ -27,6 +27,7 @@ from batchclf.images.load import Loader
 from batchclf.images.memory import SharedRoom
 from batchclf.results.records import ImageRef, Loaded, Pixels, Scores
 from batchclf.runtime.classifier import OnnxClassifier
+from batchclf.runtime.parts import InParts
 from batchclf.runtime.providers import PROVIDERS, compiled_in
 from batchclf.spec.job import JobSpec
 from tests.conftest import DIGITS_MODEL, ROOT, command, read_records
@@ -51,7 +52,9 @@ class Outcome:
     output: Path
     error: BatchclfError | None = None
     batch_sizes: set[int] = field(default_factory=set)
-    """Of the batches inferred."""
+    """Of the batches handed over."""
+    parts: list[int] = field(default_factory=list)
+    """Images of each call of a session."""
     call_threads: set[int] = field(default_factory=set)
     """ONNX Runtime's threads per call."""
     num_children: int = 0
@@ -90,13 +93,13 @@ class Outcome:
 def watching(seen: Outcome, *, is_held: bool) -> Iterator[None]:
     """Note what happens in this process; `is_held`: the first batch waits for `num_ahead`."""
     infer, load, start = OnnxClassifier.__call__, Loader.__call__, threading.Thread.start
-    take = SharedRoom.take
+    take, hand_over = SharedRoom.take, InParts.__call__
     num_loaded = 0
     looking = threading.Lock()
 
     def infer_watched(self: OnnxClassifier, pixels_NHWC: Pixels) -> Scores:
         if threading.current_thread().name.startswith("stream-"):
-            seen.batch_sizes.add(len(pixels_NHWC))
+            seen.parts.append(len(pixels_NHWC))
             seen.call_threads.add(self._session.get_session_options().intra_op_num_threads)
             decoding = [
                 one
@@ -107,6 +110,13 @@ def watching(seen: Outcome, *, is_held: bool) -> Iterator[None]:
             if is_held:
                 wait_for_the_loader()
         return infer(self, pixels_NHWC)
+
+    def hand_over_watched(
+        self: InParts, pixels_NHWC: Pixels, num_rows: int | None = None
+    ) -> Scores:
+        if threading.current_thread().name.startswith("stream-"):
+            seen.batch_sizes.add(len(pixels_NHWC))
+        return hand_over(self, pixels_NHWC, num_rows)
 
     def wait_for_the_loader() -> None:
         ends_at = time.monotonic() + WAIT_S
@@ -131,6 +141,7 @@ def watching(seen: Outcome, *, is_held: bool) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OnnxClassifier, "__call__", infer_watched)
+        patch.setattr(InParts, "__call__", hand_over_watched)
         patch.setattr(Loader, "__call__", load_counted)
         patch.setattr(SharedRoom, "take", take_noted)
         patch.setattr(threading.Thread, "start", start_noted)
@@ -597,6 +608,7 @@ ROWS: Mapping[str, Row] = {
     "runtime.threads": Row(
         lambda o: o.call_threads, [(1, {1}), (3, {3})], {"runtime": {"streams": 1}}
     ),
+    "runtime.part": Row(lambda o: sorted(o.parts), [(2, [2, 2]), (3, [1, 3]), (1, [1, 1, 1, 1])]),
     "errors.max": Row(
         error_of,
         [(4, ""), (3, "ErrorLimitPassed"), ("100%", ""), ("99%", "ErrorLimitPassed")],

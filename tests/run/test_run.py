@@ -37,7 +37,7 @@ SUMMARY_KEYS = {
     *("type", "num_images", "num_new", "num_ok", "num_errors", "errors_by_code"),
     *("wall_s", "startup_s", "bottleneck_why"),
     *("images_per_s", "stage_s", "batch_ms", "bottleneck", "cpu_s", "peak_rss_mb"),
-    *("batch_size", "provider", "precision", "precision_check", "decode", "versions"),
+    *("batch_size", "part", "provider", "precision", "precision_check", "decode", "versions"),
 }
 FINGERPRINT_KEYS = {
     *("model", "preprocess", "labels", "top_k", "precision", "input", "limit", "num_images"),

@@ -82,7 +82,7 @@ def test_a_model_of_other_answers_at_the_jobs_batch_size_is_refused(tmp_path: Pa
     run_here(write_tiny_job(tmp_path, input=images, model=model, batch_size=4))
     other: dict[str, Any] = {"output": str(tmp_path / "other"), "input": images, "model": model}
     with pytest.raises(ModelError, match="batch of 7"):
-        run_here(write_tiny_job(tmp_path, **other, batch_size=7))
+        run_here(write_tiny_job(tmp_path, **other, batch_size=8, runtime={"part": 7}))
     assert not (tmp_path / "other" / "predictions.jsonl").exists()
     run_here(write_tiny_job(tmp_path, **other, batch_size=5))
     assert_same_records(read_records(tmp_path / "other"), read_records(tmp_path / "out"))

@@ -42,8 +42,8 @@ def source_of(batches: Iterable[Batch]) -> Callable[[], Batch | None]:
     return next_batch
 
 
-def classify(pixels_NHWC: Pixels) -> Scores:
-    return pixels_NHWC[:, 0, 0, :1].astype(np.float32)
+def classify(pixels_NHWC: Pixels, num_rows: int) -> Scores:
+    return pixels_NHWC[:num_rows, 0, 0, :1].astype(np.float32)
 
 
 def rank(scores_NK: Scores) -> list[tuple[Prediction, ...] | Failure]:
@@ -67,9 +67,9 @@ def collect(streams: Streams) -> list[tuple[Batch, list[Record]]]:
 def test_results_come_in_the_order_of_the_batches_whatever_each_one_takes(
     delays_ms: list[int], num_streams: int
 ) -> None:
-    def delayed(pixels_NHWC: Pixels) -> Scores:
+    def delayed(pixels_NHWC: Pixels, num_rows: int) -> Scores:
         time.sleep(delays_ms[int(pixels_NHWC[0, 0, 0, 0])] / 1000)
-        return classify(pixels_NHWC)
+        return classify(pixels_NHWC, num_rows)
 
     batches = [batch_of(number) for number in range(len(delays_ms))]
     results = collect(Streams(source_of(batches), [delayed] * num_streams, rank, ignore))
@@ -100,12 +100,31 @@ def test_an_image_that_failed_to_load_keeps_its_failure_and_its_warnings() -> No
     assert [record.warnings for record in records] == [(), ("has_alpha",), ("odd",)]
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.booleans(), min_size=1, max_size=SLOTS))
+def test_only_images_that_loaded_are_inferred_each_with_its_own_pixels(good: list[bool]) -> None:
+    bad = Failure("truncated", "ends early")
+    batch = batch_of(0, [Loaded(None if one else bad) for one in good])
+    batch.pixels_NHWC[:, 0, 0, 0] = range(10, 10 + SLOTS)
+    asked: list[int] = []
+
+    def noting(pixels_NHWC: Pixels, num_rows: int) -> Scores:
+        asked.append(num_rows)
+        return classify(pixels_NHWC, num_rows)
+
+    ((_, records),) = collect(Streams(source_of([batch]), [noting], rank, ignore))
+    assert asked == [sum(good)] * any(good)
+    assert [record.outcome for record in records] == [
+        (Prediction("only", 0, 10.0 + row),) if one else bad for row, one in enumerate(good)
+    ]
+
+
 def test_streams_infer_at_the_same_time() -> None:
     both = threading.Barrier(2, timeout=10)
 
-    def meeting(pixels_NHWC: Pixels) -> Scores:
+    def meeting(pixels_NHWC: Pixels, num_rows: int) -> Scores:
         both.wait()
-        return classify(pixels_NHWC)
+        return classify(pixels_NHWC, num_rows)
 
     results = collect(
         Streams(source_of([batch_of(0), batch_of(1)]), [meeting, meeting], rank, ignore)
@@ -116,9 +135,9 @@ def test_streams_infer_at_the_same_time() -> None:
 def test_each_batch_is_timed_once() -> None:
     times: list[tuple[float, float]] = []
 
-    def slowly(pixels_NHWC: Pixels) -> Scores:
+    def slowly(pixels_NHWC: Pixels, num_rows: int) -> Scores:
         time.sleep(0.02)
-        return classify(pixels_NHWC)
+        return classify(pixels_NHWC, num_rows)
 
     batches = [batch_of(number) for number in range(3)]
     collect(Streams(source_of(batches), [slowly], rank, lambda *both: times.append(both)))
@@ -129,9 +148,9 @@ def test_each_batch_is_timed_once() -> None:
 def test_a_tick_without_a_result_yields_none() -> None:
     go_on = threading.Event()
 
-    def waiting(pixels_NHWC: Pixels) -> Scores:
+    def waiting(pixels_NHWC: Pixels, num_rows: int) -> Scores:
         assert go_on.wait(10)
-        return classify(pixels_NHWC)
+        return classify(pixels_NHWC, num_rows)
 
     with Streams(source_of([batch_of(0)]), [waiting], rank, ignore) as streams:
         results = streams.results(0.01)

@@ -16,7 +16,8 @@ from batchclf.errors import ProviderError
 from batchclf.results.records import Pixels, PrecisionCheck, Scores
 from batchclf.runtime.openvino import require_cpu_precision
 from batchclf.runtime.providers import installed_flavours
-from batchclf.sessions.precision import compare_precisions, remembered
+from batchclf.sessions.kept import remembered
+from batchclf.sessions.precision import compare_precisions
 from batchclf.system.machine import cpu_name_and_flags
 from tests.conftest import DATA, MOBILENET_WEIGHTS, PHOTOS, Batchclf, data, read_records, write_job
 
@@ -217,19 +218,14 @@ def test_images_with_answers_that_are_no_numbers_do_not_agree() -> None:
     assert check == PrecisionCheck(5, 0.4, 0.0)
 
 
-def test_a_comparison_is_made_anew_for_other_pixels_or_answers_only(tmp_path: Path) -> None:
+def test_what_was_measured_once_is_measured_anew_for_another_key_only(tmp_path: Path) -> None:
     numbers = iter(range(1, 10))
 
     def compare() -> PrecisionCheck:
         return PrecisionCheck(next(numbers), 1.0, 0.0)
 
-    black_NHWC, white_NHWC = np.zeros((2, 4, 4, 3), np.uint8), np.full((2, 4, 4, 3), 255, np.uint8)
-    asked = [
-        remembered("int8 of " + tmp_path.name, "CPU", black_NHWC, compare),
-        remembered("int8 of " + tmp_path.name, "CPU", black_NHWC, compare),
-        remembered("int8 of " + tmp_path.name, "CPU", white_NHWC, compare),
-        remembered("bf16 of " + tmp_path.name, "CPU", black_NHWC, compare),
-        remembered("int8 of " + tmp_path.name, "GPU", black_NHWC, compare),
-        remembered("int8 of " + tmp_path.name, "CPU", white_NHWC, compare),
-    ]
-    assert [check.num_images for check in asked] == [1, 1, 2, 3, 4, 2]
+    here = tmp_path.name
+    keys = [("int8", here), ("int8", here), ("bf16", here), ("int8", here, "GPU"), ("bf16", here)]
+    asked = [remembered("agreement", key, PrecisionCheck, compare) for key in keys]
+    assert [check.num_images for check, _ in asked] == [1, 1, 2, 3, 2]
+    assert [is_known for _, is_known in asked] == [False, True, False, False, True]

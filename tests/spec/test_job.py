@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from batchclf.cli import main
 from batchclf.errors import JobFileError
 from batchclf.spec.file import MAX_JOB_FILE_BYTES, Override, load_job, parse_set
-from batchclf.spec.job import JobSpec
+from batchclf.spec.job import JobSpec, RuntimeSpec
 from tests.conftest import ROOT, Batchclf
 
 MINIMAL: Mapping[str, Any] = {"input": "images", "output": "out", "model": {"name": "resnet18"}}
@@ -55,7 +55,7 @@ WHOLE: Mapping[str, Any] = {
         "sixteen_bit": "stretch",
         "allow_outside_links": True,
     },
-    "runtime": {"streams": 1, "threads": "auto"},
+    "runtime": {"streams": 1, "threads": "auto", "part": "auto"},
     "stall_timeout": 60,
     "errors": {"max": "2%"},
     "engine": {"name": "local"},
@@ -102,6 +102,7 @@ ALL_KEYS: Mapping[str, object] = {
     "loader.allow_outside_links": True,
     "runtime.streams": 4,
     "runtime.threads": 3,
+    "runtime.part": 4,
     "stall_timeout": 30.5,
     "errors.max": "1.5%",
     "engine.name": "local",
@@ -450,6 +451,7 @@ def test_a_scalar_that_its_type_does_not_take_is_refused(tmp_path: Path, value: 
         ("loader.decode", "exactly", "'exact' or 'fast'; did you mean `exact`?"),
         ("loader.allow_outside_links", "yes", "boolean"),
         ("runtime.streams", 1.5, "`auto` or a whole number"),
+        ("runtime.part", 0, "`auto` or a whole number"),
         ("errors.max", -1, "null (no limit), a count"),
         ("errors.max", "200%", "null (no limit), a count"),
         ("errors.max", "two", "null (no limit), a count"),
@@ -684,7 +686,7 @@ def test_a_minimal_job_has_the_defaults_of_the_contract(tmp_path: Path) -> None:
         "auto",
         "exact",
     )
-    assert (spec.runtime.streams, spec.runtime.threads) == ("auto", "auto")
+    assert spec.runtime == RuntimeSpec(streams="auto", threads="auto", part="auto")
     assert (spec.errors.max, spec.engine.name) == (None, "local")
 
 

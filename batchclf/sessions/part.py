@@ -1,0 +1,117 @@
+"""How many images of a batch are inferred at once: as the job says, or what is fastest here.
+
+On a CPU a part of one or two images often beats a whole batch, since what a layer leaves then still
+lies in the cache; a small model wants more at once, since each call costs something by itself.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from batchclf.errors import ProviderError, UsageError
+from batchclf.results.records import Pixels
+from batchclf.runtime.faults import is_out_of_memory
+from batchclf.runtime.sessions import ORT_ERRORS
+from batchclf.runtime.timing import Run, measure_throughput
+from batchclf.spec.job import JobSpec, runs_on_cpu
+
+LARGEST = 32
+"""Images in the largest part that is tried."""
+GAIN = 1.03
+"""Times the rate from which on a larger part is taken: less may be noise, and costs memory."""
+MISSES = 2
+"""Larger parts in a row without that gain after which no more are tried."""
+ROUNDS = 5
+CALL_S = 0.01
+"""Seconds that a part is called for in one round, at least once."""
+BUDGET_S = 1.0
+"""Seconds after which no other part, and no further round, begins."""
+
+_MAY_LACK_MEMORY: tuple[type[Exception], ...] = (*ORT_ERRORS, ProviderError)
+
+OpenFor = Callable[[int], Sequence[Run]]
+"""Classifiers, one per stream, for parts of so many images."""
+
+
+def require_part(job: JobSpec) -> None:
+    """Refuse a part that the job's batches or provider cannot have.
+
+    Raises:
+        UsageError: naming both.
+    """
+    part = job.runtime.part
+    if part == "auto":
+        return
+    if not runs_on_cpu(job.provider):
+        device = job.provider.device_type
+        where = f"{job.provider.name}, device_type {device}" if device else job.provider.name
+        raise UsageError(
+            f"runtime.part: found {part}; provider {where} infers whole batches: leave it out, and "
+            "choose batch_size"
+        )
+    if part > job.batch_size:
+        raise UsageError(
+            f"runtime.part: found {part}, which is more than a batch has; give at most "
+            f"{job.batch_size}, or a larger batch_size"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Fastest:
+    """The part that was fastest, and the images per second of each that was tried."""
+
+    num_images: int
+    rates: Mapping[str, float]
+
+
+def fastest_part(open_for: OpenFor, pixels_NHWC: Pixels) -> Fastest:
+    """Double the part as long as that pays, in calls of all streams at once.
+
+    Each is compared with the best so far, in turns; what counts is its fastest round, since
+    whatever else the machine does only slows it. In doubt the smaller one is taken.
+
+    Args:
+        pixels_NHWC: uint8; as many images as the largest part may have.
+
+    Raises:
+        Exception: what opening or a classifier raised, but for a lack of memory for a larger part.
+    """
+    ends_at = time.perf_counter() + BUDGET_S
+    best, size, num_misses = 1, 2, 0
+    runs = {best: open_for(best)}
+    tried: dict[str, float] = {}
+    while size <= len(pixels_NHWC) and num_misses < MISSES and time.perf_counter() < ends_at:
+        try:
+            pair = {best: runs[best], size: open_for(size)}
+            rates = _rates(pair, pixels_NHWC, ends_at)
+        except _MAY_LACK_MEMORY as error:
+            if is_out_of_memory(error):
+                break
+            raise
+        tried |= {str(part): round(rate, 1) for part, rate in rates.items()}
+        if rates[size] > GAIN * rates[best]:
+            best, num_misses, runs = size, 0, pair
+        else:
+            num_misses += 1
+        size *= 2
+    return Fastest(best, tried)
+
+
+def _rates(
+    pair: Mapping[int, Sequence[Run]], pixels_NHWC: Pixels, ends_at: float
+) -> dict[int, float]:
+    """Images per second of each part's fastest round; one round there is in any case."""
+    rates = dict.fromkeys(pair, 0.0)
+    for number in range(ROUNDS):
+        for size, runs in pair.items():
+            found = measure_throughput(
+                runs,
+                pixels_NHWC[:size],
+                num_warm_up=int(number == 0),
+                min_calls=1,
+                budget_s=CALL_S,
+            )
+            rates[size] = max(rates[size], found.images_per_s)
+        if time.perf_counter() >= ends_at:
+            break
+    return rates
