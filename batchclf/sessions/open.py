@@ -234,12 +234,13 @@ def _choose_part(
     machine = (*_cpu(), usable_cores(), target.streams, target.threads)
     key = (_what_answers(bundle, target), machine)
     pixels_NHWC = tiled(sample_pixels(*bundle.meta.preprocess.crop), LARGEST)
-    found, is_known = remembered("parts", key, Fastest, lambda: fastest_part(in_parts, pixels_NHWC))
+    measure = partial(fastest_part, in_parts, pixels_NHWC, by_cpu=target.threads == 1)
+    found, is_known = remembered("parts", key, Fastest, measure)
     size = min(found.num_images, wanted.batch_size)
     if is_known:
         return Part(size, "remembered")
-    rates = ", ".join(f"of {tried} {rate:,.1f}" for tried, rate in found.rates.items())
-    wanted.log(f"inferring in parts of {size}, as is fastest here (images/s in parts {rates})")
+    costs = ", ".join(f"of {tried} {cost_ms:,.3g}" for tried, cost_ms in found.tried.items())
+    wanted.log(f"inferring in parts of {size}, as is fastest here (ms an image in parts {costs})")
     return Part(size, "measured")
 
 

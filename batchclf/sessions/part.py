@@ -4,6 +4,7 @@ On a CPU a part of one or two images often beats a whole batch, since what a lay
 lies in the cache; a small model wants more at once, since each call costs something by itself.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from batchclf.spec.job import JobSpec, runs_on_cpu
 
 LARGEST = 32
 """Images in the largest part that is tried."""
-GAIN = 1.03
-"""Times the rate from which on a larger part is taken: less may be noise, and costs memory."""
+GAIN = 0.97
+"""Times the cost up to which a larger part is taken: less may be noise, and costs memory."""
 MISSES = 2
 """Larger parts in a row without that gain after which no more are tried."""
 ROUNDS = 5
@@ -58,13 +59,13 @@ def require_part(job: JobSpec) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Fastest:
-    """The part that was fastest, and the images per second of each that was tried."""
+    """The part that was fastest, and the milliseconds per image of each that was tried."""
 
     num_images: int
-    rates: Mapping[str, float]
+    tried: Mapping[str, float]
 
 
-def fastest_part(open_for: OpenFor, pixels_NHWC: Pixels) -> Fastest:
+def fastest_part(open_for: OpenFor, pixels_NHWC: Pixels, *, by_cpu: bool) -> Fastest:
     """Double the part as long as that pays, in calls of all streams at once.
 
     Each is compared with the best so far, in turns; what counts is its fastest round, since
@@ -72,6 +73,8 @@ def fastest_part(open_for: OpenFor, pixels_NHWC: Pixels) -> Fastest:
 
     Args:
         pixels_NHWC: uint8; as many images as the largest part may have.
+        by_cpu: compare CPU time, of which other work on the machine takes less notice, but which is
+            no measure where the threads of one call wait for each other; else wall time.
 
     Raises:
         Exception: what opening or a classifier raised, but for a lack of memory for a larger part.
@@ -83,13 +86,14 @@ def fastest_part(open_for: OpenFor, pixels_NHWC: Pixels) -> Fastest:
     while size <= len(pixels_NHWC) and num_misses < MISSES and time.perf_counter() < ends_at:
         try:
             pair = {best: runs[best], size: open_for(size)}
-            rates = _rates(pair, pixels_NHWC, ends_at)
+            costs_ms = _costs_ms(pair, pixels_NHWC, ends_at, by_cpu=by_cpu)
         except _MAY_LACK_MEMORY as error:
             if is_out_of_memory(error):
                 break
             raise
-        tried |= {str(part): round(rate, 1) for part, rate in rates.items()}
-        if rates[size] > GAIN * rates[best]:
+        for part, cost_ms in costs_ms.items():
+            tried[str(part)] = min(round(cost_ms, 3), tried.get(str(part), math.inf))
+        if costs_ms[size] < GAIN * costs_ms[best]:
             best, num_misses, runs = size, 0, pair
         else:
             num_misses += 1
@@ -97,11 +101,11 @@ def fastest_part(open_for: OpenFor, pixels_NHWC: Pixels) -> Fastest:
     return Fastest(best, tried)
 
 
-def _rates(
-    pair: Mapping[int, Sequence[Run]], pixels_NHWC: Pixels, ends_at: float
+def _costs_ms(
+    pair: Mapping[int, Sequence[Run]], pixels_NHWC: Pixels, ends_at: float, *, by_cpu: bool
 ) -> dict[int, float]:
-    """Images per second of each part's fastest round; one round there is in any case."""
-    rates = dict.fromkeys(pair, 0.0)
+    """Milliseconds per image in each part's best round; one round there is in any case."""
+    costs_ms = dict.fromkeys(pair, math.inf)
     for number in range(ROUNDS):
         for size, runs in pair.items():
             found = measure_throughput(
@@ -111,7 +115,8 @@ def _rates(
                 min_calls=1,
                 budget_s=CALL_S,
             )
-            rates[size] = max(rates[size], found.images_per_s)
+            cost_ms = found.cpu_ms_per_image if by_cpu else 1000 / found.images_per_s
+            costs_ms[size] = min(costs_ms[size], cost_ms)
         if time.perf_counter() >= ends_at:
             break
-    return rates
+    return costs_ms
