@@ -1,6 +1,5 @@
 """A job's model as a bundle in a folder of the user's, to run where torch is not installed."""
 
-from functools import partial
 from pathlib import Path
 
 from batchclf.models.bundle import Bundle, copy_bundle, require_place
@@ -27,7 +26,7 @@ def export_job(job: JobSpec, folder: Path, log: Log) -> Bundle:
     )
     variant = None
     if (precision := needed_variant(job.provider.name, job.precision)) is not None:
-        wanted = Wanted(job, model, job.batch_size, partial(sample_input, job, model), log)
+        wanted = Wanted(job, model, job.batch_size, sample_input(job, model), log)
         variant = (precision, resolve_variant(model.bundle, precision, conversion_of(wanted)))
     return copy_bundle(
         model.bundle, folder, labels=model.labels, preprocess=model.preprocess, variant=variant

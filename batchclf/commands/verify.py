@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +100,11 @@ def verify_job(job: JobSpec, num_images: int, log: Log) -> Verified:
     model = resolve_model(
         job.model, batch_size=job.batch_size, open_reference=open_reference, log=log
     )
-    pixels_NHWC = sample_input(job, model, size=num_images)
+    pixels_NHWC = sample_input(job, model, size=num_images).pixels
     batch_size = model.bundle.meta.fixed_batch or min(job.batch_size, len(pixels_NHWC))
     # Whatever the agreement is, the table shall show it.
     lenient = job.model_copy(update={"min_agreement": 0.0})
-    wanted = Wanted(lenient, model, batch_size, partial(sample_input, job, model), log)
+    wanted = Wanted(lenient, model, batch_size, sample_input(job, model), log)
     opened = open_devices(wanted, fallback)
     measured: list[_Measured] = []
     left_out: dict[str, str] = {}

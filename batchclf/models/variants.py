@@ -5,13 +5,10 @@ another model is made once, from the fp32 bundle, and kept: inside a bundle of t
 exported at this precision, or in the cache.
 """
 
-import hashlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from batchclf.errors import ModelError, UsageError
 from batchclf.models.bundle import (
@@ -67,6 +64,8 @@ class Conversion:
 
     sample: Callable[[], Pixels]
     """Images of the job to calibrate int8 with, uint8 NHWC; called if they are needed."""
+    sample_digest: Callable[[], str]
+    """Another one where these may be others."""
     open_reference: OpenReference
     threads: int
     """On the CPU, for calibrating."""
@@ -96,12 +95,12 @@ def resolve_variant(bundle: Bundle, precision: Precision, conversion: Conversion
     used, log = conversion.used, conversion.log
     if used is not None and (begun_with := find_cached(used)) is not None:
         return begun_with
-    # Half of the sample: the comparison with fp32 sees the other half as well.
-    calibration_NHWC = conversion.sample()[::2] if precision == "int8" else None
-    calibration = None if calibration_NHWC is None else _digest(calibration_NHWC)
+    calibration = conversion.sample_digest() if precision == "int8" else None
 
     def build(folder: Path) -> BundleMeta:
         _require_onnx(precision)
+        # Half of the sample: the comparison with fp32 sees the other half as well.
+        calibration_NHWC = None if calibration is None else conversion.sample()[::2]
         golden_NHWC = _convert(bundle, folder, calibration_NHWC, conversion.threads, log)
         reference = conversion.open_reference(bundle.model_path)
         source = {
@@ -167,10 +166,6 @@ def _convert(
     )
     quantize.quantize_int8(bundle.model_path, target, calibration_NHWC, threads=threads)
     return calibration_NHWC[:_NUM_GOLDEN]
-
-
-def _digest(pixels_NHWC: Pixels) -> str:
-    return hashlib.sha256(np.ascontiguousarray(pixels_NHWC).data).hexdigest()
 
 
 def facts(bundle: Bundle) -> Mapping[str, str | int | None]:

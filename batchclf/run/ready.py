@@ -4,7 +4,6 @@ from collections import Counter
 from dataclasses import astuple, dataclass
 
 from batchclf.results.listing import Listing
-from batchclf.results.records import Pixels
 from batchclf.results.run_record import RunRecord
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import sync_records
@@ -19,7 +18,7 @@ from batchclf.run.recovery import Recovery
 from batchclf.run.request import Run
 from batchclf.run.resume import converted_digest, require_same_converted
 from batchclf.sessions.open import Opened, Wanted, open_devices
-from batchclf.sessions.sample import evenly_spread, load_sample
+from batchclf.sessions.sample import Sample, evenly_spread
 from batchclf.system.machine import cpu_seconds, peak_rss_mb
 
 
@@ -97,15 +96,12 @@ def _open(found: Found, plan: Plan, listing: Listing) -> Opened:
     """Open a job's sessions; the images of a sample are watched while they are decoded."""
     run, task = found.run, plan.task
 
-    def sample() -> Pixels:
-        refs = evenly_spread(listing.refs(), listing.num_images)
-        return load_sample(task.job, plan.loader, refs, run.reporter.watch)
-
+    refs = evenly_spread(listing.refs(), listing.num_images)
     wanted = Wanted(
         job=task.job,
         model=task.model,
         batch_size=plan.batch_size,
-        sample=sample,
+        sample=Sample(task.job, plan.loader, refs, run.reporter.watch),
         log=run.reporter.log,
         used=converted_digest(found.record),
     )

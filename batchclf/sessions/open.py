@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from hashlib import sha256
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from batchclf.runtime.sessions import Target
 from batchclf.sessions.kept import remembered
 from batchclf.sessions.part import LARGEST, Fastest, fastest_part, require_part
 from batchclf.sessions.precision import compare_precisions, require_agreement
+from batchclf.sessions.sample import Sample
 from batchclf.spec.job import JobSpec, ProviderSpec, auto, runs_on_cpu
 from batchclf.system.machine import cpu_name_and_flags, usable_cores
 
@@ -128,8 +128,8 @@ class Wanted:
     model: ResolvedModel
     batch_size: int
     """Rows of a batch, whatever is in them."""
-    sample: Callable[[], Pixels]
-    """Images of the job's own, uint8 NHWC; called once at most, at a reduced precision."""
+    sample: Sample
+    """Images of the job's own; needed at a reduced precision."""
     log: Log
     used: str | None = None
     """Digest of the converted model that the job began with, to go on with."""
@@ -146,7 +146,6 @@ def open_devices(wanted: Wanted, fallback: str | None) -> Opened:
         ModelError: the model cannot be converted to the precision.
     """
     job = wanted.job
-    wanted = replace(wanted, sample=cache(wanted.sample))
     if fallback is None:
         try:
             return _open(wanted, job.provider)
@@ -184,7 +183,8 @@ def _open(wanted: Wanted, spec: ProviderSpec) -> Opened:
 def conversion_of(wanted: Wanted) -> Conversion:
     """How a model is converted here to another precision."""
     return Conversion(
-        sample=wanted.sample,
+        sample=lambda: wanted.sample.pixels,
+        sample_digest=lambda: wanted.sample.digest,
         open_reference=open_reference,
         threads=usable_cores(),
         made_by=installed_flavours(),
@@ -233,8 +233,11 @@ def _choose_part(
         return Part(min(asked, wanted.batch_size), "asked")
     machine = (*_cpu(), usable_cores(), target.streams, target.threads)
     key = (_what_answers(bundle, target), machine)
-    pixels_NHWC = tiled(sample_pixels(*bundle.meta.preprocess.crop), LARGEST)
-    measure = partial(fastest_part, in_parts, pixels_NHWC, by_cpu=target.threads == 1)
+
+    def measure() -> Fastest:
+        pixels_NHWC = tiled(sample_pixels(*bundle.meta.preprocess.crop), LARGEST)
+        return fastest_part(in_parts, pixels_NHWC, by_cpu=target.threads == 1)
+
     found, is_known = remembered("parts", key, Fastest, measure)
     size = min(found.num_images, wanted.batch_size)
     if is_known:
@@ -317,7 +320,7 @@ def _check_precision(
     wanted: Wanted, reduced: Bundle, target: Target, classify: InParts, part: Part
 ) -> PrecisionCheck:
     """Compare with fp32 on the CPU, which every ONNX Runtime has and which is beyond doubt."""
-    bundle, sample_NHWC = wanted.model.bundle, wanted.sample()
+    bundle = wanted.model.bundle
 
     def compare() -> PrecisionCheck:
         full = open_classifier(
@@ -326,14 +329,14 @@ def _check_precision(
         return compare_precisions(
             classify,
             full,
-            sample_NHWC,
+            wanted.sample.pixels,
             part.num_images,
             activation=bundle.meta.activation,
         )
 
     key = (
         *(_what_answers(reduced, target), part.num_images, classify.active.device),
-        *(bundle.digest, _cpu(), sample_NHWC.shape, sha256(sample_NHWC.data).hexdigest()),
+        *(bundle.digest, _cpu(), wanted.sample.digest),
     )
     check, _ = remembered("agreement", key, PrecisionCheck, compare)
     precision = wanted.job.precision

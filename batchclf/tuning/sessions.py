@@ -1,6 +1,6 @@
 """Sessions for one combination after the other, opened and proven as a run opens them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from batchclf.images.prefetch import Allocate
@@ -8,6 +8,7 @@ from batchclf.results.records import Pixels, Precision
 from batchclf.runtime.providers import PROVIDERS
 from batchclf.runtime.sessions import Target
 from batchclf.sessions.open import Opened, Wanted, open_devices, open_in_parts, targets
+from batchclf.sessions.sample import Sample
 from batchclf.spec.job import ProviderSpec, RuntimeSpec, runs_on_cpu
 from batchclf.tuning.measure import Bench, job_with
 from batchclf.tuning.records import Session, Settings
@@ -16,8 +17,8 @@ from batchclf.tuning.records import Session, Settings
 class Sessions:
     """Holds the sessions of one combination at a time, so that memory need not hold two."""
 
-    def __init__(self, bench: Bench, sample: Callable[[], Pixels], fallback: str | None) -> None:
-        """`sample`: images of the job, uint8 NHWC, to convert and to compare precisions on."""
+    def __init__(self, bench: Bench, sample: Sample, fallback: str | None) -> None:
+        """`sample`: images of the job to convert and to compare precisions on."""
         self._bench = bench
         self._sample = sample
         self._fallback = fallback

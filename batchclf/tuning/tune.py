@@ -8,7 +8,6 @@ import importlib.util
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from batchclf.results.records import refs_of
 from batchclf.run.output import hold_output, local_output
 from batchclf.runtime.classifier import open_reference
 from batchclf.sessions.open import settle_provider
-from batchclf.sessions.sample import evenly_spread, load_sample
+from batchclf.sessions.sample import Sample, evenly_spread
 from batchclf.spec.job import JobSpec
 from batchclf.system.interrupt import StopRequest
 from batchclf.tuning.measure import Bench, spread
@@ -68,8 +67,8 @@ def tune_job(job: JobSpec, options: TuneOptions, *, log: Log, stop: StopRequest)
             sampled = refs_of(store.entries()) if is_whole else refs
             num_sampled = num_listed if is_whole else len(refs)
             loader = loader_of(job, store.source, model.preprocess)
-            sample = partial(load_sample, job, loader, evenly_spread(sampled, num_sampled))
-            sessions = Sessions(bench, cache(sample), fallback)
+            sample = Sample(job, loader, evenly_spread(sampled, num_sampled))
+            sessions = Sessions(bench, sample, fallback)
             tuned = Tuning(
                 bench, sessions, options, clock, lambda record: lines.append(as_line(record))
             ).run()

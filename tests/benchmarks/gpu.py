@@ -39,6 +39,7 @@ from batchclf.runtime.classifier import open_classifier, open_reference
 from batchclf.runtime.sessions import ORT_ERRORS
 from batchclf.runtime.timing import measure_throughput
 from batchclf.sessions.open import Wanted, conversion_of, settle_provider, targets
+from batchclf.sessions.sample import sample_input
 from batchclf.spec.file import load_job
 from batchclf.spec.job import JobSpec, ProviderSpec
 from batchclf.system.interrupt import StopRequest
@@ -203,7 +204,7 @@ class Bench:
         precision = needed_variant(job.provider.name, job.precision)
         if precision is None:
             return model.bundle
-        wanted = Wanted(job, model, 64, lambda: zeroed_pixels((1, *model.preprocess.crop, 3)), log)
+        wanted = Wanted(job, model, 64, sample_input(job, model), log)
         return resolve_variant(model.bundle, precision, conversion_of(wanted))
 
     def decode(self) -> Any:

@@ -8,7 +8,6 @@ that share caches and memory slow each other down. Prints one line of JSON.
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 
 from batchclf.images.source import source_of
@@ -43,11 +42,11 @@ def main() -> None:
     bench = Bench(job, source, model, refs, len(refs), local_output(job), StopRequest(), print)
     workers = auto(job.loader.workers, usable_cores())
     decoding = measure_decoding(bench, job.loader.decode, workers, arguments.seconds)
-    sample = partial(sample_input, job, model)
+    sample = sample_input(job, model)
     opened = open_devices(Wanted(job, model, job.batch_size, sample, log), None)
     inference = measure_throughput(
         opened.classifiers,
-        sample_input(job, model, size=job.batch_size),
+        sample_input(job, model, size=job.batch_size).pixels,
         budget_s=arguments.seconds,
     )
     cpu_ms = decoding.cpu_ms_per_image + inference.cpu_ms_per_image

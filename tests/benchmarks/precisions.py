@@ -18,7 +18,6 @@ import threading
 import time
 from collections import defaultdict
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +61,13 @@ def open_all(
             job.model, batch_size=job.batch_size, open_reference=open_reference, log=log
         )
         try:
-            sample = partial(sample_input, job, model)
+            sample = sample_input(job, model)
             opened[precision] = open_devices(Wanted(job, model, job.batch_size, sample, log), None)
         except BatchclfError as error:
             log(f"{name} {precision}: left out: {error}")
             continue
         if pixels_NHWC is None:
-            pixels_NHWC = sample_input(job, model, size=job.batch_size)
+            pixels_NHWC = sample_input(job, model, size=job.batch_size).pixels
     assert pixels_NHWC is not None
     return opened, pixels_NHWC[: arguments.batch_size]
 

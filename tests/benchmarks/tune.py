@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def sweep(
     rates: dict[Settings, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(job, source, model, refs, len(refs), Path(folder), silent, print)
-        sample = partial(sample_input, job, model)
+        sample = sample_input(job, model)
         sessions = Sessions(bench, sample, None)
         automatic = sessions.target(RuntimeSpec()).streams
         counts = stream_counts(
