@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     help="Seconds that all of it may take.",
 )
 @click.option(
-    "--batch-sizes", default="1,8,32,128", show_default=True, help="Besides the job's own."
+    "--batch-sizes",
+    default="",
+    help="Besides the job's own; otherwise 1,8,32,128, then half and double the best.",
 )
 @click.option("--precisions", default="", help="Besides the job's own, such as fp32,int8.")
 @click.option("--decodes", default="", help="Besides the job's own: exact,fast.")
@@ -40,7 +42,7 @@ def command(
     as_json: bool,
     **direct: Any,
 ) -> None:
-    """Find the fastest batch size, streams, threads and decode workers for JOB here.
+    """Find the fastest batch size, parts, streams, threads and decode workers for JOB here.
 
     Runs the whole pipeline on a sample of the job's images, writes tune.jsonl and tune.png into
     its output folder, and prints the best settings. Precision and decode mode change the results
@@ -56,7 +58,7 @@ def command(
     from batchclf.results.records import DecodeMode, Precision
     from batchclf.system.interrupt import StopRequest
 
-    sizes = _sizes(batch_sizes)
+    sizes = _sizes(batch_sizes) if batch_sizes else ()
     more_precisions = _names("--precisions", precisions, get_args(Precision))
     more_decodes = _names("--decodes", decodes, get_args(DecodeMode))
     request = StopRequest("nothing was chosen; run the same command to start over")
@@ -65,7 +67,7 @@ def command(
         if is_applied:
             _require_editable(job)
         from batchclf.run.output import local_output
-        from batchclf.tuning.stages import TuneOptions
+        from batchclf.tuning.budget import TuneOptions
         from batchclf.tuning.tune import tune_job
 
         output = local_output(spec)
@@ -152,8 +154,8 @@ def _answer(tuned: "Tuned", output: Path, is_applied: bool) -> dict[str, Any]:
 # ---- for people ----------------------------------------------------------------------------------
 
 _HEADER = (
-    *("precision", "decode", "batch", "streams", "workers", "decode limit", "inference limit"),
-    *("limit", "reached", "", "batch ms (p95)", "trials", ""),
+    *("precision", "decode", "batch", "part", "streams", "workers", "decode limit"),
+    *("inference limit", "limit", "reached", "", "batch ms (p95)", "trials", ""),
 )
 
 
@@ -192,6 +194,7 @@ def _row(one: "Result", tuned: "Tuned") -> tuple[str, ...]:
         session.precision,
         settings.decode,
         str(session.batch_size),
+        str(session.part),
         f"{session.streams} x {session.threads}",
         str(settings.workers),
         f"{predicted.decode_limit_images_per_s:,.1f}",

@@ -69,7 +69,11 @@ def job_with(job: JobSpec, settings: Settings) -> JobSpec:
                 update={"workers": settings.workers, "decode": settings.decode}
             ),
             "runtime": job.runtime.model_copy(
-                update={"streams": session.streams, "threads": session.threads}
+                update={
+                    "streams": session.streams,
+                    "threads": session.threads,
+                    "part": session.part,
+                }
             ),
             "errors": ErrorsSpec(),
         }

@@ -73,8 +73,9 @@ def _mark_best(above: Any, best: Result) -> None:
         "*",
         color="black",
         markersize=18,
-        label=f"chosen: batch {session.batch_size}, streams {session.streams} x threads "
-        f"{session.threads}, workers {settings.workers}: {best.images_per_s:,.1f} images/s",
+        label=f"chosen: batch {session.batch_size} in parts of {session.part}, streams "
+        f"{session.streams} x threads {session.threads}, workers {settings.workers}: "
+        f"{best.images_per_s:,.1f} images/s",
     )
 
 

@@ -5,7 +5,7 @@ threads, and of decoding processes.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 from batchclf.results.records import DecodeMode, Precision
@@ -20,6 +20,13 @@ class Session:
     streams: int
     """Per device."""
     threads: int
+    part: int
+    """Images inferred at once; but on a CPU, the whole batch."""
+
+    @property
+    def alone(self) -> "Session":
+        """The same for batches of one part: what the speed of inference by itself depends on."""
+        return replace(self, batch_size=self.part)
 
 
 @dataclass(frozen=True, slots=True)

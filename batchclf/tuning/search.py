@@ -27,6 +27,14 @@ NOISE = 0.02
 """Throughputs that differ by less are the same: the simpler settings win."""
 
 
+CLEAR = 0.03
+"""A choice is clear when nothing else is likely to be faster by more than this share."""
+USUAL_SIZES = (1, 8, 32, 128)
+"""Batch sizes that are tried unless others are named, and then half and double the best."""
+PARTS = (1, 2, 4, 8, 16, 32)
+"""Of a batch, on a CPU."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What was measured alone, and the bound on the whole that follows."""
@@ -43,7 +51,7 @@ class Limits:
         CPU both want the cores: it is cores / (CPU seconds of decoding and inferring an image).
         """
         decode = self.decode[settings.decode, settings.workers]
-        infer = self.infer.get(settings.session)
+        infer = self.infer.get(settings.session.alone)
         if infer is None or infer.images_per_s is None or infer.cpu_ms_per_image is None:
             return None
         limit = min(decode.images_per_s, infer.images_per_s)
@@ -54,7 +62,7 @@ class Limits:
 
     def of(self, settings: Settings) -> tuple[DecodeLimit, InferLimit]:
         """What was measured alone of a combination."""
-        return self.decode[settings.decode, settings.workers], self.infer[settings.session]
+        return self.decode[settings.decode, settings.workers], self.infer[settings.session.alone]
 
     def best_workers(self, mode: DecodeMode, counts: Sequence[int]) -> tuple[DecodeMode, int]:
         """The decode mode with the first number of workers at which it is as fast as at any."""
@@ -152,6 +160,32 @@ def choose(results: Sequence[Result], current: Settings) -> Result:
     enough = (1 - NOISE) * max(one.images_per_s for one in compared)
     good = [one for one in compared if one.images_per_s >= enough]
     return min(good, key=lambda one: _effort(one.settings, current))
+
+
+def possible_gains(trials: Iterable[Trial], chosen: Settings) -> dict[Settings, float]:
+    """By which share each other combination may be faster than the chosen one, for all we know.
+
+    The mean of its trials over that of the chosen one's, and two standard errors of their
+    difference; of combinations that were measured at least half as often as the chosen one, and
+    twice.
+    """
+    rates: dict[Settings, list[float]] = defaultdict(list)
+    for trial in trials:
+        if not trial.too_large:
+            rates[trial.settings].append(trial.images_per_s)
+    own = rates.pop(chosen)
+    mean, num = statistics.mean(own), len(own)
+    if num < 2:
+        return dict.fromkeys(rates, math.inf)
+    return {
+        one: (statistics.mean(found) - mean + 2 * _error(own, found)) / mean
+        for one, found in rates.items()
+        if len(found) >= max(2, num / 2)
+    }
+
+
+def _error(*several: Sequence[float]) -> float:
+    return math.sqrt(sum(statistics.variance(found) / len(found) for found in several))
 
 
 def _effort(settings: Settings, current: Settings) -> tuple[int, int, int, int, int]:

@@ -9,7 +9,7 @@ from batchclf.runtime.providers import PROVIDERS
 from batchclf.runtime.sessions import Target
 from batchclf.sessions.open import Opened, Wanted, open_devices, open_in_parts, targets
 from batchclf.sessions.sample import Sample
-from batchclf.spec.job import ProviderSpec, RuntimeSpec, runs_on_cpu
+from batchclf.spec.job import JobSpec, ProviderSpec, RuntimeSpec, runs_on_cpu
 from batchclf.tuning.measure import Bench, job_with
 from batchclf.tuning.records import Session, Settings
 
@@ -46,7 +46,7 @@ class Sessions:
 
     def holds(self, session: Session) -> bool:
         """Whether it is the one that is open, so that opening it takes no time."""
-        return self._opened is not None and session == self._session
+        return self._opened is not None and session.alone == self._session
 
     def open(self, session: Session) -> Opened:
         """Sessions whose answers were checked, as in a run; those opened before are closed.
@@ -58,16 +58,30 @@ class Sessions:
             self._batches.take_back()
         if self._opened is None or not self.holds(session):
             self.close()
-            self._opened = self._open(session)
-            self._session = session
+            self._opened = self._open(self._job(session), session)
+            self._session = session.alone
         return self._opened
+
+    def own_part(self, session: Session) -> int:
+        """What the job's own `runtime.part` comes to, at these streams and threads.
+
+        Raises:
+            BatchclfError: as in a run.
+        """
+        self.close()
+        job = self._job(session)
+        runtime = job.runtime.model_copy(update={"part": self._bench.job.runtime.part})
+        opened = self._open(job.model_copy(update={"runtime": runtime}), session)
+        return opened.part.num_images
+
+    def _job(self, session: Session) -> JobSpec:
+        return job_with(self._bench.job, Settings(session, self._bench.job.loader.decode, 1))
 
     def close(self) -> None:
         """Free the memory."""
         self._session = self._opened = None
 
-    def _open(self, session: Session) -> Opened:
-        job = job_with(self._bench.job, Settings(session, self._bench.job.loader.decode, 1))
+    def _open(self, job: JobSpec, session: Session) -> Opened:
         wanted = Wanted(job, self._bench.model, session.batch_size, self._sample, self._bench.log)
         proven = self._proven.get(session.precision)
         if proven is not None:  # the precision is compared with fp32 once, the answers each time

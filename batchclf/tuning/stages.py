@@ -4,9 +4,11 @@ Every session and trial is estimated before it begins, and begins only where the
 """
 
 import gc
+import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from batchclf.errors import BatchclfError, PrecisionRefused, UsageError
 from batchclf.results.records import DecodeMode, Pixels, Precision
@@ -16,6 +18,7 @@ from batchclf.runtime.sessions import ORT_ERRORS
 from batchclf.spec.job import RuntimeSpec, auto
 from batchclf.system.machine import usable_cores
 from batchclf.tuning.advice import disk_note, judge
+from batchclf.tuning.budget import Clock, TuneOptions
 from batchclf.tuning.measure import (
     Bench,
     estimated_s,
@@ -34,66 +37,28 @@ from batchclf.tuning.records import (
     Tuned,
 )
 from batchclf.tuning.search import (
+    CLEAR,
+    PARTS,
+    USUAL_SIZES,
     Limits,
     can_win,
     choose,
     finalists,
     in_measuring_order,
+    possible_gains,
     ranked,
     stream_counts,
     summarise,
     worker_counts,
 )
 from batchclf.tuning.sessions import Sessions
+from batchclf.tuning.words import listed, session_name, settings_name, shortest
 
 FIRST_PASS_SHARE, LIMITS_SHARE, EXPLORING_SHARE = 0.25, 0.4, 0.6
 """Shares of the budget by whose end a stage is over; repeating the best has the rest."""
 NUM_FINALISTS, NUM_ROUNDS = 4, 5
 """How many of the best are measured how often in the end, where there is time."""
 _MAY_LACK_MEMORY: tuple[type[Exception], ...] = (MemoryError, BatchclfError, *ORT_ERRORS)
-
-
-@dataclass(frozen=True, slots=True)
-class TuneOptions:
-    """What the command line asks of a tuning."""
-
-    budget_s: float = 120.0
-    batch_sizes: Sequence[int] = (1, 8, 32, 128)
-    """Besides the job's own, as the next two."""
-    precisions: Sequence[Precision] = ()
-    decodes: Sequence[DecodeMode] = ()
-
-    @property
-    def trial_s(self) -> float:
-        """Seconds of steady state of one trial."""
-        return min(2.0, max(0.25, self.budget_s / 60))
-
-    @property
-    def limit_s(self) -> float:
-        """Seconds of one measurement of decoding or inference alone."""
-        return self.trial_s / 2
-
-
-class Clock:
-    """How much of the budget is left."""
-
-    def __init__(self, budget_s: float) -> None:
-        self._started = time.perf_counter()
-        self._prepared_s = 0.0
-        self.budget_s = budget_s
-
-    @property
-    def elapsed_s(self) -> float:
-        return time.perf_counter() - self._started
-
-    def prepared(self) -> None:
-        """The stages share what is left from here on: a first export may take much."""
-        self._prepared_s = self.elapsed_s
-
-    def left_s(self, share: float = 1.0) -> float:
-        """Seconds until that share of the stages' time is spent; below zero afterwards."""
-        end_s = self._prepared_s + share * (self.budget_s - self._prepared_s)
-        return end_s - self.elapsed_s
 
 
 class Tuning:
@@ -131,12 +96,17 @@ class Tuning:
             UsageError: there was no time for a single trial.
         """
         sizes = self._batch_sizes()
-        precisions = self._proven_precisions(sizes[0])
+        if self._has_parts:
+            own = self._current.session
+            own = replace(own, part=self._sessions.own_part(own))
+            self._current = replace(self._current, session=own)
+        at_once = self._at_once(sizes)
+        precisions = self._proven_precisions(at_once[0])
         self._clock.prepared()
         self._measure_decoding()
-        self._measure_inference(sizes, precisions)
+        self._measure_inference(at_once, precisions)
         limits = Limits(self._num_cores, self._sessions.on_cpu, self._decode, self._infer)
-        self._explore(limits)
+        self._explore(limits, sizes)
         self._repeat()
         results = summarise(self._trials)
         best = choose(results, self._current)
@@ -165,7 +135,7 @@ class Tuning:
         job = self._bench.job
         target = self._sessions.target(job.runtime)
         batch_size = fitting_batch_size(job, self._bench.model, self._num_listed)
-        session = Session(job.precision, batch_size, target.streams, target.threads)
+        session = Session(job.precision, batch_size, target.streams, target.threads, batch_size)
         return Settings(session, job.loader.decode, auto(job.loader.workers, self._num_cores))
 
     def _decode_modes(self) -> list[DecodeMode]:
@@ -181,13 +151,26 @@ class Tuning:
         if fixed is not None:
             self._note(f"batch size: the model takes only batches of {fixed}")
             return [fixed]
-        sizes = [size for size in self._options.batch_sizes if size <= self._num_listed]
-        if left_out := sorted(set(self._options.batch_sizes) - set(sizes)):
+        asked = self._options.batch_sizes or USUAL_SIZES
+        sizes = [size for size in asked if size <= self._num_listed]
+        if left_out := sorted(set(asked) - set(sizes)):
             self._note(
-                f"batch size {_listed(left_out)}: left out, since the job has only "
+                f"batch size {listed(left_out)}: left out, since the job has only "
                 f"{self._num_listed:,} images"
             )
         return in_measuring_order(sizes, current)
+
+    @property
+    def _has_parts(self) -> bool:
+        """Whether a batch may be inferred in parts."""
+        return self._sessions.on_cpu and self._bench.model.bundle.meta.fixed_batch is None
+
+    def _at_once(self, sizes: Sequence[int]) -> list[int]:
+        """Numbers of images to infer at once: parts, or batches of these sizes."""
+        if not self._has_parts:
+            return list(sizes)
+        parts = (part for part in PARTS if part <= max(sizes))
+        return in_measuring_order(parts, self._current.session.part)
 
     def _layouts(self) -> list[tuple[int, int]]:
         """Streams and threads of each, the job's own first."""
@@ -236,7 +219,12 @@ class Tuning:
         for precision in self._precisions():
             try:
                 self._sessions.open(
-                    replace(self._current.session, precision=precision, batch_size=batch_size)
+                    replace(
+                        self._current.session,
+                        precision=precision,
+                        batch_size=batch_size,
+                        part=batch_size,
+                    )
                 )
             except PrecisionRefused as error:
                 if precision == self._current.session.precision:
@@ -253,11 +241,11 @@ class Tuning:
             for precision in precisions:
                 rate = 0.0
                 for size in sizes:
-                    session = Session(precision, size, streams, threads)
+                    session = Session(precision, size, streams, threads, part=size)
                     if self._is_too_large(session):
                         continue
                     if not self._has_room(session, rate, sizes[0]):
-                        skipped.append(_session_name(session))
+                        skipped.append(session_name(session))
                         continue
                     rate = self._infer_alone(session) or rate
         if skipped:
@@ -265,7 +253,7 @@ class Tuning:
 
     def _has_room(self, session: Session, images_per_s: float, smallest: int) -> bool:
         """Whether there is time to open and measure a session, at the rate of a smaller one."""
-        own = session == self._current.session
+        own = session == self._current.session.alone
         if own and session.batch_size == smallest:
             return True
         open_s = max((one.open_s or 0.0 for one in self._infer.values()), default=0.0)
@@ -297,7 +285,7 @@ class Tuning:
         self._record(found)
         if found.images_per_s is not None:
             self._log(
-                f"inference alone, {_session_name(session)}: {found.images_per_s:,.1f} images/s"
+                f"inference alone, {session_name(session)}: {found.images_per_s:,.1f} images/s"
             )
         return found.images_per_s
 
@@ -312,7 +300,7 @@ class Tuning:
         self._sessions.close()  # a session that lacked memory may not recover
         gc.collect()  # what the error's traceback refers to
         self._lacking.append(session)
-        self._note(f"{_session_name(session)}, and larger batches: too large for the memory")
+        self._note(f"{session_name(session)}, and larger batches: too large for the memory")
 
     def _too_large(self) -> dict[Precision, int]:
         """The smallest batch size of each precision that lacked memory."""
@@ -328,12 +316,13 @@ class Tuning:
             one.precision == session.precision
             and (self._sessions.on_cpu or one.streams <= session.streams)
             and one.batch_size <= session.batch_size
+            and one.part <= session.part
             for one in self._lacking
         )
 
     # ---- the whole -------------------------------------------------------------------------------
 
-    def _explore(self, limits: Limits) -> None:
+    def _explore(self, limits: Limits, sizes: Sequence[int]) -> None:
         """The job's own settings, then others, one thing after the other at its best.
 
         Raises:
@@ -345,17 +334,48 @@ class Tuning:
         counts = worker_counts(self._current.workers, self._num_cores)
         modes = self._decode_modes()
         feeds = [limits.best_workers(mode, counts) for mode in modes]
-        self._try_all(
-            (Settings(session, *feed) for session in self._infer for feed in feeds), limits
-        )
+        sessions = [self._in_usual_batches(session) for session in self._infer]
+        self._try_all((Settings(session, *feed) for session in sessions for feed in feeds), limits)
         if not summarise(self._trials):
             raise UsageError(self._too_little(own))
         best = self._best_so_far()
         self._try_all((Settings(best.session, best.decode, count) for count in counts), limits)
+        if self._has_parts:
+            best = self._best_so_far()
+            self._try_all(self._in_batches(best, sizes), limits)
         best = self._best_so_far()
-        self._try_all((replace(best, session=session) for session in self._infer), limits)
+        self._try_all((replace(best, session=session) for session in sessions), limits)
+        if not self._options.batch_sizes and self._bench.model.bundle.meta.fixed_batch is None:
+            self._try_beside_the_best(limits)
         if untried := self._untried - {one.settings for one in self._trials}:
             self._note(f"not tried, for lack of time: {len(untried)} combinations")
+
+    def _in_usual_batches(self, alone: Session) -> Session:
+        """A session that was measured alone, its parts in batches of the job's own size."""
+        if not self._has_parts:
+            return alone
+        return replace(alone, batch_size=max(alone.part, self._current.session.batch_size))
+
+    def _in_batches(self, settings: Settings, sizes: Iterable[int]) -> list[Settings]:
+        """The same with batches of other sizes, as far as these can be."""
+        session, found = settings.session, []
+        for size in sizes:
+            if (session.part if self._has_parts else 1) <= size <= self._num_listed:
+                part = session.part if self._has_parts else size
+                other = replace(session, batch_size=size, part=part)
+                found.append(replace(settings, session=other))
+        return found
+
+    def _try_beside_the_best(self, limits: Limits) -> None:
+        """Half and double the best batch size, as long as that brings it further."""
+        seen: set[int] = set()
+        while (size := (best := self._best_so_far()).session.batch_size) not in seen:
+            seen.add(size)
+            beside = self._in_batches(best, (size // 2, 2 * size))
+            for alone in {one.session.alone for one in beside} - set(self._infer):
+                if self._has_room(alone, self._infer[best.session.alone].images_per_s or 0.0, 0):
+                    self._infer_alone(alone)
+            self._try_all(beside, limits)
 
     def _best_so_far(self) -> Settings:
         return summarise(self._trials)[0].settings
@@ -374,7 +394,7 @@ class Tuning:
         session = predicted.settings.session
         if self._is_too_large(session):
             return True
-        open_s = 0.0 if self._sessions.holds(session) else self._infer[session].open_s or 0.0
+        open_s = 0.0 if self._sessions.holds(session) else self._infer[session.alone].open_s or 0.0
         expected_s = estimated_s(predicted, self._options.trial_s)
         if open_s + expected_s > left_s:
             return False
@@ -388,7 +408,7 @@ class Tuning:
         self._record(trial)
         if not trial.too_large:
             self._log(
-                f"{_name(trial.settings)}: {trial.images_per_s:,.1f} images/s "
+                f"{settings_name(trial.settings)}: {trial.images_per_s:,.1f} images/s "
                 f"({trial.efficiency:.0%} of its limit)"
             )
         return True
@@ -396,18 +416,35 @@ class Tuning:
     def _repeat(self) -> None:
         """The better half again, then its better half, and so on; then the best few in turns.
 
-        So what else the machine does for a while cannot decide.
+        So what else the machine does for a while cannot decide. The turns end when the choice is
+        clear, or the budget is spent.
         """
         num_left = len(summarise(self._trials))
         while num_left > NUM_FINALISTS:
             num_left = max(NUM_FINALISTS, num_left // 2)
             self._try_again(num_left)
-        for _ in range(NUM_ROUNDS):
-            self._try_again(num_left)
+        for number in itertools.count(1):
+            if not self._try_again(num_left):
+                break
+            if number >= NUM_ROUNDS and max(self._gains().values(), default=0.0) <= CLEAR:
+                return
+        gains = self._gains()
+        if (gain := max(gains.values(), default=0.0)) > CLEAR:
+            rival = max(gains, key=lambda one: gains[one])
+            how = "was measured once" if gain == math.inf else f"may be faster by {gain:.0%}"
+            self._note(
+                f"the choice is not clear, so much do trials differ here: {settings_name(rival)} "
+                f"{how}; a larger --budget, or less other work on the machine, would tell"
+            )
 
-    def _try_again(self, num_left: int) -> None:
-        for one in finalists(summarise(self._trials), self._current, num_left):
-            self._try(one.predicted, self._clock.left_s())
+    def _gains(self) -> dict[Settings, float]:
+        chosen = choose(summarise(self._trials), self._current).settings
+        return possible_gains(self._trials, chosen)
+
+    def _try_again(self, num_left: int) -> bool:
+        """One more trial of the best so many; whether there was time for all."""
+        again = finalists(summarise(self._trials), self._current, num_left)
+        return all(self._try(one.predicted, self._clock.left_s()) for one in again)
 
     def _too_little(self, own: Prediction | None) -> str:
         """Why there was not a single trial, and what to do."""
@@ -422,7 +459,7 @@ class Tuning:
         needed_s = self._clock.elapsed_s + 2 * estimated_s(own, self._options.trial_s)
         return (
             f"tune: --budget {budget_s:g} leaves no time to run the pipeline at the job's own "
-            f"settings ({_name(own.settings)}); give at least --budget {2 * needed_s:.0f}"
+            f"settings ({settings_name(own.settings)}); give at least --budget {2 * needed_s:.0f}"
         )
 
     def _keys(self, best: Settings) -> dict[str, int | str]:
@@ -433,10 +470,14 @@ class Tuning:
         is_own_size = session.batch_size == self._current.session.batch_size
         keys: dict[str, int | str] = {
             "batch_size": job.batch_size if is_own_size else session.batch_size,
-            "loader.workers": _shortest(job.loader.workers, self._num_cores, best.workers),
-            "runtime.streams": _shortest(job.runtime.streams, automatic.streams, session.streams),
-            "runtime.threads": _shortest(job.runtime.threads, threads, session.threads),
+            "loader.workers": shortest(job.loader.workers, self._num_cores, best.workers),
+            "runtime.streams": shortest(job.runtime.streams, automatic.streams, session.streams),
+            "runtime.threads": shortest(job.runtime.threads, threads, session.threads),
         }
+        if self._has_parts:
+            own = self._current.session
+            is_own_part = replace(session, batch_size=own.batch_size) == own
+            keys["runtime.part"] = job.runtime.part if is_own_part else session.part
         if len(self._precisions()) > 1:
             keys["precision"] = session.precision
         if len(self._decode_modes()) > 1:
@@ -447,25 +488,3 @@ class Tuning:
         """Say something that belongs to the result as well."""
         self._notes.append(text)
         self._log(text)
-
-
-def _shortest(own: int | str, automatic: int, chosen: int) -> int | str:
-    """The job's own value or `auto` where it comes to the chosen number, else the number."""
-    return next((value for value in (own, "auto") if auto(value, automatic) == chosen), chosen)
-
-
-def _listed(sizes: Sequence[int]) -> str:
-    return ", ".join(map(str, sizes))
-
-
-def _session_name(session: Session) -> str:
-    return (
-        f"{session.precision}, batch {session.batch_size}, streams {session.streams} x "
-        f"threads {session.threads}"
-    )
-
-
-def _name(settings: Settings) -> str:
-    return (
-        f"{_session_name(settings.session)}, decode {settings.decode}, workers {settings.workers}"
-    )

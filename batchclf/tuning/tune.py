@@ -25,10 +25,11 @@ from batchclf.sessions.open import settle_provider
 from batchclf.sessions.sample import Sample, evenly_spread
 from batchclf.spec.job import JobSpec
 from batchclf.system.interrupt import StopRequest
+from batchclf.tuning.budget import Clock, TuneOptions
 from batchclf.tuning.measure import Bench, spread
 from batchclf.tuning.records import Tuned, as_facts, as_line
 from batchclf.tuning.sessions import Sessions
-from batchclf.tuning.stages import Clock, TuneOptions, Tuning
+from batchclf.tuning.stages import Tuning
 
 SAMPLE_SIZE = 256
 """Images of the sample, where the job has them; up to twice as many are taken."""

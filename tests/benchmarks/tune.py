@@ -31,7 +31,7 @@ from batchclf.system.interrupt import StopRequest
 from batchclf.system.machine import usable_cores
 from batchclf.tuning.measure import Bench, run_trial, spread
 from batchclf.tuning.records import Prediction, Session, Settings
-from batchclf.tuning.search import stream_counts, worker_counts
+from batchclf.tuning.search import PARTS, stream_counts, worker_counts
 from batchclf.tuning.sessions import Sessions
 from batchclf.tuning.tune import SAMPLE_SIZE
 
@@ -82,8 +82,15 @@ def sweep(
         layouts = {(one.streams, one.threads) for one in targets}
         layouts |= {(own.session.streams, own.session.threads)}
         sizes = sorted({size for size in batch_sizes if size <= num_listed})
-        for _, size, layout in itertools.product(range(rounds), sizes, sorted(layouts)):
-            session = Session(job.precision, size, *layout)
+        parts = sorted({*PARTS, own.session.part})
+        both = [
+            (size, part)
+            for size, part in itertools.product(sizes, parts)
+            if (part <= size if sessions.on_cpu else part == parts[0])
+        ]
+        for _, (size, part), layout in itertools.product(range(rounds), both, sorted(layouts)):
+            at_once = part if sessions.on_cpu else size
+            session = Session(job.precision, size, *layout, part=at_once)
             for workers in worker_counts(own.workers, usable_cores()):
                 settings = Settings(session, job.loader.decode, workers)
                 trial = run_trial(
@@ -110,12 +117,12 @@ def main() -> None:
     rates = sweep(arguments.job, sizes, own, arguments.rounds, arguments.seconds)
     medians = {settings: statistics.median(values) for settings, values in rates.items()}
     ranking = sorted(medians, key=lambda one: -medians[one])
-    print(f"{'batch':>5} {'streams':>8} {'workers':>8} {'median':>9} {'most':>9}")
+    print(f"{'batch':>5} {'part':>5} {'streams':>8} {'workers':>8} {'median':>9} {'most':>9}")
     for settings in dict.fromkeys((*ranking[:10], picked, own)):
         session = settings.session
         marks = [name for name, one in (("picked", picked), ("own", own)) if one == settings]
         print(
-            f"{session.batch_size:5} {session.streams:4} x {session.threads} "
+            f"{session.batch_size:5} {session.part:5} {session.streams:4} x {session.threads} "
             f"{settings.workers:8} {medians[settings]:9.1f} {max(rates[settings]):9.1f} "
             f"{', '.join(marks)}"
         )

@@ -3,6 +3,7 @@
 import difflib
 import itertools
 import json
+import math
 import re
 import signal
 import struct
@@ -39,11 +40,13 @@ from batchclf.tuning.records import (
     Trial,
 )
 from batchclf.tuning.search import (
+    CLEAR,
     Limits,
     can_win,
     choose,
     finalists,
     in_measuring_order,
+    possible_gains,
     ranked,
     summarise,
 )
@@ -54,7 +57,7 @@ HERE = "openvino" if "onnxruntime-openvino" in installed_flavours() else "cpu"
 """The provider that the environment of these tests is for."""
 QUICK = ("--budget", "3", "--batch-sizes", "4,16")
 RESULT_KEYS = {
-    *("precision", "batch_size", "streams", "threads", "decode", "workers"),
+    *("precision", "batch_size", "streams", "threads", "part", "decode", "workers"),
     *("decode_limit_images_per_s", "infer_limit_images_per_s", "limit_images_per_s"),
     *("images_per_s", "efficiency", "cpu_ms_per_image", "batch_ms", "bottleneck", "num_trials"),
 }
@@ -82,7 +85,7 @@ def test_a_job_is_tuned_and_its_output_stays_free_for_a_run(
     rates = [one["images_per_s"] for one in found["results"]]
     assert rates == sorted(rates, reverse=True)
     assert set(found["settings"]) == {
-        *("batch_size", "loader.workers", "runtime.streams", "runtime.threads")
+        *("batch_size", "loader.workers", "runtime.streams", "runtime.threads", "runtime.part")
     }
     assert found["bottleneck"] in ("decode", "infer", "write")
     assert found["lift"]
@@ -91,8 +94,9 @@ def test_a_job_is_tuned_and_its_output_stays_free_for_a_run(
     kinds = [line["type"] for line in lines]
     assert list(dict.fromkeys(kinds)) == ["decode", "infer", "trial", "best"]
     assert [line["is_first_pass"] for line in lines if line["type"] == "decode"].count(True) == 1
-    sizes = {line["batch_size"] for line in lines if line["type"] == "infer"}
-    assert 8 in sizes <= {4, 8, 16}
+    parts = {line["part"] for line in lines if line["type"] == "infer"}
+    assert found["current"]["part"] in parts <= {1, 2, 4, 8, 16}
+    assert {one["batch_size"] for one in found["results"]} <= {4, 8, 16}
     assert all(line["efficiency"] > 0 for line in lines if line["type"] == "trial")
     png = (tmp_path / "out" / "tune.png").read_bytes()
     assert png.startswith(b"\x89PNG")
@@ -117,7 +121,7 @@ def test_people_get_a_table_a_conclusion_and_a_piece_of_a_job_file(
     assert any(line.startswith("what would lift it: ") for line in rest)
     snippet = yaml.safe_load("\n".join(rest[rest.index("") :]))
     assert set(snippet) == {"batch_size", "loader", "runtime"}
-    assert "inference alone, fp32, batch 8" in done.stderr
+    assert "inference alone, fp32, batch 1 in parts of 1" in done.stderr
 
 
 def test_precisions_and_decode_modes_are_tried_where_they_are_named(
@@ -310,7 +314,11 @@ def test_a_batch_that_does_not_fit_into_memory_is_too_large(
     batchclf: Batchclf, tmp_path: Path
 ) -> None:
     images = link_digits(tmp_path / "in", 5000)
-    job = write_job(tmp_path, input=str(images), batch_size=8)
+    model = {
+        "onnx": str(write_classifier(tmp_path / "large.onnx", edge=224)),
+        "preprocess": {"resize": 224, "mean": [0.0] * 3, "std": [1.0] * 3},
+    }
+    job = write_tiny_job(tmp_path, input=str(images), model=model, batch_size=8)
     assert batchclf("export", job, tmp_path / "exported").exit_code == 0  # it is cached, then
     tune_until(
         job,
@@ -319,9 +327,9 @@ def test_a_batch_that_does_not_fit_into_memory_is_too_large(
         program=("-c", LITTLE_MEMORY),
     )
     lines = lines_of(tmp_path / "out")
-    assert {line["batch_size"] for line in lines if line["type"] == "infer"} == {8, 2500}
     assert {line["batch_size"] for line in lines if line.get("too_large")} == {2500}
-    assert {line["batch_size"] for line in lines if line["type"] == "trial"} == {8}
+    fitting = [line for line in lines if line["type"] == "trial" and not line["too_large"]]
+    assert {line["batch_size"] for line in fitting} == {8}
 
 
 @pytest.mark.parametrize(
@@ -367,7 +375,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(text: str) -> None:
 def session(
     batch_size: int = 8, *, precision: Precision = "fp32", streams: int = 2, threads: int = 1
 ) -> Session:
-    return Session(precision, batch_size, streams, threads)
+    return Session(precision, batch_size, streams, threads, part=batch_size)
 
 
 def settings(
@@ -456,6 +464,21 @@ def test_trials_of_one_combination_become_one_result() -> None:
     ]
     (found,) = summarise([*trials, Trial(predicted, too_large=True)])
     assert (found.num_trials, found.images_per_s, found.efficiency) == (4, 80, 0.8)
+
+
+def trials_of(one: Settings, *rates: float) -> list[Trial]:
+    predicted = Prediction(one, 1.0, 1.0, 1000.0)
+    return [Trial(predicted, too_large=False, images_per_s=rate) for rate in rates]
+
+
+def test_a_choice_is_clear_when_nothing_else_is_likely_to_be_much_faster() -> None:
+    own, other, once = settings(1), settings(2), settings(4)
+    steady = [*trials_of(own, 100, 101, 99, 100), *trials_of(other, 98, 99, 100, 99)]
+    assert possible_gains(steady, own)[other] < CLEAR
+    noisy = [*trials_of(own, 100, 130, 70, 100), *trials_of(other, 98, 70, 130, 99)]
+    assert possible_gains(noisy, own)[other] > 0.2
+    assert set(possible_gains([*steady, *trials_of(once, 500)], own)) == {other}
+    assert possible_gains([*trials_of(own, 100), *trials_of(other, 90)], own)[other] == math.inf
 
 
 def test_results_stand_fastest_first() -> None:
@@ -796,5 +819,6 @@ batch_size: 64   # as it was
     assert "batch_size: 4    # as it was\n" in found
     assert found.startswith("# a job of mine\n")
     spec = load_job(job)
-    written = (spec.batch_size, spec.loader.workers, spec.runtime.streams, spec.runtime.threads)
+    runtime = spec.runtime
+    written = (spec.batch_size, spec.loader.workers, runtime.streams, runtime.threads, runtime.part)
     assert written == tuple(done.json["settings"].values())
