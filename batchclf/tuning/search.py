@@ -166,8 +166,8 @@ def possible_gains(trials: Iterable[Trial], chosen: Settings) -> dict[Settings, 
     """By which share each other combination may be faster than the chosen one, for all we know.
 
     The mean of its trials over that of the chosen one's, and two standard errors of their
-    difference; of combinations that were measured at least half as often as the chosen one, and
-    twice.
+    difference; of combinations that were measured more than half as often as the chosen one, and
+    twice: of fewer trials, the error says nothing.
     """
     rates: dict[Settings, list[float]] = defaultdict(list)
     for trial in trials:
@@ -180,7 +180,7 @@ def possible_gains(trials: Iterable[Trial], chosen: Settings) -> dict[Settings, 
     return {
         one: (statistics.mean(found) - mean + 2 * _error(own, found)) / mean
         for one, found in rates.items()
-        if len(found) >= max(2, num / 2)
+        if len(found) >= 2 and 2 * len(found) > num
     }
 
 
