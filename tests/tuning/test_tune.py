@@ -329,7 +329,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_too_large(
     lines = lines_of(tmp_path / "out")
     assert {line["batch_size"] for line in lines if line.get("too_large")} == {2500}
     fitting = [line for line in lines if line["type"] == "trial" and not line["too_large"]]
-    assert {line["batch_size"] for line in fitting} == {8}
+    assert 8 in {line["batch_size"] for line in fitting} <= {8, 16, 32}
 
 
 @pytest.mark.parametrize(
