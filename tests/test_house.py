@@ -43,10 +43,10 @@ OUTSIDE = {
     "onnx": (
         *("models/onnx_file.py", "models/onnx_input.py", "models/onnx_load.py"),
         *("models/onnx_ends.py", "models/onnx_scores.py", "models/graph.py"),
-        "models/equalize.py",
+        *("models/equalize.py", "models/first_layer.py", "models/calibration.py"),
         *("models/quantize.py", "models/half.py"),
     ),
-    "onnxruntime": ("runtime/", "models/quantize.py", "models/half.py"),
+    "onnxruntime": ("runtime/", "models/calibration.py", "models/quantize.py", "models/half.py"),
     "openvino": ("runtime/native_openvino.py",),
     "PIL": ("images/",),
     "simplejpeg": ("images/jpeg.py",),

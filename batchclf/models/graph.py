@@ -200,6 +200,15 @@ def is_layer(graph: Graph, node: onnx.NodeProto) -> bool:
     )
 
 
+def has_attention(graph: Graph) -> bool:
+    """Whether there is layer normalisation, or a product of two tensors that are no weights."""
+    return any(
+        node.op_type == "LayerNormalization"
+        or (node.op_type == "MatMul" and not set(node.input) & set(graph.weights))
+        for node in graph.nodes
+    )
+
+
 def is_depthwise(graph: Graph, node: onnx.NodeProto) -> bool:
     """Whether a layer is a convolution with one filter per channel."""
     shape = graph.weights[node.input[1]].shape

@@ -1,8 +1,9 @@
 """A bundle's model to static int8: QDQ, calibrated on a sample of the job's own images.
 
-prepare → choose the nodes → equalise channels → ranges → weight scales → correct biases → write.
-One file serves every provider. Weights are int8, symmetric and per channel; activations are
-uint8, asymmetric and per tensor. Three methods keep the accuracy:
+prepare → take pixels → choose the nodes → equalise channels → ranges → weight scales → correct
+biases → write. One file serves every provider. Weights are int8, symmetric and per channel;
+activations are uint8, asymmetric and per tensor. The first convolution takes the uint8 pixels as
+they are (first_layer.py). Three methods keep the accuracy:
 
 - **Equalised channels** (Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and
   Bias Correction", section 4.1, with calibrated activation ranges and SmoothQuant's balance, Xiao
@@ -22,27 +23,27 @@ channels by whatever each of them sums over.
 
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
-from numpy.typing import NDArray
 from onnx import helper, numpy_helper
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from onnxruntime.quantization import CalibrationMethod, QuantType
 from onnxruntime.quantization.calibrate import TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from batchclf.errors import ModelError
+from batchclf.models.calibration import Calibration, Ranges, open_session
 from batchclf.models.equalize import equalize
+from batchclf.models.first_layer import PIXEL_RANGE, probe_pixels, take_pixels
 from batchclf.models.graph import (
     WEIGHTED,
     Floats,
     Graph,
     attribute,
+    has_attention,
     is_depthwise,
     is_layer,
     output_axis,
@@ -52,19 +53,9 @@ from batchclf.models.graph import (
 )
 from batchclf.results.records import Pixels
 
-Ranges = dict[str, tuple[float, float]]
-"""Lowest and highest value that a tensor's 8 bits stand for."""
-
 OLDEST_OPSET = 13
 """First opset whose QuantizeLinear has a scale per channel; older models are converted to 17."""
 _CONVERTED_OPSET = 17
-_BATCH = 2
-"""Images per calibration batch: every tensor of a batch is in memory at once."""
-_BINS = 2048
-_SAMPLES = 1 << 14
-"""Values per image and tensor that its histogram counts."""
-_CLIP_STEPS = np.linspace(0.3, 1, 36)
-"""Shares of a tensor's full range that are tried as its quantised range."""
 _PAIR_LIMIT = 127.5
 """255 * 128 fits in 15 bits; two rounded weights may exceed their sum by half each."""
 _BIAS_LIMIT = 2.0**29
@@ -97,95 +88,21 @@ def quantize_int8(model: Path, target: Path, calibration_NHWC: Pixels, *, thread
     with tempfile.TemporaryDirectory(prefix=".int8-", dir=target.parent) as temporary:
         folder = Path(temporary)
         graph = Graph(_prepare(model, folder))
+        taken = []
+        if not has_attention(graph):
+            probe_NHWC = probe_pixels(calibration_NHWC.shape)
+            probe = Calibration(graph, probe_NHWC, folder, threads)
+            taken = take_pixels(graph, probe_NHWC, probe.tensors)
+            graph = Graph(graph.model)
         names = _choose(graph, model)
-        run = _Calibration(graph, calibration_NHWC, folder, threads)
+        run = Calibration(graph, calibration_NHWC, folder, threads)
         equalize(graph, names, run.channel_peaks)
         ranges = run.ranges(_tensors_of(graph, names))
+        ranges |= dict.fromkeys(taken, PIXEL_RANGE)
         names = _without_dead(graph, names, ranges, model)
         scales = _weight_scales(graph, names, ranges)
         _correct_biases(graph, scales, run)
         save_model(_with_qdq(graph, names, ranges, scales), target)
-
-
-# ---- the graph, and running it on the calibration images -----------------------------------------
-
-
-class _Calibration:
-    """Runs a graph as it stands on the calibration images, a few at a time."""
-
-    def __init__(self, graph: Graph, calibration_NHWC: Pixels, folder: Path, threads: int) -> None:
-        self._graph = graph
-        self._pixels_NHWC = calibration_NHWC
-        self._folder = folder
-        self._threads = threads
-
-    def tensors(
-        self, names: Sequence[str], extra: Sequence[onnx.NodeProto] = ()
-    ) -> Iterator[dict[str, Floats]]:
-        """The tensors called `names` (and those of `extra` nodes), for one batch after another."""
-        if not names:  # to ONNX Runtime, none means all
-            return
-        self._graph.flush()
-        model = onnx.ModelProto()
-        model.CopyFrom(self._graph.model)
-        model.graph.node.extend(extra)
-        del model.graph.output[:]
-        model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
-        path = self._folder / "calibration.onnx"
-        save_model(model, path)
-        session = _session(path, threads=self._threads)
-        pixels = model.graph.input[0]
-        size = pixels.type.tensor_type.shape.dim[0].dim_value or _BATCH
-        num_images = len(self._pixels_NHWC)
-        for start in range(0, num_images, size):
-            # A model of one batch size sees the first images again at the end.
-            rows = np.arange(start, start + size) % num_images
-            yield dict(
-                zip(names, session.run(names, {pixels.name: self._pixels_NHWC[rows]}), strict=True)
-            )
-
-    def channel_peaks(self, names: Sequence[str]) -> dict[str, Floats]:
-        """Largest magnitude per channel (axis 1) of NCHW tensors."""
-        peaks: dict[str, Floats] = {}
-        for batch in self.tensors(names):
-            for name, found_NCHW in batch.items():
-                peak_C = np.maximum(found_NCHW.max((0, 2, 3)), -found_NCHW.min((0, 2, 3)))
-                peaks[name] = np.maximum(peaks.get(name, peak_C), peak_C)
-        return peaks
-
-    def ranges(self, names: Sequence[str]) -> Ranges:
-        """The range of each float32 tensor with the least squared error in 8 bits, 0 included."""
-        full: Ranges = {}
-        for batch in self.tensors(names):
-            for name, found in batch.items():
-                if found.dtype == np.float32:
-                    low, high = full.get(name, (0.0, 0.0))
-                    full[name] = min(low, float(found.min())), max(high, float(found.max()))
-        names = list(full)
-        counts = {name: np.zeros(_BINS, np.int64) for name in names}
-        for batch in self.tensors(names):
-            for name, found in batch.items():
-                low, high = full[name]
-                rows = found.reshape(len(found), -1)
-                step = rows.shape[1] // _SAMPLES | 1  # odd: meets every column of an even width
-                sample = rows[:, ::step].ravel()
-                counts[name] += np.histogram(sample, _BINS, (low, high or 1e-6))[0]
-        return {name: _best_range(counts[name], *full[name]) for name in names}
-
-
-def _best_range(counts: NDArray[np.int64], low: float, high: float) -> tuple[float, float]:
-    """The share of a full range with the least error: clipping outside it, rounding inside."""
-    if high <= low:
-        return low, high
-    values = low + (np.arange(_BINS) + 0.5) * (high - low) / _BINS
-    best, best_error = (low, high), np.inf
-    for share in _CLIP_STEPS:
-        clipped = np.clip(values, low * share, high * share)
-        step = (high - low) * share / 255
-        error = float((counts * np.maximum((values - clipped) ** 2, step**2 / 12)).sum())
-        if error < best_error:
-            best, best_error = (low * share, high * share), error
-    return best
 
 
 # ---- preparing and choosing ----------------------------------------------------------------------
@@ -210,7 +127,7 @@ def _prepare(path: Path, folder: Path) -> onnx.ModelProto:
             ) from error
     plain, folded = folder / "plain.onnx", folder / "folded.onnx"
     save_model(model, plain)
-    _session(plain, threads=1, folded=folded)
+    open_session(plain, threads=1, folded=folded)
     model = onnx.load(folded)
     kept = [entry for entry in model.opset_import if entry.domain in _domains(model)]
     del model.opset_import[:]
@@ -229,22 +146,18 @@ def _choose(graph: Graph, path: Path) -> set[str]:
     Raises:
         ModelError: there is none.
     """
-    has_attention = any(
-        node.op_type == "LayerNormalization"
-        or (node.op_type == "MatMul" and not set(node.input) & set(graph.weights))
-        for node in graph.nodes
-    )
+    is_attentive = has_attention(graph)
     layers = {
         node.name
         for node in graph.nodes
-        if is_layer(graph, node) and not (has_attention and node.op_type == "Conv")
+        if is_layer(graph, node) and not (is_attentive and node.op_type == "Conv")
     }
     if not layers:
         raise ModelError(
             f"{path}: found no convolution or matrix product with float32 weights, so there is "
             "nothing to run in int8; use precision fp32"
         )
-    if has_attention:
+    if is_attentive:
         return layers
     after = reached(graph.nodes, layers)
     before = reached(graph.nodes, layers, backwards=True)
@@ -347,7 +260,7 @@ def _rows(graph: Graph, node: onnx.NodeProto) -> Floats:
     return weight if attribute(node, "transB", 0) else np.asarray(weight.T)
 
 
-def _correct_biases(graph: Graph, scales: dict[str, Floats], run: _Calibration) -> None:
+def _correct_biases(graph: Graph, scales: dict[str, Floats], run: Calibration) -> None:
     """Take from each bias what rounding the weights adds to the mean of its channel.
 
     A second layer beside each, of the rounding errors alone, gives it directly.
@@ -446,21 +359,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def _session(path: Path, *, threads: int, folded: Path | None = None) -> ort.InferenceSession:
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 3
-    settings.intra_op_num_threads = threads
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if folded is not None:
-        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        settings.optimized_model_filepath = str(folded)
-        if path.with_name(f"{path.name}.data").exists():
-            settings.add_session_config_entry(
-                "session.optimized_model_external_initializers_file_name", f"{folded.name}.data"
-            )
-    try:
-        return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-    except (RuntimeError, ValueError, ort_errors.Fail, ort_errors.InvalidGraph) as error:
-        raise ModelError(f"{path.name}: ONNX Runtime does not accept it: {error}") from error

@@ -17,10 +17,11 @@ from onnx import numpy_helper
 
 from batchclf.errors import ModelError
 from batchclf.models.bundle import sha256_of
+from batchclf.models.calibration import Calibration
 from batchclf.models.equalize import equalize
 from batchclf.models.graph import Graph, attribute
 from batchclf.models.half import to_half
-from batchclf.models.quantize import _Calibration, quantize_int8
+from batchclf.models.quantize import quantize_int8
 from batchclf.results.records import Pixels, Scores
 from batchclf.runtime.classifier import open_classifier
 from batchclf.runtime.providers import PROVIDERS, compiled_in
@@ -256,7 +257,7 @@ def test_the_same_input_gives_the_same_file_and_leaves_nothing_else(
 def test_equalising_leaves_the_scores_as_they_are(tmp_path: Path) -> None:
     graph = Graph(onnx.load(write_graph(tmp_path / "model.onnx", CONVOLUTIONS)))
     before = {name: values.copy() for name, values in graph.weights.items()}
-    run = _Calibration(graph, NOISE_NHWC, tmp_path, threads=1)
+    run = Calibration(graph, NOISE_NHWC, tmp_path, threads=1)
     equalize(
         graph, {node.name for node in graph.nodes if node.op_type == "Conv"}, run.channel_peaks
     )
