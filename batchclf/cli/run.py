@@ -126,6 +126,10 @@ def _print_summary(summary: "Summary", predictions: str) -> None:
             f"{check.top1_agreement:.1%}, largest difference of a score "
             f"{check.max_score_difference:.2f}"
         )
+        if check.is_slow:
+            lines.append(
+                f"{name} IS SLOWER THAN FP32 HERE: {check.speed} times as fast; use precision fp32"
+            )
     if provider.fallback is not None:
         lines.append(f"FELL BACK TO THE CPU, as the job allows: {provider.fallback}")
     lines.append(f"records: {predictions}")

@@ -177,6 +177,10 @@ class ActiveProvider:
     """Why the requested provider does not run, where the job allowed the CPU in its place."""
 
 
+_SLOW = 0.95
+"""Two measurements of the same speed may differ by that much."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """How many images of a batch are inferred at once, and how that was chosen."""
@@ -194,3 +198,10 @@ class PrecisionCheck:
     top1_agreement: float
     max_score_difference: float
     """Largest difference of one class's probability, 0 to 1."""
+    speed: float | None = None
+    """Times the images per second of the same sessions at fp32; None: not measured."""
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the precision costs time as well as accuracy."""
+        return self.speed is not None and self.speed < _SLOW

@@ -33,12 +33,14 @@ from batchclf.runtime.providers import (
 from batchclf.runtime.sessions import Target
 from batchclf.sessions.kept import remembered
 from batchclf.sessions.part import LARGEST, Fastest, fastest_part, require_part
-from batchclf.sessions.precision import compare_precisions, require_agreement
+from batchclf.sessions.precision import compare_precisions, measure_speed, require_agreement
 from batchclf.sessions.sample import Sample
 from batchclf.spec.job import JobSpec, ProviderSpec, auto, runs_on_cpu
 from batchclf.system.machine import cpu_name_and_flags, usable_cores
 
 MAX_CPU_STREAMS = 8
+_SPEED_IMAGES = 8
+"""Least number of images to compare speeds on: half a second of a ResNet-50 on one core."""
 DEVICE_STREAMS = 2
 """Batches in flight on an accelerator: one is copied while another is computed."""
 
@@ -327,27 +329,48 @@ def _check_precision(
         full = open_classifier(
             bundle.model_path, Target(require_provider("cpu"), threads=usable_cores())
         )
-        return compare_precisions(
+        check = compare_precisions(
             classify,
             full,
             wanted.sample.pixels,
             part.num_images,
             activation=bundle.meta.activation,
         )
+        return replace(check, speed=_speed(wanted, target, classify, part))
 
     key = (
         *(_what_answers(reduced, target), part.num_images, classify.active.device),
-        *(bundle.digest, _cpu(), wanted.sample.digest),
+        *(bundle.digest, _cpu(), wanted.sample.digest, "speed"),
     )
     check, _ = remembered("agreement", key, PrecisionCheck, compare)
-    precision = wanted.job.precision
+    precision = wanted.job.precision if wanted.job.precision != "fp32" else "TF32"
     wanted.log(
-        f"{precision if precision != 'fp32' else 'TF32'} compared with fp32 on "
+        f"{precision} compared with fp32 on "
         f"{check.num_images} of the job's images: same top class on {check.top1_agreement:.1%}, "
         f"largest difference of a score {check.max_score_difference:.2f}"
     )
+    if check.is_slow:
+        wanted.log(
+            f"{precision} is slower than fp32 here, {check.speed} times as fast on "
+            f"{classify.active.device}: use precision fp32, which is exact as well"
+        )
     require_agreement(check, wanted.job)
     return check
+
+
+def _speed(wanted: Wanted, target: Target, classify: InParts, part: Part) -> float | None:
+    """How many times as fast as fp32 the target is, in the same parts; on CPUs only.
+
+    An accelerator is not measured: it has units for what it can be asked for.
+    """
+    if not _is_cpu(target):
+        return None
+    size = part.num_images
+    full = open_classifier(
+        wanted.model.bundle.model_path, replace(target, precision="fp32"), batch_size=size
+    )
+    pixels_NHWC = tiled(wanted.sample.pixels, max(size, _SPEED_IMAGES))
+    return measure_speed(classify, InParts(full, size, wanted.log), pixels_NHWC)
 
 
 def _pinned(devices: Sequence[int], shape: Sequence[int]) -> Pixels:

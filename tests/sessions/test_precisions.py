@@ -5,6 +5,7 @@ The environment decides which provider is tested; across the environments all of
 
 import csv
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from batchclf import load_job
 from batchclf.errors import ProviderError
+from batchclf.models.resolve import resolve_model
 from batchclf.results.records import Pixels, PrecisionCheck, Scores
+from batchclf.runtime.classifier import open_reference
 from batchclf.runtime.openvino import require_cpu_precision
 from batchclf.runtime.providers import installed_flavours
+from batchclf.sessions import open as sessions
 from batchclf.sessions.kept import remembered
-from batchclf.sessions.precision import compare_precisions
+from batchclf.sessions.precision import compare_precisions, measure_speed
+from batchclf.sessions.sample import sample_input
 from batchclf.system.machine import cpu_name_and_flags
 from tests.conftest import DATA, MOBILENET_WEIGHTS, PHOTOS, Batchclf, data, read_records, write_job
 
@@ -102,6 +108,7 @@ def test_the_classes_of_250_photos_are_pytorchs_and_the_run_says_how_often(
     assert check["num_images"] == 200
     assert check["top1_agreement"] == pytest.approx(agreement, abs=0.03)
     assert 0 < check["max_score_difference"] < 0.6
+    assert check["speed"] > 0.1
     assert f"same top class on {check['top1_agreement']:.1%}" in done.stderr
 
 
@@ -229,3 +236,36 @@ def test_what_was_measured_once_is_measured_anew_for_another_key_only(tmp_path: 
     asked = [remembered("agreement", key, PrecisionCheck, compare) for key in keys]
     assert [check.num_images for check, _ in asked] == [1, 1, 2, 3, 2]
     assert [is_known for _, is_known in asked] == [False, True, False, False, True]
+
+
+def test_the_speed_is_that_of_the_calls_after_the_first() -> None:
+    def sleeping(first_s: float, later_s: float) -> Callable[[Pixels], Scores]:
+        seconds = iter([first_s, *[later_s] * 10])
+
+        def classify(_: Pixels) -> Scores:
+            time.sleep(next(seconds))
+            return np.zeros((1, 2), np.float32)
+
+        return classify
+
+    batch_NHWC = np.zeros((1, 4, 4, 3), np.uint8)
+    speed = measure_speed(sleeping(0.2, 0.04), sleeping(0, 0.02), batch_NHWC)
+    assert speed == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize(("speed", "is_said"), [(0.6, True), (0.97, False), (1.8, False)])
+def test_a_precision_that_is_slower_than_fp32_is_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speed: float, is_said: bool
+) -> None:
+    monkeypatch.setenv("BATCHCLF_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(sessions, "measure_speed", lambda *_: speed)
+    provider = "openvino" if HAS_OPENVINO else "cpu"
+    job = load_job(write_job(tmp_path, provider=provider, precision="int8", min_agreement=0))
+    said: list[str] = []
+    model = resolve_model(job.model, batch_size=8, open_reference=open_reference, log=said.append)
+    wanted = sessions.Wanted(job, model, 8, sample_input(job, model), said.append)
+    opened = sessions.open_devices(wanted, None)
+    assert opened.precision_check is not None
+    assert opened.precision_check.speed == speed
+    slow = [text for text in said if "int8 is slower than fp32 here, 0.6 times as fast" in text]
+    assert bool(slow) == is_said
