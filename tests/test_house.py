@@ -44,6 +44,7 @@ OUTSIDE = {
         *("models/onnx_file.py", "models/onnx_input.py", "models/onnx_load.py"),
         *("models/onnx_ends.py", "models/onnx_scores.py", "models/graph.py"),
         *("models/equalize.py", "models/first_layer.py", "models/calibration.py"),
+        "models/sensitivity.py",
         *("models/quantize.py", "models/half.py"),
     ),
     "onnxruntime": ("runtime/", "models/calibration.py", "models/quantize.py", "models/half.py"),

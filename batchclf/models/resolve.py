@@ -316,6 +316,7 @@ class _Building:
         self.log(f"exporting {name} ({spec.weights}) to ONNX; this is done once")
         model = _import_zoo(spec).build(spec, self.log)
         from batchclf.models import export
+        from batchclf.models.sensitivity import open_rounded
 
         if self.labels:
             require_label_count(self.labels, len(model.labels), spec.labels or "")
@@ -337,7 +338,9 @@ class _Building:
             activation=model.activation,
             verified_batches=checked,
             files=model_files(folder),
-            golden_sha256=write_golden(folder, reference, sample_NHWC),
+            golden_sha256=write_golden(
+                folder, reference, sample_NHWC, rounded=open_rounded(folder, self.open_reference)
+            ),
         )
 
     def _from_onnx(self, folder: Path) -> BundleMeta:
@@ -346,6 +349,7 @@ class _Building:
         _require_packages(str(spec.onnx), *ONNX_PACKAGES)
         self.log(f"preparing {spec.onnx}; this is done once")
         from batchclf.models import onnx_file
+        from batchclf.models.sensitivity import open_rounded
 
         wrapped = onnx_file.wrap_onnx(
             spec.onnx,
@@ -373,7 +377,13 @@ class _Building:
             verified_batches=wrapped.checked_batches,
             arithmetic=wrapped.arithmetic,
             files=model_files(folder),
-            golden_sha256=write_golden(folder, reference, sample_NHWC, wrapped.fixed_batch),
+            golden_sha256=write_golden(
+                folder,
+                reference,
+                sample_NHWC,
+                wrapped.fixed_batch,
+                open_rounded(folder, self.open_reference) if wrapped.arithmetic == "fp32" else None,
+            ),
         )
 
 

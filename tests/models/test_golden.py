@@ -49,7 +49,7 @@ def bundle(tmp_path: Path) -> Bundle:
     return bundle_of(tmp_path / "bundle", classify, PIXELS_NHWC)
 
 
-def bundle_of(folder: Path, run: Run, pixels_NHWC: Pixels) -> Bundle:
+def bundle_of(folder: Path, run: Run, pixels_NHWC: Pixels, rounded: Run | None = None) -> Bundle:
     """A bundle of nothing but the answers of `run`."""
 
     def build(folder: Path) -> BundleMeta:
@@ -62,7 +62,7 @@ def bundle_of(folder: Path, run: Run, pixels_NHWC: Pixels) -> Bundle:
             labels=tuple(map(str, range(run(pixels_NHWC).shape[1]))),
             activation="softmax",
             files=model_files(folder),
-            golden_sha256=write_golden(folder, run, pixels_NHWC),
+            golden_sha256=write_golden(folder, run, pixels_NHWC, rounded=rounded),
         )
 
     return write_bundle(folder, build)
@@ -153,6 +153,40 @@ def test_pytorchs_own_rounding_of_trained_weights_passes(
     )
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     check_golden(bundle, partial(answers, dtype), where="here", precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("own", "precision", "passing", "refused"),
+    [
+        (0.02, "bf16", 0.05, 0.13),  # a model that rounding hardly moves
+        (0.1, "bf16", 0.27, 0.35),
+        (0.1, "fp16", 0.03, 0.06),
+        (0.5, "bf16", 0.8, 1.0),
+        (0.5, "int8", 0.5, 0.6),  # int8 answers are those of another model
+    ],
+)
+def test_a_session_may_round_as_much_as_its_own_model_is_sensitive_to(
+    tmp_path: Path, own: float, precision: Precision, passing: float, refused: float
+) -> None:
+    def moved(share: float) -> Run:
+        """`classify` with an error of that share of its scores' length, centred over classes."""
+
+        def run(pixels_NHWC: Pixels) -> Scores:
+            scores_NK = classify(pixels_NHWC)
+            length_N = np.linalg.norm(scores_NK - scores_NK.mean(1, keepdims=True), axis=1)
+            noise_K = NOISE - NOISE.mean()
+            noise_K /= np.linalg.norm(noise_K)
+            scores_NK += np.float32(share) * length_N[:, None] * noise_K
+            return scores_NK
+
+        return run
+
+    bundle = bundle_of(tmp_path / "bundle", classify, PIXELS_NHWC, moved(own))
+    check_golden(bundle, moved(passing), where="here", precision=precision)
+    with pytest.raises(ProviderError, match="is rounding"):
+        check_golden(bundle, moved(refused), where="here", precision=precision)
+    for size in (2, 7):
+        check_golden(bundle, moved(passing), where="here", precision=precision, batch_size=size)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
