@@ -85,7 +85,8 @@ def test_the_models_own_answers_pass_at_any_batch_size(
         return classify(pixels_NHWC)
 
     check_golden(bundle, counting, where="here", batch_size=batch_size)
-    assert sizes == [batch_size or len(PIXELS_NHWC)]
+    assert set(sizes) == {batch_size or len(PIXELS_NHWC)}
+    assert sum(sizes) >= len(PIXELS_NHWC)
 
 
 @pytest.mark.parametrize(
