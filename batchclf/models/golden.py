@@ -29,7 +29,7 @@ _LEAST_ERROR: Mapping[Precision, float] = {"fp16": 0.045, "bf16": 0.1}
 """Allowed to the least sensitive model, since sums and what lies between layers may round too."""
 _SAFETY = 3
 """Times the error that the model itself makes with layers rounded to bf16. OpenVINO's bf16 on AMX
-made 0.7 to 1.1 times it (six torchvision models, three images each)."""
+made 0.7 to 1.1 times it (six models, three images each)."""
 _HALF_STEPS = 8
 """float16 and TF32 keep 3 bits more than bfloat16."""
 _WRONG = 0.9
