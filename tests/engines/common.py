@@ -16,7 +16,7 @@ import psutil
 from batchclf.spec.options import RunOptions
 from tests.conftest import ROOT, command, read_records
 from tests.tiny import (
-    SLOW_RESIZE,
+    SLOW,
     assert_same_records,
     link_digits,
     run_here,
@@ -198,7 +198,7 @@ def write_job(folder: Path, num_images: int = 40, *, slow: bool = False, **keys:
     images = folder / "images"
     if not images.exists():
         link_digits(images, num_images)
-    model = tiny_model(folder, resize=SLOW_RESIZE if slow else 8)
+    model = tiny_model(folder, **(SLOW if slow else {}))
     keys = {"input": str(images), "model": model, "batch_size": 4, **keys}
     settings = {**keys, "output": str(folder / "undisturbed"), "batch_size": 32}
     run_here(write_tiny_job(folder, name="undisturbed.yaml", **settings), RunOptions())

@@ -17,7 +17,7 @@ from batchclf.errors import NoImagesError
 from batchclf.results.records import Shard
 from batchclf.spec.options import RunOptions
 from tests.conftest import Batchclf, command, read_records
-from tests.tiny import DIGITS, SLOW_RESIZE, assert_same_records, run_here, write_tiny_job
+from tests.tiny import DIGITS, SLOW, assert_same_records, run_here, write_tiny_job
 
 NUM_PHOTOS = 40
 
@@ -111,7 +111,7 @@ def test_a_run_that_was_killed_goes_on_inside_of_an_archive(
     tmp_path: Path, photos: Path, form: str
 ) -> None:
     job_input = form_of(form, photos, tmp_path)
-    slow: dict[str, Any] = {"preprocess": {"resize": SLOW_RESIZE, "crop": 8}, "batch_size": 1}
+    slow: dict[str, Any] = {"preprocess": SLOW, "batch_size": 1}
     job = write_tiny_job(tmp_path, input=job_input, **slow)
     whole = write_tiny_job(
         tmp_path, input=job_input, output=str(tmp_path / "whole"), name="whole.yaml", **slow

@@ -33,7 +33,7 @@ from batchclf.system.interrupt import StopRequest
 from batchclf.system.machine import boot_id
 from tests.conftest import ROOT, Batchclf, command, read_records, write_job
 from tests.tiny import (
-    SLOW_RESIZE,
+    SLOW,
     Log,
     assert_same_records,
     link_digits,
@@ -87,13 +87,13 @@ def slow_job(folder: Path, num_images: int, **keys: Any) -> Path:
     job = write_tiny_job(
         folder,
         input=str(images),
-        model=tiny_model(folder, resize=SLOW_RESIZE),
+        model=tiny_model(folder, **SLOW),
         **{"batch_size": 4, "loader": {"workers": 2}, **keys},
     )
     warm = write_tiny_job(
         folder,
         name="warm.yaml",
-        model=tiny_model(folder, resize=SLOW_RESIZE),
+        model=tiny_model(folder, **SLOW),
         output=str(folder / "warm"),
     )
     run_here(warm, RunOptions(limit=8))
@@ -127,7 +127,7 @@ def test_a_job_killed_again_and_again_ends_as_an_undisturbed_one(
         tmp_path,
         input=str(tmp_path / "images"),
         output=str(tmp_path / "undisturbed"),
-        model=tiny_model(tmp_path, resize=SLOW_RESIZE),
+        model=tiny_model(tmp_path, **SLOW),
         batch_size=32,
     )
     run_here(undisturbed)
