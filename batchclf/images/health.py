@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, cached_property
 from itertools import islice
 from typing import Protocol
 
@@ -27,7 +27,8 @@ NUM_IN_A_ROW = 100
 """Files of one server that a list names and that are refused without one that is not. Where no
 answer comes at all, it is asked after the first: the network may be down."""
 NUM_ASKED = 8
-"""Files of the list that are tried then, as many as may be of other servers."""
+"""Files of the list that are tried then, as many as may be of other servers. Of a list that names
+fewer, no answer at all tells nothing of the network."""
 MAX_LINES = 1_000_000
 """Of a list, among which they are looked for."""
 
@@ -93,7 +94,11 @@ class _PlaceHealth:
 
 
 class _ListHealth:
-    """Of the servers that a list names: some may be gone for good, but not all."""
+    """Of the servers that a list names: some may be gone for good, but not all.
+
+    Where nothing comes of a file, the network is down if nothing comes of `NUM_ASKED` files of the
+    list either. Where it names fewer on other machines, each that fails is a failure of its own.
+    """
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -121,7 +126,8 @@ class _ListHealth:
         with self._asking:
             self._num_refused[server] += 1
             in_a_row = self._num_refused[server]
-            if not refused.is_unanswered and in_a_row < NUM_IN_A_ROW:
+            may_be_down = refused.is_unanswered and len(self._to_ask) == NUM_ASKED
+            if not may_be_down and in_a_row < NUM_IN_A_ROW:
                 return
             if time.monotonic() - self._asked_at >= ASK_EVERY_S:
                 self._is_up = self._anything_answers()
@@ -130,7 +136,7 @@ class _ListHealth:
                 raise EnvironmentFailed(
                     f"input: {self._source.spec}: {server}: cannot be read: {refused} (in a row: "
                     f"{in_a_row:,} of its files); nor can others of the list; is the network up, "
-                    "and are the credentials right? Run again to resume"
+                    "and are the addresses and the credentials right? Run again to resume"
                 ) from refused
 
     def _anything_answers(self) -> bool:
@@ -138,8 +144,9 @@ class _ListHealth:
             return True
         # At once: each may take as long as a server that hangs is waited for.
         with ThreadPoolExecutor(NUM_ASKED) as pool:
-            return any(pool.map(_answers, self._to_ask()))
+            return any(pool.map(_answers, self._to_ask))
 
+    @cached_property
     def _to_ask(self) -> list[str]:
         """Files of the list, of as many servers as may be."""
         # Where the list is not there any more, or not a list, it names nothing that answers.

@@ -330,17 +330,24 @@ def test_a_list_of_which_nothing_is_to_be_read_any_more_ends_the_job(
         files.read(bad.encode(), 10)
 
 
-@pytest.mark.parametrize("is_alone", [True, False])
-def test_a_dead_server_ends_a_job_only_where_the_list_names_none_that_answers(
-    tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, is_alone: bool
+@pytest.mark.parametrize(
+    ("num_dead", "num_good", "is_down"), [(8, 0, True), (8, 1, False), (7, 0, False)]
+)
+def test_a_dead_server_ends_a_job_only_where_many_files_are_listed_and_none_answers(
+    tmp_path: Path,
+    bucket: Bucket,
+    monkeypatch: pytest.MonkeyPatch,
+    num_dead: int,
+    num_good: int,
+    is_down: bool,
 ) -> None:
     monkeypatch.setattr(attempts, "PAUSES_S", ())
     bucket.put("listed/1.jpg", b"x")
-    others = [] if is_alone else [f"s3://{NAME}/listed/1.jpg"]
-    addresses = [DEAD.format(number) for number in range(8)]
+    others = [f"s3://{NAME}/listed/1.jpg"] * num_good + ["/here/1.jpg"] * 20
+    addresses = [DEAD.format(number) for number in range(num_dead)]
     files = files_of_list(tmp_path, *addresses, *others)
     for address in addresses:
-        if is_alone:
+        if is_down:
             with pytest.raises(EnvironmentFailed, match=r"http://127\.0\.0\.1:1: cannot be read"):
                 files.read(address.encode(), 10)
         else:

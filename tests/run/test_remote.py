@@ -361,6 +361,24 @@ def test_a_network_that_is_down_costs_a_list_of_one_server_no_record(
     assert_same_records(read_records(tmp_path / "out"), named)
 
 
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_dead_address_among_paths_of_this_machine_costs_its_own_image(
+    tmp_path: Path, photos: Path, bucket: Bucket, expected: list[dict[str, Any]], is_cut: bool
+) -> None:
+    bucket.proxy.decide = lambda *_: Fault(breaks="reset")
+    dead = f"{bucket.proxy.url}/{NAME}/x.jpg" if is_cut else "http://127.0.0.1:1/x.jpg"
+    paths = [str(photos / one["path"]) for one in expected]
+    paths.insert(5, dead)
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in paths))
+    run_here(write_tiny_job(tmp_path, input=str(tmp_path / "list.txt"), batch_size=4))
+    written = read_records(tmp_path / "out")
+    failed = written.pop(5)
+    assert (failed["path"], failed["error"]["code"]) == (dead, "io_error")
+    del paths[5]
+    named = [one | {"path": path} for one, path in zip(expected, paths, strict=True)]
+    assert_same_records(written, named)
+
+
 def test_no_output_tells_a_secret(
     tmp_path: Path, batchclf: Batchclf, bucket: Bucket, photos: Path
 ) -> None:
