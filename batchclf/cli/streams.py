@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from batchclf.errors import EnvironmentFailed
+from batchclf.system.text import escaped
 
 STDERR = 2
 PATIENCE_S = 0.2
@@ -96,13 +97,8 @@ def as_lines(*lines: str) -> str:
 def printable(text: str) -> str:
     """Text that cannot drive the terminal, nor pass for another line of the log.
 
-    Escaped is all that is not printable: control characters, also those beyond ASCII, marks that
-    turn the direction of text (U+202A to U+202E, U+2066 to U+2069), line and paragraph separators,
-    halves of surrogate pairs. A line break stays, and what follows it is indented: a file's name
-    with one in it does not begin a line.
+    It is `escaped`, but line breaks stay, and what follows one is indented: a file's name with one
+    in it does not begin a line.
     """
-    escaped = "".join(
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
-        for char in text
-    )
-    return re.sub(r"\n(?=[^ \n])", "\n  ", escaped)
+    lines = "\n".join(map(escaped, text.split("\n")))
+    return re.sub(r"\n(?=[^ \n])", "\n  ", lines)

@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+from batchclf.system.text import escaped
+
 MAX_SHOWN_BYTES = 60
 """Of an example's name."""
 
@@ -39,4 +41,4 @@ class Omissions:
 
 def _shown(name: bytes) -> str:
     text = name.decode(errors="backslashreplace")
-    return text if len(name) <= MAX_SHOWN_BYTES else f"{text[:MAX_SHOWN_BYTES]}..."
+    return escaped(text if len(name) <= MAX_SHOWN_BYTES else f"{text[:MAX_SHOWN_BYTES]}...")

@@ -1,1 +1,1 @@
-"""This machine and the processes on it: cores, memory, paths, children, signals; buckets."""
+"""This machine and the processes on it: cores, memory, paths, children, signals; buckets, text."""

@@ -193,6 +193,13 @@ def test_what_systems_leave_among_photos_is_left_out_and_counted(tmp_path: Path)
     assert list(LocalFiles(source).glimpse()) == [b"a/1.jpg"]
 
 
+def test_what_is_left_out_is_told_on_one_line(tmp_path: Path) -> None:
+    write(tmp_path, "1.jpg", "Icon\r", ".a\n\x1b[2J")
+    paths = LocalFiles(open_source(tmp_path)).paths()
+    assert list(paths) == [b"1.jpg"]
+    assert str(paths.left_out) == r"1 hidden (.a\n\x1b[2J), 1 of macOS (Icon\r)"
+
+
 @pytest.mark.parametrize("name", NO_CLUTTER)
 def test_what_only_looks_like_that_is_listed(tmp_path: Path, name: str) -> None:
     write(tmp_path, name)
