@@ -1,11 +1,13 @@
 """What lies below the address of a bucket, as whole objects: what is kept of an output."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 from batchclf.errors import EnvironmentFailed
+from batchclf.results.files import output_failed
 from batchclf.system.bucket import Fault, open_store, raising
 
 RETRIES = 4
@@ -14,6 +16,7 @@ RETRY_S = 30.0
 TIMEOUT_S, NO_BYTE_S = 300.0, 20.0
 """Of one request, which may send a listing of some 100 MB, and of a server that sends nothing."""
 PIECE_BYTES = 1 << 22
+_Piece = TypeVar("_Piece")
 
 
 class AlreadyThere(Exception):
@@ -62,10 +65,18 @@ class Bucket:
                 pieces = self._store.get(name).stream(PIECE_BYTES)
             except FileNotFoundError:
                 return False
+        try:
             with path.open("wb") as file:
-                for piece in pieces:
+                for piece in self._taken(name, pieces):
                     file.write(piece)
+        except OSError as error:
+            raise output_failed(path, error) from error
         return True
+
+    def _taken(self, name: str, pieces: Iterable[_Piece]) -> Iterator[_Piece]:
+        """Pieces of an object; told is what fails while one comes, not what is done with it."""
+        with self._telling(name, "read"):
+            yield from pieces
 
     def create(self, name: str, data: bytes) -> None:
         """Write an object that is not there yet, whole or not at all.

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 
 from batchclf import load_job, run_job
 from batchclf.errors import EnvironmentFailed
+from batchclf.results import bucket
+from batchclf.results.bucket import Bucket
 from tests.buckets import Server, running_server
 from tests.conftest import Batchclf, command
 from tests.proxy import Fault, Proxy, proxied
@@ -337,6 +340,28 @@ def test_an_output_in_a_bucket_that_refuses_ends_at_once(
     assert done.exit_code == 5
     assert "output: s3://no-such-bucket/x" in done.stderr
     assert "NoSuchBucket" in done.stderr
+
+
+def test_a_full_disk_here_is_told_as_such_and_not_as_the_bucket_s_fault(server: Server) -> None:
+    server.client.put_object(Bucket="bucket", Key="fetched/a.json", Body=b"x")
+    fetched = Bucket("s3://bucket/fetched", "output")
+    with pytest.raises(EnvironmentFailed) as caught:
+        fetched.fetch("a.json", Path("/dev/full"))
+    assert re.match(
+        r"output: /dev/full: cannot be written: No space left on device \([\d,]+ bytes free\); ",
+        str(caught.value),
+    )
+
+
+def test_an_object_of_which_a_part_comes_is_the_bucket_s_fault(
+    server: Server, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket, "RETRIES", 0)
+    server.client.put_object(Bucket="bucket", Key="fetched/b.json", Body=b"x" * 1000)
+    proxy.decide = lambda *_: Fault(breaks="torn")
+    fetched = Bucket("s3://bucket/fetched", "output")
+    with pytest.raises(EnvironmentFailed, match=r"s3://bucket/fetched/b\.json: cannot be read"):
+        fetched.fetch("b.json", tmp_path / "b.json")
 
 
 def test_a_list_on_stdin_is_not_needed_by_shards_that_begin_or_go_on_elsewhere(
