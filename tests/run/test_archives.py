@@ -111,7 +111,8 @@ def test_a_run_that_was_killed_goes_on_inside_of_an_archive(
     tmp_path: Path, photos: Path, form: str
 ) -> None:
     job_input = form_of(form, photos, tmp_path)
-    slow: dict[str, Any] = {"preprocess": SLOW, "batch_size": 1}
+    slower = {key: 3 * edge for key, edge in SLOW.items()}
+    slow: dict[str, Any] = {"preprocess": slower, "batch_size": 1}
     job = write_tiny_job(tmp_path, input=job_input, **slow)
     whole = write_tiny_job(
         tmp_path, input=job_input, output=str(tmp_path / "whole"), name="whole.yaml", **slow
