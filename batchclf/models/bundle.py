@@ -17,9 +17,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from batchclf.errors import EnvironmentFailed, ModelError
@@ -28,6 +27,9 @@ from batchclf.results.records import Activation, Preprocess
 from batchclf.system import cache
 from batchclf.system.alive import alive
 from batchclf.system.paths import kind_of
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 MODEL_FILE = "model.onnx"
 META_FILE = "model.json"
@@ -200,15 +202,7 @@ def cached_bundle(
             except ModelError as error:
                 log(f"{error}; building it anew")
         private_folder(folder.parent)
-        lock = FileLock(f"{folder}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log("another process is building this model; waiting for it")
-            while not lock.is_locked:
-                alive()  # so is the other process, or the kernel would free the lock
-                with suppress(Timeout):
-                    lock.acquire(timeout=BEAT_S)
+        lock = _locked(folder, log)
     except OSError as error:
         raise EnvironmentFailed(
             f"{cache_folder()}: the model cache cannot be written: {error.strerror}; "
@@ -225,6 +219,22 @@ def cached_bundle(
         return write_bundle(folder, build)
     finally:
         lock.release()
+
+
+def _locked(folder: Path, log: Callable[[str], None]) -> "BaseFileLock":
+    """The lock of a bundle's place, held by this process once no other one builds there."""
+    from filelock import FileLock, Timeout  # late: a start from a cached bundle needs none
+
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log("another process is building this model; waiting for it")
+        while not lock.is_locked:
+            alive()  # so is the other process, or the kernel would free the lock
+            with suppress(Timeout):
+                lock.acquire(timeout=BEAT_S)
+    return lock
 
 
 def open_cached(folder: Path) -> Bundle:
