@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from batchclf.images.archives import MODULES as MODULES_OF_KINDS
 from tests.conftest import ROOT
 from tests.tiny import run_here, write_tiny_job
 
@@ -184,9 +185,9 @@ def imported_by(*arguments: str) -> set[str]:
 
 
 def imported_by_all(*arguments: str) -> set[str]:
-    """The same, of that process and of those that it started."""
+    """All modules, and packages, of that process and of those that it started."""
     said = _ran("-m", "batchclf", *arguments, PYTHONPROFILEIMPORTTIME="1").stderr
-    return {name.split(".")[0] for name in re.findall(r"^import time:.*\| +(\S+)$", said, re.M)}
+    return set(re.findall(r"^import time:.*\| +(\S+)$", said, re.M))
 
 
 def _ran(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -219,6 +220,9 @@ def test_a_run_from_a_cached_bundle_imports_no_torch_and_no_onnx(tmp_path: Path)
     assert found & {"onnx", "onnxscript", "safetensors", "ray"} == set()
     assert found & {"pillow_heif", "pillow_jxl", "rawpy"} == set()
     assert found & {"obstore", "urllib3"} == set()
+    assert "filelock" not in found
+    readers = {f"batchclf.images.archives.{name}" for name in (*MODULES_OF_KINDS.values(), "index")}
+    assert found & readers == set()
 
 
 def test_the_process_that_watches_a_run_stays_small(tmp_path: Path) -> None:

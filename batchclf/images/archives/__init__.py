@@ -6,10 +6,11 @@ plain bytes, since it stands in the frozen listing. All work over `Ranges`, so i
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, Final
+from functools import cached_property
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, BinaryIO, Final
 
-from batchclf.images.archives import parquet, parquet_list, stream, tar, zips
-from batchclf.images.archives.index import Index
 from batchclf.images.archives.location import (
     FAILED,
     File,
@@ -27,18 +28,16 @@ from batchclf.images.omissions import Omissions
 from batchclf.results.records import Entry, Failure, Stretch
 from batchclf.system.paths import reason, refusal
 
-_READERS: Final[dict[bytes, Callable[[Ranges, Location, Limits], bytes | Failure]]] = {
-    tar.KIND: tar.read,
-    stream.KIND: stream.read,
-    zips.KIND: zips.read,
-    parquet.KIND: parquet.read,
-}
+if TYPE_CHECKING:
+    from batchclf.images.archives.parquet_list import RowLister
+
+MODULES: Final = {b"range": "tar", b"stream": "stream", b"zip": "zips", b"row": "parquet"}
+"""Where each kind of location is read: in the module of which it is the `KIND`. These modules are
+imported when there is one to read, so that a start without archives does not wait for them."""
+ROW: Final = b"row"
+_IN_PASSING: Final = (b"stream", ROW)
+"""Kinds that are read in passing: `span_of` tells which units a member takes."""
 ANEW = "give another output, or --overwrite, to list it anew"
-_SPANS: Final[dict[bytes, Callable[[Location], tuple[int, int]]]] = {
-    stream.KIND: stream.span_of,
-    parquet.KIND: parquet.span_of,
-}
-"""Kinds that are read in passing: which units a member takes."""
 
 
 class Archives:
@@ -48,10 +47,16 @@ class Archives:
         """`rows`: all of them are Parquet files, whatever their names promise."""
         self._files = files
         self._all_parquet = rows is not None
-        self._rows = parquet_list.RowLister(files, rows or Rows())
+        self._asked = rows or Rows()
         self._log = log
         self._is_warned = False
         self.left_out = Omissions()
+
+    @cached_property
+    def _rows(self) -> "RowLister":
+        from batchclf.images.archives.parquet_list import RowLister
+
+        return RowLister(self._files, self._asked)
 
     def entries(self, file: File) -> Iterator[Entry]:
         """The images in one file, each under `archive/name`.
@@ -66,6 +71,8 @@ class Archives:
             elif self._kind(file) == "parquet":
                 yield from self._rows.entries(archive, opened)
             else:
+                from batchclf.images.archives.index import Index
+
                 index = Index()
                 for found in self._scan(file, opened):
                     index.add(found)
@@ -120,7 +127,11 @@ class Archives:
     def _scan(self, file: File, opened: BinaryIO) -> Iterator[Found]:
         kind = self._kind(file)
         if kind == "zip":
+            from batchclf.images.archives import zips
+
             return zips.scan(opened, self._files, file.place)
+        from batchclf.images.archives import stream, tar
+
         if kind == "tar":
             return tar.scan(tar.PlainFile(opened))
         if not self._is_warned:
@@ -165,7 +176,8 @@ def _refused_version(files: Ranges, where: Location) -> Failure | None:
 
 def _read(files: Ranges, where: Location, limits: Limits) -> bytes | Failure:
     try:
-        return _READERS[where.kind](files, where, limits)
+        read: Callable[[Ranges, Location, Limits], bytes | Failure] = _module(where.kind).read
+        return read(files, where, limits)
     except Refused as refused:
         return refused.failure
     except OSError as error:
@@ -182,14 +194,23 @@ def failure_of(location: bytes) -> Failure | None:
 def stretch_of(location: bytes) -> Stretch | None:
     """Where a member lies that is read in passing through its archive; None: it is not."""
     where = parse(location)
-    if where.kind not in _SPANS:
+    if where.kind not in _IN_PASSING:
         return None
-    return Stretch(b"%s:%s" % (where.version, where.archive), *_SPANS[where.kind](where))
+    span_of: Callable[[Location], tuple[int, int]] = _module(where.kind).span_of
+    return Stretch(b"%s:%s" % (where.version, where.archive), *span_of(where))
 
 
 def row_of(location: bytes) -> bytes | None:
     """`file/row`, which no other image is named; None: it lies in no Parquet file."""
-    return parquet.row_of(parse(location)) if location.startswith(parquet.KIND) else None
+    if not location.startswith(ROW):
+        return None
+    from batchclf.images.archives import parquet
+
+    return parquet.row_of(parse(location))
+
+
+def _module(kind: bytes) -> ModuleType:
+    return import_module(f"{__name__}.{MODULES[kind]}")
 
 
 def _shown(path: bytes) -> str:

@@ -1,5 +1,6 @@
 """Locations: whatever they are made of, they come back, and none has a NUL."""
 
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchclf.images.ahead import Fetched
-from batchclf.images.archives import Archives, failure_of, passage, row_of, stretch_of
+from batchclf.images.archives import MODULES, Archives, failure_of, passage, row_of, stretch_of
 from batchclf.images.archives.location import File, failed, fields_of, located, parse, truth_of
 from batchclf.images.decode import Decoder
 from batchclf.images.load import Loader
@@ -94,3 +95,8 @@ def test_an_archive_that_a_list_names_otherwise_is_opened_where_it_lies(
     assert [row_of(entry.location) for entry in entries] == (
         rows if suffix == ".parquet" else [None] * len(PHOTOS)
     )
+
+
+@pytest.mark.parametrize(("kind", "module"), MODULES.items())
+def test_each_kind_of_location_is_read_where_it_is_made(kind: bytes, module: str) -> None:
+    assert kind == importlib.import_module(f"batchclf.images.archives.{module}").KIND
