@@ -18,7 +18,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast, get_args
 from unittest.mock import patch
@@ -26,11 +26,11 @@ from unittest.mock import patch
 import numpy as np
 from PIL import Image
 
-import batchclf.run.plan
+import batchclf.run.classify
 from batchclf.images.decode import Decoder
-from batchclf.images.load import loader_of
+from batchclf.images.decode_pool import open_decoding
 from batchclf.images.local import MAX_FILE_BYTES
-from batchclf.images.prefetch import Load, zeroed_pixels
+from batchclf.images.prefetch import Decoding, Load, zeroed_pixels
 from batchclf.images.source import source_of
 from batchclf.images.store import open_store
 from batchclf.models.resolve import ResolvedModel, resolve_model
@@ -174,11 +174,10 @@ class _Stopwatch(Log):
 
 @contextmanager
 def _slower_decoding(outside_s: float) -> Iterator[None]:
-    def slower(*arguments: Any) -> Load:
-        load = loader_of(*arguments)
-        return SlowLoader(load, outside_s) if outside_s else load
+    def slower(load: Load, *arguments: Any) -> AbstractContextManager[Decoding]:
+        return open_decoding(SlowLoader(load, outside_s) if outside_s else load, *arguments)
 
-    with patch.object(batchclf.run.plan, "loader_of", slower):
+    with patch.object(batchclf.run.classify, "open_decoding", slower):
         yield
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from batchclf.runtime.providers import installed_flavours
+from tests.benchmarks.overhead import BATCH_SIZE, whole
 from tests.conftest import DIGITS_MODEL, ROOT, Batchclf, write_job
 
 
@@ -160,3 +161,11 @@ def test_what_tune_picks_is_compared_with_a_sweep(tmp_path: Path) -> None:
     found = json.loads(printed.splitlines()[-1])
     assert found["num_combinations"] >= 2
     assert found["share_of_best"] > 0
+
+
+def test_the_overhead_of_a_rehearsed_machine_counts_the_time_that_each_image_takes_there(
+    tmp_path: Path,
+) -> None:
+    found = whole(tmp_path, 2 * BATCH_SIZE, "exact", workers=1, outside_ms=5.0)
+    assert 0 < found["images_per_s"] < 1000 / 5
+    assert found["cpu_us"] < 5_000
