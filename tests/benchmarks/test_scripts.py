@@ -169,3 +169,11 @@ def test_the_overhead_of_a_rehearsed_machine_counts_the_time_that_each_image_tak
     found = whole(tmp_path, 2 * BATCH_SIZE, "exact", workers=1, outside_ms=5.0)
     assert 0 < found["images_per_s"] < 1000 / 5
     assert found["cpu_us"] < 5_000
+
+
+def test_the_start_is_timed_from_outside_and_by_its_own_summary(tmp_path: Path) -> None:
+    job = write_job(tmp_path, model=DIGITS_MODEL)
+    figures = json.loads(run("startup", str(job), "--repeats", "1").splitlines()[-1])
+    assert figures["job"] == job.name
+    assert 0 < figures["startup_s"] < figures["first_record_s"]
+    assert figures["help_s"] > 0
