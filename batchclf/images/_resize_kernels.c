@@ -79,6 +79,14 @@ pack_16(const int32_t *weights, int32_t *packed)
 
 #define AVX2 __attribute__((target("avx2")))
 
+/* _mm_storeu_si32 of gcc 11 and later. */
+static inline void
+store_four(Byte *out, __m128i bytes)
+{
+    int32_t four = _mm_cvtsi128_si32(bytes);
+    memcpy(out, &four, sizeof four);
+}
+
 /* Two pixels at once, each in one half of a register, their colours side by side in 32 bits. */
 AVX2 static ptrdiff_t
 across_avx2(Byte *out, const Byte *row, const Axis *axis)
@@ -112,8 +120,8 @@ across_avx2(Byte *out, const Byte *row, const Axis *axis)
         __m256i sums = _mm256_srai_epi32(_mm256_add_epi32(low, _mm256_slli_epi32(high, 15)), BITS);
         __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(sums, sums), _mm256_setzero_si256());
         /* The fourth byte of each is overwritten by the next pixel, which there always is. */
-        _mm_storeu_si32(out + 3 * o, _mm256_castsi256_si128(bytes));
-        _mm_storeu_si32(out + 3 * o + 3, _mm256_extracti128_si256(bytes, 1));
+        store_four(out + 3 * o, _mm256_castsi256_si128(bytes));
+        store_four(out + 3 * o + 3, _mm256_extracti128_si256(bytes, 1));
     }
     return o;
 }

@@ -3,12 +3,17 @@
 from importlib.metadata import PackageNotFoundError, version
 
 try:
-    from batchclf.images import _resize
+    # `from batchclf.images import` would not tell what is absent from what does not load.
+    import batchclf.images._resize as _resize
 except ImportError as error:
     NATIVE: tuple[str, ...] = ()
     """The instruction sets that the native code has here, the fastest first; empty: no such code.
     """
-    WHY_NOT = f"{error}: install batchclf again where there is a C compiler"
+    WHY_NOT = (
+        "it was not compiled: install batchclf again where there is a C compiler"
+        if isinstance(error, ModuleNotFoundError)
+        else f"it does not load ({error}): install batchclf again, compiled on a machine like this"
+    )
 else:
     NATIVE = _resize.INSTRUCTIONS
     WHY_NOT = ""

@@ -197,7 +197,7 @@ def test_an_image_finds_its_command_first_and_works_in_data(target: str) -> None
 def test_the_wheel_is_compiled_in_a_stage_whose_compiler_no_image_has() -> None:
     (install, build) = STAGES["wheel"].of("RUN")[-2:]
     assert " gcc libc6-dev " in install
-    assert build.endswith("| grep -F _resize.abi3.so"), "a wheel without it would pass"
+    assert build.endswith("python3 -c 'import _resize'"), "a wheel without it would pass"
     assert "wheel" not in {stage.base for stage in STAGES.values()}
     for target in TARGETS:
         assert not any("gcc" in step for step in whole(target).of("RUN"))

@@ -1,6 +1,8 @@
 """What resizes is recorded, and a package in Pillow's place that resizes otherwise is refused."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,3 +58,26 @@ def test_doctor_and_the_version_say_what_resizes(batchclf: Batchclf) -> None:
     assert f"resizing      {resampler_name()}" in batchclf("doctor").stdout
     said = batchclf("--version").stdout
     assert said == f"batchclf, version {found['batchclf']}, resampler: {resampler_name()}\n"
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        ("ModuleNotFoundError('no module')", "it was not compiled: install batchclf again"),
+        ("ImportError('undefined symbol: f')", "it does not load (undefined symbol: f): install"),
+    ],
+)
+def test_native_code_that_does_not_load_is_not_said_to_be_absent(raised: str, said: str) -> None:
+    script = (
+        "import sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == 'batchclf.images._resize': raise {raised}\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from batchclf.images.resampler import NATIVE, WHY_NOT\n"
+        "print(NATIVE, WHY_NOT)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(f"() {said}")
