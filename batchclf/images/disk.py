@@ -103,6 +103,19 @@ def version(_: Source, full: bytes) -> bytes:
     return b"%d,%d" % (found.st_size, found.st_mtime_ns)
 
 
+def state(_: Source, full: bytes) -> bytes:
+    """As `version`, but another one, too, where another file as large and as old is there now.
+
+    It is of this place only: a copy has another one, and so has a file that was only renamed.
+
+    Raises:
+        OSError: as the system says it.
+    """
+    found = os.stat(full)
+    times = (found.st_mtime_ns, found.st_ctime_ns)
+    return b"%d,%d,%d,%d" % (found.st_size, *times, found.st_ino)
+
+
 def open_regular(source: Source, full: bytes) -> int | Failure:
     """A descriptor of a regular file; opening never blocks (a FIFO named x.jpg would).
 

@@ -22,6 +22,7 @@ from batchclf.images.disk import (
     open_regular,
     read_file,
     read_range,
+    state,
     version,
 )
 from batchclf.images.globs import describe_others
@@ -134,6 +135,14 @@ class LocalFiles:
             EnvironmentFailed: as `read`.
         """
         return self._insisting(path, version)
+
+    def state(self, path: bytes) -> bytes | Failure:
+        """Another one whenever the file was written, replaced or renamed; or why it has none.
+
+        Raises:
+            EnvironmentFailed: as `read`.
+        """
+        return self._insisting(path, state)
 
     def _insisting(
         self, path: bytes, action: Callable[[Source, bytes], _Found]

@@ -95,7 +95,7 @@ class Store(Protocol):
         """
 
     def version(self, ref: ImageRef) -> bytes | None:
-        """Another one where an image's file is another; None where that takes long to tell."""
+        """Another one where an image's file may be another; None where that takes long to tell."""
 
 
 def open_input(job: JobSpec) -> Store:
@@ -220,7 +220,7 @@ class FileStore:
         if self.lies_far(ref):
             return None
         path = file_of(ref.path, ref.location)
-        found = self.files.version(archive_of(ref.location) if path is None else path)
+        found = LocalFiles(self.source).state(archive_of(ref.location) if path is None else path)
         return found.code.encode() if isinstance(found, Failure) else found
 
 

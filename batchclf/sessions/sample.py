@@ -9,8 +9,13 @@ from hashlib import sha256
 
 from batchclf.errors import NoImagesError
 from batchclf.images.ahead import reading_ahead
+from batchclf.images.decode import PIXELS_RECIPE
+from batchclf.images.extras import installed_readers
+from batchclf.images.jpeg import decoder_name
 from batchclf.images.load import Loader, loader_of
 from batchclf.images.prefetch import Memory, Prefetcher, noted, threads
+from batchclf.images.resampler import pillow_version
+from batchclf.images.resize import goes_tall_first
 from batchclf.images.store import open_input
 from batchclf.images.watch import UNWATCHED, Watch
 from batchclf.models.bundle import digest_of
@@ -60,8 +65,8 @@ class Sample:
     def digest(self) -> str:
         """Another one where the pixels may be others.
 
-        Of files here it is told by their names, sizes and times, so that a start need not decode
-        them; of what lies elsewhere, by the pixels themselves.
+        Of files here it is told by their names, sizes and times, and by what decodes, so that a
+        start need not decode them; of what lies elsewhere, by the pixels themselves.
 
         Raises:
             NoImagesError: as `pixels`.
@@ -75,6 +80,8 @@ class Sample:
                 str(job.input),
                 [(ref.path, ref.location) for ref in self._listed],
                 versions,
+                (PIXELS_RECIPE, decoder_name(), pillow_version(), goes_tall_first()),
+                sorted(installed_readers().items()),
                 sorted(job.loader.model_dump(include=_OF_PIXELS).items()),
                 self._loader.decoder.preprocess,
                 job.model.preprocess,

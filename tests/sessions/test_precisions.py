@@ -5,6 +5,7 @@ The environment decides which provider is tested; across the environments all of
 
 import csv
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from batchclf.sessions.precision import compare_precisions, measure_speed
 from batchclf.sessions.sample import sample_input
 from batchclf.system.machine import cpu_name_and_flags
 from tests.conftest import DATA, MOBILENET_WEIGHTS, PHOTOS, Batchclf, data, read_records, write_job
+from tests.tiny import DIGITS
 
 HAS_OPENVINO = "onnxruntime-openvino" in installed_flavours()
 LEAST_AGREEMENT = {
@@ -119,7 +121,9 @@ def test_the_classes_of_250_photos_are_pytorchs_and_the_run_says_how_often(
 def test_an_int8_job_converts_its_model_once_and_resumes(
     batchclf: Batchclf, tmp_path: Path, provider: str
 ) -> None:
-    job = write_job(tmp_path, provider=provider, precision="int8")
+    # A copy: whoever makes links of a file changes it.
+    digits = shutil.copytree(DIGITS, tmp_path / "digits")
+    job = write_job(tmp_path, input=str(digits), provider=provider, precision="int8")
     env = {"BATCHCLF_CACHE_DIR": str(tmp_path / "cache")}
     first = batchclf("run", job, "--json", env=env)
     assert first.exit_code == 0, first.stderr
