@@ -316,15 +316,12 @@ class _Building:
         self.log(f"exporting {name} ({spec.weights}) to ONNX; this is done once")
         model = _import_zoo(spec).build(spec, self.log)
         from batchclf.models import export
-        from batchclf.models.sensitivity import open_rounded
 
         if self.labels:
             require_label_count(self.labels, len(model.labels), spec.labels or "")
         checked = export.export_model(
             model, folder, batch_size=self.batch_size, open_reference=self.open_reference
         )
-        sample_NHWC = sample_pixels(*model.preprocess.crop)
-        reference = self.open_reference(folder / MODEL_FILE)
         return BundleMeta(
             name=name,
             source={
@@ -338,9 +335,7 @@ class _Building:
             activation=model.activation,
             verified_batches=checked,
             files=model_files(folder),
-            golden_sha256=write_golden(
-                folder, reference, sample_NHWC, rounded=open_rounded(folder, self.open_reference)
-            ),
+            golden_sha256=self._write_golden(folder, model.preprocess),
         )
 
     def _from_onnx(self, folder: Path) -> BundleMeta:
@@ -349,7 +344,6 @@ class _Building:
         _require_packages(str(spec.onnx), *ONNX_PACKAGES)
         self.log(f"preparing {spec.onnx}; this is done once")
         from batchclf.models import onnx_file
-        from batchclf.models.sensitivity import open_rounded
 
         wrapped = onnx_file.wrap_onnx(
             spec.onnx,
@@ -361,8 +355,6 @@ class _Building:
         )
         if self.labels:
             require_label_count(self.labels, wrapped.num_classes, spec.labels or "")
-        sample_NHWC = sample_pixels(*wrapped.preprocess.crop)
-        reference = self.open_reference(folder / MODEL_FILE)
         return BundleMeta(
             name=spec.onnx.stem,
             source={
@@ -377,14 +369,37 @@ class _Building:
             verified_batches=wrapped.checked_batches,
             arithmetic=wrapped.arithmetic,
             files=model_files(folder),
-            golden_sha256=write_golden(
+            golden_sha256=self._write_golden(
                 folder,
-                reference,
-                sample_NHWC,
+                wrapped.preprocess,
                 wrapped.fixed_batch,
-                open_rounded(folder, self.open_reference) if wrapped.arithmetic == "fp32" else None,
+                is_fp32=wrapped.arithmetic == "fp32",
             ),
         )
+
+    def _write_golden(
+        self,
+        folder: Path,
+        preprocess: Preprocess,
+        fixed_batch: int | None = None,
+        *,
+        is_fp32: bool = True,
+    ) -> str:
+        """Reference answers and, of an fp32 model that can be rounded, how sensitive they are."""
+        from batchclf.models.sensitivity import open_rounded
+
+        sample_NHWC = sample_pixels(*preprocess.crop)
+        reference = self.open_reference(folder / MODEL_FILE)
+        if is_fp32:
+            try:
+                rounded = open_rounded(folder, self.open_reference)
+                return write_golden(folder, reference, sample_NHWC, fixed_batch, rounded)
+            except ModelError as error:  # no reason to refuse the model as it is
+                self.log(
+                    f"how far rounding moves the model's answers cannot be measured ({error}); at "
+                    "a reduced precision, the answers are held to what other models make of it"
+                )
+        return write_golden(folder, reference, sample_NHWC, fixed_batch)
 
 
 def _require_own_activation(spec: ModelSpec, bundle: Bundle) -> None:
