@@ -3,11 +3,12 @@
 Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB).
 """
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +21,10 @@ MIN_CALLS = 3
 MAX_CALLS = 30
 BUDGET_S = 2.0
 """Seconds after which one measurement ends, once it has its least number of calls."""
+ROUNDS = 5
+CALL_S = 0.01
+"""Seconds that a rival is called for in one round, at least once."""
+Rival = TypeVar("Rival")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +96,35 @@ def measure_throughput(
     num_images = sum(count for count, _ in found) * len(batch_NHWC)
     calls_per_s = sum(rate for _, rate in found)
     return Throughput(calls_per_s * len(batch_NHWC), 1000 * cpu_s / num_images)
+
+
+def least_costs_ms(
+    rivals: Mapping[Rival, tuple[Sequence[Run], np.ndarray[Any, Any]]],
+    ends_at: float,
+    *,
+    by_cpu: bool,
+) -> dict[Rival, float]:
+    """Milliseconds per image of several that take turns, each in its best round.
+
+    That counts since whatever else the machine does only slows a round.
+
+    Args:
+        rivals: the functions to call at once, and the batch for each of them.
+        ends_at: as of `time.perf_counter`; no further round begins then, but there is one.
+        by_cpu: compare CPU time, of which other work on the machine takes less notice, but which is
+            no measure where the threads of one call wait for each other; else wall time.
+
+    Raises:
+        Exception: what a function raised.
+    """
+    costs_ms = dict.fromkeys(rivals, math.inf)
+    for number in range(ROUNDS):
+        for rival, (runs, batch_NHWC) in rivals.items():
+            found = measure_throughput(
+                runs, batch_NHWC, num_warm_up=int(number == 0), min_calls=1, budget_s=CALL_S
+            )
+            cost_ms = found.cpu_ms_per_image if by_cpu else 1000 / found.images_per_s
+            costs_ms[rival] = min(costs_ms[rival], cost_ms)
+        if time.perf_counter() >= ends_at:
+            break
+    return costs_ms

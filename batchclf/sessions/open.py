@@ -7,7 +7,7 @@ from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
-from batchclf.errors import ProviderError
+from batchclf.errors import ProviderError, UsageError
 from batchclf.images.prefetch import Allocate, zeroed_pixels
 from batchclf.models.bundle import Bundle, cache_folder, digest_of, private_folder
 from batchclf.models.checks import sample_pixels, tiled
@@ -32,15 +32,18 @@ from batchclf.runtime.providers import (
 )
 from batchclf.runtime.sessions import Target
 from batchclf.sessions.kept import remembered
-from batchclf.sessions.part import LARGEST, Fastest, fastest_part, require_part
-from batchclf.sessions.precision import compare_precisions, measure_speed, require_agreement
+from batchclf.sessions.part import Fastest, fastest_part, largest_part, require_part
+from batchclf.sessions.precision import (
+    Speed,
+    compare_precisions,
+    measure_speed,
+    require_agreement,
+)
 from batchclf.sessions.sample import Sample
 from batchclf.spec.job import JobSpec, ProviderSpec, auto, runs_on_cpu
 from batchclf.system.machine import cpu_name_and_flags, usable_cores
 
 MAX_CPU_STREAMS = 8
-_SPEED_IMAGES = 8
-"""Least number of images to compare speeds on: half a second of a ResNet-50 on one core."""
 DEVICE_STREAMS = 2
 """Batches in flight on an accelerator: one is copied while another is computed."""
 
@@ -211,6 +214,7 @@ def open_in_parts(wanted: Wanted, bundle: Bundle, target: Target) -> tuple[list[
     Raises:
         ProviderError: a session does not run, or gives other answers.
         ModelError: the model gives other answers with another number of images.
+        UsageError: the job asks for a part that the model does not take.
     """
     any_size = _open_target(bundle, target, None) if target.provider.name == "cpu" else None
 
@@ -228,21 +232,31 @@ def open_in_parts(wanted: Wanted, bundle: Bundle, target: Target) -> tuple[list[
 def _choose_part(
     wanted: Wanted, bundle: Bundle, target: Target, in_parts: Callable[[int], list[InParts]]
 ) -> Part:
-    """What the model or the device wants, what the job asks for, or what is fastest here."""
+    """What the model or the device wants, what the job asks for, or what is fastest here.
+
+    Raises:
+        UsageError: the job asks for a part that the model does not take.
+    """
     fixed, asked = bundle.meta.fixed_batch, wanted.job.runtime.part
+    if fixed is not None and asked not in ("auto", fixed):
+        raise UsageError(
+            f"runtime.part: found {asked}, but {bundle.meta.name} takes {fixed} at once: leave it "
+            "out"
+        )
     if fixed is not None or not _is_cpu(target):
         return Part(fixed or wanted.batch_size, "whole")
     if asked != "auto":
         return Part(min(asked, wanted.batch_size), "asked")
-    machine = (*_cpu(), usable_cores(), target.streams, target.threads)
-    key = (_what_answers(bundle, target), machine)
+    if (largest := largest_part(wanted.batch_size)) == 1:
+        return Part(1, "whole")
 
     def measure() -> Fastest:
-        pixels_NHWC = tiled(sample_pixels(*bundle.meta.preprocess.crop), LARGEST)
+        pixels_NHWC = tiled(sample_pixels(*bundle.meta.preprocess.crop), largest)
         return fastest_part(in_parts, pixels_NHWC, by_cpu=target.threads == 1)
 
+    key = (_what_answers(bundle, target), _machine(target), largest)
     found, is_known = remembered("parts", key, Fastest, measure)
-    size = min(found.num_images, wanted.batch_size)
+    size = found.num_images
     if is_known:
         return Part(size, "remembered")
     costs = ", ".join(f"of {tried} {cost_ms:,.3g}" for tried, cost_ms in found.tried.items())
@@ -254,6 +268,11 @@ def _is_cpu(target: Target) -> bool:
     return target.provider.name == "cpu" or (
         target.provider.name == "openvino" and target.device_type == DEFAULT_DEVICE
     )
+
+
+def _machine(target: Target) -> tuple[object, ...]:
+    """What the time of a session on the CPU depends on, its model apart."""
+    return (*_cpu(), usable_cores(), target.streams, target.threads)
 
 
 def _cpu() -> tuple[str, list[str]]:
@@ -329,20 +348,20 @@ def _check_precision(
         full = open_classifier(
             bundle.model_path, Target(require_provider("cpu"), threads=usable_cores())
         )
-        check = compare_precisions(
+        return compare_precisions(
             classify,
             full,
             wanted.sample.pixels,
             part.num_images,
             activation=bundle.meta.activation,
         )
-        return replace(check, speed=_speed(wanted, target, classify, part))
 
     key = (
         *(_what_answers(reduced, target), part.num_images, classify.active.device),
-        *(bundle.digest, _cpu(), wanted.sample.digest, "speed"),
+        *(bundle.digest, _cpu(), wanted.sample.digest),
     )
     check, _ = remembered("agreement", key, PrecisionCheck, compare)
+    check = replace(check, speed=_speed(bundle, reduced, target, classify, part))
     precision = wanted.job.precision if wanted.job.precision != "fp32" else "TF32"
     wanted.log(
         f"{precision} compared with fp32 on "
@@ -358,19 +377,31 @@ def _check_precision(
     return check
 
 
-def _speed(wanted: Wanted, target: Target, classify: InParts, part: Part) -> float | None:
+def _speed(
+    bundle: Bundle, reduced: Bundle, target: Target, classify: InParts, part: Part
+) -> float | None:
     """How many times as fast as fp32 the target is, in the same parts; on CPUs only.
 
     An accelerator is not measured: it has units for what it can be asked for.
     """
     if not _is_cpu(target):
         return None
-    size = part.num_images
-    full = open_classifier(
-        wanted.model.bundle.model_path, replace(target, precision="fp32"), batch_size=size
-    )
-    pixels_NHWC = tiled(wanted.sample.pixels, max(size, _SPEED_IMAGES))
-    return measure_speed(classify, InParts(full, size, wanted.log), pixels_NHWC)
+
+    def measure() -> Speed:
+        at_fp32 = replace(target, precision="fp32")
+        size = None if target.provider.name == "cpu" else part.num_images
+        full = open_classifier(
+            bundle.model_path,
+            at_fp32,
+            batch_size=size,
+            compile_cache=_compile_cache(bundle, at_fp32, size),
+        )
+        pixels_NHWC = tiled(sample_pixels(*bundle.meta.preprocess.crop), part.num_images)
+        return measure_speed(classify, full, pixels_NHWC, by_cpu=target.threads == 1)
+
+    key = (_what_answers(reduced, target), bundle.digest, part.num_images, _machine(target))
+    found, _ = remembered("speed", key, Speed, measure)
+    return found.times
 
 
 def _pinned(devices: Sequence[int], shape: Sequence[int]) -> Pixels:

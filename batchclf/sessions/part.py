@@ -13,7 +13,7 @@ from batchclf.errors import ProviderError, UsageError
 from batchclf.results.records import Pixels
 from batchclf.runtime.faults import is_out_of_memory
 from batchclf.runtime.sessions import ORT_ERRORS
-from batchclf.runtime.timing import Run, measure_throughput
+from batchclf.runtime.timing import Run, least_costs_ms
 from batchclf.spec.job import JobSpec, runs_on_cpu
 
 LARGEST = 32
@@ -22,9 +22,6 @@ GAIN = 0.97
 """Times the cost up to which a larger part is taken: less may be noise, and costs memory."""
 MISSES = 2
 """Larger parts in a row without that gain after which no more are tried."""
-ROUNDS = 5
-CALL_S = 0.01
-"""Seconds that a part is called for in one round, at least once."""
 BUDGET_S = 1.0
 """Seconds after which no other part, and no further round, begins."""
 
@@ -32,6 +29,11 @@ _MAY_LACK_MEMORY: tuple[type[Exception], ...] = (*ORT_ERRORS, ProviderError)
 
 OpenFor = Callable[[int], Sequence[Run]]
 """Classifiers, one per stream, for parts of so many images."""
+
+
+def largest_part(batch_size: int) -> int:
+    """The largest part to try for batches of this size, for which there is memory; a power of 2."""
+    return 1 << min(LARGEST, batch_size).bit_length() - 1
 
 
 def require_part(job: JobSpec) -> None:
@@ -68,13 +70,11 @@ class Fastest:
 def fastest_part(open_for: OpenFor, pixels_NHWC: Pixels, *, by_cpu: bool) -> Fastest:
     """Double the part as long as that pays, in calls of all streams at once.
 
-    Each is compared with the best so far, in turns; what counts is its fastest round, since
-    whatever else the machine does only slows it. In doubt the smaller one is taken.
+    Each is compared with the best so far, in turns. In doubt the smaller one is taken.
 
     Args:
         pixels_NHWC: uint8; as many images as the largest part may have.
-        by_cpu: compare CPU time, of which other work on the machine takes less notice, but which is
-            no measure where the threads of one call wait for each other; else wall time.
+        by_cpu: as of `least_costs_ms`.
 
     Raises:
         Exception: what opening or a classifier raised, but for a lack of memory for a larger part.
@@ -86,7 +86,8 @@ def fastest_part(open_for: OpenFor, pixels_NHWC: Pixels, *, by_cpu: bool) -> Fas
     while size <= len(pixels_NHWC) and num_misses < MISSES and time.perf_counter() < ends_at:
         try:
             pair = {best: runs[best], size: open_for(size)}
-            costs_ms = _costs_ms(pair, pixels_NHWC, ends_at, by_cpu=by_cpu)
+            rivals = {part: (several, pixels_NHWC[:part]) for part, several in pair.items()}
+            costs_ms = least_costs_ms(rivals, ends_at, by_cpu=by_cpu)
         except _MAY_LACK_MEMORY as error:
             if is_out_of_memory(error):
                 break
@@ -99,24 +100,3 @@ def fastest_part(open_for: OpenFor, pixels_NHWC: Pixels, *, by_cpu: bool) -> Fas
             num_misses += 1
         size *= 2
     return Fastest(best, tried)
-
-
-def _costs_ms(
-    pair: Mapping[int, Sequence[Run]], pixels_NHWC: Pixels, ends_at: float, *, by_cpu: bool
-) -> dict[int, float]:
-    """Milliseconds per image in each part's best round; one round there is in any case."""
-    costs_ms = dict.fromkeys(pair, math.inf)
-    for number in range(ROUNDS):
-        for size, runs in pair.items():
-            found = measure_throughput(
-                runs,
-                pixels_NHWC[:size],
-                num_warm_up=int(number == 0),
-                min_calls=1,
-                budget_s=CALL_S,
-            )
-            cost_ms = found.cpu_ms_per_image if by_cpu else 1000 / found.images_per_s
-            costs_ms[size] = min(costs_ms[size], cost_ms)
-        if time.perf_counter() >= ends_at:
-            break
-    return costs_ms

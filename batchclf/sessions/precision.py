@@ -5,15 +5,18 @@ Array shapes: N images, H rows, W columns, C = 3 (RGB), K classes.
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from batchclf.errors import PrecisionRefused
 from batchclf.results.records import Activation, Pixels, PrecisionCheck, Scores
 from batchclf.runtime.ranking import activated
+from batchclf.runtime.timing import least_costs_ms
 from batchclf.spec.job import JobSpec
 
-_NUM_TURNS = 3
+BUDGET_S = 0.5
+"""Seconds after which speeds are compared in no further round."""
 
 
 def require_agreement(check: PrecisionCheck, job: JobSpec) -> None:
@@ -59,19 +62,28 @@ def compare_precisions(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """How many times as fast as fp32 a precision is."""
+
+    times: float
+
+
 def measure_speed(
-    reduced: Callable[[Pixels], Scores], full: Callable[[Pixels], Scores], batch_NHWC: Pixels
-) -> float:
-    """How many times as fast as `full` `reduced` is on a batch: the best of a few turns each."""
-    turns: list[list[float]] = [[], []]
-    for turn in range(1 + _NUM_TURNS):
-        for classify, seconds in zip((reduced, full), turns, strict=True):
-            started = time.perf_counter()
-            classify(batch_NHWC)
-            if turn:  # the first plans and allocates
-                seconds.append(time.perf_counter() - started)
-    reduced_s, full_s = (min(seconds) for seconds in turns)
-    return round(full_s / reduced_s, 2)
+    reduced: Callable[[Pixels], Scores],
+    full: Callable[[Pixels], Scores],
+    batch_NHWC: Pixels,
+    *,
+    by_cpu: bool,
+) -> Speed:
+    """Compare both on one batch, within BUDGET_S or in one round.
+
+    `by_cpu`: as of `least_costs_ms`.
+    """
+    ends_at = time.perf_counter() + BUDGET_S
+    rivals = {"reduced": ([reduced], batch_NHWC), "full": ([full], batch_NHWC)}
+    costs_ms = least_costs_ms(rivals, ends_at, by_cpu=by_cpu)
+    return Speed(round(costs_ms["full"] / costs_ms["reduced"], 2))
 
 
 def _padded_batches(pixels_NHWC: Pixels, size: int) -> Iterator[Pixels]:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -177,7 +178,7 @@ def test_a_part_is_measured_once_for_a_model(tmp_path: Path) -> None:
     images = str(link_digits(tmp_path / "images", 8))
     model = tiny_model(tmp_path, mean=[float(np.random.default_rng().random())] * 3)
     found: list[dict[str, Any]] = []
-    for batch_size in (8, 8, 2):
+    for batch_size in (8, 11, 2, 1):
         job = write_tiny_job(
             tmp_path,
             input=images,
@@ -188,9 +189,37 @@ def test_a_part_is_measured_once_for_a_model(tmp_path: Path) -> None:
         )
         run_here(job)
         found.append(run_json(tmp_path / f"out{len(found)}")["part"])
-    assert [one["chosen"] for one in found] == ["measured", "remembered", "remembered"]
+    chosen = ["measured", "remembered", "measured", "whole"]
+    assert [one["chosen"] for one in found] == chosen
     assert found[0]["num_images"] == found[1]["num_images"] <= 8
-    assert found[2]["num_images"] == min(2, found[0]["num_images"])
+    assert found[2]["num_images"] <= 2
+    assert found[3]["num_images"] == 1
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "largest"), [(1, 1), (2, 2), (3, 2), (24, 16), (32, 32), (1000, 32)]
+)
+def test_no_part_is_tried_for_which_batches_are_too_small(batch_size: int, largest: int) -> None:
+    assert part.largest_part(batch_size) == largest
+
+
+def test_batches_of_few_are_measured_on_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job may have been given small batches for the memory that larger ones take."""
+    monkeypatch.setenv("BATCHCLF_CACHE_DIR", str(tmp_path / "cache"))
+    infer, sizes = OnnxClassifier.__call__, set()
+
+    def infer_noted(self: OnnxClassifier, pixels_NHWC: Pixels) -> Scores:
+        sizes.add(len(pixels_NHWC))
+        return infer(self, pixels_NHWC)
+
+    monkeypatch.setattr(OnnxClassifier, "__call__", infer_noted)
+    monkeypatch.setattr(part, "GAIN", 100.0)  # every larger part pays
+    images = str(link_digits(tmp_path / "images", 8))
+    run_here(write_tiny_job(tmp_path, input=images, batch_size=5))
+    assert run_json(tmp_path / "out")["part"] == {"num_images": 4, "chosen": "measured"}
+    assert max(sizes) <= 5
 
 
 @pytest.mark.parametrize(
@@ -212,6 +241,20 @@ def test_a_part_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         run_here(write_tiny_job(tmp_path, **keys))
+
+
+def test_a_part_that_the_model_does_not_take_is_refused(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path)
+    fixed = onnx.load(model["onnx"])
+    for end in (fixed.graph.input[0], fixed.graph.output[0]):
+        end.type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(fixed, model["onnx"])
+    images = str(link_digits(tmp_path / "images", 8))
+    keys: dict[str, Any] = {"input": images, "model": model, "batch_size": 8}
+    with pytest.raises(UsageError, match=r"runtime\.part: found 4, but tiny takes 2 at once"):
+        run_here(write_tiny_job(tmp_path, **keys, runtime={"part": 4}))
+    run_here(write_tiny_job(tmp_path, **keys, runtime={"part": 2}))
+    assert summary_of(tmp_path / "out")["part"] == {"num_images": 2, "chosen": "whole"}
 
 
 def test_a_short_job_has_no_part_larger_than_its_only_batch(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from batchclf import load_job
 from batchclf.errors import ProviderError
+from batchclf.models.checks import Run
 from batchclf.models.resolve import resolve_model
 from batchclf.results.records import Pixels, PrecisionCheck, Scores
 from batchclf.runtime.classifier import open_reference
@@ -23,11 +24,11 @@ from batchclf.runtime.openvino import require_cpu_precision
 from batchclf.runtime.providers import installed_flavours
 from batchclf.sessions import open as sessions
 from batchclf.sessions.kept import remembered
-from batchclf.sessions.precision import compare_precisions, measure_speed
+from batchclf.sessions.precision import BUDGET_S, Speed, compare_precisions, measure_speed
 from batchclf.sessions.sample import sample_input
 from batchclf.system.machine import cpu_name_and_flags
 from tests.conftest import DATA, MOBILENET_WEIGHTS, PHOTOS, Batchclf, data, read_records, write_job
-from tests.tiny import DIGITS
+from tests.tiny import DIGITS, write_tiny_job
 
 HAS_OPENVINO = "onnxruntime-openvino" in installed_flavours()
 LEAST_AGREEMENT = {
@@ -253,8 +254,20 @@ def test_the_speed_is_that_of_the_calls_after_the_first() -> None:
         return classify
 
     batch_NHWC = np.zeros((1, 4, 4, 3), np.uint8)
-    speed = measure_speed(sleeping(0.2, 0.04), sleeping(0, 0.02), batch_NHWC)
-    assert speed == pytest.approx(0.5, abs=0.1)
+    speed = measure_speed(sleeping(0.2, 0.04), sleeping(0, 0.02), batch_NHWC, by_cpu=False)
+    assert speed.times == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_slow_model_costs_one_round_of_calls() -> None:
+    calls: list[float] = []
+
+    def slow(_: Pixels) -> Scores:
+        time.sleep(BUDGET_S / 2)
+        calls.append(time.perf_counter())
+        return np.zeros((1, 2), np.float32)
+
+    measure_speed(slow, slow, np.zeros((1, 4, 4, 3), np.uint8), by_cpu=False)
+    assert len(calls) == 4  # the first call of each is not timed
 
 
 @pytest.mark.parametrize(("speed", "is_said"), [(0.6, True), (0.97, False), (1.8, False)])
@@ -262,7 +275,7 @@ def test_a_precision_that_is_slower_than_fp32_is_said_to_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speed: float, is_said: bool
 ) -> None:
     monkeypatch.setenv("BATCHCLF_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(sessions, "measure_speed", lambda *_: speed)
+    monkeypatch.setattr(sessions, "measure_speed", lambda *_, **__: Speed(speed))
     provider = "openvino" if HAS_OPENVINO else "cpu"
     job = load_job(write_job(tmp_path, provider=provider, precision="int8", min_agreement=0))
     said: list[str] = []
@@ -273,3 +286,37 @@ def test_a_precision_that_is_slower_than_fp32_is_said_to_be(
     assert opened.precision_check.speed == speed
     slow = [text for text in said if "int8 is slower than fp32 here, 0.6 times as fast" in text]
     assert bool(slow) == is_said
+
+
+def test_the_speed_is_measured_once_whatever_the_images_and_on_the_model_as_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BATCHCLF_CACHE_DIR", str(tmp_path / "cache"))
+    measured: list[int] = []
+
+    def measure(reduced: Run, full: Run, batch_NHWC: Pixels, *, by_cpu: bool) -> Speed:
+        assert by_cpu
+        assert reduced(batch_NHWC).shape == full(batch_NHWC).shape
+        measured.append(len(batch_NHWC))
+        return Speed(1.5)
+
+    monkeypatch.setattr(sessions, "measure_speed", measure)
+    used, checks = None, []
+    for digit in "012":
+        job = load_job(
+            write_tiny_job(
+                tmp_path,
+                input=str(DIGITS / digit),
+                provider="openvino" if HAS_OPENVINO else "cpu",
+                precision="int8",
+                min_agreement=0,
+                runtime={"threads": 1, "part": 2},
+            )
+        )
+        model = resolve_model(job.model, batch_size=8, open_reference=open_reference, log=print)
+        wanted = sessions.Wanted(job, model, 8, sample_input(job, model), print, used)
+        opened = sessions.open_devices(wanted, None)
+        used, checks = opened.bundle.digest, [*checks, opened.precision_check]
+    assert measured == [2]
+    assert {check.speed for check in checks if check} == {1.5}
+    assert len({check.max_score_difference for check in checks if check}) > 1
