@@ -6,12 +6,14 @@ exported at this precision, or in the cache.
 """
 
 import importlib.util
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from batchclf.errors import ModelError, UsageError
 from batchclf.models.bundle import (
+    GOLDEN_FILE,
     META_FILE,
     MODEL_FILE,
     Bundle,
@@ -23,11 +25,11 @@ from batchclf.models.bundle import (
     versions_of,
 )
 from batchclf.models.checks import OpenReference
-from batchclf.models.golden import read_golden, write_golden
+from batchclf.models.golden import write_golden
 from batchclf.results.records import Pixels, Precision
 
-RECIPE = 2
-"""Counted up when quantize.py or half.py come to write other models, so that cached ones go."""
+RECIPE = 3
+"""Counted up when another model or golden.npz comes to be written, so that cached ones go."""
 _NUM_GOLDEN = 4
 
 Log = Callable[[str], None]
@@ -101,8 +103,7 @@ def resolve_variant(bundle: Bundle, precision: Precision, conversion: Conversion
         _require_onnx(precision)
         # Half of the sample: the comparison with fp32 sees the other half as well.
         calibration_NHWC = None if calibration is None else conversion.sample()[::2]
-        golden_NHWC = _convert(bundle, folder, calibration_NHWC, conversion.threads, log)
-        reference = conversion.open_reference(bundle.model_path)
+        _convert(bundle, folder, calibration_NHWC, conversion.threads, log)
         source = {
             "base": bundle.digest,
             "calibration": calibration,
@@ -113,8 +114,8 @@ def resolve_variant(bundle: Bundle, precision: Precision, conversion: Conversion
                 "source": {**bundle.meta.source, **source},
                 "arithmetic": precision,
                 "files": model_files(folder),
-                "golden_sha256": write_golden(
-                    folder, reference, golden_NHWC, bundle.meta.fixed_batch
+                "golden_sha256": _golden(
+                    bundle, folder, calibration_NHWC, conversion.open_reference
                 ),
             }
         )
@@ -149,15 +150,15 @@ def _require_onnx(precision: Precision) -> None:
 
 def _convert(
     bundle: Bundle, folder: Path, calibration_NHWC: Pixels | None, threads: int, log: Log
-) -> Pixels:
-    """Write the int8 model, or without calibration images the fp16 one; returns golden images."""
+) -> None:
+    """Write the int8 model, or without calibration images the fp16 one."""
     target = folder / MODEL_FILE
     if calibration_NHWC is None:
         from batchclf.models import half
 
         log(f"converting {bundle.meta.name} to fp16; this is done once")
         half.to_half(bundle.model_path, target)
-        return read_golden(bundle)[0]
+        return
     from batchclf.models import quantize
 
     log(
@@ -165,7 +166,24 @@ def _convert(
         "job's images; this is done once"
     )
     quantize.quantize_int8(bundle.model_path, target, calibration_NHWC, threads=threads)
-    return calibration_NHWC[:_NUM_GOLDEN]
+
+
+def _golden(
+    bundle: Bundle, folder: Path, calibration_NHWC: Pixels | None, open_reference: OpenReference
+) -> str:
+    """Write golden.npz with answers at fp32; returns its SHA-256.
+
+    Of an fp16 model it is that of `bundle`, which says how far rounding moves each answer.
+    """
+    if calibration_NHWC is None:
+        shutil.copyfile(bundle.folder / GOLDEN_FILE, folder / GOLDEN_FILE)
+        return bundle.meta.golden_sha256
+    return write_golden(
+        folder,
+        open_reference(bundle.model_path),
+        calibration_NHWC[:_NUM_GOLDEN],
+        bundle.meta.fixed_batch,
+    )
 
 
 def facts(bundle: Bundle) -> Mapping[str, str | int | None]:

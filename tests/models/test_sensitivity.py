@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from batchclf.errors import ModelError
-from batchclf.models.bundle import GOLDEN_FILE
+from batchclf.models.bundle import GOLDEN_FILE, open_bundle
 from batchclf.models.checks import Run
+from batchclf.models.golden import check_golden
 from batchclf.models.resolve import Log, ResolvedModel, resolve_model
 from batchclf.models.sensitivity import open_rounded
+from batchclf.models.variants import Conversion, resolve_variant
 from batchclf.runtime.classifier import open_reference
 from batchclf.spec.job import ModelSpec, PreprocessSpec
 from tests.models.bundles import digits_model, pixels_of, scores_of
@@ -62,6 +64,27 @@ def test_a_model_that_cannot_be_rounded_is_taken_without_that(
     with np.load(model.bundle.folder / GOLDEN_FILE) as arrays:
         assert sorted(arrays) == ["pixels_NHWC", "scores_NK"]
     assert any("cannot be measured (not accepted)" in line for line in said)
+
+
+def test_a_model_converted_to_fp16_says_of_its_answers_what_its_base_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = digits_model().bundle
+    monkeypatch.setenv("BATCHCLF_CACHE_DIR", str(tmp_path / "cache"))
+    conversion = Conversion(
+        sample=lambda: pytest.fail("fp16 needs no images"),
+        sample_digest=lambda: pytest.fail("fp16 needs no images"),
+        open_reference=open_reference,
+        threads=1,
+        made_by={},
+        log=print,
+    )
+    half = open_bundle(resolve_variant(base, "fp16", conversion).folder)
+    with np.load(base.folder / GOLDEN_FILE) as ours, np.load(half.folder / GOLDEN_FILE) as theirs:
+        assert sorted(ours) == sorted(theirs) == ["bf16_error_N", "pixels_NHWC", "scores_NK"]
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+    check_golden(half, open_reference(half.model_path), where="here", precision="fp16")
 
 
 def resolved(path: Path, log: Log) -> ResolvedModel:

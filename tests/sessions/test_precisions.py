@@ -301,7 +301,8 @@ def test_the_speed_is_measured_once_whatever_the_images_and_on_the_model_as_it_r
         return Speed(1.5)
 
     monkeypatch.setattr(sessions, "measure_speed", measure)
-    used, checks = None, []
+    used: str | None = None
+    checks: list[PrecisionCheck | None] = []
     for digit in "012":
         job = load_job(
             write_tiny_job(
@@ -316,7 +317,8 @@ def test_the_speed_is_measured_once_whatever_the_images_and_on_the_model_as_it_r
         model = resolve_model(job.model, batch_size=8, open_reference=open_reference, log=print)
         wanted = sessions.Wanted(job, model, 8, sample_input(job, model), print, used)
         opened = sessions.open_devices(wanted, None)
-        used, checks = opened.bundle.digest, [*checks, opened.precision_check]
+        used = opened.bundle.digest
+        checks.append(opened.precision_check)
     assert measured == [2]
     assert {check.speed for check in checks if check} == {1.5}
     assert len({check.max_score_difference for check in checks if check}) > 1
