@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,10 @@ class SlowLoader:
         time.sleep(self.outside_s)
         return self.load(ref, slot_HWC)
 
-    def fetched(self, ref: ImageRef) -> ImageRef:
-        return ref
+    def fetched(
+        self, refs: Sequence[ImageRef], reading: object = None
+    ) -> AbstractContextManager[Sequence[ImageRef]]:
+        return nullcontext(refs)
 
 
 class Log(Reporter):

@@ -154,6 +154,8 @@ class ReadAhead:
             NoRoom: it must begin again when there is room.
         """
         with self._lock:
+            if num_bytes <= self._held[index]:
+                return
             if not self._has_room_for(index, num_bytes):
                 raise NoRoom(num_bytes)
             self._hold(index, num_bytes)

@@ -94,7 +94,7 @@ class Decoder:
     """Whether a damaged image that can still be decoded is a failure."""
     sixteen_bit: SixteenBit = "scale"
     max_memory: int = sys.maxsize
-    """Bytes that large images take together; further ones wait."""
+    """Bytes that large images take together, files and pixels; further ones wait."""
 
     def __post_init__(self) -> None:
         # Pillow's limit is one for the process, and a process runs one job. It holds for crops too.
@@ -105,11 +105,23 @@ class Decoder:
         # Another process makes it anew, which sets Pillow's limit there.
         return Decoder, tuple(getattr(self, field.name) for field in fields(self))
 
-    def __call__(self, data: bytes, name: bytes, slot_HWC: Pixels) -> Loaded:
-        """Decode `data` into `slot_HWC` (uint8, shape crop + (3,)); a failure leaves it zero."""
+    def claim(self) -> Claim:
+        """What one image takes, nothing yet."""
+        return Claim(self.max_memory)
+
+    def __call__(
+        self, data: bytes, name: bytes, slot_HWC: Pixels, claim: Claim | None = None
+    ) -> Loaded:
+        """Decode `data` into `slot_HWC` (uint8, shape crop + (3,)); a failure leaves it zero.
+
+        `claim`: what was taken to read it; the caller ends it.
+        """
+        if claim is None:
+            with self.claim() as own:
+                return self(data, name, slot_HWC, own)
         try:
-            with Claim(self.max_memory) as claim:
-                notes = self._decode(data, name, slot_HWC, claim)
+            claim.keep(len(data))
+            notes = self._decode(data, name, slot_HWC, claim)
             if self.strict:
                 _refuse_damage(notes)
             return Loaded(warnings=notes)

@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from batchclf.results.records import DecodeBackend, Failure, ImageRef, Loaded, P
 from batchclf.system.alive import Place
 from batchclf.system.children import available_memory
 
-HandOver = Callable[[int, ImageRef], ImageRef]
+HandOver = Callable[[int, Sequence[ImageRef]], AbstractContextManager[Sequence[ImageRef]]]
 MAX_ROWS = 8
 """Images per message: a message costs the parent as much as one image would cost it in a thread."""
 MEMORY_SHARE = 0.8
@@ -43,8 +43,8 @@ class Workers:
     """An image that keeps a process for longer than this, or ends it, twice, is a failure."""
     beat: Beat = lambda: None
     """Called by the threads that wait for processes, every second that an image takes."""
-    hand_over: HandOver = lambda worker, ref: ref
-    """What becomes of an image here before a process is given it, by a worker's number."""
+    hand_over: HandOver = lambda worker, refs: nullcontext(refs)
+    """What becomes of images here while a process has them, by a worker's number."""
 
 
 @contextmanager
@@ -175,10 +175,10 @@ class _Worker:
         process = self.wait_until_ready()
         try:
             first = self._shared.row_of(rows_NHWC)
-            handed = [self._workers.hand_over(self._number, ref) for ref in refs]
-            loaded, cpu_s = process.ask(
-                first, handed, self._workers.max_seconds, self._workers.beat
-            )
+            with self._workers.hand_over(self._number, refs) as handed:
+                loaded, cpu_s = process.ask(
+                    first, handed, self._workers.max_seconds, self._workers.beat
+                )
         except Ended:
             self._process = None
             self._processes.end(process)

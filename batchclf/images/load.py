@@ -1,12 +1,16 @@
 """One listed image, read and decoded into its slot."""
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from batchclf.images.ahead import Fetched, Read
 from batchclf.images.decode import Decoder
 from batchclf.images.local import MAX_FILE_BYTES
+from batchclf.images.memory import Claim as MemoryClaim
 from batchclf.images.memory import default_limit
 from batchclf.images.resize import require_pillow
+from batchclf.images.room import Claim, this_claim, unclaimed
 from batchclf.images.source import AnySource
 from batchclf.images.store import Store, open_store
 from batchclf.results.records import (
@@ -33,16 +37,17 @@ class Loader:
 
     def __call__(self, ref: ImageRef, slot_HWC: Pixels) -> Loaded:
         """Read and decode one image; a failure leaves its slot zero."""
-        data = ref.content if isinstance(ref, Fetched) else self.read(ref)
-        if isinstance(data, Failure):
-            slot_HWC[:] = 0
-            return Loaded(failure=data)
-        return self.decoder(data, ref.path, slot_HWC)
+        with self.decoder.claim() as claim:
+            data = ref.content if isinstance(ref, Fetched) else self.read(ref, claim)
+            if isinstance(data, Failure):
+                slot_HWC[:] = 0
+                return Loaded(failure=data)
+            return self.decoder(data, ref.path, slot_HWC, claim)
 
-    def read(self, ref: ImageRef) -> bytes | Failure:
-        """The whole content of one image, or why it cannot be read."""
+    def read(self, ref: ImageRef, claim: Claim = unclaimed) -> bytes | Failure:
+        """The whole content of one image, or why it cannot be read; `claim` as `Store.read`."""
         known = self._known_of(ref) if self.quarantined else None
-        return known or self.store.read(ref, self.max_bytes, self.decoder.max_memory)
+        return known or self.store.read(ref, self.max_bytes, claim)
 
     def _known_of(self, ref: ImageRef) -> Failure | None:
         """Why an image is not even tried, if it is so."""
@@ -62,16 +67,34 @@ class Loader:
         return self._read_if_far if self.store.is_far else None
 
     def _read_if_far(self, ref: ImageRef) -> bytes | Failure | None:
-        return self.read(ref) if self.store.lies_far(ref) else None
+        return self.read(ref, this_claim()) if self.store.lies_far(ref) else None
 
-    def fetched(self, ref: ImageRef) -> ImageRef:
-        """The same image for another process to load.
+    @contextmanager
+    def fetched(
+        self,
+        refs: Sequence[ImageRef],
+        reading: Callable[[int], AbstractContextManager[None]] = lambda index: nullcontext(),
+    ) -> Iterator[Sequence[ImageRef]]:
+        """The same images for another process to load, which it has done at the end of the block.
 
-        With its content, where each process would have to go through a whole archive for it.
+        With their contents, where each process would have to go through a whole archive for them.
+        `reading` is entered with the index of an image while that is done.
         """
-        if isinstance(ref, Fetched) or self.store.stretch_of(ref) is None:
-            return ref
-        return Fetched(ref.index, ref.path, ref.location, self.read(ref))
+        with self.decoder.claim() as claim:
+            found = []
+            for ref in refs:
+                with reading(ref.index):
+                    found.append(self._fetched(ref, claim))
+            yield found
+
+    def _fetched(self, ref: ImageRef, claim: MemoryClaim) -> ImageRef:
+        if not isinstance(ref, Fetched):
+            if self.store.stretch_of(ref) is None:
+                return ref
+            ref = Fetched(ref.index, ref.path, ref.location, self.read(ref, claim))
+        if isinstance(ref.content, bytes):
+            claim.keep(len(ref.content))
+        return ref
 
 
 def loader_of(job: JobSpec, source: AnySource, preprocess: Preprocess) -> Loader:

@@ -1,8 +1,12 @@
 """Turns for large images, so that what decoders hold at once stays within `loader.max_memory`.
 
 Small images never wait, nor do they take a lock. An image that is larger than the whole limit is
-decoded while no other large one is. There is no deadlock: whoever has a turn waits for nobody, and
-whoever waits has none.
+read and decoded while no other large one is.
+
+What an image will take comes out bit by bit: its archive tells the size of its content, and that
+the size of its pixels. So whoever holds something may ask for more, before all who hold nothing.
+There is no deadlock: where all wait who hold something, the first of them is given more, beyond the
+limit if need be. As it stays the first until it has given all back, only one is ever beyond.
 
 The room is one for the process, as Pillow's limits are, and a process runs one job. A process that
 decodes for another asks for its turns there (decode_process.py), where they end with it.
@@ -10,7 +14,6 @@ decodes for another asks for its turns there (decode_process.py), where they end
 
 import ctypes
 import threading
-from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
 from types import TracebackType
@@ -34,43 +37,59 @@ class Room(Protocol):
     """Gives turns."""
 
     def take(self, num_bytes: int, limit: int) -> None:
-        """Wait until so much is free of `limit`, or all of it."""
+        """Wait until so much more is free of `limit`, or nobody goes on who could give any back."""
 
     def give(self, num_bytes: int) -> None:
-        """Give back what was taken."""
+        """Give back what this thread took."""
 
 
 class SharedRoom:
-    """The room of the threads of this process; turns are given in the order of asking."""
+    """The room of the threads of this process, each of which has one image at a time.
+
+    Turns are given in the order of asking, to those first that hold something: the longest first.
+    """
 
     def __init__(self) -> None:
-        self._taken = 0
-        self._asking: deque[object] = deque()
+        self._held: dict[int, int] = {}
+        """What each thread holds; in the order in which they began to."""
+        self._asking: dict[int, None] = {}
+        """The threads that wait, in the order of asking."""
         self._changed = threading.Condition()
 
+    @property
+    def taken(self) -> int:
+        """What all hold."""
+        return sum(self._held.values())
+
     def take(self, num_bytes: int, limit: int) -> None:
-        """Wait until so much is free of `limit`, or all of it."""
-        turn = object()
+        """As `Room`."""
+        own = threading.get_ident()
 
         def has_come() -> bool:
-            is_free = self._taken + num_bytes <= limit or self._taken == 0
-            return self._asking[0] is turn and is_free
+            holders = [one for one in self._held if one in self._asking]
+            if next(iter(holders or self._asking)) != own:
+                return False
+            return self.taken + num_bytes <= limit or len(holders) == len(self._held)
 
         with self._changed:
-            self._asking.append(turn)
+            self._asking[own] = None
+            self._changed.notify_all()  # perhaps the last one that could have given any back
             try:
                 if not has_come():
                     with away():  # an image that waits is not being decoded
                         self._changed.wait_for(has_come)
-                self._taken += num_bytes
+                self._held[own] = self._held.get(own, 0) + num_bytes
             finally:
-                self._asking.remove(turn)
+                del self._asking[own]
                 self._changed.notify_all()
 
     def give(self, num_bytes: int) -> None:
-        """Give back what was taken."""
+        """As `Room`."""
+        own = threading.get_ident()
         with self._changed:
-            self._taken -= num_bytes
+            self._held[own] -= num_bytes
+            if not self._held[own]:
+                del self._held[own]
             self._changed.notify_all()
 
 
@@ -88,22 +107,28 @@ def ask_elsewhere(room: Room) -> None:
 
 
 class Claim:
-    """What one image takes, until the end of the block."""
+    """What an image takes while it is read and decoded, until the end of the block."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
+        self._kept = 0
         self._taken = 0
 
     def __enter__(self) -> "Claim":
         return self
 
     def __call__(self, num_bytes: int) -> None:
-        """Wait for the turn of an image that will hold so many bytes, in all."""
-        if num_bytes < SMALL_BYTES or num_bytes <= self._taken:
+        """Wait for the turn of what will take so many bytes, in all, beside what is kept."""
+        wanted = self._kept + num_bytes
+        if wanted < SMALL_BYTES or wanted <= self._taken:
             return
-        self._give_back()  # nobody waits who has a turn
-        the_room().take(num_bytes, self._limit)
-        self._taken = num_bytes
+        the_room().take(wanted - self._taken, self._limit)
+        self._taken = wanted
+
+    def keep(self, num_bytes: int) -> None:
+        """The same of what is there to the end, such as an image's content."""
+        self(num_bytes)
+        self._kept += num_bytes
 
     def __exit__(
         self,
@@ -111,13 +136,9 @@ class Claim:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._give_back()
-
-    def _give_back(self) -> None:
         if self._taken:
             _return_freed_memory()
             the_room().give(self._taken)
-            self._taken = 0
 
 
 @lru_cache(1)

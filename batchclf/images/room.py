@@ -9,8 +9,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 Claim = Callable[[int], None]
-"""Called with the bytes that a read will take, in place of those that it claimed before."""
-_claim: ContextVar[Claim] = ContextVar("claim", default=lambda num_bytes: None)
+"""Called with the bytes that a read will take in all, with those that it claimed before."""
+
+
+def unclaimed(num_bytes: int) -> None:
+    """A claim of who need not ask."""
+
+
+_claim: ContextVar[Claim] = ContextVar("claim", default=unclaimed)
 
 
 class NoRoom(Exception):

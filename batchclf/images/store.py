@@ -5,7 +5,6 @@ that it listed.
 """
 
 import os
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,6 +26,7 @@ from batchclf.images.files import Files
 from batchclf.images.formats import looks_like_image, suffix_format
 from batchclf.images.local import LocalFiles
 from batchclf.images.remote import ListedFiles, RemoteFiles
+from batchclf.images.room import Claim, unclaimed
 from batchclf.images.source import AnySource, Source, Sources, source_of
 from batchclf.results.records import Entry, Failure, ImageRef, Stretch
 from batchclf.spec.job import JobSpec
@@ -79,10 +79,10 @@ class Store(Protocol):
             ResumeRefused: naming the archive.
         """
 
-    def read(self, ref: ImageRef, max_bytes: int, max_memory: int = sys.maxsize) -> bytes | Failure:
+    def read(self, ref: ImageRef, max_bytes: int, claim: Claim = unclaimed) -> bytes | Failure:
         """The whole content of one listed image, or why it cannot be read.
 
-        `max_memory`: bytes that large members, inflated at the same time, may take together.
+        `claim`: called before a member of an archive is read, with the bytes that this will take.
 
         Raises:
             EnvironmentFailed: the whole input has gone, or this process can open no more files.
@@ -205,11 +205,11 @@ class FileStore:
         found = read_member(self.files, entry.location, Limits(MAX_HEAD_BYTES))
         return b"" if isinstance(found, Failure) else found
 
-    def read(self, ref: ImageRef, max_bytes: int, max_memory: int = sys.maxsize) -> bytes | Failure:
+    def read(self, ref: ImageRef, max_bytes: int, claim: Claim = unclaimed) -> bytes | Failure:
         """As `Store`."""
         if (path := file_of(ref.path, ref.location)) is not None:
             return self.files.read(path, max_bytes)
-        return read_member(self.files, ref.location, Limits(max_bytes, max_memory))
+        return read_member(self.files, ref.location, Limits(max_bytes, claim))
 
     def stretch_of(self, ref: ImageRef) -> Stretch | None:
         """As `Store`."""
@@ -306,10 +306,10 @@ class SeveralStores:
             own[number].append(inner)
         return own
 
-    def read(self, ref: ImageRef, max_bytes: int, max_memory: int = sys.maxsize) -> bytes | Failure:
+    def read(self, ref: ImageRef, max_bytes: int, claim: Claim = unclaimed) -> bytes | Failure:
         """As `Store`."""
         number, entry = in_part(Entry(ref.path, ref.location))
-        return self.parts[number].read(ImageRef(ref.index, *entry), max_bytes, max_memory)
+        return self.parts[number].read(ImageRef(ref.index, *entry), max_bytes, claim)
 
     def stretch_of(self, ref: ImageRef) -> Stretch | None:
         """As `Store`."""

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 from batchclf.errors import DeviceLost, EnvironmentFailed, OutOfMemory, ProviderError
@@ -53,11 +54,11 @@ def try_suspects(run: Run, task: Task, refs: Iterable[ImageRef]) -> Run:
 def _tried(run: Run, load: Loader, ref: ImageRef, *, is_reader: bool) -> Blame | None:
     """What an image is guilty of; one that is no reader is read here, in passing with others."""
     reporter, crop = run.reporter, load.decoder.preprocess.crop
+    reading = partial(reporter.watch.reading, 0)
+    handed = nullcontext([ref]) if is_reader else load.fetched([ref], reading)
     try:
-        if not is_reader:
-            with reporter.watch.reading(0, ref.index):
-                ref = load.fetched(ref)
-        return try_alone(load, ref, (*crop, 3), run.job.loader.max_seconds, reporter.beat)
+        with handed as (one,):
+            return try_alone(load, one, (*crop, 3), run.job.loader.max_seconds, reporter.beat)
     except OSError as error:
         raise EnvironmentFailed(
             f"no process in which to try an image alone: {error}; run again to resume"

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -107,9 +107,10 @@ def _prefetched(work: Work, refs: Iterator[ImageRef]) -> Iterator[tuple[Decoding
     memory = Memory(num_batches, batch_shape, work.opened.allocate)
     loader, watch = plan.loader, work.reporter.watch
 
-    def hand_over(worker: int, ref: ImageRef) -> ImageRef:
-        with watch.reading(worker, ref.index):
-            return loader.fetched(ref)
+    def hand_over(
+        worker: int, refs: Sequence[ImageRef]
+    ) -> AbstractContextManager[Sequence[ImageRef]]:
+        return loader.fetched(refs, partial(watch.reading, worker))
 
     workers = Workers(plan.num_workers, task.job.loader.max_seconds, watch.beat, hand_over)
     with open_decoding(loader, plan.backend, workers, memory) as decoding:

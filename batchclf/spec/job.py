@@ -447,8 +447,8 @@ class LoaderSpec(_Spec):
     max_memory: AutoOrBytes = Field(
         "auto",
         description="Bytes that images of more than about 8 megapixels, and members of archives "
-        "that inflate to as much, may take at once, one after another beyond it; auto: a quarter "
-        "of the memory that is available.",
+        "that inflate to as much, may take at once, until they are decoded; one after another "
+        "beyond it; auto: a quarter of the memory that is available.",
     )
     max_seconds: Annotated[float, Field(gt=0, le=86_400), BeforeValidator(_as_float)] = Field(
         60.0,

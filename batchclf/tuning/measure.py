@@ -181,7 +181,7 @@ def _decoding(
     loader = bench.job.loader.model_copy(update={"decode": decode})
     job = bench.job.model_copy(update={"loader": loader})
     load = loader_of(job, bench.source, bench.model.preprocess)
-    pool = Workers(workers, loader.max_seconds, hand_over=lambda worker, ref: load.fetched(ref))
+    pool = Workers(workers, loader.max_seconds, hand_over=lambda worker, refs: load.fetched(refs))
     num_batches = 2 + math.ceil(4 * workers / DECODE_BATCH)  # processes take some rows at a time
     memory = Memory(num_batches, (DECODE_BATCH, *bench.model.preprocess.crop, 3))
     with (

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -568,8 +568,9 @@ def test_a_suspect_that_is_merely_bad_or_meets_a_bug_is_not_guilty(images: Path)
 
 
 def test_a_process_loads_what_it_is_handed(images: Path) -> None:
-    def first(worker: int, ref: ImageRef) -> ImageRef:
-        return ImageRef(ref.index, b"00.jpg")
+    @contextmanager
+    def first(worker: int, refs: Sequence[ImageRef]) -> Iterator[Sequence[ImageRef]]:
+        yield [ImageRef(ref.index, b"00.jpg") for ref in refs]
 
     workers = Workers(1, 60, hand_over=first)
     with closing(DecodeProcesses(loader_of(images), workers, MEMORY)) as processes:

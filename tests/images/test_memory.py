@@ -70,7 +70,7 @@ def test_turns_within_the_limit_are_given_at_once_and_others_in_the_order_of_ask
     for asker in askers:
         asker.join(10)
     assert sorted(given) == [0, 1, 2]
-    assert room._taken == 100
+    assert room.taken == 100
 
 
 def test_what_is_larger_than_the_limit_has_the_room_to_itself() -> None:
@@ -113,14 +113,41 @@ def test_many_threads_are_never_beyond_the_limit_and_none_is_stuck(room: SharedR
         list(pool.map(work, range(8), timeout=60))
     assert all(sum(one) <= limit or len(one) == 1 for one in seen)
     assert max(map(len, seen)) > 1
-    assert room._taken == 0
+    assert room.taken == 0
+
+
+def test_who_holds_something_and_asks_for_more_goes_first_and_only_one_is_beyond_the_limit(
+    room: SharedRoom,
+) -> None:
+    limit, all_hold = 3 * LARGE, threading.Barrier(3)
+    inside, most_inside, most_taken = 0, 0, 0
+
+    def work(number: int) -> None:
+        nonlocal inside, most_inside, most_taken
+        with Claim(limit) as claim:
+            claim.keep(LARGE)
+            if number < 3:
+                all_hold.wait(20)
+            for times in (1, 2):  # it needs another decoder, say
+                claim(times * LARGE)
+                inside += 1
+                most_inside = max(most_inside, inside)
+                most_taken = max(most_taken, room.taken)
+                time.sleep(0.01)
+                inside -= 1
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6), timeout=60))
+    assert most_taken == limit + 2 * LARGE
+    assert most_inside == 1
+    assert room.taken == 0
 
 
 def test_an_image_that_fails_gives_its_turn_back(
     room: SharedRoom, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> None:
-        assert room._taken > 0
+        assert room.taken > 0
         raise OSError("no more")
 
     monkeypatch.setattr(decode, "resize_into", fails)
@@ -128,7 +155,7 @@ def test_an_image_that_fails_gives_its_turn_back(
     for format_ in ("JPEG", "PNG"):
         loaded = decoder(large(format_), b"x", np.zeros((32, 32, 3), np.uint8))
         assert loaded.failure == Failure("corrupt", "OSError: no more")
-    assert room._taken == 0
+    assert room.taken == 0
 
 
 def test_small_images_never_touch_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +281,7 @@ def test_processes_take_turns_in_the_room_of_their_parent(tmp_path: Path, room: 
     turns = turns_of(load.log)
     assert len(turns) == len(REFS)
     assert all(before[1] <= after[0] for before, after in pairwise(turns))
-    assert room._taken == 0
+    assert room.taken == 0
 
 
 def test_a_process_that_ends_gives_its_turn_back(tmp_path: Path, room: SharedRoom) -> None:
@@ -262,7 +289,7 @@ def test_a_process_that_ends_gives_its_turn_back(tmp_path: Path, room: SharedRoo
     loaded = run_in_processes(load)
     codes = [one.failure and one.failure.code for one in loaded]
     assert codes == [None, None, "decoder_crash", None, None, None]
-    assert room._taken == 0
+    assert room.taken == 0
 
 
 def test_the_time_that_an_image_waits_for_its_turn_is_not_its_own(
@@ -273,4 +300,4 @@ def test_the_time_that_an_image_waits_for_its_turn_is_not_its_own(
     assert run_in_processes(load, max_seconds=0.9) == [Loaded()] * len(REFS)
     turns = turns_of(load.log)
     assert turns[-1][1] - turns[0][0] > 1.5
-    assert room._taken == 0
+    assert room.taken == 0

@@ -1,12 +1,11 @@
 """What a look into an archive finds, one after the other, whatever kind of archive it is."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple, Protocol
 
 from batchclf.images.archives.location import failed
-from batchclf.images.memory import Claim
+from batchclf.images.room import Claim, unclaimed
 from batchclf.results.records import Failure
 
 Log = Callable[[str], None]
@@ -83,20 +82,12 @@ def damage(what: str) -> Damage:
 
 
 class Limits(NamedTuple):
-    """What a job allows of one member, and of all that are inflated at the same time."""
+    """What a member may take."""
 
     max_bytes: int
-    max_memory: int = sys.maxsize
-
-
-def inflating(num_bytes: int, limits: Limits) -> Claim:
-    """A turn, as for decoding, of a member that inflates to so much, however small its archive is.
-
-    Whoever takes it must hold no lock.
-    """
-    claim = Claim(limits.max_memory)
-    claim(num_bytes)
-    return claim
+    claim: Claim = unclaimed
+    """Called before it is read with the bytes that this takes, however small its archive is. As it
+    may wait, whoever calls it holds no lock."""
 
 
 def too_large(size: int, max_bytes: int) -> Failure | None:

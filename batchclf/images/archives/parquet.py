@@ -16,7 +16,7 @@ from itertools import accumulate, islice
 from typing import Any
 
 from batchclf.images.archives.location import Location
-from batchclf.images.archives.members import Limits, Ranges, inflating, too_large
+from batchclf.images.archives.members import Limits, Ranges, too_large
 from batchclf.images.archives.parquet_file import (
     BUFFER_BYTES,
     Unreadable,
@@ -156,8 +156,8 @@ def read(files: Ranges, location: Location, limits: Limits) -> bytes | Failure:
         size = content.as_buffer().size
         if refused := too_large(size, limits.max_bytes):
             return refused
-        with inflating(size, limits):
-            return bytes(content.as_py())
+        limits.claim(size)
+        return bytes(content.as_py())
     return _without_bytes(value["path"]) if "path" in names else b""
 
 

@@ -11,7 +11,7 @@ from typing import BinaryIO, Protocol, cast
 
 from batchclf.errors import UsageError
 from batchclf.images.archives.location import Location
-from batchclf.images.archives.members import Limits, Ranges, inflating, too_large
+from batchclf.images.archives.members import Limits, Ranges, too_large
 from batchclf.images.archives.names import archive_kind
 from batchclf.images.archives.passage import BEHIND_ALL, Chunk, cursor_at, required
 from batchclf.images.archives.tar import Broken
@@ -149,8 +149,8 @@ def read(files: Ranges, location: Location, limits: Limits) -> bytes | Failure:
         return refused
     path = location.archive
     cursor = cursor_at((files, path, location.version), lambda: _Bytes(files, path))
-    with inflating(2 * length, limits):
-        return _joined(cursor.read(start, start + length), start, length)
+    limits.claim(2 * length)  # in chunks, and joined
+    return _joined(cursor.read(start, start + length), start, length)
 
 
 def _joined(chunks: list[tuple[int, Chunk[bytes]]], start: int, length: int) -> bytes | Failure:

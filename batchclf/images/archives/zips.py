@@ -20,7 +20,6 @@ from batchclf.images.archives.members import (
     Member,
     Ranges,
     damage,
-    inflating,
     too_large,
     unreadable,
 )
@@ -210,6 +209,7 @@ def read(files: Ranges, location: Location, limits: Limits) -> bytes | Failure:
     offset, head, packed, size, method, crc = location.numbers
     if refused := too_large(max(size, packed), limits.max_bytes):
         return refused
+    limits.claim(packed if method == _STORED else packed + size)
     data = files.read_range(location.archive, offset, head + packed)
     if isinstance(data, Failure):
         return data
@@ -222,8 +222,7 @@ def read(files: Ranges, location: Location, limits: Limits) -> bytes | Failure:
         if isinstance(more, Failure):
             return _beyond(more)
         data += more
-    with inflating(0 if method == _STORED else size, limits):
-        content = _unpacked(data[begin : begin + packed], method, flags, (size, limits.max_bytes))
+    content = _unpacked(data[begin : begin + packed], method, flags, (size, limits.max_bytes))
     if isinstance(content, bytes) and zlib.crc32(content) != crc:
         return Failure("corrupt", "its checksum in the archive is that of other bytes")
     return content

@@ -75,10 +75,10 @@ def poison(decode: ModuleType) -> None:
     """Change `batchclf.images.decode`, once it is imported."""
     decode_well = decode.Decoder.__call__
 
-    def decode_or_die(self: object, data: bytes, name: bytes, slot_HWC: object) -> Any:
+    def decode_or_die(self: object, data: bytes, *rest: object) -> Any:
         if data.startswith(MARK):
             KINDS[data.removeprefix(MARK).decode()]()
-        return decode_well(self, data, name, slot_HWC)
+        return decode_well(self, data, *rest)
 
     decode.Decoder.__call__ = decode_or_die
 

@@ -1,21 +1,31 @@
 """Members that inflate to much more than their archive has: they take turns."""
 
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from batchclf.images import memory
-from batchclf.images.load import loader_of
-from batchclf.images.memory import SMALL_BYTES, SharedRoom
+from batchclf.images.ahead import Fetched
+from batchclf.images.decode import Decoder
+from batchclf.images.load import Loader, loader_of
+from batchclf.images.memory import SMALL_BYTES, Claim, SharedRoom
 from batchclf.images.source import open_source, source_of
 from batchclf.images.store import open_store
-from batchclf.results.records import Failure, Preprocess, refs_of
+from batchclf.results.records import Failure, ImageRef, Loaded, Preprocess, refs_of
 from batchclf.spec.file import load_job
 from tests.images.archives.common import as_tar, as_zip, photo, written
+from tests.images.common import encode
 from tests.tiny import write_tiny_job
 
 KINDS = ("a.zip", "a.tgz", "a.parquet")
+SMALL = Preprocess(8, (8, 8), "bilinear", None, None)
 LARGE = photo(1) + bytes(SMALL_BYTES)
 
 
@@ -66,10 +76,60 @@ def test_what_inflates_to_much_takes_its_turn_within_what_the_job_allows(
             loader={"max_memory": SMALL_BYTES},
         )
     )
-    loader = loader_of(job, source_of(job), Preprocess(8, (8, 8), "bilinear", None, None))
+    loader = loader_of(job, source_of(job), SMALL)
     (large,) = refs_of(loader.store.entries())
-    assert loader.read(large) == LARGE
+    assert loader(large, np.zeros((8, 8, 3), np.uint8)).failure is not None, "it is no real photo"
     assert room.limits == {SMALL_BYTES}
+    assert room.turns[0] >= SMALL_BYTES
+    assert room.taken == 0
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_was_inflated_holds_its_turn_until_it_is_decoded(
+    tmp_path: Path, room: NotedRoom, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    image = encode(Image.new("RGB", (3400, 3400)), "BMP")
+    archive = packed(tmp_path, name, {b"%d.bmp" % number: image for number in range(3)})
+    decoder = Decoder(SMALL, max_memory=SMALL_BYTES)
+    loader = Loader(open_store(open_source(archive)), decoder)
+    inside, most, counting = 0, 0, threading.Condition()
+    decode = Decoder.__call__
+
+    def decode_together(*arguments: Any) -> Loaded:
+        nonlocal inside, most
+        with counting:
+            inside += 1
+            most = max(most, inside)
+            counting.notify_all()
+            counting.wait_for(lambda: inside == 3, timeout=0.5)  # had they all been inflated
+            inside -= 1
+        return decode(*arguments)
+
+    monkeypatch.setattr(Decoder, "__call__", decode_together)
+
+    def load(ref: ImageRef) -> Loaded:
+        return loader(ref, np.zeros((8, 8, 3), np.uint8))
+
+    with ThreadPoolExecutor(3) as pool:
+        loaded = list(pool.map(load, refs_of(loader.store.entries()), timeout=60))
+    assert loaded == [Loaded()] * 3
+    assert most == 1
+    assert max(accumulate(room.turns)) < SMALL_BYTES + 8 * 3400**2 + len(image)
+    assert room.taken == 0
+
+
+def test_what_another_process_is_handed_holds_its_turn_until_it_is_done(
+    tmp_path: Path, room: NotedRoom
+) -> None:
+    half = photo(1) + bytes(SMALL_BYTES * 3 // 4)
+    archive = packed(tmp_path, "a.tgz", {b"1.jpg": half, b"2.jpg": half})
+    loader = Loader(open_store(open_source(archive)), Decoder(SMALL))
+    with loader.fetched(list(refs_of(loader.store.entries()))) as handed:
+        assert all(isinstance(one, Fetched) for one in handed)
+        assert room.taken >= 2 * len(half)
+        with loader.fetched(handed):
+            assert room.taken >= 4 * len(half), "what was read ahead counts as well"
+    assert room.taken == 0
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tgz"])
@@ -81,11 +141,12 @@ def test_a_member_that_inflates_to_much_takes_a_turn_and_a_small_one_none(
     assert archive.stat().st_size < SMALL_BYTES // 100
     store = open_store(open_source(archive))
     large, small = refs_of(store.entries())
-    assert store.read(small, 2**30) == photo(2)
-    assert room.turns == []
-    assert store.read(large, 2**30) == LARGE
+    with Claim(2**40) as claim:
+        assert store.read(small, 2**30, claim) == photo(2)
+        assert room.turns == []
+        assert isinstance(store.read(large, SMALL_BYTES, claim), Failure)
+        assert room.turns == [], "it is not inflated"
+        assert store.read(large, 2**30, claim) == LARGE
     taken, given = room.turns
     assert taken >= len(LARGE)
     assert given == -taken
-    assert isinstance(store.read(large, SMALL_BYTES), Failure)
-    assert len(room.turns) == 2, "it is not inflated"

@@ -64,12 +64,13 @@ def test_what_was_fetched_is_loaded_without_the_archive(tmp_path: Path, suffix: 
     path = written(tmp_path / f"a{suffix}", content)
     store = open_store(Sources((open_source(path), open_source(path)), (b"", b"b/")))
     loader = Loader(store, Decoder(Preprocess(8, (8, 8), "bilinear", None, None)))
-    refs = [loader.fetched(ref) for ref in refs_of(store.entries())]
-    path.unlink()
+    with loader.fetched(list(refs_of(store.entries()))) as refs:
+        path.unlink()
     passage._cursors.clear()
     fetched = [ref.content for ref in refs if isinstance(ref, Fetched)]
     assert fetched == list(PHOTOS.values()) * 2
-    assert [loader.fetched(ref) for ref in refs] == refs
+    with loader.fetched(refs) as again:
+        assert again == refs
     failures = [loader(ref, np.zeros((8, 8, 3), np.uint8)).failure for ref in refs]
     assert {one.code for one in failures if one} == {"unsupported_mode"}, "they are no real photos"
 
