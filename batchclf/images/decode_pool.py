@@ -307,12 +307,13 @@ def try_alone(
         worker = _Worker(processes, shared, Workers(1, max_seconds, beat))
         try:
             (loaded,) = worker.ask([ref], shared.pixels_NHWC)
+            place = worker.wait_until_ready().place
         except Ended as ended:
             return Blame(ended.failure, ended.place)
         except RuntimeError:  # a bug, which shows itself on the ordinary path too
             return None
     failure = loaded.failure
-    return Blame(failure) if failure is not None and failure.code == "oom" else None
+    return Blame(failure, place) if failure is not None and failure.code == "oom" else None
 
 
 def _memory_limit() -> int:

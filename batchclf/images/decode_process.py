@@ -191,6 +191,11 @@ class Process:
             raise RuntimeError(f"in a decoding process:\n{failed}")
         return loaded, cpu_s
 
+    @property
+    def place(self) -> Place | None:
+        """Where memory ran out while it read the last image in passing, if it did."""
+        return self._bookmark.place
+
     def _answer_to_turns(self, max_seconds: float, beat: Beat) -> _Answer:
         """The answer; until then, this thread takes the turns of the images in its own room.
 

@@ -46,12 +46,19 @@ def away() -> Iterator[None]:
 
 @contextmanager
 def passing() -> Iterator[TellPlace]:
-    """Tell that this thread passes over others to its image: at which place it is, each time."""
+    """Tell that this thread passes over others to its image: at which place it is, each time.
+
+    The place at which memory runs out stays told: it is to blame for that.
+    """
     tell = _tell_place.get()
     try:
         yield tell
-    finally:
+    except MemoryError:
+        raise
+    except BaseException:
         tell(None)
+        raise
+    tell(None)
 
 
 @contextmanager
