@@ -31,7 +31,7 @@ class Watch:
 
     @contextmanager
     def reading(self, thread: int, index: int) -> Iterator[None]:
-        """Note where it reads an image in passing; any other read is not noted."""
+        """Note where it reads an image in passing, and inflates it; any other read is not noted."""
         with self._told(thread, index, None):
             yield
 
@@ -57,9 +57,12 @@ class Watch:
         def tell_away(is_away: bool) -> None:
             self.note(thread, None if is_away else otherwise, 0)
 
+        def tell_at(is_at: bool) -> None:
+            self.note(thread, index if is_at else otherwise, 0)
+
         self.note(thread, otherwise, 0)
         try:
-            with watched(tell_alive, tell_away, tell_place):
+            with watched(tell_alive, tell_away, tell_place, tell_at):
                 yield
         finally:
             self.note(thread, None, 0)

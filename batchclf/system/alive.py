@@ -21,11 +21,14 @@ class Place(NamedTuple):
 
 
 TellAway = Callable[[bool], None]
+TellAt = Callable[[bool], None]
 TellPlace = Callable[[Place | None], None]
 """None: the thread reads nothing in passing any more."""
 _tell: ContextVar[Callable[[], None]] = ContextVar("tell", default=lambda: None)
 _tell_away: ContextVar[TellAway] = ContextVar("tell away", default=lambda is_away: None)
 _tell_place: ContextVar[TellPlace] = ContextVar("tell place", default=lambda place: None)
+
+_tell_at: ContextVar[TellAt] = ContextVar("tell at", default=lambda is_at: None)
 
 
 def alive() -> None:
@@ -37,6 +40,17 @@ def alive() -> None:
 def away() -> Iterator[None]:
     """Tell that this thread is not at its image: it waits for its turn."""
     tell = _tell_away.get()
+    tell(True)
+    try:
+        yield
+    finally:
+        tell(False)
+
+
+@contextmanager
+def at_image() -> Iterator[None]:
+    """Tell that this thread is at its image itself, whatever it does otherwise."""
+    tell = _tell_at.get()
     tell(True)
     try:
         yield
@@ -66,12 +80,15 @@ def watched(
     tell: Callable[[], None],
     tell_away: TellAway = lambda is_away: None,
     tell_place: TellPlace = lambda place: None,
+    tell_at: TellAt = lambda is_at: None,
 ) -> Iterator[None]:
     """Have `tell` called whenever this thread says that it is `alive`; the others likewise."""
     tokens = _tell.set(tell), _tell_away.set(tell_away), _tell_place.set(tell_place)
+    token_at = _tell_at.set(tell_at)
     try:
         yield
     finally:
         _tell.reset(tokens[0])
         _tell_away.reset(tokens[1])
         _tell_place.reset(tokens[2])
+        _tell_at.reset(token_at)

@@ -1,6 +1,7 @@
 """Reading an archive ends or holds up the worker: what cannot be had pays, and nothing else."""
 
 import tarfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -46,11 +47,23 @@ def change(module):
 """
 
 
+INFLATING = """
+def change(module):
+    unpacked = module._unpacked
+    def unpacked_or_die(data, method, flags, limits):
+        content = unpacked(data, method, flags, limits)
+        if content == AT:
+            die()
+        return content
+    module._unpacked = unpacked_or_die
+"""
+MODULES = {READING_ROWS: "parquet", READING_BYTES: "stream", INFLATING: "zips"}
+
+
 def dying(folder: Path, kind: str, program: str, at: object) -> Mapping[str, str]:
     """The environment of processes that die of reading at some places."""
-    module = "parquet" if program is READING_ROWS else "stream"
     die = f"AT = {at!r}\ndef die():\n    {DEATHS[kind]}\n"
-    return fault(folder, RAISE + die + program, f"batchclf.images.archives.{module}")
+    return fault(folder, RAISE + die + program, f"batchclf.images.archives.{MODULES[program]}")
 
 
 def names(numbers: Sequence[int]) -> list[str]:
@@ -128,3 +141,19 @@ def test_rows_of_a_bucket_that_cannot_be_read_become_errors_as_well(
         exit_code, said = finished(job, env=dying(tmp_path, "hang", READING_ROWS, {(2, 7)}))
     assert exit_code == 0, said
     assert_as_undisturbed(tmp_path, but=dict.fromkeys(names(range(27, 30)), "timeout"))
+
+
+def test_a_member_of_a_bucket_that_cannot_be_inflated_is_one_error(tmp_path: Path) -> None:
+    """It is inflated where it is read ahead."""
+    images = [path.read_bytes() for path in sorted(DIGITS.rglob("*.jpg"))[:NUM]]
+    with proxied_bucket() as bucket:
+        (tmp_path / "up").mkdir()
+        with zipfile.ZipFile(tmp_path / "up" / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, image in zip(names(range(NUM)), images, strict=True):
+                archive.writestr(name, image)
+        bucket.put_folder(tmp_path / "up", "zips")
+        job = write_job(tmp_path, input=f"s3://{NAME}/zips/a.zip")
+        exit_code, said = finished(job, env=dying(tmp_path, "segfault", INFLATING, images[17]))
+    assert exit_code == 0, said
+    assert_as_undisturbed(tmp_path, but={"a.zip/17.jpg": "decoder_crash"})
+    assert said.count("starting it again") == 1, said

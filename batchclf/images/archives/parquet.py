@@ -72,7 +72,8 @@ class _Images:
             groups = range(self._metadata.num_row_groups)
             self._counts = [self._metadata.row_group(group).num_rows for group in groups]
             sizes = map(partial(num_bytes_of, self._metadata, self._columns), groups)
-            largest = max(sizes, default=0)
+            self._sizes = list(sizes)
+            largest = max(self._sizes, default=0)
             self._buffer_bytes = BUFFER_BYTES if largest > MAX_WHOLE_BYTES else 0
         self._starts: list[int] = [0, *accumulate(self._counts)]
 
@@ -81,6 +82,11 @@ class _Images:
         group = bisect_right(self._starts, unit)
         stop = self._starts[group] if group < len(self._starts) else BEHIND_ALL
         return Place(self._starts[max(0, group - 1)], stop)
+
+    def size_of(self, unit: int) -> int:
+        """As `Passage`: what a row of its group takes on average."""
+        group = bisect_right(self._starts, unit) - 1
+        return self._sizes[group] // self._counts[group] if group < len(self._counts) else 0
 
     def begin(self, start: int) -> Iterator[Chunk[Any]]:
         """As `Passage`: Arrow arrays of one row."""
@@ -143,6 +149,7 @@ def read(files: Ranges, location: Location, limits: Limits) -> bytes | Failure:
         (files, location.archive, location.version, column),
         lambda: _Images(files, location.archive, column),
     )
+    limits.claim(cursor.size_of(row))
     found = cursor.read(row, row + 1)
     if not found:
         return Failure("changed", "its Parquet file has fewer rows than it had when listed")
@@ -153,10 +160,8 @@ def read(files: Ranges, location: Location, limits: Limits) -> bytes | Failure:
     names = [field.name for field in value.type] if is_struct(value) else []
     content = value["bytes"] if names else value
     if content.is_valid:
-        size = content.as_buffer().size
-        if refused := too_large(size, limits.max_bytes):
+        if refused := too_large(content.as_buffer().size, limits.max_bytes):
             return refused
-        limits.claim(size)
         return bytes(content.as_py())
     return _without_bytes(value["path"]) if "path" in names else b""
 

@@ -12,6 +12,7 @@ import atexit
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import BinaryIO, Generic, NamedTuple, Protocol, TypeVar
 
 from batchclf.results.records import Failure
@@ -65,6 +66,9 @@ class Passage(Protocol[_Payload]):
     def span_of(self, unit: int) -> Place:
         """The last place at or before a unit from which reading can begin, and the one behind."""
 
+    def size_of(self, unit: int) -> int:
+        """How many bytes a unit takes, as far as that is told before it is read."""
+
     def begin(self, start: int) -> Iterator[Chunk[_Payload]]:
         """What there is from such a place on.
 
@@ -97,32 +101,51 @@ class Cursor(Generic[_Payload]):
         Raises:
             OSError, Refused: as `Passage`; the next call begins again.
         """
+        with self._turn():
+            try:
+                with passing() as tell:
+                    self._reach(start, stop, tell)
+                return self._found(start, stop)
+            except BaseException:
+                self._position = -1
+                self._kept.clear()
+                raise
+
+    def size_of(self, unit: int) -> int:
+        """As `Passage`; none of it is read for that.
+
+        Raises:
+            OSError, Refused: as `read`.
+        """
+        if self._passage is None:
+            with self._turn(), passing() as tell:
+                self._made(tell)
+        return self._made(lambda place: None).size_of(unit)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
         if not self._lock.acquire(blocking=False):
             with away():  # the wait for other threads is not this image's fault
                 self._lock.acquire()
         try:
-            with passing() as tell:
-                self._reach(start, stop, tell)
-            return self._found(start, stop)
-        except BaseException:
-            self._position = -1
-            self._kept.clear()
-            raise
+            yield
         finally:
             self._lock.release()
 
-    def _reach(self, start: int, stop: int, tell: TellPlace) -> None:
+    def _made(self, tell: TellPlace) -> Passage[_Payload]:
         if self._passage is None:
             tell(Place(0, BEHIND_ALL))
             self._passage = self._make()
             self.may_keep = max(self.may_keep, self._passage.kept_bytes)
+        return self._passage
+
+    def _reach(self, start: int, stop: int, tell: TellPlace) -> None:
+        passage = self._made(tell)
         first = self._kept[0][0] if self._kept else self._position
-        begin = self._passage.span_of(start).start
+        begin = passage.span_of(start).start
         if start < first or self._position < begin:
-            self._restart(
-                self._passage, begin, is_late=0 <= first - start <= self._position - first
-            )
-        self._go_on(self._passage, start, stop, tell)
+            self._restart(passage, begin, is_late=0 <= first - start <= self._position - first)
+        self._go_on(passage, start, stop, tell)
 
     def _restart(self, passage: Passage[_Payload], begin: int, *, is_late: bool) -> None:
         if is_late:

@@ -121,6 +121,10 @@ class _Bytes:
         """There is only the beginning."""
         return Place(0, BEHIND_ALL)
 
+    def size_of(self, unit: int) -> int:
+        """As `Passage`: a byte."""
+        return 1
+
     def begin(self, start: int) -> Iterator[Chunk[bytes]]:
         """As `Passage`."""
         with required(self.files.open(self.path)) as file:

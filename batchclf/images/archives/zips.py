@@ -26,6 +26,7 @@ from batchclf.images.archives.members import (
 from batchclf.images.archives.sides import MAX_SIDE_BYTES
 from batchclf.images.formats import describe_stranger
 from batchclf.results.records import Failure
+from batchclf.system.alive import at_image
 
 KIND = b"zip"
 SLACK_BYTES = 32
@@ -222,7 +223,8 @@ def read(files: Ranges, location: Location, limits: Limits) -> bytes | Failure:
         if isinstance(more, Failure):
             return _beyond(more)
         data += more
-    content = _unpacked(data[begin : begin + packed], method, flags, (size, limits.max_bytes))
+    with at_image():  # also where it is read ahead: inflating it may end this process
+        content = _unpacked(data[begin : begin + packed], method, flags, (size, limits.max_bytes))
     if isinstance(content, bytes) and zlib.crc32(content) != crc:
         return Failure("corrupt", "its checksum in the archive is that of other bytes")
     return content

@@ -1,6 +1,7 @@
 """Members that inflate to much more than their archive has: they take turns."""
 
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
@@ -12,10 +13,11 @@ import pytest
 from PIL import Image
 
 from batchclf.images import memory
-from batchclf.images.ahead import Fetched
+from batchclf.images.ahead import Depth, Fetched, ReadAhead
 from batchclf.images.decode import Decoder
 from batchclf.images.load import Loader, loader_of
 from batchclf.images.memory import SMALL_BYTES, Claim, SharedRoom
+from batchclf.images.room import this_claim
 from batchclf.images.source import open_source, source_of
 from batchclf.images.store import open_store
 from batchclf.results.records import Failure, ImageRef, Loaded, Preprocess, refs_of
@@ -88,8 +90,9 @@ def test_what_inflates_to_much_takes_its_turn_within_what_the_job_allows(
 def test_what_was_inflated_holds_its_turn_until_it_is_decoded(
     tmp_path: Path, room: NotedRoom, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    image = encode(Image.new("RGB", (3400, 3400)), "BMP")
-    archive = packed(tmp_path, name, {b"%d.bmp" % number: image for number in range(3)})
+    images = [encode(Image.new("RGB", (3400, 3400), (n, n, n)), "BMP") for n in range(3)]
+    files = {b"%d.bmp" % number: image for number, image in enumerate(images)}
+    archive = packed(tmp_path, name, files)
     decoder = Decoder(SMALL, max_memory=SMALL_BYTES)
     loader = Loader(open_store(open_source(archive)), decoder)
     inside, most, counting = 0, 0, threading.Condition()
@@ -114,7 +117,7 @@ def test_what_was_inflated_holds_its_turn_until_it_is_decoded(
         loaded = list(pool.map(load, refs_of(loader.store.entries()), timeout=60))
     assert loaded == [Loaded()] * 3
     assert most == 1
-    assert max(accumulate(room.turns)) < SMALL_BYTES + 8 * 3400**2 + len(image)
+    assert max(accumulate(room.turns)) < SMALL_BYTES + 8 * 3400**2 + len(images[0])
     assert room.taken == 0
 
 
@@ -130,6 +133,29 @@ def test_what_another_process_is_handed_holds_its_turn_until_it_is_done(
         with loader.fetched(handed):
             assert room.taken >= 4 * len(half), "what was read ahead counts as well"
     assert room.taken == 0
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_read_ahead_of_an_archive_is_bounded_before_it_is_inflated(
+    tmp_path: Path, name: str
+) -> None:
+    files = {b"%02d.jpg" % number: photo(number) + bytes(2**20) for number in range(40)}
+    archive = packed(tmp_path, name, files)
+    store = open_store(open_source(archive))
+    num_read = 0
+
+    def read(ref: ImageRef) -> bytes | Failure:
+        nonlocal num_read
+        content = store.read(ref, 2**30, this_claim())
+        num_read += 1
+        return content
+
+    with ReadAhead(read, refs_of(store.entries()), Depth(16, 2**22)) as ahead:
+        time.sleep(1)
+        assert 1 <= num_read <= 5
+        assert ahead._num_bytes < 2**22 + 2**21, "only the first may go beyond"
+        taken = [ahead.take(ref) for ref in ahead]
+    assert [one.content for one in taken if isinstance(one, Fetched)] == list(files.values())
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tgz"])

@@ -33,6 +33,9 @@ class Numbers:
         start = unit // self.stride * self.stride
         return Place(start, start + self.stride)
 
+    def size_of(self, unit: int) -> int:
+        return 1
+
     def begin(self, start: int) -> Iterator[Chunk[range]]:
         self.begun.append(start)
         for at in range(start, MANY, 10):
