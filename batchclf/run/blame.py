@@ -8,9 +8,11 @@ from functools import partial
 from itertools import islice
 
 from batchclf.errors import DeviceLost, EnvironmentFailed, OutOfMemory, ProviderError
+from batchclf.images.archives.alone import ListAlone
 from batchclf.images.decode_pool import Blame, try_alone
 from batchclf.images.load import Loader, loader_of
-from batchclf.results.records import ImageRef, Stretch
+from batchclf.images.prefetch import Load
+from batchclf.results.records import Failure, ImageRef, Stretch
 from batchclf.run.plan import Task
 from batchclf.run.request import Run
 from batchclf.runtime.faults import is_device_lost, is_out_of_memory
@@ -51,17 +53,44 @@ def try_suspects(run: Run, task: Task, refs: Iterable[ImageRef]) -> Run:
     )
 
 
+def try_listing(run: Run) -> Run:
+    """List alone the archive at which a process died or hung; a guilty one is not listed again.
+
+    Raises:
+        EnvironmentFailed: no process is to be had.
+    """
+    archive, reporter = run.recovery.listing, run.reporter
+    if archive is None:
+        return run
+    path = archive.file.path
+    blame = _alone(run, ListAlone(archive), ImageRef(0, path), (1, 1, 3))
+    unlistable = dict(run.recovery.unlistable)
+    if blame is None:
+        reporter.log(f"{os.fsdecode(path)}: listed alone, does no harm")
+    else:
+        failure = Failure("damaged_archive", f"cannot be listed: {blame.failure.message}")
+        reporter.log(f"{os.fsdecode(path)}: recorded as {failure.code}: {failure.message}")
+        reporter.found_unlistable(archive, failure)
+        unlistable[archive] = failure
+    return replace(run, recovery=replace(run.recovery, listing=None, unlistable=unlistable))
+
+
 def _tried(run: Run, load: Loader, ref: ImageRef, *, is_reader: bool) -> Blame | None:
     """What an image is guilty of; one that is no reader is read here, in passing with others."""
     reporter, crop = run.reporter, load.decoder.preprocess.crop
     reading = partial(reporter.watch.reading, 0)
     handed = nullcontext([ref]) if is_reader else load.fetched([ref], reading)
+    with handed as (one,):
+        return _alone(run, load, one, (*crop, 3))
+
+
+def _alone(run: Run, load: Load, ref: ImageRef, shape_HWC: tuple[int, int, int]) -> Blame | None:
     try:
-        with handed as (one,):
-            return try_alone(load, one, (*crop, 3), run.job.loader.max_seconds, reporter.beat)
+        return try_alone(load, ref, shape_HWC, run.job.loader.max_seconds, run.reporter.beat)
     except OSError as error:
         raise EnvironmentFailed(
-            f"no process in which to try an image alone: {error}; run again to resume"
+            f"no process in which to try {os.fsdecode(ref.path)} alone: {error}; "
+            "run again to resume"
         ) from error
 
 

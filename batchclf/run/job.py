@@ -13,10 +13,12 @@ Before `claim`, nothing changes in the output but hidden temporary files.
 import time
 from dataclasses import replace
 
+from batchclf.images.archives.listing import Listing, listing_with
 from batchclf.results.run_record import kept_status
 from batchclf.results.stats import Summary
 from batchclf.results.writer import append_stats, mend_stats
 from batchclf.run.append import append
+from batchclf.run.blame import try_listing
 from batchclf.run.claim import claim
 from batchclf.run.decide import Append, Nothing, Replace, decide
 from batchclf.run.look import listed, look
@@ -31,10 +33,12 @@ def run_job(run: Run) -> RunResult:
     Raises:
         BatchclfError: with the exit code and what to do; the output stays resumable.
     """
-    while (result := _attempt(run)) is None:
-        run.reporter.log("another shard was first to list the input: its listing is taken")
-        # What it was to throw away is gone.
-        run = replace(run, options=replace(run.options, overwrite=False))
+    run = try_listing(run)
+    with listing_with(Listing(run.recovery.unlistable, run.reporter.listing)):
+        while (result := _attempt(run)) is None:
+            run.reporter.log("another shard was first to list the input: its listing is taken")
+            # What it was to throw away is gone.
+            run = replace(run, options=replace(run.options, overwrite=False))
     return result
 
 

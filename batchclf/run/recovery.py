@@ -7,10 +7,12 @@ that does not help, decoding moves to processes of its own for good; when that d
 the death has other reasons, and the job ends.
 """
 
+import os
 import sys
 from dataclasses import dataclass, field, replace
 
 from batchclf.errors import BatchclfError, EnvironmentFailed, OutOfMemory, WorkerFailed
+from batchclf.images.archives.listing import Archive, Unlistable
 from batchclf.results.records import Quarantined
 
 MAX_FUTILE = 3
@@ -40,6 +42,10 @@ class Recovery:
     """What was found guilty: never to be loaded again."""
     readers: tuple[int, ...] = ()
     """More images, which are not even to be read but alone."""
+    listing: Archive | None = None
+    """An archive to be listed alone first."""
+    unlistable: Unlistable = field(default_factory=dict)
+    """What was found guilty of that: never to be listed again."""
     isolate: bool = False
     """Decode in processes of their own, whatever the job says."""
     max_batch_size: int = sys.maxsize
@@ -61,6 +67,8 @@ class Death:
     """Images, by index in the listing, that it was decoding."""
     readers: tuple[int, ...] = ()
     """Others to which it was reading its way through their archives."""
+    listing: Archive | None = None
+    """What it was listing."""
     by_kernel: bool = False
     """Whether it was killed, and not by its parent: as where memory runs out."""
     by_device: bool = False
@@ -76,6 +84,8 @@ class Progress:
     guilty: Quarantined
     """What was found guilty by then."""
     beginning: Beginning | None
+    unlistable: Unlistable = field(default_factory=dict)
+    """What was found, by then, not to be listed."""
 
 
 def recover(
@@ -91,13 +101,17 @@ def recover(
     """
     resumed = 0 if progress.beginning is None else progress.beginning.num_done
     has_progressed = progress.num_images > max(recovery.num_images, resumed)
-    has_found = len(progress.guilty) > len(recovery.quarantined)
+    has_found = len(progress.guilty) > len(recovery.quarantined) or len(progress.unlistable) > len(
+        recovery.unlistable
+    )
     is_futile = not has_progressed and not has_found
     found = replace(
         recovery,
         suspects=(),
         readers=(),
         quarantined=dict(progress.guilty),
+        listing=None,
+        unlistable=dict(progress.unlistable),
         beginning=progress.beginning,
         num_futile=recovery.num_futile if is_futile else 0,
         num_images=progress.num_images,
@@ -107,7 +121,8 @@ def recover(
     num_futile = found.num_futile + is_futile
     if num_futile > MAX_FUTILE:
         raise _hopeless(ended, num_futile)
-    may_be_decoding = num_futile >= ISOLATE_AFTER and not ended.by_device
+    is_elsewhere = ended.by_device or ended.listing is not None
+    may_be_decoding = num_futile >= ISOLATE_AFTER and not is_elsewhere
     num_guilty = sum(isinstance(one, bytes) for one in progress.guilty)
     isolate = recovery.isolate or may_be_decoding or num_guilty >= MANY_GUILTY
     what = "starting it again"
@@ -115,12 +130,15 @@ def recover(
         what += f"; images that it was decoding, to be tried alone: {len(ended.suspects)}"
     if ended.readers:
         what += f"; images that it was reading archives for, likewise: {len(ended.readers)}"
+    if ended.listing is not None:
+        what += f"; an archive that it was listing, likewise alone: {_shown(ended.listing)}"
     if isolate and not recovery.isolate:
         what += "; decoding in processes of its own from now on"
     found = replace(
         found,
         suspects=ended.suspects,
         readers=ended.readers,
+        listing=ended.listing,
         isolate=isolate,
         num_futile=num_futile,
     )
@@ -137,7 +155,16 @@ def _smaller(recovery: Recovery, error: OutOfMemory) -> tuple[Recovery, str]:
     )
 
 
+def _shown(archive: Archive) -> str:
+    return os.fsdecode(archive.file.path)
+
+
 def _hopeless(death: Death, number: int) -> BatchclfError:
+    if death.listing is not None:
+        return WorkerFailed(
+            f"the worker {death.cause} {number} times while listing {_shown(death.listing)}, which "
+            "does no harm in a process of its own: leave it out of the input, or run again"
+        )
     if death.by_kernel:
         return EnvironmentFailed(
             f"the worker was killed (SIGKILL) {number} times without getting any further, most "

@@ -1,5 +1,6 @@
 """What a running job tells whoever shows it to people, and whoever watches over it."""
 
+from batchclf.images.archives.listing import Archive
 from batchclf.images.watch import Watch
 from batchclf.results.records import Failure, Stretch
 
@@ -32,6 +33,12 @@ class Reporter:
 
     def found_guilty(self, guilty: bytes | Stretch, failure: Failure) -> None:
         """An image, or a stretch of an archive, crashes or hangs whoever loads it."""
+
+    def listing(self, archive: Archive | None) -> None:
+        """An archive is being listed; None: none is, any more."""
+
+    def found_unlistable(self, archive: Archive, failure: Failure) -> None:
+        """An archive crashes or holds up whoever lists it."""
 
     def before_write(self) -> None:
         """The output is about to be changed; returns when it is surely this process's."""

@@ -57,7 +57,21 @@ def change(module):
         return content
     module._unpacked = unpacked_or_die
 """
-MODULES = {READING_ROWS: "parquet", READING_BYTES: "stream", INFLATING: "zips"}
+LISTING = """
+def change(module):
+    batches = module.batches
+    def batches_or_die(file, *arguments):
+        if file.metadata.num_row_groups == AT:
+            die()
+        return batches(file, *arguments)
+    module.batches = batches_or_die
+"""
+MODULES = {
+    LISTING: "parquet_list",
+    READING_ROWS: "parquet",
+    READING_BYTES: "stream",
+    INFLATING: "zips",
+}
 
 
 def dying(folder: Path, kind: str, program: str, at: object) -> Mapping[str, str]:
@@ -157,3 +171,34 @@ def test_a_member_of_a_bucket_that_cannot_be_inflated_is_one_error(tmp_path: Pat
     assert exit_code == 0, said
     assert_as_undisturbed(tmp_path, but={"a.zip/17.jpg": "decoder_crash"})
     assert said.count("starting it again") == 1, said
+
+
+@pytest.mark.parametrize("kind", DEATHS)
+def test_an_archive_that_cannot_be_listed_is_one_error(
+    tmp_path: Path, rows: Path, kind: str
+) -> None:
+    archives = tmp_path / "archives"
+    archives.mkdir()
+    rows.rename(archives / rows.name)
+    table = pq.read_table(archives / rows.name)
+    loader = {"workers": 2, "max_seconds": 2}
+    job = write_job(tmp_path, input={"parquet": str(archives)}, loader=loader, stall_timeout=3)
+    for number in (1, 2):
+        pq.write_table(table, archives / f"bad{number}.parquet", row_group_size=NUM // 2)
+    exit_code, said = finished(job, env=dying(tmp_path, kind, LISTING, 2))
+    assert exit_code == 0, said
+    bad = {f"bad{number}.parquet": "damaged_archive" for number in (1, 2)}
+    assert_as_undisturbed(tmp_path, but=bad)
+    assert said.count("starting it again") == 2, said
+    assert "bad1.parquet: recorded as damaged_archive: cannot be listed: " in said
+
+
+def test_an_archive_at_which_a_process_is_killed_once_is_listed(tmp_path: Path, rows: Path) -> None:
+    job = write_job(tmp_path, input=str(rows))
+    program = LISTING.replace("== AT", "== AT and once('died')")
+    die = f"AT = {NUM // GROUP}\ndef die():\n    {DEATHS['kill']}\n"
+    env = fault(tmp_path, die + program, "batchclf.images.archives.parquet_list")
+    exit_code, said = finished(job, env=env)
+    assert exit_code == 0, said
+    assert "a.parquet: listed alone, does no harm" in said
+    assert_as_undisturbed(tmp_path)

@@ -1,10 +1,15 @@
 """What becomes of a run after one of its processes died, case by case, and death after death."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from batchclf.errors import BatchclfError, EnvironmentFailed, OutOfMemory, WorkerFailed
+from batchclf.images.archives.listing import Archive
+from batchclf.images.archives.location import File
+from batchclf.images.local import LocalFiles
+from batchclf.images.source import Source
 from batchclf.results.records import Failure, Quarantined, Stretch
 from batchclf.run.recovery import (
     ISOLATE_AFTER,
@@ -23,6 +28,11 @@ DEATH = Death("ended (exit code 7)", ())
 KILLED = Death("ended (killed by SIGKILL)", (), by_kernel=True)
 DEVICE_LOST = Death("lost its device (no answer)", (), by_device=True)
 AT_TWO_IMAGES = Death("ended (killed by SIGSEGV)", (4, 7))
+ARCHIVE = Archive(
+    LocalFiles(Source(Path("a.zip"), "file", b"", confined=False)), None, File(b"a.zip", b"a.zip")
+)
+AT_AN_ARCHIVE = Death("ended (killed by SIGSEGV)", listing=ARCHIVE)
+LOST = {ARCHIVE: Failure("damaged_archive", "killed by SIGSEGV")}
 ISOLATED = "; decoding in processes of its own from now on"
 
 
@@ -58,6 +68,23 @@ class Case:
 AT_START = Progress(0, {}, None)
 """The process died before it began to classify."""
 CASES = (
+    # ---- over an archive that it was listing ----
+    Case(
+        "over an archive",
+        Recovery(num_futile=ISOLATE_AFTER),
+        AT_AN_ARCHIVE,
+        AT_START,
+        Recovery(listing=ARCHIVE, num_futile=ISOLATE_AFTER + 1),
+        "; an archive that it was listing, likewise alone: a.zip",
+    ),
+    Case(
+        "over another archive than the one that was found out",
+        Recovery(listing=ARCHIVE, num_futile=1),
+        AT_AN_ARCHIVE,
+        Progress(0, {}, None, LOST),
+        Recovery(listing=ARCHIVE, unlistable=LOST),
+        "likewise alone: a.zip",
+    ),
     # ---- whether it got any further ----
     Case(
         "dead before it began",
@@ -306,9 +333,10 @@ def test_the_next_process_goes_on_as_what_happened_asks_for(case: Case) -> None:
     [
         (KILLED, EnvironmentFailed, r"was killed \(SIGKILL\) 4 times .* memory ran out: choose a"),
         (DEVICE_LOST, WorkerFailed, r"lost its device \(no answer\) 4 times .* look at the device"),
+        (AT_AN_ARCHIVE, WorkerFailed, r"4 times while listing a.zip, .* leave it out of the input"),
         (AT_TWO_IMAGES, WorkerFailed, r"\(killed by SIGSEGV\) 4 times .* no image is to blame"),
     ],
-    ids=["by the kernel", "by its device", "otherwise"],
+    ids=["by the kernel", "by its device", "at an archive", "otherwise"],
 )
 def test_what_dies_again_and_again_in_vain_ends_the_job_with_the_likely_reason(
     death: Death, kind: type[BatchclfError], said: str

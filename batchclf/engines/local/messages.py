@@ -20,5 +20,6 @@ class Setup:
 
 Message = tuple[str, object]
 """A word and what goes with it: `log` text, `begin` (images, done,
-errors), `guilty` (path or Stretch, Failure); and
+errors), `guilty` (path or Stretch, Failure),
+`listing` Archive or None, `unlistable` (Archive, Failure); and
 as the last one `result` RunResult, `error` BatchclfError, or `bug`, a traceback as text."""

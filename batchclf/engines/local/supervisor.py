@@ -25,6 +25,7 @@ from batchclf.errors import (
     ResumeRefused,
     WorkerFailed,
 )
+from batchclf.images.archives.listing import Archive
 from batchclf.results.bucket import Bucket
 from batchclf.results.files import RunFiles
 from batchclf.results.lock import Lease
@@ -69,6 +70,9 @@ class Supervisor:
         self._board = Board(workers.board_descriptor)
         self._beginning: Beginning | None = None
         self._guilty: dict[bytes | Stretch, Failure] = {}
+        self._listing: Archive | None = None
+        """What this worker lists."""
+        self._unlistable: dict[Archive, Failure] = {}
         self._num_images = 0
         """What this worker works on; 0: it has not begun."""
         self._sender: Sender | None = None
@@ -126,6 +130,7 @@ class Supervisor:
             self._workers.kill()
             self._board.clear()
             self._num_images = 0
+            self._listing = None
             self._workers.replace()
 
     def _wait(self, lease: Lease) -> None:
@@ -141,7 +146,7 @@ class Supervisor:
 
     @property
     def _progress(self) -> Progress:
-        return Progress(self._board.num_images, self._guilty, self._beginning)
+        return Progress(self._board.num_images, self._guilty, self._beginning, self._unlistable)
 
     def _mark(self, files: RunFiles, error: BaseException, lease: Lease) -> None:
         """Say in run.json how a run ended, where its worker no longer could."""
@@ -187,7 +192,7 @@ class Supervisor:
             elif (death := pulse.look(self._is_classifying)) is not None:
                 self._display.log(f"the worker {death.cause}; these are its threads' stacks:")
                 worker.dump_stacks()
-                return death
+                return replace(death, listing=self._listing)
 
     @property
     def _is_classifying(self) -> bool:
@@ -213,6 +218,11 @@ class Supervisor:
             case "guilty":
                 guilty, failure = cast(tuple[bytes | Stretch, Failure], what)
                 self._guilty[guilty] = failure
+            case "listing":
+                self._listing = cast(Archive | None, what)
+            case "unlistable":
+                archive, failure = cast(tuple[Archive, Failure], what)
+                self._unlistable[archive] = failure
             case "result":
                 return cast(RunResult, what)
             case "bug":
@@ -229,7 +239,8 @@ class Supervisor:
         if returncode is None:
             return Death("closed its connection and did not end")
         death = _death(f"ended ({how_it_ended(returncode)})", self._board.in_flight())
-        return replace(death, by_kernel=returncode == -signal.SIGKILL)
+        by_kernel = returncode == -signal.SIGKILL
+        return replace(death, by_kernel=by_kernel, listing=self._listing)
 
 
 def _death(cause: str, seen: Iterable[Seen]) -> Death:

@@ -15,6 +15,7 @@ from batchclf.engines.local.board import Board
 from batchclf.engines.local.messages import Message, Setup
 from batchclf.engines.local.signals import DUMP_SIGNAL, STOP_SIGNALS
 from batchclf.errors import BatchclfError, DeviceLost
+from batchclf.images.archives.listing import Archive
 from batchclf.results.lock import LEASE_S
 from batchclf.results.records import Failure, Stretch
 from batchclf.run.reporter import Reporter
@@ -113,6 +114,12 @@ class _Channel(Reporter):
 
     def found_guilty(self, guilty: bytes | Stretch, failure: Failure) -> None:
         self._send("guilty", (guilty, failure))
+
+    def listing(self, archive: Archive | None) -> None:
+        self._send("listing", archive)
+
+    def found_unlistable(self, archive: Archive, failure: Failure) -> None:
+        self._send("unlistable", (archive, failure))
 
     def before_write(self) -> None:
         while self._board.seconds_since_renewed > FENCE_S:

@@ -11,6 +11,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, BinaryIO, Final
 
+from batchclf.images.archives.listing import Archive, being_listed, why_unlistable
 from batchclf.images.archives.location import (
     FAILED,
     File,
@@ -46,8 +47,7 @@ class Archives:
     def __init__(self, files: Ranges, rows: Rows | None, log: Log) -> None:
         """`rows`: all of them are Parquet files, whatever their names promise."""
         self._files = files
-        self._all_parquet = rows is not None
-        self._asked = rows or Rows()
+        self._given_rows = rows
         self._log = log
         self._is_warned = False
         self.left_out = Omissions()
@@ -56,7 +56,7 @@ class Archives:
     def _rows(self) -> "RowLister":
         from batchclf.images.archives.parquet_list import RowLister
 
-        return RowLister(self._files, self._asked)
+        return RowLister(self._files, self._given_rows or Rows())
 
     def entries(self, file: File) -> Iterator[Entry]:
         """The images in one file, each under `archive/name`.
@@ -66,7 +66,9 @@ class Archives:
             EnvironmentFailed: the disk fails.
         """
         with self._opened(file) as (archive, opened):
-            if opened is None:
+            if isinstance(opened, Failure):
+                yield Entry(file.path, located(failed(opened), file))
+            elif opened is None:
                 yield self._itself(file)  # where it cannot be opened, reading it records why
             elif self._kind(file) == "parquet":
                 yield from self._rows.entries(archive, opened)
@@ -88,7 +90,9 @@ class Archives:
             UsageError, EnvironmentFailed: as `entries`.
         """
         with self._opened(file) as (archive, opened):
-            if opened is None:
+            if isinstance(opened, Failure):
+                yield Entry(file.path, located(failed(opened), file))
+            elif opened is None:
                 yield self._itself(file)
             elif self._kind(file) == "parquet":
                 yield from self._rows.entries(archive, opened)
@@ -104,11 +108,18 @@ class Archives:
         return Entry(file.path, b"" if file.place == file.path else file.place)
 
     @contextmanager
-    def _opened(self, file: File) -> Iterator[tuple[File, BinaryIO | None]]:
-        """An archive of a certain version; None: it is none, or cannot be opened."""
+    def _opened(self, file: File) -> Iterator[tuple[File, BinaryIO | Failure | None]]:
+        """An archive of a certain version; None: it is none, or cannot be opened.
+
+        A failure: it is not to be listed.
+        """
         try:
             if self._kind(file) is None:
                 yield file, None
+                return
+            this = Archive(self._files, self._given_rows, file)
+            if (why := why_unlistable(this)) is not None:
+                yield file, why
                 return
             # Asked first: of an archive that changes while it is listed, no member is read.
             version = self._files.version(file.place)
@@ -116,13 +127,13 @@ class Archives:
             if isinstance(version, Failure) or isinstance(opened, Failure):
                 yield file, None
                 return
-            with opened:
+            with being_listed(this), opened:
                 yield file._replace(version=short(version)), opened
         except OSError as error:
             raise refusal("input", _shown(file.path), error) from error
 
     def _kind(self, file: File) -> str | None:
-        return "parquet" if self._all_parquet else archive_kind(file.path)
+        return "parquet" if self._given_rows is not None else archive_kind(file.path)
 
     def _scan(self, file: File, opened: BinaryIO) -> Iterator[Found]:
         kind = self._kind(file)

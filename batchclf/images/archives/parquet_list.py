@@ -66,9 +66,10 @@ class RowLister:
             with reading():
                 columns = self._columns(open_parquet(opened), file.path)
                 yield from _rows(open_parquet(opened, buffer_bytes=0), columns, file)
-        except (Unreadable, MemoryError) as error:
-            failure = Failure("damaged_archive", f"no Parquet file, or a damaged one: {error}")
-            yield Entry(file.path, located(failed(failure), file))
+        except Unreadable as error:
+            yield _failed(file, "damaged_archive", f"no Parquet file, or a damaged one: {error}")
+        except MemoryError as error:
+            yield _failed(file, "oom", f"out of memory while its rows are listed: {error}")
 
     def _columns(self, file: Any, path: bytes) -> Columns:
         schema = file.schema_arrow
@@ -86,6 +87,10 @@ class RowLister:
         if self._rows.id is not None:
             _require_names(schema.field(self._rows.id), where)
         return _columns_of(schema, self._column, self._rows.id)
+
+
+def _failed(file: File, code: str, message: str) -> Entry:
+    return Entry(file.path, located(failed(Failure(code, message)), file))
 
 
 def _columns_of(schema: Any, column: str, id_: str | None) -> Columns:

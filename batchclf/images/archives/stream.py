@@ -16,7 +16,7 @@ from batchclf.images.archives.names import archive_kind
 from batchclf.images.archives.passage import BEHIND_ALL, Chunk, cursor_at, required
 from batchclf.images.archives.tar import Broken
 from batchclf.results.records import Failure
-from batchclf.system.alive import Place
+from batchclf.system.alive import Place, alive
 
 KIND = b"stream"
 KEPT_BYTES = 2**26
@@ -78,7 +78,7 @@ class Inflated:
             Broken, OSError: as `read`.
         """
         while (left := position - self.position) > 0 and self.read(min(left, CHUNK_BYTES)):
-            pass
+            alive()  # a large member is passed over
 
 
 def _damaged(error: Exception) -> Broken:
