@@ -95,7 +95,7 @@ def test_a_worker_that_stands_still_is_replaced(tmp_path: Path) -> None:
 
 
 def test_a_second_job_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
-    report = passed(partial(processes.locks, num_images=16_000), tmp_path, 1)
+    report = passed(partial(processes.locks, num_images=48_000), tmp_path, 1)
     assert report.figures["num_taken_over"] == 1
 
 
