@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from batchclf.images.ahead import Fetched, Read
+from batchclf.images.archives.members import Pace
 from batchclf.images.decode import Decoder
 from batchclf.images.local import MAX_FILE_BYTES
 from batchclf.images.memory import Claim as MemoryClaim
@@ -34,6 +35,8 @@ class Loader:
     max_bytes: int = MAX_FILE_BYTES
     quarantined: Quarantined = field(default_factory=dict)
     """What is not read, since that would crash or hang this process."""
+    pace: Pace = "many"
+    """How archives are read in passing."""
 
     def __call__(self, ref: ImageRef, slot_HWC: Pixels) -> Loaded:
         """Read and decode one image; a failure leaves its slot zero."""
@@ -46,20 +49,25 @@ class Loader:
 
     def read(self, ref: ImageRef, claim: Claim = unclaimed) -> bytes | Failure:
         """The whole content of one image, or why it cannot be read; `claim` as `Store.read`."""
-        known = self._known_of(ref) if self.quarantined else None
-        return known or self.store.read(ref, self.max_bytes, claim)
+        found, pace = self._known_of(ref) if self.quarantined else (None, self.pace)
+        return found or self.store.read(ref, self.max_bytes, claim, pace)
 
-    def _known_of(self, ref: ImageRef) -> Failure | None:
-        """Why an image is not even tried, if it is so."""
+    def _known_of(self, ref: ImageRef) -> tuple[Failure | None, Pace]:
+        """Why an image is not even tried, if it is so; and how it is read.
+
+        An archive that has ended a process may do so again: the less is read at once, the less is
+        to blame.
+        """
         if found := self.quarantined.get(ref.path):
-            return found
+            return found, self.pace
         own = self.store.stretch_of(ref)
-        met = (
-            failure
-            for bad, failure in self.quarantined.items()
-            if own is not None and isinstance(bad, Stretch) and bad.meets(own)
-        )
-        return next(met, None)
+        bad = [
+            (one, failure)
+            for one, failure in self.quarantined.items()
+            if own is not None and isinstance(one, Stretch) and one.archive == own.archive
+        ]
+        met = (failure for one, failure in bad if own is not None and one.meets(own))
+        return next(met, None), "one" if bad else self.pace
 
     @property
     def read_far(self) -> Read | None:

@@ -18,7 +18,7 @@ from batchclf.images.archives import (
     read_member,
     stretch_of,
 )
-from batchclf.images.archives.members import Limits, Log
+from batchclf.images.archives.members import Limits, Log, Pace
 from batchclf.images.archives.names import SUFFIXES, is_archive
 from batchclf.images.dialect import is_far
 from batchclf.images.entries import Entries, FileEntries, SeveralEntries, file_of, in_part
@@ -79,10 +79,13 @@ class Store(Protocol):
             ResumeRefused: naming the archive.
         """
 
-    def read(self, ref: ImageRef, max_bytes: int, claim: Claim = unclaimed) -> bytes | Failure:
+    def read(
+        self, ref: ImageRef, max_bytes: int, claim: Claim = unclaimed, pace: Pace = "many"
+    ) -> bytes | Failure:
         """The whole content of one listed image, or why it cannot be read.
 
         `claim`: called before a member of an archive is read, with the bytes that this will take.
+        `pace`: how an archive is read in passing.
 
         Raises:
             EnvironmentFailed: the whole input has gone, or this process can open no more files.
@@ -205,11 +208,13 @@ class FileStore:
         found = read_member(self.files, entry.location, Limits(MAX_HEAD_BYTES))
         return b"" if isinstance(found, Failure) else found
 
-    def read(self, ref: ImageRef, max_bytes: int, claim: Claim = unclaimed) -> bytes | Failure:
+    def read(
+        self, ref: ImageRef, max_bytes: int, claim: Claim = unclaimed, pace: Pace = "many"
+    ) -> bytes | Failure:
         """As `Store`."""
         if (path := file_of(ref.path, ref.location)) is not None:
             return self.files.read(path, max_bytes)
-        return read_member(self.files, ref.location, Limits(max_bytes, claim))
+        return read_member(self.files, ref.location, Limits(max_bytes, claim, pace))
 
     def stretch_of(self, ref: ImageRef) -> Stretch | None:
         """As `Store`."""
@@ -306,10 +311,12 @@ class SeveralStores:
             own[number].append(inner)
         return own
 
-    def read(self, ref: ImageRef, max_bytes: int, claim: Claim = unclaimed) -> bytes | Failure:
+    def read(
+        self, ref: ImageRef, max_bytes: int, claim: Claim = unclaimed, pace: Pace = "many"
+    ) -> bytes | Failure:
         """As `Store`."""
         number, entry = in_part(Entry(ref.path, ref.location))
-        return self.parts[number].read(ImageRef(ref.index, *entry), max_bytes, claim)
+        return self.parts[number].read(ImageRef(ref.index, *entry), max_bytes, claim, pace)
 
     def stretch_of(self, ref: ImageRef) -> Stretch | None:
         """As `Store`."""

@@ -38,7 +38,7 @@ def try_suspects(run: Run, task: Task, refs: Iterable[ImageRef]) -> Run:
     loader = loader_of(run.job, task.source, task.model.preprocess)
     quarantined = dict(recovery.quarantined)
     for ref in suspects:
-        load = replace(loader, quarantined=quarantined)
+        load = replace(loader, quarantined=quarantined, pace="tried")
         blame = _tried(run, load, ref, is_reader=ref.index in recovery.readers)
         if blame is None:
             reporter.log(f"{os.fsdecode(ref.path)}: tried alone, does no harm")

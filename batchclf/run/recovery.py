@@ -131,7 +131,7 @@ def recover(
     if ended.readers:
         what += f"; images that it was reading archives for, likewise: {len(ended.readers)}"
     if ended.listing is not None:
-        what += f"; an archive that it was listing, likewise alone: {_shown(ended.listing)}"
+        what += f"; the archive that it was listing, to be tried alone: {_shown(ended.listing)}"
     if isolate and not recovery.isolate:
         what += "; decoding in processes of its own from now on"
     found = replace(

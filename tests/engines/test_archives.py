@@ -1,5 +1,6 @@
 """Reading an archive ends or holds up the worker: what cannot be had pays, and nothing else."""
 
+import re
 import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -28,9 +29,11 @@ READING_ROWS = """
 def change(module):
     batches = module.batches
     def batches_or_die(file, columns, num_rows, group=None):
-        for row, batch in enumerate(batches(file, columns, num_rows, group)):
-            if (group, row) in AT:
+        row = 0
+        for batch in batches(file, columns, num_rows, group):
+            if any((group, one) in AT for one in range(row, row + batch.num_rows)):
                 die()
+            row += batch.num_rows
             yield batch
     module.batches = batches_or_die
 """
@@ -134,12 +137,12 @@ def test_members_behind_a_place_that_cannot_be_inflated_become_errors(
 
 def test_a_crash_while_others_read_costs_no_row(tmp_path: Path, rows: Path) -> None:
     job = write_job(tmp_path, input=str(rows))
-    program = READING_ROWS.replace("(group, row) in AT", "(group, row) in AT and once('died')")
+    program = READING_ROWS.replace("die()", "once('died') and die()")
     die = f"AT = {{(2, 3)}}\ndef die():\n    {DEATHS['segfault']}\n"
     env = fault(tmp_path, die + program, "batchclf.images.archives.parquet")
     exit_code, said = finished(job, env=env)
     assert exit_code == 0, said
-    assert "23.jpg: tried alone, does no harm" in said
+    assert re.search(r"2\d\.jpg: tried alone, does no harm", said), said
     assert_as_undisturbed(tmp_path)
 
 

@@ -75,7 +75,7 @@ CASES = (
         AT_AN_ARCHIVE,
         AT_START,
         Recovery(listing=ARCHIVE, num_futile=ISOLATE_AFTER + 1),
-        "; an archive that it was listing, likewise alone: a.zip",
+        "; the archive that it was listing, to be tried alone: a.zip",
     ),
     Case(
         "over another archive than the one that was found out",
@@ -83,7 +83,7 @@ CASES = (
         AT_AN_ARCHIVE,
         Progress(0, {}, None, LOST),
         Recovery(listing=ARCHIVE, unlistable=LOST),
-        "likewise alone: a.zip",
+        "to be tried alone: a.zip",
     ),
     # ---- whether it got any further ----
     Case(

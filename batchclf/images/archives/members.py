@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, Literal, NamedTuple, Protocol
 
 from batchclf.images.archives.location import failed
 from batchclf.images.room import Claim, unclaimed
@@ -81,6 +81,11 @@ def damage(what: str) -> Damage:
     return Damage(Failure("damaged_archive", what))
 
 
+Pace = Literal["many", "one", "tried"]
+"""How many units are read at once, where reading may end this process: `tried` is one by one too,
+and as far on as `many` would have been read, since another of them may be to blame."""
+
+
 class Limits(NamedTuple):
     """What a member may take."""
 
@@ -88,6 +93,7 @@ class Limits(NamedTuple):
     claim: Claim = unclaimed
     """Called before it is read with the bytes that this takes, however small its archive is. As it
     may wait, whoever calls it holds no lock."""
+    pace: Pace = "many"
 
 
 def too_large(size: int, max_bytes: int) -> Failure | None:

@@ -10,6 +10,9 @@ from batchclf.errors import UsageError
 BUFFER_BYTES = 2**20
 """Of what is read of a file at once; 0: a whole column of a row group."""
 
+_PLAIN = frozenset(("PLAIN", "RLE", "BIT_PACKED"))
+_DICTIONARY = frozenset(("PLAIN_DICTIONARY", "RLE_DICTIONARY"))
+
 
 class Unreadable(Exception):
     """A file is no Parquet file, or a damaged one; the message says how."""
@@ -89,6 +92,31 @@ def num_bytes_of(metadata: Any, names: Sequence[str], group: int) -> int:
         for one in columns
         if one.path_in_schema in names
     )
+
+
+def shared_bytes_of(metadata: Any, names: Sequence[str], group: int) -> int:
+    """At most so much of them is there once for many rows, inflated: a dictionary, common prefixes.
+
+    Where a column hardly deflates, nor does its dictionary, whose place and end its footer tells.
+    """
+    found = metadata.row_group(group)
+    return sum(
+        _shared_bytes(one)
+        for one in map(found.column, range(found.num_columns))
+        if one.path_in_schema in names
+    )
+
+
+def _shared_bytes(column: Any) -> int:
+    encodings = set(column.encodings)
+    if encodings <= _PLAIN:
+        return 0
+    packed, size = column.total_compressed_size, column.total_uncompressed_size
+    if encodings <= _PLAIN | _DICTIONARY and column.has_dictionary_page:
+        dictionary = column.data_page_offset - column.dictionary_page_offset
+        if 0 < dictionary <= packed:
+            return int(dictionary + max(0, size - packed))
+    return int(max(packed, size))
 
 
 # ---- what a column holds -------------------------------------------------------------------------

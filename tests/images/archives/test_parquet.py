@@ -5,17 +5,18 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchclf.errors import NoImagesError, UsageError
 from batchclf.images.archives import parquet, parquet_file, passage
-from batchclf.images.archives.members import Rows
+from batchclf.images.archives.members import Pace, Rows
 from batchclf.images.source import Sources, open_source
 from batchclf.images.store import open_store
 from batchclf.results.records import Failure, ImageRef, refs_of
@@ -370,6 +371,42 @@ def test_values_that_a_file_has_once_for_many_rows_are_not_in_memory_for_all(
     num_mb, grown_mb = map(int, done.stdout.split())
     assert num_mb == 1200
     assert grown_mb < 200
+
+
+LARGE = [
+    photo(number, 100_000) + np.random.default_rng(number).bytes(50_000) for number in range(20)
+]
+PREFIXES = {"use_dictionary": False, "column_encoding": "DELTA_BYTE_ARRAY"}
+AT_ONCE: dict[str, tuple[Sequence[bytes], Mapping[str, Any], Pace, list[int]]] = {
+    "small": ([photo(number) for number in range(20)], {}, "many", [16]),
+    "large": (LARGE, {}, "many", [6]),
+    "larger": ([one * 20 for one in LARGE], {"use_dictionary": False}, "many", [1]),
+    "shared": ([LARGE[0] * 8] * 20, {"dictionary_pagesize_limit": 2**24}, "many", [16, 1]),
+    "prefixes": (LARGE, PREFIXES, "many", [6]),
+    "suspected": (LARGE, {}, "one", [1]),
+    "tried": (LARGE, {}, "tried", [1]),
+}
+"""Values, how they are written, the pace, and how many are read at once."""
+
+
+@pytest.mark.parametrize("case", AT_ONCE)
+def test_as_many_rows_are_read_at_once_as_take_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    values, options, pace, expected = AT_ONCE[case]
+    numbers = []
+    batches = parquet_file.batches
+
+    def noted(file: Any, columns: Sequence[str], number: int, group: int | None) -> Iterator[Any]:
+        numbers.append(number)
+        return batches(file, columns, number, group)
+
+    monkeypatch.setattr(parquet, "batches", noted)
+    data = as_parquet({"image": pa.array(values, pa.binary())}, 20, **options)
+    store = open_store(open_source(written(tmp_path / "a.parquet", data)))
+    found = [store.read(ref, 2**30, pace=pace) for ref in refs_of(store.entries())]
+    assert found == values
+    assert numbers == expected
 
 
 def test_to_go_on_in_the_middle_only_one_row_group_is_read(
