@@ -36,7 +36,7 @@ def test_a_bundle_runs_in_an_environment_without_torch(batchclf: Batchclf, tmp_p
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["num_ok"] == 300
-    assert [one.name for one in (tmp_path / "no-cache").iterdir()] == ["parts"]  # how large ones pay
+    assert [one.name for one in (tmp_path / "no-cache").iterdir()] == ["parts"]
     assert read_records(elsewhere / "out") == read_records(tmp_path / "out")
 
     # int8 needs onnx to be made, and nothing once it was exported with the bundle.
