@@ -73,6 +73,7 @@ def test_native_code_that_does_not_load_is_not_said_to_be_absent(raised: str, sa
         "class Finder:\n"
         "    def find_spec(self, name, *_):\n"
         f"        if name == 'batchclf.images._resize': raise {raised}\n"
+        "sys.modules.pop('batchclf.images._resize', None)\n"
         "sys.meta_path.insert(0, Finder())\n"
         "from batchclf.images.resampler import NATIVE, WHY_NOT\n"
         "print(NATIVE, WHY_NOT)\n"
