@@ -75,6 +75,12 @@ def read_golden(bundle: Bundle) -> tuple[Pixels, Scores]:
     Raises:
         ModelError: the file does not hold them; its digest is right, so it was written like that.
     """
+    pixels_NHWC, scores_NK, _ = _read(bundle)
+    return pixels_NHWC, scores_NK
+
+
+def _read(bundle: Bundle) -> tuple[Pixels, Scores, NDArray[np.float64] | None]:
+    """The same, and how far rounding to bf16 moves each image's scores, where that was measured."""
     path = bundle.folder / GOLDEN_FILE
     try:
         with zipfile.ZipFile(path) as members:
@@ -83,15 +89,18 @@ def read_golden(bundle: Bundle) -> tuple[Pixels, Scores]:
             raise ValueError(f"it unpacks to {num_bytes:,} bytes")
         with np.load(path, allow_pickle=False) as arrays:
             pixels_NHWC, scores_NK = arrays["pixels_NHWC"], arrays["scores_NK"]
+            own_N = arrays.get("bf16_error_N")
         expected = (len(scores_NK), *bundle.meta.preprocess.crop, 3)
         if pixels_NHWC.shape != expected or pixels_NHWC.dtype != np.uint8 or scores_NK.ndim != 2:
             raise ValueError(f"its images are {pixels_NHWC.dtype} of shape {pixels_NHWC.shape}")
+        if own_N is not None and own_N.shape != (len(scores_NK),):
+            raise ValueError(f"its bf16_error_N has the shape {own_N.shape}")
     except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise ModelError(
             f"{path}: holds no reference answers: {error}; write the bundle again with "
             "`batchclf export`"
         ) from error
-    return pixels_NHWC, scores_NK
+    return pixels_NHWC, scores_NK, own_N
 
 
 def check_golden(
@@ -115,11 +124,11 @@ def check_golden(
     Raises:
         ProviderError: other answers, or those of another precision than the one asked for.
     """
-    pixels_NHWC, expected_NK = read_golden(bundle)
+    pixels_NHWC, expected_NK, own_N = _read(bundle)
     rounding = rounding or precision
     if rounding == "fp32":
         rounding = bundle.meta.arithmetic
-    largest_N = _largest_errors(bundle, rounding, len(expected_NK))
+    largest_N = _largest_errors(own_N, rounding, len(expected_NK))
     size = batch_size or len(pixels_NHWC)
     if size > len(pixels_NHWC):
         pixels_NHWC, expected_NK, largest_N = (
@@ -178,12 +187,12 @@ def _assert_alike(
         )
 
 
-def _largest_errors(bundle: Bundle, rounding: Precision, num_images: int) -> NDArray[np.float64]:
+def _largest_errors(
+    own_N: NDArray[np.float64] | None, rounding: Precision, num_images: int
+) -> NDArray[np.float64]:
     """What rounding may come to for each image, in the unit of `_errors`."""
     if rounding == "fp32":
         return np.zeros(num_images)
-    with np.load(bundle.folder / GOLDEN_FILE, allow_pickle=False) as arrays:
-        own_N = arrays.get("bf16_error_N")
     if own_N is None or rounding == "int8":
         return np.full(num_images, _LARGEST_ERROR[rounding])
     likely_N = own_N / (_HALF_STEPS if rounding == "fp16" else 1)

@@ -6,7 +6,7 @@ waits for never comes.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -27,7 +27,6 @@ TellPlace = Callable[[Place | None], None]
 _tell: ContextVar[Callable[[], None]] = ContextVar("tell", default=lambda: None)
 _tell_away: ContextVar[TellAway] = ContextVar("tell away", default=lambda is_away: None)
 _tell_place: ContextVar[TellPlace] = ContextVar("tell place", default=lambda place: None)
-
 _tell_at: ContextVar[TellAt] = ContextVar("tell at", default=lambda is_at: None)
 
 
@@ -36,21 +35,18 @@ def alive() -> None:
     _tell.get()()
 
 
-@contextmanager
-def away() -> Iterator[None]:
+def away() -> AbstractContextManager[None]:
     """Tell that this thread is not at its image: it waits for its turn."""
-    tell = _tell_away.get()
-    tell(True)
-    try:
-        yield
-    finally:
-        tell(False)
+    return _during(_tell_away.get())
+
+
+def at_image() -> AbstractContextManager[None]:
+    """Tell that this thread is at its image itself, whatever it does otherwise."""
+    return _during(_tell_at.get())
 
 
 @contextmanager
-def at_image() -> Iterator[None]:
-    """Tell that this thread is at its image itself, whatever it does otherwise."""
-    tell = _tell_at.get()
+def _during(tell: Callable[[bool], None]) -> Iterator[None]:
     tell(True)
     try:
         yield

@@ -328,6 +328,12 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "another size": lambda path: np.savez(
         path, pixels_NHWC=np.zeros((1, 9, 8, 3), np.uint8), scores_NK=np.zeros((1, 2))
     ),
+    "errors of more images": lambda path: np.savez(
+        path,
+        pixels_NHWC=np.zeros((1, 8, 8, 3), np.uint8),
+        scores_NK=np.zeros((1, 2)),
+        bf16_error_N=np.zeros(2),
+    ),
     "a size that is not there": lambda path: _zipped(path, _npy_of(10**13)),
     "a bomb": lambda path: _zipped(path, *[bytes(10**6)] * 1001),
 }

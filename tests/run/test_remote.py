@@ -131,7 +131,7 @@ def test_a_killed_job_over_a_list_of_addresses_goes_on(
     bucket.proxy.decide = stuck_behind(expected[:25])
     job = write_tiny_job(tmp_path, input=str(tmp_path / "list.txt"), batch_size=2)
     process = started(job)
-    wait_for_lines(tmp_path / "out" / "predictions.jsonl", 4)
+    wait_for_lines(process, tmp_path / "out" / "predictions.jsonl", 4)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     bucket.proxy.decide = lambda *_: None
@@ -285,7 +285,7 @@ def test_a_job_ends_in_time_though_the_server_does_not_answer(
     job = write_tiny_job(tmp_path, input=f"s3://{NAME}/photos", batch_size=4)
     process = started(job)
     predictions = tmp_path / "out" / "predictions.jsonl"
-    wait_for_lines(predictions, 8)
+    wait_for_lines(process, predictions, 8)
     asked = time.monotonic()
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
@@ -492,10 +492,13 @@ def stuck_behind(served: list[dict[str, Any]]) -> Any:
     return decide
 
 
-def wait_for_lines(path: Path, num_lines: int) -> None:
+def wait_for_lines(process: subprocess.Popen[bytes], path: Path, num_lines: int) -> None:
     ends_at = time.monotonic() + 90
     while not path.exists() or path.read_bytes().count(b"\n") < num_lines:
-        assert time.monotonic() < ends_at
+        assert process.poll() is None, process.communicate()
+        if time.monotonic() > ends_at:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(process.communicate())
         time.sleep(0.01)
 
 

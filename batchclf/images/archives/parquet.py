@@ -45,7 +45,7 @@ MAX_ROWS = 16
 """Read at once, and"""
 MANY_BYTES = 2**20
 """of so many together, by what is usual in their row group."""
-MAX_SHARED_BYTES = 2**26
+MAX_SHARED_BYTES = 2**25
 """What as many copies of all that rows may share would take. A dictionary may hold most rows of its
 group, each of them once: which, is seen only when they are read, and then it goes on by ones."""
 MAX_WHOLE_BYTES = 2**24
@@ -57,9 +57,6 @@ def row_of(location: Location) -> bytes:
     """`file/row`, which no other image is named."""
     row, _, *path = location.fields
     return b"%s/%s" % (path[0] if path else location.archive, row)
-
-
-_Value = bytes | Failure
 
 
 class _Images:
