@@ -8,6 +8,8 @@ the group that this is in.
 
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +26,8 @@ SIGNALS: Mapping[int, int] = {
 """What ends a job, and which signal it counts as."""
 REPEAT_S = 1.0
 """Signals within so many seconds of the first are the same request."""
+AGAIN_S = 0.01
+"""What was raised where Python lets no exception out is raised again after so many seconds."""
 
 
 def end_at_once() -> None:
@@ -83,6 +87,8 @@ class StopRequest:
         self._in_flight = False
         self._has_stopped = False
         """Whether what was going on was ended by an exception."""
+        self._again: threading.Timer | None = None
+        """Raises that exception once more: it came out nowhere."""
 
     @contextmanager
     def drained_by_caller(self) -> Iterator[None]:
@@ -100,6 +106,11 @@ class StopRequest:
             raise Interrupted(self.signal_number, self._advice)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._again is not None:
+            self._again = None
+            if not self._in_flight:
+                raise _StopNow
+            return
         if self.signal_number is not None:
             if time.monotonic() - self._heard_at > REPEAT_S:
                 os._exit(128 + self._signals[number])  # what is written can be resumed
@@ -109,6 +120,31 @@ class StopRequest:
         if not self._in_flight:
             self._has_stopped = True
             raise _StopNow
+
+    @contextmanager
+    def _raising_again(self) -> Iterator[None]:
+        """Within, `_StopNow` is raised again where it was lost, as in a weak reference's callback.
+
+        There, Python prints an exception and goes on.
+        """
+        usual, main = sys.unraisablehook, threading.get_ident()
+
+        def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+            if unraisable.exc_type is not _StopNow:
+                usual(unraisable)
+                return
+            number = next(iter(self._signals))
+            self._again = threading.Timer(AGAIN_S, signal.pthread_kill, (main, number))
+            self._again.daemon = True
+            self._again.start()
+
+        sys.unraisablehook = hook
+        try:
+            yield
+        finally:
+            sys.unraisablehook = usual
+            if self._again is not None:
+                self._again.cancel()
 
     @contextmanager
     def installed(self, *, is_last: bool = False) -> Iterator["StopRequest"]:
@@ -126,7 +162,8 @@ class StopRequest:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
         }
         try:
-            yield self
+            with self._raising_again():
+                yield self
         except BaseException:
             # Whatever comes out after it was raised is its doing: CPython 3.11 wraps what
             # `__set_name__` raises, and pydantic makes an error of its own of it.
