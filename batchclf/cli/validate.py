@@ -23,6 +23,7 @@ def command(job: Path, sets: tuple[str, ...], as_json: bool, **direct: Any) -> N
 
     spec = load_to_look(job, sets, direct)
     from batchclf.commands.validate import check_job
+    from batchclf.spec.input import shown
 
     checked = check_job(spec, log=lambda text: say(f"batchclf: {text}"))
     if as_json:
@@ -30,7 +31,7 @@ def command(job: Path, sets: tuple[str, ...], as_json: bool, **direct: Any) -> N
     else:
         left_out = [f"left out: {checked.left_out}"] if checked.num_left_out else []
         text = as_lines(
-            f"images:   {checked.num_images:,} in {spec.input}",
+            f"images:   {checked.num_images:,} in {shown(spec.input)}",
             *left_out,
             f"model:    {checked.model}",
             f"provider: {checked.provider}",

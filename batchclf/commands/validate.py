@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from batchclf.commands.survey import survey
 from batchclf.images.resize import require_pillow
-from batchclf.images.store import open_input
 from batchclf.models.resolve import Log, check_model
 from batchclf.run.output import require_separate_output
 from batchclf.runtime.providers import PROVIDERS, installed_flavours
@@ -33,17 +33,13 @@ def check_job(job: JobSpec, log: Log) -> Checked:
     require_pillow(job.loader.decode)
     fallback = settle_provider(job, log)
     provider = PROVIDERS["cpu" if fallback is not None else job.provider.name]
-    store = open_input(job)
-    for remark in store.source.remarks():
-        log(remark)
+    found = survey(job, log)
     model = check_model(job.model)
-    entries = store.entries(log)
-    num_images = sum(1 for _ in entries)
     flavours = ", ".join(f"{name} {version}" for name, version in installed_flavours().items())
     return Checked(
-        num_images=num_images,
-        num_left_out=entries.num_left_out,
-        left_out=str(entries.left_out),
+        num_images=found.num_images,
+        num_left_out=found.num_left_out,
+        left_out=found.left_out,
         provider=f"{provider.execution_provider} of {flavours}",
         model=model,
     )

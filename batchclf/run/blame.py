@@ -7,12 +7,11 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 
-from batchclf.errors import DeviceLost, EnvironmentFailed, OutOfMemory, ProviderError
-from batchclf.images.archives.alone import ListAlone
+from batchclf.errors import DeviceLost, OutOfMemory, ProviderError
+from batchclf.images.archives.alone import list_alone, no_process_for
 from batchclf.images.decode_pool import Blame, try_alone
 from batchclf.images.load import Loader, loader_of
-from batchclf.images.prefetch import Load
-from batchclf.results.records import Failure, ImageRef, Stretch
+from batchclf.results.records import ImageRef, Stretch
 from batchclf.run.plan import Task
 from batchclf.run.request import Run
 from batchclf.runtime.faults import is_device_lost, is_out_of_memory
@@ -63,12 +62,11 @@ def try_listing(run: Run) -> Run:
     if archive is None:
         return run
     path = archive.file.path
-    blame = _alone(run, ListAlone(archive), ImageRef(0, path), (1, 1, 3))
+    failure = list_alone(archive, run.job.loader.max_seconds, reporter.beat)
     unlistable = dict(run.recovery.unlistable)
-    if blame is None:
+    if failure is None:
         reporter.log(f"{os.fsdecode(path)}: listed alone, does no harm")
     else:
-        failure = Failure("damaged_archive", f"cannot be listed: {blame.failure.message}")
         reporter.log(f"{os.fsdecode(path)}: recorded as {failure.code}: {failure.message}")
         reporter.found_unlistable(archive, failure)
         unlistable[archive] = failure
@@ -81,17 +79,10 @@ def _tried(run: Run, load: Loader, ref: ImageRef, *, is_reader: bool) -> Blame |
     reading = partial(reporter.watch.reading, 0)
     handed = nullcontext([ref]) if is_reader else load.fetched([ref], reading)
     with handed as (one,):
-        return _alone(run, load, one, (*crop, 3))
-
-
-def _alone(run: Run, load: Load, ref: ImageRef, shape_HWC: tuple[int, int, int]) -> Blame | None:
-    try:
-        return try_alone(load, ref, shape_HWC, run.job.loader.max_seconds, run.reporter.beat)
-    except OSError as error:
-        raise EnvironmentFailed(
-            f"no process in which to try {os.fsdecode(ref.path)} alone: {error}; "
-            "run again to resume"
-        ) from error
+        try:
+            return try_alone(load, one, (*crop, 3), run.job.loader.max_seconds, reporter.beat)
+        except OSError as error:
+            raise no_process_for(ref, error) from error
 
 
 def _guilty(load: Loader, ref: ImageRef, blame: Blame) -> tuple[bytes | Stretch, str]:

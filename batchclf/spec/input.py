@@ -187,3 +187,8 @@ def as_text(given: Place | tuple[Place, ...] | ParquetSpec) -> str:
         return json.dumps(given.model_dump(mode="json"))
     texts = [os.fspath(place) for place in places_of(given)]
     return json.dumps(texts) if isinstance(given, tuple) else texts[0]
+
+
+def shown(given: Place | tuple[Place, ...] | ParquetSpec) -> str:
+    """An input in words."""
+    return ", ".join(map(str, places_of(given)))

@@ -1,13 +1,15 @@
 """The same photos as a folder, in archives, in Parquet and in a bucket: as fast, and the same?
 
     python -m tests.benchmarks.stores [--photos FOLDER] [--num-images 2000] [--rounds 5]
+                                      [--side PIXELS] [--forms NAME ...]
                                       [--model NAME=WEIGHTS] [--num-members 1000000]
                                       [--only photos members] [--out FILE]
 
 photos: jobs with a tiny model, or the one named, over the same photos in each form, the forms one
 after the other in each round. `speed` is a form's median of images a second, divided by the
 folder's in that round.
-The records must be those of the folder; the peak memory is that of the worst round.
+The records must be those of the folder; the peak memory is that of the worst round. All forms
+must fit into the page cache, or it is the disk that is measured: `--side` makes the photos smaller.
 members: listing and resuming one tar and one zip archive of many members of a few bytes, each in a
 fresh process: members a second, peak RSS, and seconds to the first new record of a job that lacks
 100 of them.
@@ -33,6 +35,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from batchclf.system.machine import cpu_name_and_flags, usable_cores
 from tests.benchmarks.nights import (
     NUM_LEFT,
@@ -51,6 +55,20 @@ NUM_TARS, NUM_PARQUETS = 50, 10
 
 
 # ---- the forms -----------------------------------------------------------------------------------
+
+
+def shrink(photos: Sequence[Path], side: int, where: Path) -> list[Path]:
+    """The photos as JPEGs the shorter side of which has so many pixels."""
+    where.mkdir()
+    shrunk = []
+    for number, photo in enumerate(photos):
+        with Image.open(photo) as image:
+            scale = side / min(image.size)
+            size = (round(image.width * scale), round(image.height * scale))
+            path = where / f"{number:06d}.jpg"
+            image.convert("RGB").resize(size).save(path, quality=90)
+        shrunk.append(path)
+    return shrunk
 
 
 def write_folder(photos: Sequence[Path], folder: Path, num_images: int) -> list[Path]:
@@ -140,19 +158,23 @@ def measure_photos(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Images a second of each form, as a share of the folder's."""
     photos = sorted(path for path in arguments.photos.rglob("*") if path.is_file())
     root = work / "photos"
-    log(f"writing {arguments.num_images:,} photos in {len(FORMS)} forms")
+    if arguments.side:
+        photos = shrink(photos, arguments.side, work / "shrunk")
+    forms = {name: write for name, write in FORMS.items() if name in arguments.forms}
+    log(f"writing {arguments.num_images:,} photos in {len(forms)} forms")
     keys: dict[str, Any] = {"provider": "cpu"}
     if arguments.model:
         name, _, weights = arguments.model.partition("=")
         keys |= {"model": {"name": name, "weights": str(Path(weights).absolute())}}
     files = write_folder(photos, root, arguments.num_images)
     jobs: dict[str, Path] = {}
-    for name, write in FORMS.items():
+    for name, write in forms.items():
         job_folder = work / name.replace(" ", "-")
         where = job_folder / "packed"
         where.mkdir(parents=True)
         job_input = write(files, root, where)
         jobs[name] = write_tiny_job(job_folder, input=job_input, **keys)
+    os.sync()  # nothing of that is to be written while jobs run
     seen: dict[str, list[dict[str, Any]]] = defaultdict(list)
     with bucket_over(root):
         for number in range(arguments.rounds):
@@ -222,6 +244,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--photos", type=Path, default=ROOT / "samples" / "photos")
+    parser.add_argument("--side", type=int, metavar="PIXELS", help="default: as the photos are")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--num-images", type=int, default=2000)
     parser.add_argument("--model", metavar="NAME=WEIGHTS", help="default: a tiny one")
     parser.add_argument("--rounds", type=int, default=5)
@@ -229,6 +253,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of each resume")
     parser.add_argument("--out", type=Path, help="a file for the JSON object")
     arguments = parser.parse_args()
+    if "folder" not in arguments.forms:
+        parser.error("--forms: folder is what the others are compared with")
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

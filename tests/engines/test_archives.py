@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import Batchclf
 from tests.engines.common import assert_as_undisturbed, fault, finished, summary_of, write_job
 from tests.proxy import NAME, proxied_bucket
 from tests.tiny import DIGITS
@@ -194,6 +195,22 @@ def test_an_archive_that_cannot_be_listed_is_one_error(
     assert_as_undisturbed(tmp_path, but=bad)
     assert said.count("starting it again") == 2, said
     assert "bad1.parquet: recorded as damaged_archive: cannot be listed: " in said
+
+
+@pytest.mark.parametrize("kind", ["segfault", "kill", "hang"])
+def test_validate_outlives_an_archive_that_cannot_be_listed(
+    tmp_path: Path, rows: Path, kind: str, batchclf: Batchclf
+) -> None:
+    archives = tmp_path / "archives"
+    archives.mkdir()
+    rows.rename(archives / rows.name)
+    job = write_job(tmp_path, input={"parquet": str(archives)}, loader={"max_seconds": 2})
+    table = pq.read_table(archives / rows.name)
+    pq.write_table(table, archives / "bad.parquet", row_group_size=NUM // 2)
+    done = batchclf("validate", str(job), env=dying(tmp_path, kind, LISTING, 2))
+    assert done.exit_code == 0, done.stderr
+    assert f"images:   {NUM + 1} in {archives}\n" in done.stdout
+    assert "bad.parquet: damaged_archive: cannot be listed: " in done.stderr
 
 
 def test_an_archive_at_which_a_process_is_killed_once_is_listed(tmp_path: Path, rows: Path) -> None:
