@@ -177,6 +177,8 @@ def measure_photos(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     os.sync()  # nothing of that is to be written while jobs run
     seen: dict[str, list[dict[str, Any]]] = defaultdict(list)
     with bucket_over(root):
+        for job in jobs.values():
+            require_success(start(job, "--limit", "8"))  # which exports the model
         for number in range(arguments.rounds):
             for name, job in jobs.items():
                 log(f"round {number + 1}: {name}")

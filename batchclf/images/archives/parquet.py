@@ -11,7 +11,7 @@ Which rows there are, parquet_list.py finds; both see the files through parquet_
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -109,6 +109,8 @@ class _Images:
         size = self.size_of(self._starts[group])
         at_once = min(rows_at_once(size), MAX_SHARED_BYTES // max(1, self._shared[group]))
         for number in (at_once, 1) if at_once > 1 else (1,):
+            if at == num_rows:
+                break
             try:
                 for chunk in self._chunks(file, group, number, at):
                     yield chunk
@@ -132,14 +134,20 @@ class _Images:
         Raises:
             Unreadable, OSError, MemoryError: the next ones cannot be read.
         """
-        at = 0
-        for batch in batches(file, self._columns, number, group):
-            rows = batch.slice(max(0, start - at), self._counts[group] - at)
-            at += batch.num_rows
-            if rows.num_rows:
-                yield Chunk(rows.num_rows, rows.column(0), rows.nbytes)
-            if at >= self._counts[group]:
+        at, num_rows = 0, self._counts[group]
+        reader = batches(file, self._columns, number, group)
+        with closing(reader):
+            for batch in reader:
+                rows = batch.slice(max(0, start - at), num_rows - at)
+                at += batch.num_rows
+                if at >= num_rows:
+                    break
+                if rows.num_rows:
+                    yield Chunk(rows.num_rows, rows.column(0), rows.nbytes)
+            else:
                 return
+        # What read the group is closed before its last rows are handed out: they may wait long.
+        yield Chunk(rows.num_rows, rows.column(0), rows.nbytes)
 
 
 def rows_at_once(size: int) -> int:

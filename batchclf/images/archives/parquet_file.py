@@ -1,6 +1,6 @@
 """What pyarrow gives of a Parquet file, and what it raises for a damaged one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -70,7 +70,7 @@ def open_parquet(file: BinaryIO, metadata: Any = None, buffer_bytes: int = BUFFE
 
 def batches(
     file: Any, columns: Sequence[str], num_rows: int, group: int | None = None
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Record batches of some columns.
 
     Raises:

@@ -514,3 +514,16 @@ def test_any_rows_come_back(
     assert len({path for path in found.paths if not re.fullmatch(rb"\d+", path)}) == len(
         [path for path in found.paths if not re.fullmatch(rb"\d+", path)]
     )
+
+
+def test_files_that_were_read_to_their_end_keep_no_row_group(tmp_path: Path) -> None:
+    """Which has its values twice: as it was inflated, and as a dictionary."""
+    size = 2**20
+    for number in range(3):
+        rows = pa.array([bytes([number]) * size, bytes([number + 1]) * size], pa.binary())
+        pq.write_table(pa.table({"image": rows}), tmp_path / f"{number}.parquet")
+    passage._cursors.clear()
+    before = pa.total_allocated_bytes()
+    assert len(look(tmp_path, Rows()).images) == 6
+    assert len(passage._cursors) == 3
+    assert pa.total_allocated_bytes() - before < 3 * 2.5 * size, "the rows that are kept"
