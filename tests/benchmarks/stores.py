@@ -7,7 +7,8 @@
 
 photos: jobs with a tiny model, or the one named, over the same photos in each form, the forms one
 after the other in each round. `speed` is a form's median of images a second, divided by the
-folder's in that round.
+folder's in that round; `cpu` likewise, of images a second of its own CPU time: the bucket's server
+takes as much again, which `speed` sees where there are few cores.
 The records must be those of the folder; the peak memory is that of the worst round. All forms
 must fit into the page cache, or it is the disk that is measured: `--side` makes the photos smaller.
 members: listing and resuming one tar and one zip archive of many members of a few bytes, each in a
@@ -197,12 +198,13 @@ def inner(record: dict[str, Any]) -> dict[str, Any]:
 
 def figures(own: Sequence[dict[str, Any]], folder: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the rounds of one form come to."""
-    shares = [
-        one["images_per_s"] / other["images_per_s"] for one, other in zip(own, folder, strict=True)
-    ]
+    pairs = list(zip(own, folder, strict=True))
+    shares = [one["images_per_s"] / other["images_per_s"] for one, other in pairs]
+    cpu = [other["cpu_s"] / one["cpu_s"] for one, other in pairs]
     return {
         "images_per_s": round(statistics.median(one["images_per_s"] for one in own), 1),
         "speed": round(statistics.median(shares), 3),
+        "cpu": round(statistics.median(cpu), 3),
         "list_s": round(statistics.median(one["stage_s"]["list"] for one in own), 3),
         "peak_rss_mb": round(max(one["peak_rss_mb"] for one in own), 1),
     }
