@@ -25,6 +25,8 @@ COMMANDS = {
     "run": "Classify the images of a job; run it again to resume.",
     "init": "Write a commented job file to start from.",
     "validate": "Check a job without running it: spec, provider, model, images.",
+    "status": "Tell how far a job is, also while it runs elsewhere.",
+    "merge": "Join the shards of a job into one.",
     "export": "Write a job's model bundle, to run it where torch is not installed.",
     "verify": "Compare a job's provider with PyTorch and native OpenVINO.",
     "tune": "Find the fastest batch size, streams and workers of a job.",

@@ -1,6 +1,7 @@
 """`batchclf run`: classify the images of a job."""
 
 import json
+import os
 import re
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
 @job_options
 @click.option("--limit", type=click.IntRange(1), help="Only the first N images of the listing.")
 @click.option(
-    "--shard", metavar="I/N", help="Only part I (from 0) of N contiguous parts of the listing."
+    "--shard",
+    metavar="I/N",
+    help="Only part I (from 0) of N contiguous parts of the listing; auto/N: the part that the "
+    "scheduler's variables say, as is done without this option where they say it all.",
 )
 @click.option("--overwrite", is_flag=True, help="Start anew instead of resuming.")
 @click.option("--extend", is_flag=True, help="Add the files that appeared since the job began.")
@@ -55,18 +59,20 @@ def command(
       batchclf run jobs/cpu.yaml
       batchclf run jobs/cpu.yaml -i photos -o runs/photos -b 16
     """
-    part = None if shard is None else _parse_shard(shard)
     only = None if codes is None else _parse_codes(codes)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest().installed(is_last=True))
 
         def prepare() -> "tuple[JobSpec, RunOptions, Display]":
             from batchclf.cli.progress import Progress
-            from batchclf.results.records import Shard
             from batchclf.spec.options import RunOptions
+            from batchclf.spec.shards import choose_shard
 
+            chosen = choose_shard(shard, os.environ)
+            if chosen.why is not None:
+                say(f"batchclf: {chosen.why}")
             options = RunOptions(
-                Shard() if part is None else Shard(*part),
+                chosen.shard,
                 overwrite=overwrite,
                 extend=extend,
                 retry_failed=retry_failed,
@@ -99,13 +105,6 @@ def _parse_codes(text: str) -> frozenset[str]:
     if bad:
         raise UsageError(f"--codes: found {bad[0]!r}; write codes such as truncated,io_error")
     return frozenset(codes)
-
-
-def _parse_shard(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not int(match[1]) < int(match[2]) <= 99999:
-        raise UsageError(f"--shard: found {text!r}; write I/N with I from 0 to N-1, such as 3/16")
-    return int(match[1]), int(match[2])
 
 
 def _print_summary(summary: "Summary", predictions: str) -> None:

@@ -109,6 +109,8 @@ class RunRecord(How):
     """One that has not put its records in place yet."""
     retries: tuple[Retry, ...]
     """Those that have."""
+    num_merged: int = 0
+    """How many shards its records were merged from; 0: they were not."""
 
     @property
     def is_finished(self) -> bool:

@@ -47,7 +47,7 @@ def claim(found: Found, listing: Listing, ready: Ready) -> Listing | None:
 def _throw_away(found: Found) -> None:
     """Remove what an earlier run left, unless others have begun with it since."""
     files = found.run.files
-    if others_of(files).keys() != found.others.keys():
+    if others_of(files, starts_anew=True).keys() != found.others.keys():
         raise _crossed(found)
     if found.listing is None and not take_away(files, found.thrown_away):
         raise _crossed(found)

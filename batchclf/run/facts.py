@@ -77,6 +77,7 @@ def gone_on(record: RunRecord, previous: RunRecord, done: Done) -> RunRecord:
     return replace(
         record,
         retries=previous.retries,
+        num_merged=previous.num_merged,
         durable=_still_durable(previous, done),
         segments=(*_written_segments(previous, done), part),
     )
@@ -107,6 +108,7 @@ def retried(
         segments=_written_segments(previous, done),
         retry=Retry(**attempt),
         retries=previous.retries,
+        num_merged=previous.num_merged,
     )
 
 

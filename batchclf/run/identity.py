@@ -51,14 +51,18 @@ def fingerprint_of(identity: Identity, listing: Listing, num_images: int) -> Fin
     return Fingerprint(**vars(identity), listing=listing.extent, num_images=num_images)
 
 
-def others_of(files: RunFiles) -> Mapping[str, RunRecord]:
+def others_of(files: RunFiles, *, starts_anew: bool = False) -> Mapping[str, RunRecord]:
     """The run records of the other shards in an output folder, by the names of their files.
+
+    Shards and the job that was merged from them leave each other alone, unless one starts anew.
 
     Raises:
         ResumeRefused: one is damaged, of another version of batchclf, or of another division.
     """
     found: dict[str, RunRecord] = {}
     for other in files.of_others():
+        if not starts_anew and _is_merged(files, other):
+            continue
         if other.shard.count != files.shard.count:
             raise ResumeRefused(
                 f"output: {files.folder} is divided otherwise: {other.run.name} is there; give "
@@ -67,6 +71,15 @@ def others_of(files: RunFiles) -> Mapping[str, RunRecord]:
         if (record := read_run(other)) is not None:
             found[other.run.name] = record
     return found
+
+
+def _is_merged(files: RunFiles, other: RunFiles) -> bool:
+    """Whether one of them is a whole job merged from shards, and the other such a shard."""
+    whole, shard = sorted((files, other), key=lambda one: one.shard.count)
+    if whole.shard.count > 1 or shard.shard.count == 1:
+        return False
+    record = read_run(whole)
+    return record is not None and record.num_merged == shard.shard.count
 
 
 def require_same_job(files: RunFiles, identity: Identity, before: Mapping[str, Identity]) -> None:

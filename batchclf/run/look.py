@@ -86,7 +86,7 @@ def look(run: Run) -> Found:
     model = resolve_model(
         job.model, batch_size=job.batch_size, open_reference=open_reference, log=run.reporter.log
     )
-    others = others_of(files)
+    others = others_of(files, starts_anew=options.overwrite)
     is_thrown_away = options.overwrite and not others
     listing = None if is_thrown_away else open_listing(files)
     if options.overwrite and listing is not None:

@@ -1,4 +1,6 @@
-"""Text that others wrote, such as the names of files, as it may be shown."""
+"""Text as it may be shown: what others wrote, such as the names of files; many numbers."""
+
+from collections.abc import Iterable
 
 
 def escaped(text: str) -> str:
@@ -11,3 +13,14 @@ def escaped(text: str) -> str:
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Ascending numbers in words, those that follow each other as one: `3, 7-9`."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1][1:] = [number]
+        else:
+            found.append([number])
+    return ", ".join("-".join(map(str, one)) for one in found)

@@ -1,0 +1,206 @@
+"""How far a job is, told from its output folder alone: on this machine or another, while it runs.
+
+A run that was killed says `running` in run.json still; its lease, which it renewed every few
+seconds, tells that nobody is behind it any more.
+"""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+
+from batchclf.errors import UsageError
+from batchclf.results.files import RunFiles, read_json, reading
+from batchclf.results.listing import open_listing
+from batchclf.results.lock import LEASE_S
+from batchclf.results.records import Shard
+from batchclf.results.run_record import read_run
+from batchclf.system.machine import boot_id
+
+State = Literal["complete", "running", "stale", "interrupted", "failed", "not begun"]
+END_BYTES = 1 << 16
+"""Of stats.jsonl: its last line is in there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """One shard of a job, or a job without shards."""
+
+    shard: str | None
+    """I/N; None: the whole job."""
+    state: State
+    """stale: it says `running`, and nobody is behind it."""
+    host: str | None = None
+    pid: int | None = None
+    num_images: int | None = None
+    """There are to be; None: not known yet."""
+    num_done: int = 0
+    num_errors: int = 0
+    errors_by_code: Mapping[str, int] = field(default_factory=dict)
+    images_per_s: float | None = None
+    """Of its last 10 s or so; of all its time, where it is complete."""
+    left_s: float | None = None
+    """At that rate."""
+    seconds_since_news: float | None = None
+    """Since its figures were written, or since its lease was renewed."""
+    bottleneck: str | None = None
+    device: str | None = None
+    error: str | None = None
+    """Why it ended, where it did not complete."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Status:
+    """A job's parts, and their sums."""
+
+    state: State
+    output: str
+    num_images: int | None
+    num_done: int
+    num_errors: int
+    errors_by_code: Mapping[str, int]
+    images_per_s: float | None
+    left_s: float | None
+    parts: Sequence[Part]
+
+
+def status_of(output: Path) -> Status:
+    """Read how far a job is; nothing in its folder is changed.
+
+    Raises:
+        UsageError: no job has begun there.
+        ResumeRefused: what is there was written by another version, or is damaged.
+        EnvironmentFailed: it cannot be read.
+    """
+    parts = [_part(files) for files in _all_parts(RunFiles(output))]
+    if not parts:
+        raise UsageError(f"output: {output}: no job has begun there: it holds no run.json")
+    codes: Counter[str] = Counter()
+    for one in parts:
+        codes.update(one.errors_by_code)
+    rates = [one.images_per_s for one in parts if one.state == "running" and one.images_per_s]
+    listing = open_listing(RunFiles(output))
+    num_images = None if listing is None else listing.num_images
+    if len(parts) == 1:
+        num_images = parts[0].num_images
+    num_done = sum(one.num_done for one in parts)
+    rate = round(sum(rates), 2) if rates else None
+    if len(parts) == 1:
+        rate = parts[0].images_per_s
+    return Status(
+        state=_state_of(parts),
+        output=str(output),
+        num_images=num_images,
+        num_done=num_done,
+        num_errors=codes.total(),
+        errors_by_code=dict(codes.most_common()),
+        images_per_s=rate,
+        left_s=_seconds_left(num_images, num_done, rate) if rates else None,
+        parts=parts,
+    )
+
+
+def _state_of(parts: Sequence[Part]) -> State:
+    """Of a job: what most needs to be known."""
+    states = {one.state for one in parts}
+    order: tuple[State, ...] = ("failed", "stale", "running", "interrupted", "not begun")
+    return next((state for state in order if state in states), "complete")
+
+
+def _all_parts(files: RunFiles) -> list[RunFiles]:
+    """The whole job where it has begun, or is merged; else its shards, begun or not."""
+    with reading(files.folder):
+        if not files.folder.is_dir():
+            raise UsageError(
+                f"output: {files.folder} is no folder; give the folder a job writes to"
+            )
+        found = [files] if files.run.exists() else []
+        others = [] if found else list(files.of_others())
+    counts = {other.shard.count for other in others}
+    for count in sorted(counts):
+        found += [RunFiles(files.folder, Shard(index, count)) for index in range(count)]
+    return found
+
+
+def _part(files: RunFiles) -> Part:
+    shard = None if files.shard.count == 1 else f"{files.shard.index}/{files.shard.count}"
+    record = read_run(files)
+    if record is None:
+        return Part(shard=shard, state="not begun", num_images=_planned(files))
+    lease, lease_age_s = _lease(files)
+    last, news_age_s = _last_figures(files)
+    # What an earlier run of the same job wrote last is no news of this one.
+    num_done = record.num_images if record.status == "complete" else last.get("num_images", 0)
+    codes = last.get("errors_by_code", {})
+    is_running = record.status == "running"
+    state: State = record.status
+    if is_running and not _is_held(lease, lease_age_s):
+        state = "stale"
+    rate = last.get("images_per_s")
+    ages = [age for age in (lease_age_s, news_age_s) if age is not None]
+    return Part(
+        shard=shard,
+        state=state,
+        host=lease.get("host"),
+        pid=lease.get("pid"),
+        num_images=record.num_images,
+        num_done=num_done,
+        num_errors=sum(codes.values()),
+        errors_by_code=codes,
+        images_per_s=rate,
+        left_s=_seconds_left(record.num_images, num_done, rate) if state == "running" else None,
+        seconds_since_news=round(min(ages), 1) if ages and is_running else None,
+        bottleneck=last.get("bottleneck"),
+        device=f"{record.provider.active} ({record.provider.device})",
+        error=record.error,
+    )
+
+
+def _planned(files: RunFiles) -> int | None:
+    listing = open_listing(files)
+    if listing is None:
+        return None
+    first, last = files.shard.bounds(listing.num_images)
+    return last - first
+
+
+def _lease(files: RunFiles) -> tuple[Mapping[str, Any], float | None]:
+    """Who holds a shard, and how long ago it said so."""
+    found = read_json(files.lease)
+    with reading(files.lease), suppress(FileNotFoundError):
+        return found or {}, max(0.0, time.time() - files.lease.stat().st_mtime)
+    return {}, None
+
+
+def _is_held(lease: Mapping[str, Any], age_s: float | None) -> bool:
+    """Whether a process is behind a lease: seen on its own machine, else told by its age."""
+    if age_s is None:
+        return False
+    if lease.get("boot_id") == boot_id() and boot_id():
+        return os.path.exists(f"/proc/{lease.get('pid')}")
+    return age_s <= LEASE_S
+
+
+def _last_figures(files: RunFiles) -> tuple[Mapping[str, Any], float | None]:
+    """The last line of stats.jsonl, and how long ago it was written."""
+    with reading(files.stats), suppress(FileNotFoundError), files.stats.open("rb") as file:
+        found = os.fstat(file.fileno())
+        file.seek(max(0, found.st_size - END_BYTES))
+        for line in reversed(file.read().splitlines()):
+            with suppress(orjson.JSONDecodeError):  # torn by a power loss, or being written
+                figures = orjson.loads(line)
+                if isinstance(figures, dict):
+                    return figures, max(0.0, time.time() - found.st_mtime)
+    return {}, None
+
+
+def _seconds_left(num_images: int | None, num_done: int, rate: float | None) -> float | None:
+    if num_images is None or not rate:
+        return None
+    return round((num_images - num_done) / rate, 1)

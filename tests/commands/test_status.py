@@ -1,0 +1,102 @@
+"""How far a job is, told from its folder: whole, in shards, at work, killed, finished."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from batchclf.commands.status import status_of
+from batchclf.errors import UsageError
+from batchclf.results.records import Shard
+from batchclf.spec.options import RunOptions
+from tests.conftest import Batchclf
+from tests.engines.common import started
+from tests.tiny import DIGITS, SLOW, link_digits, run_here, tiny_model, write_tiny_job
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a job of 300 images, one of them broken."""
+    folder = tmp_path_factory.mktemp("status")
+    shutil.copytree(DIGITS, folder / "in")
+    sorted((folder / "in").rglob("*.jpg"))[7].write_bytes(b"no image")
+    run_here(write_tiny_job(folder, input=str(folder / "in")))
+    return folder / "out"
+
+
+def test_a_finished_job_is_complete_with_its_figures(finished: Path) -> None:
+    status = status_of(finished)
+    assert (status.state, status.num_images, status.num_done) == ("complete", 300, 300)
+    assert status.errors_by_code == {"not_an_image": 1}
+    assert status.left_s is None
+    (part,) = status.parts
+    assert part.shard is None
+    assert part.device == "CPUExecutionProvider (CPU)"
+
+
+def test_the_command_says_it_in_lines_and_as_json(finished: Path, batchclf: Batchclf) -> None:
+    said = batchclf("status", finished)
+    assert said.exit_code == 0, said.stderr
+    assert said.stdout.startswith(
+        "state:   complete\nimages:  300 of 300, 1 errors, 1 not_an_image"
+    )
+    said = batchclf("status", finished, "--json", "--watch")
+    assert json.loads(said.stdout)["num_done"] == 300
+
+
+def test_a_job_at_work_is_seen_from_outside_and_is_stale_once_it_is_killed(tmp_path: Path) -> None:
+    images = link_digits(tmp_path / "in", 40_000)
+    job = write_tiny_job(tmp_path, input=str(images), model=tiny_model(tmp_path, **SLOW))
+    with started(job) as run:
+        run.wait_until((tmp_path / "out" / "predictions.jsonl").exists)
+        status = status_of(tmp_path / "out")
+        assert status.state == "running"
+        (part,) = status.parts
+        assert part.pid == run.process.pid
+        assert status.num_images == 40_000
+        os.killpg(run.process.pid, signal.SIGKILL)
+        run.end()
+    assert status_of(tmp_path / "out").state == "stale"
+
+
+def test_shards_are_told_one_by_one_and_in_all(tmp_path: Path, batchclf: Batchclf) -> None:
+    job = write_tiny_job(tmp_path)
+    run_here(job, RunOptions(shard=Shard(1, 4)))
+    run = tmp_path / "out" / "run-00002-of-00004.json"
+    record = json.loads((tmp_path / "out" / "run-00001-of-00004.json").read_text())
+    run.write_text(json.dumps(record | {"status": "failed", "error": "the disk is full"}))
+    status = status_of(tmp_path / "out")
+    assert status.state == "failed"
+    assert [part.state for part in status.parts] == ["not begun", "complete", "failed", "not begun"]
+    assert [part.num_images for part in status.parts] == [75, 75, 75, 75]
+    assert (status.num_images, status.num_done) == (300, 75)
+    said = batchclf("status", tmp_path / "out").stdout
+    assert "state:   failed, 4 shards\n" in said
+    assert "complete: 1\nnot begun: 0, 3\n" in said
+    assert "2/4 failed: 0 of 75: the disk is full" in said
+
+
+def test_a_lease_of_another_machine_is_held_as_long_as_it_is_renewed(
+    finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "out")
+    run = tmp_path / "out" / "run.json"
+    run.write_text(json.dumps(json.loads(run.read_text()) | {"status": "running"}))
+    assert status_of(tmp_path / "out").state == "stale", "there is no lease"
+    lease = tmp_path / "out" / ".lease.json"
+    lease.write_text(json.dumps({"host": "node-7", "pid": 1, "boot_id": "another"}))
+    status = status_of(tmp_path / "out")
+    assert (status.state, status.parts[0].host) == ("running", "node-7")
+    an_hour_ago = lease.stat().st_mtime - 3600
+    os.utime(lease, (an_hour_ago, an_hour_ago))
+    assert status_of(tmp_path / "out").state == "stale"
+
+
+def test_a_folder_without_a_job_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"holds no run\.json"):
+        status_of(tmp_path)
+    with pytest.raises(UsageError, match="is no folder"):
+        status_of(tmp_path / "nothing")
