@@ -416,7 +416,7 @@ def test_a_lost_device_is_opened_again_by_another_process(tmp_path: Path) -> Non
 
 def test_only_one_worker_is_there_at_a_time(tmp_path: Path) -> None:
     """The memory of one that failed is free for the next."""
-    job = write_job(tmp_path, 16, batch_size=8)
+    job = write_job(tmp_path, 16, batch_size=8, runtime={"part": 8})
     program = f"""{FAILING_CALL}
 def fail(size):
     if size > 4:
