@@ -16,6 +16,7 @@ from batchclf.runtime.sessions import (
     NOTHING,
     ORT_ERRORS,
     Target,
+    avoid_crash,
     last_sentence,
     not_accepted,
     open_session,
@@ -134,6 +135,7 @@ def open_reference(
     """
     settings = ort.SessionOptions()
     settings.log_severity_level = NOTHING
+    avoid_crash(settings)
     try:
         session = ort.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
     except ORT_ERRORS as error:

@@ -145,6 +145,8 @@ def _session_options(target: Target, batch_size: int | None) -> ort.SessionOptio
     # Decoding shares the cores; a thread that spins between batches takes them from it.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if target.provider.name == "cpu":
+        avoid_crash(settings)
     if target.provider.name != "cpu" and batch_size is not None:
         # Accelerators compile or plan for a shape: the one that every batch is padded to.
         settings.add_free_dimension_override_by_name(BATCH_DIMENSION, batch_size)
@@ -155,6 +157,18 @@ def _session_options(target: Target, batch_size: int | None) -> ort.SessionOptio
             # A model that an NPU cannot compile would go to OpenVINO's CPU with a warning.
             settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     return settings
+
+
+def avoid_crash(settings: ort.SessionOptions) -> None:
+    """Leave an optimisation out that ends the process on provider cpu, and gains nothing there.
+
+    A float16 MatMul by a weight, after a Transpose that moves the batch (attention as PyTorch
+    exports it), becomes a FusedMatMul, and the passes that come after it crash on that (seen in
+    ONNX Runtime 1.24 to 1.32).
+    """
+    settings.add_session_config_entry(
+        "optimization.disable_specified_optimizers", "MatmulTransposeFusion"
+    )
 
 
 def _provider_options(target: Target, compile_cache: Path | None) -> dict[str, str]:
