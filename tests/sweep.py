@@ -120,7 +120,7 @@ def measure(swept: Swept, name: str) -> Row:
             model = zoo.build(spec)
             row.crop = model.preprocess.crop[0]
             if not name.endswith(AS_BUILT):
-                _wake(model)
+                wake(model)
             expected_NK = _pytorch_logits(model)
             exporting = time.perf_counter()
             export_model(
@@ -141,7 +141,7 @@ def measure(swept: Swept, name: str) -> Row:
     return row
 
 
-def _wake(model: BuiltModel) -> None:
+def wake(model: BuiltModel) -> None:
     """Make the logits depend on every parameter and on the image; the same on every machine."""
     generator = torch.Generator().manual_seed(0)
     norms = [part for part in model.module.modules() if isinstance(part, nn.BatchNorm2d)]

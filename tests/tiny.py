@@ -1,10 +1,8 @@
 """A tiny ONNX classifier, prepared in milliseconds, and jobs and runs around it."""
 
 import base64
-import itertools
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -28,6 +26,7 @@ from batchclf.spec.file import load_job
 from batchclf.spec.options import RunOptions
 from batchclf.system.interrupt import StopRequest
 from tests.conftest import ROOT
+from tests.links import link_images
 
 CPU = Target(PROVIDERS["cpu"])
 NUM_CLASSES = 10
@@ -138,19 +137,6 @@ def run_here(job: Path, options: RunOptions | None = None, log: Log | None = Non
     spec, options = load_job(job), options or RunOptions()
     with hold_output(spec, options.shard):
         return run_job(Run(spec, options, log or Log(), StopRequest()))
-
-
-def link_images(source: Path, folder: Path, num_images: int) -> Path:
-    """A folder of `num_images` names, hard links to the images of `source` as far as possible."""
-    folder.mkdir()
-    originals = sorted(path for path in source.rglob("*") if path.is_file())
-    for number, path in enumerate(itertools.islice(itertools.cycle(originals), num_images)):
-        target = folder / f"{number:06d}{path.suffix}"
-        try:
-            os.link(path, target)
-        except OSError:  # another file system
-            shutil.copyfile(path, target)
-    return folder
 
 
 def link_digits(folder: Path, num_images: int) -> Path:

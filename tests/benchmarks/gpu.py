@@ -1,58 +1,61 @@
-"""Everything there is to measure on a CUDA machine, in one go, into one JSON file.
+"""Everything there is to learn on a CUDA machine, within a deadline, row by row.
 
-    python -m tests.benchmarks.gpu --out tests/benchmarks/results/gpu.json
+    python -m tests.benchmarks.gpu --out tests/benchmarks/results/gpu.jsonl [--deadline 480]
 
-In this order, the file written anew after each: the machine and `batchclf doctor`; the tests of the
-providers; `batchclf verify` at fp32 and fp16; inference alone over batch sizes for fp32, TF32 and
-fp16, bound and unbound, one and two batches in flight; decoding alone, on the CPU and on the GPU;
-and whole runs from JPEG files against the smaller of the two limits. `--provider cpu` rehearses it
-where there is no GPU (fp32 only). Models have random weights unless --bundle names exported ones.
+The steps are those of `gpu_rows.py`, what matters most first. Each runs in a process of its own,
+which is killed over a row that takes too long and started again at the next one; each row is in
+the file (JSON lines) when it is known. Ends with a short table. GPU.md beside this says how to
+bring all of it to a machine without network; `--provider cpu` rehearses it where there is no GPU.
+
+Models have random weights and biases unless --bundle names exported ones.
 """
 
 import argparse
-import itertools
 import json
-import platform
-import shutil
-import statistics
+import os
+import selectors
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from datetime import UTC, datetime
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
-
-import numpy as np
-import orjson
-
-from batchclf.errors import BatchclfError
-from batchclf.images.prefetch import zeroed_pixels
-from batchclf.images.source import source_of
-from batchclf.images.store import open_store
-from batchclf.models.resolve import resolve_model
-from batchclf.models.variants import needed_variant, resolve_variant
-from batchclf.results.records import DecodeBackend, DecodeMode, refs_of
-from batchclf.runtime.classifier import open_classifier, open_reference
-from batchclf.runtime.sessions import ORT_ERRORS
-from batchclf.runtime.timing import measure_throughput
-from batchclf.sessions.open import Wanted, conversion_of, settle_provider, targets
-from batchclf.sessions.sample import sample_input
-from batchclf.spec.file import load_job
-from batchclf.spec.job import JobSpec, ProviderSpec
-from batchclf.system.interrupt import StopRequest
-from batchclf.system.machine import cpu_name_and_flags, usable_cores
-from batchclf.tuning import measure
-from tests.tiny import link_images
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[2]
-MODELS = ("mobilenet_v2", "resnet50")
-ROW_ERRORS: tuple[type[Exception], ...] = (BatchclfError, *ORT_ERRORS)
-"""What one figure may fail with, such as out of memory, and the next one not."""
-BATCH_SIZES = (1, 8, 32, 64, 128, 256)
-TESTS = ("tests/runtime", "tests/sessions/test_refusals.py", "tests/test_precisions.py")
+MODELS = ("resnet50", "mobilenet_v2")
+GRACE_S = 10.0
+"""For a row that has begun when its step's time is up."""
+TAIL = 1500
+"""Characters kept of what a process said before it ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A part of the visit."""
+
+    name: str
+    seconds: float
+    """Its share of a deadline of 480 s; what it leaves, the next ones have."""
+    row_s: float
+    """Seconds after which a row is given up."""
+
+
+BUNDLES = Step("bundles", 90, 80)
+"""Exporting the models takes the CPU alone, and goes on beside the first step. Nothing goes without
+them, so its time is not cut with the deadline."""
+STEPS = (
+    Step("look", 25, 15),
+    Step("correctness", 110, 45),
+    Step("copies", 15, 8),
+    Step("throughput", 160, 25),
+    Step("decode", 30, 12),
+    Step("end_to_end", 135, 75),
+)
+FULL_S = sum(step.seconds for step in STEPS) + 5
 
 
 def log(text: str) -> None:
@@ -60,286 +63,193 @@ def log(text: str) -> None:
     print(f"gpu: {text}", file=sys.stderr, flush=True)
 
 
-def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A Python process from the project's root."""
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+@dataclass(slots=True)
+class Visit:
+    """The options, the file, and what is in it."""
 
+    arguments: argparse.Namespace
+    work: Path
+    file: IO[str]
+    started: float = field(default_factory=time.monotonic)
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
-def last_json(done: subprocess.CompletedProcess[str]) -> Any:
-    """The JSON object that a command printed last, or how it ended."""
-    with suppress(IndexError, json.JSONDecodeError):
-        return {"exit_code": done.returncode, **json.loads(done.stdout.splitlines()[-1])}
-    return {"exit_code": done.returncode, "stderr": done.stderr[-2000:]}
+    @property
+    def ends_at(self) -> float:
+        """When all must be over."""
+        return self.started + float(self.arguments.deadline)
 
+    def record(self, step: Step, row: dict[str, Any]) -> None:
+        """Put a row into the file now: the machine may be gone in a moment."""
+        row = {"step": step.name, "at_s": round(time.monotonic() - self.started, 1), **row}
+        self.rows.append(row)
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        log(json.dumps(row)[:300])
 
-def machine() -> dict[str, Any]:
-    """What this was measured on."""
-    found: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": cpu_name_and_flags()[0],
-        "usable_cores": usable_cores(),
-    }
-    if shutil.which("nvidia-smi"):
-        query = "name,driver_version,memory.total,power.limit"
-        done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        found["gpus"] = done.stdout.strip().splitlines()
-    return found
-
-
-class Bench:
-    """The steps, and the jobs that they share."""
-
-    def __init__(self, arguments: argparse.Namespace, work: Path) -> None:
-        self.arguments = arguments
-        self.provider: str = arguments.provider
-        self.work = work
-        self.images = link_images(arguments.images, work / "images", arguments.num_images)
-
-    def job(self, model: str, **keys: Any) -> Path:
-        """A job file for a model of the benchmark."""
-        bundles = {Path(folder).name: folder for folder in self.arguments.bundle}
-        spec = (
-            {"bundle": str(Path(bundles[model]).resolve())}
-            if model in bundles
-            else {"name": model, "weights": "none"}
-        )
-        path = self.work / f"{model}.yaml"
-        job = {
-            "input": str(self.images),
-            "output": str(self.work / "out"),
-            "model": spec,
-            "provider": self.provider,
-            "min_agreement": 0.0,  # random weights tell classes apart by a hair
-            **keys,
-        }
-        path.write_text(json.dumps(job))
-        return path
-
-    def precisions(self) -> list[tuple[str, str, dict[str, str]]]:
-        """Name, the job's precision and the provider's options of each."""
-        if self.provider != "cuda":
-            return [("fp32", "fp32", {})]
-        return [("fp32", "fp32", {}), ("tf32", "fp32", {"use_tf32": "1"}), ("fp16", "fp16", {})]
-
-    def doctor(self) -> Any:
-        """`batchclf doctor --json`."""
-        return last_json(call("batchclf", "doctor", "--json"))
-
-    def tests(self) -> Any:
-        """The tests of the providers, as they end."""
-        found = [path for path in TESTS if (ROOT / path).exists()]
-        done = call("pytest", "-q", *found)
-        return {"exit_code": done.returncode, "output": (done.stdout + done.stderr)[-3000:]}
-
-    def verify(self) -> Any:
-        """`batchclf verify` of each model and precision."""
-        return {
-            f"{model} {name}": last_json(
-                call("batchclf", "verify", str(self.job(model, precision=precision)), "--json")
-            )
-            for model in self.arguments.models
-            for name, precision, options in self.precisions()
-            if not options
-        }
-
-    def inference(self) -> Any:
-        """Images/s of inference alone."""
-        rows = []
-        settle_provider(load_job(self.job(self.arguments.models[0])), log)  # loads its libraries
-        for model in self.arguments.models:
-            for (name, precision, options), size, bind, streams in itertools.product(
-                self.precisions(), self.arguments.batch_sizes, (False, True), (1, 2)
-            ):
-                row = {"model": model, "precision": name, "batch_size": size, "bound": bind}
-                row |= {"in_flight": streams}
-                try:
-                    row["images_per_s"] = self._throughput(
-                        model, precision, options, size, bind=bind, streams=streams
-                    )
-                except ROW_ERRORS as error:
-                    row["error"] = str(error)
-                log(json.dumps(row))
-                rows.append(row)
-        return rows
-
-    def _throughput(
-        self,
-        model: str,
-        precision: str,
-        options: dict[str, str],
-        size: int,
-        *,
-        bind: bool,
-        streams: int,
-    ) -> float:
-        job = load_job(self.job(model, precision=precision))
-        spec = ProviderSpec.model_validate({"name": self.provider, "options": options})
-        bundle = self._bundle(job)
-        (target,) = targets(spec, job)
-        shape = (size, *bundle.meta.preprocess.crop, 3)
-        if self.provider == "cuda" and bind:
-            from batchclf.runtime.cuda import pinned_pixels
-
-            pixels_NHWC = pinned_pixels(shape, 0)
-        else:
-            pixels_NHWC = zeroed_pixels(shape)
-        pixels_NHWC[:] = np.random.default_rng(0).integers(0, 256, pixels_NHWC.shape)
-        runs = [
-            open_classifier(bundle.model_path, target, batch_size=size, bind=bind)
-            for _ in range(streams)
+    def command(self, step: Step, ends_at: float, done: Sequence[str]) -> list[str]:
+        """What measures the rows of a step that are not done."""
+        arguments = self.arguments
+        return [
+            *(sys.executable, "-m", "tests.benchmarks.gpu_rows", step.name),
+            *("--provider", arguments.provider, "--work", str(self.work)),
+            *("--models", *arguments.models, "--out", str(arguments.out)),
+            *("--bundle", *arguments.bundle, "--images", str(arguments.images)),
+            *("--batch-sizes", *map(str, arguments.batch_sizes)),
+            *("--num-images", str(arguments.num_images)),
+            *("--seconds", str(arguments.seconds), "--ends-at", str(ends_at), "--done", *done),
         ]
-        return round(measure_throughput(runs, pixels_NHWC).images_per_s, 1)
 
-    def _bundle(self, job: JobSpec) -> Any:
-        model = resolve_model(job.model, batch_size=64, open_reference=open_reference, log=log)
-        precision = needed_variant(job.provider.name, job.precision)
-        if precision is None:
-            return model.bundle
-        wanted = Wanted(job, model, 64, sample_input(job, model), log)
-        return resolve_variant(model.bundle, precision, conversion_of(wanted))
 
-    def decode(self) -> Any:
-        """Images/s of reading and decoding alone, with every usable core."""
-        job = load_job(self.job(self.arguments.models[0]))
-        model = resolve_model(job.model, batch_size=64, open_reference=open_reference, log=log)
-        source = source_of(job)
-        refs = list(refs_of(open_store(source).entries()))
-        found = {}
-        for mode, backend in itertools.product(get_args(DecodeMode), get_args(DecodeBackend)):
-            loader = job.loader.model_copy(update={"backend": backend})
-            job = job.model_copy(update={"loader": loader})
-            size = len(refs)
-            bench = measure.Bench(job, source, model, refs, size, self.work, StopRequest(), print)
-            limit = measure.measure_decoding(bench, mode, usable_cores(), self.arguments.decode_s)
-            found[f"{mode} {backend}"] = round(limit.images_per_s, 1)
-        return found
+@dataclass(slots=True)
+class Child:
+    """A process that measures, and what it said to its standard error."""
 
-    def decode_on_gpu(self) -> Any:
-        """Images/s of nvImageCodec over batch sizes, into the GPU's memory, not resized.
+    process: subprocess.Popen[bytes]
+    said: Path
 
-        An experiment: what it must beat is `decode`, for which the GPU does nothing.
-        """
+    def tail(self) -> str:
+        """The end of that."""
+        return self.said.read_text(errors="replace")[-TAIL:]
+
+
+@contextmanager
+def measuring(visit: Visit, command: Sequence[str]) -> Iterator[Child]:
+    """A process that measures; gone, with all that it started, when the block ends."""
+    descriptor, name = tempfile.mkstemp(dir=visit.work, prefix="stderr-")
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=descriptor,
+        start_new_session=True,
+        env={**os.environ, "BATCHCLF_CACHE_DIR": str(visit.work / "cache")},
+    ) as process:
+        os.close(descriptor)
         try:
-            from nvidia import nvimgcodec  # type: ignore[import-untyped, unused-ignore]
-        except ImportError as error:
-            return {"error": f"{error}: pip install 'nvidia-nvimgcodec-cu13[all]'"}
-        files = [path.read_bytes() for path in sorted(self.images.iterdir())]
-        decoder = nvimgcodec.Decoder(device_id=0)
-        rows = []
-        for size in self.arguments.batch_sizes:
-            batches = [files[start : start + size] for start in range(0, len(files), size)]
-            decoder.decode(batches[0])  # warms up
-            num_failed = 0
-            started = time.perf_counter()
-            for batch in batches:
-                images = [image for image in decoder.decode(batch) if image is not None]
-                num_failed += len(batch) - len(images)
-            if not images:
-                return {"error": f"nvImageCodec decoded {len(files) - num_failed} images"}
-            images[-1].cpu()  # decoding is asynchronous: waits for the last one
-            rate = (len(files) - num_failed) / (time.perf_counter() - started)
-            rows.append(
-                {"batch_size": size, "images_per_s": round(rate, 1), "num_failed": num_failed}
-            )
-        return rows
-
-    def end_to_end(self, limits: dict[str, Any]) -> Any:
-        """Whole runs from files, against the smaller of the two limits."""
-        rows = []
-        for model, decode in itertools.product(self.arguments.models, ("exact", "fast")):
-            for name, precision, options in self.precisions():
-                size = self.arguments.batch_sizes[len(self.arguments.batch_sizes) // 2]
-                job = self.job(
-                    model,
-                    precision=precision,
-                    batch_size=size,
-                    loader={"decode": decode},
-                    provider={"name": self.provider, "options": options},
-                )
-                runs = [
-                    last_json(call("batchclf", "run", str(job), "--overwrite", "--json"))
-                    for _ in range(self.arguments.repeats)
-                ]
-                row = {"model": model, "precision": name, "decode": decode, "batch_size": size}
-                rates = [run["images_per_s"] for run in runs if run["exit_code"] == 0]
-                rows.append(row | self._efficiency(row, rates, limits) | {"last_run": runs[-1]})
-                log(json.dumps({**row, "images_per_s": rates}))
-        return rows
-
-    def _efficiency(
-        self, row: dict[str, Any], rates: list[float], limits: dict[str, Any]
-    ) -> dict[str, Any]:
-        inferred = [
-            one["images_per_s"]
-            for one in limits.get("inference", [])
-            if (one["model"], one["precision"]) == (row["model"], row["precision"])
-            and one["batch_size"] == row["batch_size"]
-            and "images_per_s" in one
-        ]
-        if not rates or not inferred:
-            return {}
-        decoded = max(
-            rate for name, rate in limits["decode"].items() if name.startswith(row["decode"])
-        )
-        limit = min(max(inferred), decoded)
-        median = statistics.median(rates)
-        return {
-            "images_per_s": median,
-            "inference_limit": max(inferred),
-            "decode_limit": decoded,
-            "efficiency": round(median / limit, 3),
-        }
+            yield Child(process, Path(name))
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
-def steps(bench: Bench, results: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The steps by name, in their order."""
-    yield "doctor", bench.doctor
-    yield "tests", bench.tests
-    yield "verify", bench.verify
-    yield "inference", bench.inference
-    yield "decode", bench.decode
-    yield "decode_on_gpu", bench.decode_on_gpu
-    yield "end_to_end", lambda: bench.end_to_end(results)
+def run_step(visit: Visit, step: Step, ends_at: float) -> None:
+    """Record the rows of a step, as far as the time goes."""
+    done: list[str] = []
+    while time.monotonic() < ends_at:
+        num_done = len(done)
+        with measuring(visit, visit.command(step, ends_at, done)) as child:
+            row, problem = follow(visit, step, child, ends_at, done)
+        if problem is None:
+            return
+        visit.record(step, {"name": row, "error": problem})
+        if row is not None:
+            done.append(row)
+        elif len(done) == num_done:  # it does not even begin
+            return
+    visit.record(step, {"name": None, "error": "no time is left for the rest"})
+
+
+def follow(
+    visit: Visit, step: Step, child: Child, ends_at: float, done: list[str]
+) -> tuple[str | None, str | None]:
+    """Record what a process says; returns the row that it was at, and what went wrong, if so."""
+    assert child.process.stdout is not None
+    current: str | None = None
+    row_ends_at = time.monotonic() + step.row_s
+    pending = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(child.process.stdout, selectors.EVENT_READ)
+        while True:
+            left = min(row_ends_at, ends_at + GRACE_S, visit.ends_at) - time.monotonic()
+            if left <= 0 or not selector.select(left):
+                return current, f"killed, since it took too long: {child.tail()}"
+            if not (read := os.read(child.process.stdout.fileno(), 65536)):
+                break
+            *lines, pending = (pending + read).split(b"\n")
+            for line in lines:
+                said = json.loads(line)
+                row_ends_at = time.monotonic() + step.row_s
+                current = said.get("begin", current)
+                if "row" in said:
+                    visit.record(step, said["row"])
+                    done.append(said["row"]["name"])
+                    current = None
+    code = child.process.wait()
+    return current, None if code == 0 else f"ended with {code}: {child.tail()}"
+
+
+def visit_all(visit: Visit) -> None:
+    """All steps; exporting goes on beside the first one."""
+    scale = visit.arguments.deadline / FULL_S
+    ends_at = visit.started
+    with exporting(visit, ends_at + BUNDLES.seconds):
+        ends_at += STEPS[0].seconds * scale
+        run_step(visit, STEPS[0], ends_at)
+    for step in STEPS[1:]:
+        ends_at += step.seconds * scale
+        if step.name not in visit.arguments.skip:
+            run_step(visit, step, ends_at)
+
+
+@contextmanager
+def exporting(visit: Visit, ends_at: float) -> Iterator[None]:
+    """Export the models that no bundle was given of, beside what is done meanwhile."""
+    with measuring(visit, visit.command(BUNDLES, ends_at, ())) as child:
+        yield
+        row, problem = follow(visit, BUNDLES, child, ends_at, [])
+    if problem is not None:
+        visit.record(BUNDLES, {"name": row, "error": problem})
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+FIGURES = (
+    *("agree", "top1", "largest", "bitwise", "ran_on", "exit_code"),
+    *("gb_per_s", "stall_ms", "images_per_s", "efficiency", "num_failed", "seconds"),
+)
+"""What the table shows of a row, if it has it."""
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A line per row: step, name and figures, or what went wrong."""
+    for row in rows:
+        if "error" in row:
+            problem = " ".join(str(row["error"]).split())
+            text = problem if len(problem) < 160 else f"{problem[:60]} ... {problem[-95:]}"
+        else:
+            text = "  ".join(f"{key} {row[key]}" for key in FIGURES if key in row)
+        yield f"{row['step']:<12}{row['name'] or '-'!s:<66}{text}"
 
 
 def main() -> None:
-    """Measure, and write after each step."""
+    """Visit, and show what came of it, also when it is interrupted."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--provider", default="cuda", choices=("cuda", "cpu", "openvino"))
+    parser.add_argument("--out", type=Path, required=True, help="the file to append rows to")
+    parser.add_argument("--deadline", type=float, default=480.0, help="seconds for all of it")
+    parser.add_argument("--provider", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--bundle", nargs="*", default=[], help="exported models, by folder name")
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=list(BATCH_SIZES))
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument("--images", type=Path, default=ROOT / "samples" / "photos")
-    parser.add_argument("--num-images", type=int, default=5_000)
-    parser.add_argument("--repeats", type=int, default=3, help="whole runs of each kind")
-    parser.add_argument("--decode-s", type=float, default=5.0, help="seconds of each decoding")
+    parser.add_argument("--num-images", type=int, default=400_000, help="of a whole run, at most")
+    parser.add_argument("--seconds", type=float, default=1.2, help="of each throughput")
     parser.add_argument("--skip", nargs="*", default=[], help="steps to leave out")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(arguments, Path(folder))
-        results: dict[str, Any] = {"machine": machine()}
-        for name, step in steps(bench, results):
-            if name in arguments.skip:
-                continue
-            log(name)
-            results[name] = step()
-            arguments.out.write_bytes(orjson.dumps(results, option=orjson.OPT_INDENT_2) + b"\n")
-    for row in results.get("end_to_end", []):
-        print(*(f"{row.get(key, '-')!s:>14}" for key in TABLE))
-    print(json.dumps({key: results.get(key) for key in ("machine", "decode", "end_to_end")}))
+    arguments.out = arguments.out.resolve()
+    arguments.bundle = [str(Path(folder).resolve()) for folder in arguments.bundle]
+    with (
+        tempfile.TemporaryDirectory(prefix="gpu-visit-") as folder,
+        arguments.out.open("a") as file,
+    ):
+        visit = Visit(arguments, Path(folder), file)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            visit_all(visit)
+        finally:
+            print("\n".join(table(visit.rows)))
+            print(f"{len(visit.rows)} rows in {time.monotonic() - visit.started:.0f} s", flush=True)
 
-
-TABLE = ("model", "precision", "decode", "batch_size", "images_per_s", "efficiency")
 
 if __name__ == "__main__":
     main()

@@ -60,7 +60,8 @@ from batchclf.spec.job import JobSpec
 from batchclf.spec.options import RunOptions
 from batchclf.system.interrupt import StopRequest
 from batchclf.system.machine import cpu_seconds, peak_rss_mb, usable_cores
-from tests.tiny import Log, SlowLoader, link_images, write_classifier
+from tests.links import link_images
+from tests.tiny import Log, SlowLoader, write_classifier
 
 EDGE = 16
 """Pixels of an image's sides, and of the crop."""

@@ -1,14 +1,22 @@
 """The benchmarks run, and print what they promise; what they measure is nobody's assertion."""
 
+import argparse
+import io
 import itertools
 import json
+import struct
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from batchclf.runtime.providers import installed_flavours
+from tests.benchmarks import gpu, gpu_kit
 from tests.benchmarks.overhead import BATCH_SIZE, whole
 from tests.conftest import DIGITS_MODEL, ROOT, Batchclf, write_job
 
@@ -31,28 +39,97 @@ def test_the_script_for_cuda_machines_goes_through_all_its_steps_on_the_cpu(
 ) -> None:
     bundle = tmp_path / "digits"
     assert batchclf("export", write_job(tmp_path, model=DIGITS_MODEL), bundle).exit_code == 0
-    out = tmp_path / "gpu.json"
+    out = tmp_path / "gpu.jsonl"
     printed = run(
         *("gpu", "--provider", "cpu", "--bundle", str(bundle), "--models", "digits"),
-        *("--batch-sizes", "4", "--num-images", "12", "--repeats", "1"),
-        *("--out", str(out), "--skip", "tests", "--decode-s", "0.1"),
+        *("--batch-sizes", "4", "--num-images", "12", "--seconds", "0.05", "--out", str(out)),
     )
-    found = json.loads(out.read_bytes())
-    assert list(found) == [
-        *("machine", "doctor", "verify", "inference"),
-        *("decode", "decode_on_gpu", "end_to_end"),
-    ]
-    assert found["doctor"]["providers"]["cpu"]["opens"]
-    assert found["verify"]["digits fp32"]["agree"]
-    rows = {(row["batch_size"], row["bound"], row["in_flight"]) for row in found["inference"]}
-    assert rows == {(size, bound, n) for size in (4,) for bound in (False, True) for n in (1, 2)}
-    assert all(row["images_per_s"] > 0 for row in found["inference"])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    found = {(row["step"], row["name"]): row for row in rows}
+    steps = ["look", "correctness", "copies", "throughput", "decode", "end_to_end"]
+    assert list(dict.fromkeys(step for step, _ in found)) == steps
+    assert {name for (_, name), row in found.items() if "error" in row} <= {"nvidia-smi"}
+    right = [row[key] for row in rows for key in ("agree", "bitwise") if key in row]
+    assert len(right) == 5
+    assert all(right)
+    assert found["correctness", "digits fp32 placement by profile"]["on_the_cpu"] == []
     kinds = itertools.product(("exact", "fast"), ("threads", "processes"))
-    assert set(found["decode"]) == {" ".join(kind) for kind in kinds}
-    assert [row["decode"] for row in found["end_to_end"]] == ["exact", "fast"]
-    assert all(row["last_run"]["num_ok"] == 12 for row in found["end_to_end"])
-    assert all(row["efficiency"] > 0 for row in found["end_to_end"])
-    assert json.loads(printed.splitlines()[-1])["end_to_end"] == found["end_to_end"]
+    assert {name for step, name in found if step == "decode"} == {" ".join(kind) for kind in kinds}
+    assert all(row["images_per_s"] > 0 for row in rows if row["step"] in steps[3:])
+    whole = [row for row in rows if row["step"] == "end_to_end"]
+    assert [row["run"]["num_ok"] for row in whole] == [12, 12]
+    assert all(row["efficiency"] > 0 for row in whole)
+    *table, last = printed.splitlines()
+    assert len(table) == len(rows)
+    assert last.startswith(f"{len(rows)} rows in ")
+
+
+def test_a_row_that_crashes_or_hangs_costs_itself_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says = """import json, os, sys, time
+for name in ("good", "crashes", "better", "hangs", "best"):
+    if name in sys.argv:
+        continue
+    print(json.dumps({"begin": name}), flush=True)
+    if name == "crashes":
+        os.abort()
+    if name == "hangs":
+        time.sleep(60)
+    print(json.dumps({"row": {"name": name}}), flush=True)
+"""
+    arguments = argparse.Namespace(deadline=60.0)
+    step = gpu.Step("step", 30, 1.5)
+
+    def command(*given: Any) -> list[str]:
+        return [sys.executable, "-c", says, *given[-1]]
+
+    monkeypatch.setattr(gpu.Visit, "command", command)
+    with (tmp_path / "out.jsonl").open("w") as file:
+        visit = gpu.Visit(arguments, tmp_path, file)
+        gpu.run_step(visit, step, time.monotonic() + 30)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["name"] for row in rows] == ["good", "crashes", "better", "hangs", "best"]
+    problems = [str(row.get("error", ""))[:13] for row in rows]
+    assert problems == ["", "ended with -6", "", "killed, since", ""]
+
+
+def test_what_a_kit_is_cut_into_is_put_together_on_the_host(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    data = rng.integers(0, 256, 300_000, np.uint8).tobytes()
+    with (
+        gpu_kit.Parts(tmp_path, 65_536) as parts,
+        tarfile.open(fileobj=parts, mode="w|xz") as archive,
+    ):
+        member = tarfile.TarInfo("repo/data")
+        member.size = len(data)
+        archive.addfile(member, io.BytesIO(data))
+    sizes = [path.stat().st_size for path in sorted(tmp_path.glob("kit.*"))]
+    assert sizes[:-1] == [65_536] * 4
+    gpu_kit.unpack(tmp_path, tmp_path / "host")
+    assert (tmp_path / "host" / "repo" / "data").read_bytes() == data
+    assert f"cd {tmp_path}/host/repo\n" in (tmp_path / "host" / "env.sh").read_text()
+
+
+def test_machine_code_for_other_gpus_is_zeroed_and_nothing_else(tmp_path: Path) -> None:
+    def piece(arch: int, code: bytes) -> bytes:
+        header = struct.pack("<HHIQ", 2, 0, 64, len(code)) + bytes(12) + struct.pack("<I", arch)
+        return header.ljust(64, b"h") + code
+
+    def library(*pieces: bytes) -> bytes:
+        body = b"".join(pieces)
+        magic = struct.pack("<I", 0xBA55ED50)
+        lists = magic + struct.pack("<HHQ", 1, 16, len(body)) + body
+        return b"text" + magic + b"by chance" + lists + b"rest" + lists
+
+    path = tmp_path / "library.so"
+    path.write_bytes(library(piece(80, b"A" * 99), piece(86, b"B" * 50), piece(90, b"C" * 70)))
+    gpu_kit.keep_arch(path, 89)  # code for 86 runs on it
+    assert path.read_bytes() == library(
+        piece(80, bytes(99)), piece(86, b"B" * 50), piece(90, bytes(70))
+    )
+    with pytest.raises(SystemExit, match=r"--arch 100: .* for \[80, 86, 90\] only"):
+        gpu_kit.keep_arch(path, 100)
 
 
 def test_the_precisions_are_compared_in_one_run() -> None:

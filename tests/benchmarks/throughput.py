@@ -49,7 +49,7 @@ from batchclf.runtime.providers import PROVIDERS
 from batchclf.spec.file import load_job
 from batchclf.system.machine import cpu_name_and_flags, usable_cores
 from tests.conftest import USERS_ENVIRONMENT
-from tests.tiny import link_images
+from tests.links import link_images
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE_S = 0.5

@@ -21,7 +21,8 @@ from tests.faults.poison import CODES, poisoned_environment, write_poison
 from tests.faults.report import Options, Report, emptied
 from tests.images.common import encode, picture
 from tests.images.mutations import mutated, originals
-from tests.tiny import link_digits, link_images
+from tests.links import link_images
+from tests.tiny import link_digits
 
 BACKENDS = ("threads", "processes")
 MAX_SECONDS = 5.0

@@ -16,7 +16,8 @@ from batchclf.results.identity import as_written
 from batchclf.results.stats import Summary
 from batchclf.spec.options import RunOptions
 from tests.conftest import ROOT, command
-from tests.tiny import link_digits, link_images, run_here, write_tiny_job
+from tests.links import link_images
+from tests.tiny import link_digits, run_here, write_tiny_job
 
 STREAMS = {"streams": 2}
 BYTES_PER_S = 20_000

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from batchclf.results.records import Activation, Failure, Prediction, Scores
-from batchclf.runtime.ranking import rank
+from batchclf.runtime.ranking import MANY, rank
 
 SHAPES = array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40)
 LOGITS = arrays(np.float32, SHAPES, elements=st.floats(-80, 80, width=32))
@@ -67,6 +67,13 @@ def test_rows_that_are_not_finite_fail_and_leave_the_others_alone(scores_NK: Sco
         else:
             assert isinstance(outcome, Failure)
             assert outcome.code == "non_finite_output"
+
+
+def test_the_few_best_classes_are_the_first_of_many() -> None:
+    scores_NK = np.random.default_rng(0).integers(0, 40, (8, 3 * MANY)).astype(np.float32)
+    names = labels_for(scores_NK)
+    few, many = (rank(scores_NK, names, kept, activation="softmax") for kept in (9, MANY + 1))
+    assert [predictions(outcome)[:9] for outcome in many] == few
 
 
 def test_equal_scores_are_ranked_by_index() -> None:

@@ -1,0 +1,375 @@
+"""The rows of a visit that tell how fast it is: copies, inference, decoding, whole runs.
+
+Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
+"""
+
+import ctypes
+import itertools
+import json
+import shutil
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from batchclf.images.shared import SharedPixels
+from batchclf.images.source import source_of
+from batchclf.images.store import open_store
+from batchclf.results.records import DecodeBackend, DecodeMode, Pixels, Scores, refs_of
+from batchclf.runtime.timing import measure_throughput
+from batchclf.system.interrupt import StopRequest
+from batchclf.system.machine import usable_cores
+from batchclf.tuning import measure
+from tests.benchmarks.gpu_bench import (
+    PRECISIONS,
+    Bench,
+    Row,
+    Rows,
+    allocate,
+    batchclf,
+    images,
+    log,
+    settle,
+)
+
+ROUNDS = 3
+"""Of a throughput; the median counts."""
+
+
+# ---- copies --------------------------------------------------------------------------------------
+
+
+def copies(bench: Bench) -> Rows:
+    """How fast pixels get to the GPU, and who waits meanwhile."""
+    settle(bench)
+    first, *_ = bench.arguments.models
+    if bench.on_cuda:
+        for megabytes, kind in itertools.product((39, 10), ("pageable", "pinned", "registered")):
+            yield f"{kind} {megabytes} MB", partial(copied, kind, megabytes)
+    yield f"{first} stall of a bound batch", partial(stall, bench, first)
+
+
+def copied(kind: str, megabytes: int) -> Row:
+    """GB/s from host memory of a kind to the device and back."""
+    from onnxruntime.capi import build_and_package_info
+
+    major = str(build_and_package_info.cuda_version).partition(".")[0]
+    cuda = ctypes.CDLL(f"libcudart.so.{major}")
+    num_bytes = megabytes * 150528 * 256 // 39 // 256
+    device = ctypes.c_void_p()
+    require(cuda.cudaMalloc(ctypes.byref(device), ctypes.c_size_t(num_bytes)), "cudaMalloc")
+    with host_memory(cuda, kind, num_bytes) as host:
+        rates = {}
+        for name, places in {"to_device": (device, host), "from_device": (host, device)}.items():
+            times = []
+            for _ in range(12):
+                started = time.perf_counter()
+                code = cuda.cudaMemcpy(*places, ctypes.c_size_t(num_bytes), ctypes.c_int(4))
+                require(code, "cudaMemcpy")
+                times.append(time.perf_counter() - started)
+            rates[name] = round(num_bytes / statistics.median(times[2:]) / 1e9, 2)
+    cuda.cudaFree(device)
+    return {"gb_per_s": rates["to_device"], **rates, "num_bytes": num_bytes}
+
+
+@contextmanager
+def host_memory(cuda: ctypes.CDLL, kind: str, num_bytes: int) -> Iterator[ctypes.c_void_p]:
+    """Memory of this process as a copy finds it: in a job's threads, pinned, or its processes'."""
+    if kind == "pinned":
+        pointer = ctypes.c_void_p()
+        code = cuda.cudaHostAlloc(
+            ctypes.byref(pointer), ctypes.c_size_t(num_bytes), ctypes.c_uint(1)
+        )
+        require(code, "cudaHostAlloc")
+        yield pointer
+        cuda.cudaFreeHost(pointer)
+        return
+    shared = SharedPixels(1, (num_bytes,)) if kind == "registered" else None
+    pixels = np.zeros(num_bytes, np.uint8) if shared is None else shared.pixels_NHWC
+    pixels[:] = 1
+    pointer = ctypes.c_void_p(pixels.__array_interface__["data"][0])
+    if shared is not None:
+        code = cuda.cudaHostRegister(pointer, ctypes.c_size_t(num_bytes), ctypes.c_uint(1))
+        require(code, "cudaHostRegister")
+    yield pointer
+    if shared is not None:
+        cuda.cudaHostUnregister(pointer)
+        shared.close()
+
+
+def require(code: int, call: str) -> None:
+    """Raise what a call of the CUDA runtime returns.
+
+    Raises:
+        OSError: it is an error.
+    """
+    if code:
+        raise OSError(f"{call} returns {code}")
+
+
+def stall(bench: Bench, model: str) -> Row:
+    """The longest that another Python thread stands still while batches are classified."""
+    classify = bench.open(model, bench.precisions[-1], 256)
+    pixels_NHWC = allocate(
+        bench, (256, *bench.resolved(model).bundle.meta.preprocess.crop, 3), True
+    )
+    classify(pixels_NHWC)
+    ended = threading.Event()
+    gaps: list[float] = []
+
+    def tick() -> None:
+        last = time.perf_counter()
+        while not ended.is_set():
+            time.sleep(0.0002)
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    started = time.perf_counter()
+    for _ in range(5):
+        classify(pixels_NHWC)
+    batch_ms = 200 * (time.perf_counter() - started)
+    ended.set()
+    ticking.join()
+    return {"stall_ms": round(1000 * max(gaps), 2), "batch_ms": round(batch_ms, 2)}
+
+
+# ---- throughput ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a throughput is measured; the defaults are a job's."""
+
+    model: str
+    precision: str
+    size: int
+    streams: int = 2
+    bind: bool | None = None
+    pinned: bool = True
+    options: tuple[tuple[str, str], ...] = ()
+    fixed: bool = False
+    """Outputs have a fixed place as well, as a CUDA graph needs it."""
+
+    @property
+    def name(self) -> str:
+        """What differs from a job's own."""
+        changed = [f"{self.streams} stream"] if self.streams == 1 else []
+        changed += ["unbound"] if self.bind is False else []
+        changed += [] if self.pinned else ["pageable"]
+        changed += ["fixed"] if self.fixed else []
+        changed += [f"{key}={value}" for key, value in self.options]
+        return " ".join((self.model, self.precision, f"batch {self.size}", *changed))
+
+
+def settings_of(bench: Bench) -> Iterator[Setting]:
+    """What is measured, what matters most first."""
+    first, *others = bench.arguments.models
+    sizes = bench.arguments.batch_sizes
+    middle = sizes[len(sizes) // 2]
+    names = bench.precisions[::-1]
+    for size, name in itertools.product(sorted(sizes, key=lambda size: size != middle), names):
+        yield Setting(first, name, size)
+    for name in names:
+        yield Setting(first, name, middle, streams=1)
+    for name, pinned, bind in itertools.product(names[::2], (True, False), (None, False)):
+        if (pinned, bind) != (True, None):
+            yield Setting(first, name, middle, pinned=pinned, bind=bind)
+    if bench.on_cuda:
+        yield from ablations(first, middle)
+    for name, model in itertools.product(names, others):
+        yield Setting(model, name, middle)
+
+
+def ablations(model: str, size: int) -> Iterator[Setting]:
+    """One option at a time, beside what a job sets."""
+    layouts = {"fp16": "0", "fp32": "1"}  # what a job does not set
+    for name, layout in layouts.items():
+        for option in (
+            ("use_tf32", "0" if name == "fp16" else "1"),
+            ("prefer_nhwc", layout),
+            ("fuse_conv_bias", "1"),
+            ("cudnn_conv_algo_search", "EXHAUSTIVE"),
+        ):
+            if (name, *option) != ("fp32", "use_tf32", "1"):  # that is tf32
+                yield Setting(model, name, size, options=(option,))
+        yield Setting(model, name, size, fixed=True, streams=1)
+        graph = (("enable_cuda_graph", "1"),)
+        yield Setting(model, name, size, fixed=True, streams=1, options=graph)
+
+
+def throughput(bench: Bench) -> Rows:
+    """Images per second of inference alone."""
+    settle(bench)
+    for setting in settings_of(bench):
+        yield setting.name, partial(throughput_of, bench, setting)
+
+
+def throughput_of(bench: Bench, setting: Setting) -> Row:
+    """The median of some rounds."""
+    started = time.perf_counter()
+    shape = (setting.size, *bench.resolved(setting.model).bundle.meta.preprocess.crop, 3)
+    pixels_NHWC = allocate(bench, shape, setting.pinned)
+    options = dict(setting.options)
+    if setting.fixed:
+        runs: list[Callable[[Any], Any]] = [Fixed(bench, setting)]
+    else:
+        one = partial(bench.open, setting.model, setting.precision, setting.size)
+        runs = [one(bind=setting.bind, **options) for _ in range(setting.streams)]
+    opened_s = time.perf_counter() - started
+    found = [
+        measure_throughput(
+            runs, pixels_NHWC, num_warm_up=3 if turn == 0 else 1,
+            budget_s=bench.arguments.seconds / ROUNDS,
+        )
+        for turn in range(ROUNDS)
+    ]  # fmt: skip
+    rates = [one.images_per_s for one in found]
+    return {
+        "images_per_s": round(statistics.median(rates), 1),
+        "rounds": [round(rate, 1) for rate in rates],
+        "cpu_ms_per_image": round(statistics.median(one.cpu_ms_per_image for one in found), 4),
+        "opened_s": round(opened_s, 2),
+        "model": setting.model,
+        "precision": setting.precision,
+        "batch_size": setting.size,
+        "is_job": setting == Setting(setting.model, setting.precision, setting.size),
+    }
+
+
+class Fixed:
+    """A session whose input and output keep their places on the device."""
+
+    def __init__(self, bench: Bench, setting: Setting) -> None:
+        import onnxruntime as ort
+
+        plain = bench.open(setting.model, setting.precision, setting.size)
+        options = {**plain.active.options, **dict(setting.options)}
+        settings = ort.SessionOptions()
+        settings.add_free_dimension_override_by_name("batch", setting.size)
+        bundle = bench.bundle(setting.model, PRECISIONS[setting.precision][0])
+        self._session = ort.InferenceSession(
+            str(bundle.model_path),
+            settings,
+            providers=[(plain.active.active, options)],
+            enable_fallback=0,
+        )
+        self._binding = self._session.io_binding()
+        shape = (setting.size, *bundle.meta.preprocess.crop, 3)
+        make = ort.OrtValue.ortvalue_from_shape_and_type
+        self._pixels = make(shape, np.uint8, "cuda", 0)
+        self._scores = make((setting.size, len(bundle.meta.labels)), np.float32, "cuda", 0)
+        self._binding.bind_ortvalue_input(self._session.get_inputs()[0].name, self._pixels)
+        self._binding.bind_ortvalue_output(self._session.get_outputs()[0].name, self._scores)
+
+    def __call__(self, pixels_NHWC: Pixels) -> Scores:
+        self._pixels.update_inplace(pixels_NHWC)
+        self._session.run_with_iobinding(self._binding)
+        scores_NK: Scores = self._scores.numpy()
+        return scores_NK
+
+
+# ---- decoding ------------------------------------------------------------------------------------
+
+
+def decode(bench: Bench) -> Rows:
+    """Images per second of reading and decoding alone, with every usable core."""
+    ways: tuple[tuple[DecodeMode, DecodeBackend], ...] = (
+        *(("exact", "processes"), ("fast", "processes")),
+        *(("exact", "threads"), ("fast", "threads")),
+    )
+    for mode, backend in ways:
+        yield f"{mode} {backend}", partial(decoded, bench, mode, backend)
+
+
+def decoded(bench: Bench, mode: DecodeMode, backend: DecodeBackend) -> Row:
+    """Images per second of one way."""
+    model = bench.arguments.models[0]
+    job = bench.job(model, loader={"backend": backend})
+    source = source_of(job)
+    refs = list(refs_of(open_store(source).entries()))
+    work = measure.Bench(
+        job, source, bench.resolved(model), refs, len(refs), bench.work, StopRequest(), log
+    )
+    found = measure.measure_decoding(work, mode, usable_cores(), 3 * bench.arguments.seconds)
+    return {
+        "images_per_s": round(found.images_per_s, 1),
+        "cpu_ms_per_image": round(found.cpu_ms_per_image, 3),
+        "num_failed": found.num_errors,
+        "decode": mode,
+    }
+
+
+# ---- whole runs ----------------------------------------------------------------------------------
+
+START_S = 12.0
+"""Of a run's share, for its start and end."""
+
+
+def end_to_end(bench: Bench) -> Rows:
+    """Whole runs from JPEG files, against the smaller of what was measured before."""
+    model = bench.arguments.models[0]
+    names = ("fp16", "fp32") if bench.on_cuda else ("fp32",)
+    ways = list(itertools.product(("exact", "fast"), names))
+    for number, (mode, name) in enumerate(ways):
+        row = f"{model} {name} {mode}"
+        yield row, partial(run_whole, bench, name, mode, len(ways) - number)
+
+
+def run_whole(bench: Bench, name: str, mode: str, num_left: int) -> Row:
+    """One run, of as many images as its share of the time has room for."""
+    model = bench.arguments.models[0]
+    share_s = (bench.ends_at - time.monotonic()) / num_left
+    size, inferred, decoded = limits(bench.arguments.out, model, name, mode)
+    limit = min(inferred, decoded)
+    num_images = int(max(1_000, limit * (share_s - START_S)))
+    num_images = min(num_images, bench.arguments.num_images)
+    job = bench.job_file(
+        model,
+        input=str(images(bench.arguments.images, bench.work, 1 << num_images.bit_length())),
+        precision=PRECISIONS[name][0],
+        batch_size=size,
+        loader={"decode": mode},
+    )
+    found = batchclf(
+        *("run", str(job), "--overwrite", "--json", "--limit", str(num_images)),
+        timeout_s=max(20.0, share_s + START_S),
+    )
+    shutil.rmtree(bench.work / "out", ignore_errors=True)
+    rate = found.get("images_per_s")
+    return {
+        "images_per_s": rate,
+        "efficiency": None if rate is None else round(rate / limit, 3),
+        "inferred_per_s": inferred,
+        "decoded_per_s": decoded,
+        "batch_size": size,
+        "run": found,
+    }
+
+
+def limits(out: Path, model: str, name: str, mode: str) -> tuple[int, float, float]:
+    """The best batch size, and the images per second of inference and of decoding.
+
+    Raises:
+        AssertionError: they are not known.
+    """
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    inferred = [
+        (row["images_per_s"], row["batch_size"])
+        for row in rows
+        if (row.get("model"), row.get("precision"), row.get("is_job")) == (model, name, True)
+    ]
+    decoded = [row["images_per_s"] for row in rows if row.get("decode") == mode]
+    assert inferred, f"no throughput of {model} {name} is known"
+    assert decoded, f"how fast decoding is ({mode}) is not known"
+    rate, size = max(inferred)
+    return size, rate, max(decoded)
