@@ -91,14 +91,15 @@ class Loader:
         with self.decoder.claim() as claim:
             found = []
             for ref in refs:
+                if not isinstance(ref, Fetched) and self.store.stretch_of(ref) is None:
+                    found.append(ref)
+                    continue
                 with reading(ref.index):
                     found.append(self._fetched(ref, claim))
             yield found
 
     def _fetched(self, ref: ImageRef, claim: MemoryClaim) -> ImageRef:
         if not isinstance(ref, Fetched):
-            if self.store.stretch_of(ref) is None:
-                return ref
             ref = Fetched(ref.index, ref.path, ref.location, self.read(ref, claim))
         if isinstance(ref.content, bytes):
             claim.keep(len(ref.content))
