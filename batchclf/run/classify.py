@@ -6,7 +6,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from typing import Protocol
+from itertools import takewhile
+from typing import TYPE_CHECKING, Protocol
 
 import batchclf
 from batchclf.errors import BatchclfError, ErrorLimitPassed
@@ -24,6 +25,9 @@ from batchclf.runtime.streams import Rank, Streams
 from batchclf.sessions.open import Opened
 from batchclf.spec.job import JobSpec, auto
 from batchclf.system.interrupt import StopRequest
+
+if TYPE_CHECKING:
+    from batchclf.run.feeders import Feeders
 
 TICK_S = 1.0
 
@@ -47,6 +51,13 @@ class Work:
     stats: StatsCollector
     reporter: Reporter
     stop: StopRequest
+    feeders: "Feeders | None" = None
+    """The processes that classify; None: this one does."""
+
+    @property
+    def num_streams(self) -> int:
+        """Batches that are inferred at once."""
+        return self.feeders.num_streams if self.feeders else len(self.opened.classifiers)
 
 
 def classify(work: Work, refs: Iterator[ImageRef], sink: Sink) -> None:
@@ -59,37 +70,67 @@ def classify(work: Work, refs: Iterator[ImageRef], sink: Sink) -> None:
         DeviceLost: the device does not answer any more; another process may find that it does.
     """
     task, stats, stop = work.plan.task, work.stats, work.stop
-    opened = work.opened
-    first = FirstAnswers()
     work.reporter.begin(task.num_images, stats.num_images, stats.num_errors)
     with (
-        explained(task, opened.part.num_images),
+        explained(task, work.opened.part.num_images),
         stop.drained_by_caller(),
-        _prefetched(work, refs) as (decoding, batches),
-        Streams(batches.next_batch, opened.classifiers, _ranking(task), stats.add_batch) as streams,
-        _stopping(batches),
+        _flowing(work, refs) as flow,
     ):
-        stats.start(time.perf_counter() - batchclf.STARTED, len(opened.classifiers))
-        stats.count_cpu(decoding.cpu_seconds)
-        for result in streams.results(TICK_S):
+        stats.start(time.perf_counter() - batchclf.STARTED, work.num_streams)
+        for records in flow:
             work.reporter.before_write()
-            if result is not None:
-                batch, records = result
+            if records is not None:
                 sink.write(records)
                 stats.add_records(records)
-                _warn(work, first.look(batch, records))
-                batches.release(batch)
                 check_error_limit(task.job, stats, task.num_images)
-            if stop.signal_number is not None:
-                batches.stop()
             sink.tick()
             work.reporter.update(stats.num_images, stats.num_errors)
-    _warn(work, first.end())
     if stats.num_images < task.num_images:
         stop.raise_if_requested()
         raise BatchclfError(  # cannot happen; an incomplete output must never exit 0
             f"{stats.num_images:,} of {task.num_images:,} records written; run again to resume"
         )
+
+
+@contextmanager
+def _flowing(work: Work, refs: Iterator[ImageRef]) -> Iterator[Iterator[list[Record] | None]]:
+    """The records of each batch, in order, up to a signal; None whenever TICK_S bring none."""
+    if work.feeders is None:
+        with flowing(work, refs) as flow:
+            yield flow
+        return
+    found = work.feeders.results(refs, work.stats, TICK_S)
+    yield takewhile(lambda records: work.stop.signal_number is None, found)
+
+
+@contextmanager
+def flowing(work: Work, refs: Iterator[ImageRef]) -> Iterator[Iterator[list[Record] | None]]:
+    """The same, of what this process itself classifies."""
+    first = FirstAnswers()
+    with (
+        _prefetched(work, refs) as (decoding, batches),
+        Streams(
+            batches.next_batch, work.opened.classifiers, _ranking(work.plan.task),
+            work.stats.add_batch,
+        ) as streams,
+        _stopping(batches),
+    ):  # fmt: skip
+
+        def flow() -> Iterator[list[Record] | None]:
+            for result in streams.results(TICK_S):
+                if result is None:
+                    yield None
+                else:
+                    batch, records = result
+                    yield records
+                    _warn(work, first.look(batch, records))
+                    batches.release(batch)
+                if work.stop.signal_number is not None:
+                    batches.stop()
+
+        work.stats.count_cpu(decoding.cpu_seconds)
+        yield flow()
+    _warn(work, first.end())
 
 
 def _warn(work: Work, warning: str | None) -> None:
@@ -101,8 +142,7 @@ def _warn(work: Work, warning: str | None) -> None:
 def _prefetched(work: Work, refs: Iterator[ImageRef]) -> Iterator[tuple[Decoding, Prefetcher]]:
     """Batches of `refs`, and what decodes them."""
     plan, task = work.plan, work.plan.task
-    num_streams = len(work.opened.classifiers)
-    num_batches = num_streams + auto(task.job.loader.prefetch, max(2, num_streams)) + 1
+    num_batches = num_batches_of(task.job, len(work.opened.classifiers))
     batch_shape = (plan.batch_size, *task.model.preprocess.crop, 3)
     memory = Memory(num_batches, batch_shape, work.opened.allocate)
     loader, watch = plan.loader, work.reporter.watch
@@ -121,6 +161,11 @@ def _prefetched(work: Work, refs: Iterator[ImageRef]) -> Iterator[tuple[Decoding
             Prefetcher(ahead, fed) as batches,
         ):
             yield decoding, batches
+
+
+def num_batches_of(job: JobSpec, num_streams: int) -> int:
+    """Batches that there is memory for: of the streams, ahead of them, and being written."""
+    return num_streams + auto(job.loader.prefetch, max(2, num_streams)) + 1
 
 
 def _ranking(task: Task) -> Rank:

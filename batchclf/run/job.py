@@ -11,6 +11,7 @@ Before `claim`, nothing changes in the output but hidden temporary files.
 """
 
 import time
+from contextlib import closing
 from dataclasses import replace
 
 from batchclf.images.archives.listing import Listing, listing_with
@@ -54,12 +55,12 @@ def _attempt(run: Run) -> RunResult | None:
             where = run.files.shown(run.files.predictions)
             run.reporter.log(f"already complete: {summary.num_images:,} images in {where}")
             return RunResult(run.files, found.bounds(listing)[0], summary, was_complete=True)
-        ready = make_ready(found, listing, todo)
-        ready.stats.listed(list_s)
-        claimed = claim(found, listing, ready)
-        if claimed is None:
-            return None
-        summary = do(Begun(run, claimed, ready), todo)
+        with closing(make_ready(found, listing, todo)) as ready:
+            ready.stats.listed(list_s)
+            claimed = claim(found, listing, ready)
+            if claimed is None:
+                return None
+            summary = do(Begun(run, claimed, ready), todo)
         return RunResult(run.files, found.bounds(listing)[0], summary, was_complete=False)
 
 

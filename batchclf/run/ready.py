@@ -11,6 +11,7 @@ from batchclf.run.blame import explained, try_suspects
 from batchclf.run.classify import Work, check_error_limit
 from batchclf.run.decide import Append, Replace
 from batchclf.run.facts import finished, gone_on, is_same_retry, record_of, retried
+from batchclf.run.feeders import Feeders, shares_of
 from batchclf.run.identity import fingerprint_of
 from batchclf.run.look import Found
 from batchclf.run.plan import Plan, Task, make_plan
@@ -34,6 +35,11 @@ class Ready:
     previous: RunRecord | None
     goes_on_retrying: bool = False
     """Whether the new records of failed images that are there are of this very attempt."""
+
+    def close(self) -> None:
+        """End the processes that were started for it."""
+        if self.work is not None and self.work.feeders is not None:
+            self.work.feeders.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +73,9 @@ def make_ready(found: Found, listing: Listing, todo: Append | Replace) -> Ready:
     task = Task(run.job, found.store().source, found.model, num_images)
     run = try_suspects(run, task, listing.refs())
     plan = make_plan(run, task)
-    opened = _open(found, plan, listing)
+    opened, feeders = _open(found, plan, listing)
     require_same_converted(previous, todo.done, opened.bundle)
-    work = Work(plan, opened, stats, run.reporter, run.stop)
+    work = Work(plan, opened, stats, run.reporter, run.stop, feeders)
     record = record_of(work, fingerprint_of(found.identity, listing, num_images), listing)
     if isinstance(todo, Replace):
         assert previous is not None, "there are records"
@@ -92,18 +98,24 @@ def _codes(todo: Append | Replace) -> Counter[str]:
     return todo.codes if isinstance(todo, Replace) else Counter()
 
 
-def _open(found: Found, plan: Plan, listing: Listing) -> Opened:
-    """Open a job's sessions; the images of a sample are watched while they are decoded."""
-    run, task = found.run, plan.task
+def _open(found: Found, plan: Plan, listing: Listing) -> tuple[Opened, Feeders | None]:
+    """Open a job's sessions; the images of a sample are watched while they are decoded.
 
+    Those of several GPUs are opened in processes of their own.
+    """
+    run, task = found.run, plan.task
     refs = evenly_spread(listing.refs(), listing.num_images)
+    fallback, used = found.settle(), converted_digest(found.record)
+    if fallback is None and (shares := shares_of(plan, refs, used)):
+        feeders = Feeders(shares, run.reporter)
+        return feeders.opened, feeders
     wanted = Wanted(
         job=task.job,
         model=task.model,
         batch_size=plan.batch_size,
         sample=Sample(task.job, plan.loader, refs, run.reporter.watch),
         log=run.reporter.log,
-        used=converted_digest(found.record),
+        used=used,
     )
     with explained(task, plan.batch_size):
-        return open_devices(wanted, found.settle())
+        return open_devices(wanted, fallback), None

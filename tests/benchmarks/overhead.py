@@ -9,7 +9,8 @@ time included: an upper bound. With decoding processes it is what is left for th
 
 The last rows of each kind rehearse a machine of 16 cores: every image sleeps for as long as a photo
 takes to decode, which holds a worker, but neither a core nor the interpreter lock. Rates are from
-the first records on. Prints a table and, as the last line, the same as JSON.
+the first records on. "fed by": as many processes decode, infer and rank, as for several GPUs; what
+is left is the parent's part. Prints a table and, as the last line, the same as JSON.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any, cast, get_args
 from unittest.mock import patch
@@ -49,6 +50,7 @@ from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import RecordWriter
 from batchclf.run.append import SyncedSink
 from batchclf.run.classify import Work, classify
+from batchclf.run.feeders import Feeders, Share
 from batchclf.run.plan import Task, make_plan
 from batchclf.run.request import Run
 from batchclf.runtime.classifier import open_reference
@@ -182,6 +184,29 @@ def _slower_decoding(outside_s: float) -> Iterator[None]:
         yield
 
 
+def fed(folder: Path, num_images: int, decode: DecodeMode, num_feeders: int) -> dict[str, Any]:
+    """CPU microseconds per image of the parent of some feeding processes, each with its model.
+
+    That of this machine's CPU in the place of GPUs, small as it is; each decodes in one thread.
+    """
+    job, model = prepare(folder, num_images, decode)
+    loader = job.loader.model_copy(update={"workers": 1, "backend": "threads"})
+    runtime = job.runtime.model_copy(update={"streams": 1, "threads": 1, "part": BATCH_SIZE})
+    job = job.model_copy(update={"loader": loader, "runtime": runtime})
+    source = source_of(job)
+    files = RunFiles(Path(tempfile.mkdtemp(dir=folder)))
+    stats, watch = StatsCollector(cpu_seconds, peak_rss_mb), _Stopwatch()
+    run = Run(job, RunOptions(), watch, StopRequest())
+    plan = make_plan(run, Task(job, source, model, num_images))
+    with (
+        RecordWriter(files.predictions, 0) as writer,
+        closing(Feeders([Share(plan, (), None)] * num_feeders, watch)) as feeders,
+    ):
+        work = Work(plan, feeders.opened, stats, watch, run.stop, feeders)
+        classify(work, refs_of(open_store(source).entries()), SyncedSink(files, writer, stats))
+    return {"part": f"fed by {num_feeders}", "decode": decode, **watch.figures()}
+
+
 def parts(folder: Path, num_images: int, decode: DecodeMode) -> Iterator[dict[str, Any]]:
     """CPU microseconds per image of each step alone, on one thread."""
     job, model = prepare(folder, num_images, decode)
@@ -227,6 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--num-images", type=int, default=20_000)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, usable_cores(), 16])
+    parser.add_argument("--feeders", type=int, nargs="+", default=[1, 4], help="processes")
     parser.add_argument("--decodes", nargs="+", default=["exact", "fast"])
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -238,6 +264,10 @@ def main() -> None:
                     whole(Path(folder), arguments.num_images, decode, *given, backend)
                     for given in [(count, 0.0) for count in arguments.workers] + CORES_16
                 ]
+            rows += [
+                fed(Path(folder), arguments.num_images, decode, count)
+                for count in arguments.feeders
+            ]
     for row in [{key: key for key in ("part", "decode", "cpu_us", "images_per_s")}, *rows]:
         print(
             f"{row['part']:>36}{row['decode']:>8}{row['cpu_us']!s:>10}"

@@ -144,14 +144,14 @@ def test_the_precisions_are_compared_in_one_run() -> None:
 
 
 def test_the_overhead_of_each_step_and_of_the_whole_is_measured() -> None:
-    printed = run("overhead", "--num-images", "128", "--workers", "1", "3")
+    printed = run("overhead", "--num-images", "256", "--workers", "1", "3", "--feeders", "2")
     rows = json.loads(printed.splitlines()[-1])["rows"]
     assert [row["part"] for row in rows if row["decode"] == "exact"] == [
         *("read", "decode", "rank", "encode"),
         *("whole, 1 threads", "whole, 3 threads"),
         *("whole, 16 threads of 2.5 ms", "whole, 16 threads of 1.0 ms"),
         *("whole, 1 processes", "whole, 3 processes"),
-        *("whole, 16 processes of 2.5 ms", "whole, 16 processes of 1.0 ms"),
+        *("whole, 16 processes of 2.5 ms", "whole, 16 processes of 1.0 ms", "fed by 2"),
     ]
     assert all(row["cpu_us"] > 0 for row in rows)
 
