@@ -9,12 +9,14 @@ import os
 import queue
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -46,6 +48,10 @@ NUM_THREADS = 1024
 EXPENDABLE = 600
 """Where memory runs out, they are to go before this process, and after those that decode."""
 END_S = 5.0
+"""Seconds that a process may take to end."""
+BEAT_S = 1.0
+BUSY_SHARE = 0.05
+"""Of a core, while it opens its sessions: then it does not hang."""
 _HELD = (*SIGNALS, signal.SIGUSR1)
 _Packed = tuple[Failure | tuple[tuple[int, float], ...], tuple[str, ...]]
 """An outcome, a prediction as index and score; and warnings."""
@@ -158,7 +164,8 @@ class _Feeder:
         self._is_first = number == 0
         self._is_open = False
         self._reporter = reporter
-        self._device = share.plan.task.job.provider.devices
+        devices = share.plan.task.job.provider.devices
+        self._name = f"the process of GPU {', '.join(map(str, devices or ()))}"
         self._sent: deque[list[ImageRef]] = deque()
         self.num_ahead = 1
         self.cpu_s = 0.0
@@ -211,9 +218,10 @@ class _Feeder:
         return None
 
     def close(self) -> None:
-        """End it."""
+        """End it; one that is stuck in the kernel is left behind."""
         self._process.kill()
-        self._process.wait(END_S)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_S)
         self._connection.close()
 
     def _send(self, what: object) -> None:
@@ -241,11 +249,14 @@ class _Feeder:
         elif word == "error":
             raise what
         else:
-            raise RuntimeError(f"in the process of GPU {self._device}:\n{what}")
+            raise RuntimeError(f"in {self._name}:\n{what}")
 
     def _raise_end(self) -> NoReturn:
-        how = how_it_ended(self._process.wait())
-        raise DeviceLost(f"the process of GPU {self._device} ended: {how}") from None
+        try:
+            how = how_it_ended(self._process.wait(END_S))
+        except subprocess.TimeoutExpired:
+            how = "it says nothing more"
+        raise DeviceLost(f"{self._name} ended: {how}") from None
 
 
 # ---- in the process ------------------------------------------------------------------------------
@@ -271,7 +282,7 @@ def _serve(share: Share, connection: Connection, channel: "_Channel") -> None:
     plan, task = share.plan, share.plan.task
     sample = Sample(task.job, plan.loader, share.sample, channel.watch)
     wanted = Wanted(task.job, task.model, plan.batch_size, sample, channel.log, share.used)
-    with explained(task, plan.batch_size):
+    with explained(task, plan.batch_size), _beating(channel):
         opened = open_devices(wanted, settle_provider(task.job, channel.log))
     num_streams = len(opened.classifiers)
     # One more than there is memory for: so nobody waits here for refs while a batch is unfinished.
@@ -284,6 +295,28 @@ def _serve(share: Share, connection: Connection, channel: "_Channel") -> None:
         for records in flow:
             if records is not None:
                 channel.say("records", (_packed(records), stats.taken(), stats.cpu_seconds()))
+
+
+@contextmanager
+def _beating(channel: "_Channel") -> Iterator[None]:
+    """Within, tell that all is well as long as this process computes: the parent does not."""
+    is_over = threading.Event()
+
+    def beat() -> None:
+        before_s = cpu_seconds()
+        while not is_over.wait(BEAT_S):
+            now_s = cpu_seconds()
+            if now_s - before_s > BUSY_SHARE * BEAT_S:
+                channel.beat()
+            before_s = now_s
+
+    beating = threading.Thread(target=beat, name="beat")
+    beating.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        beating.join()
 
 
 def _refs(connection: Connection) -> Iterator[ImageRef]:
