@@ -313,6 +313,8 @@ def decoded(bench: Bench, mode: DecodeMode, backend: DecodeBackend) -> Row:
 
 START_S = 12.0
 """Of a run's share, for its start and end."""
+LEAST_EFFICIENCY = 0.6
+"""What a run must reach to end within its share."""
 
 
 def end_to_end(bench: Bench) -> Rows:
@@ -331,7 +333,7 @@ def run_whole(bench: Bench, name: str, mode: str, num_left: int) -> Row:
     share_s = (bench.ends_at - time.monotonic()) / num_left
     size, inferred, decoded = limits(bench.arguments.out, model, name, mode)
     limit = min(inferred, decoded)
-    num_images = int(max(1_000, limit * (share_s - START_S)))
+    num_images = int(max(1_000, LEAST_EFFICIENCY * limit * (share_s - START_S)))
     num_images = min(num_images, bench.arguments.num_images)
     job = bench.job_file(
         model,
