@@ -187,10 +187,10 @@ def _slower_decoding(outside_s: float) -> Iterator[None]:
 def fed(folder: Path, num_images: int, decode: DecodeMode, num_feeders: int) -> dict[str, Any]:
     """CPU microseconds per image of the parent of some feeding processes, each with its model.
 
-    That of this machine's CPU in the place of GPUs, small as it is; each decodes in one thread.
+    That of this machine's CPU in the place of GPUs, small as it is; each decodes in one process.
     """
     job, model = prepare(folder, num_images, decode)
-    loader = job.loader.model_copy(update={"workers": 1, "backend": "threads"})
+    loader = job.loader.model_copy(update={"workers": 1, "backend": "processes"})
     runtime = job.runtime.model_copy(update={"streams": 1, "threads": 1, "part": BATCH_SIZE})
     job = job.model_copy(update={"loader": loader, "runtime": runtime})
     source = source_of(job)
