@@ -7,7 +7,7 @@ import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,8 @@ from batchclf.results.run_record import (
 from batchclf.system.machine import boot_id
 from tests.results.common import a_record
 
-KEYS = {one.name: one for one in fields(RunRecord)}
+KEYS = {one.name: one for one in fields(RunRecord) if one.default is MISSING}
+"""Those that must be there."""
 STOPPED = Interrupted(signal.SIGTERM, "run it again")
 
 

@@ -53,7 +53,6 @@ def _import_pipeline() -> str | None:
 
     Nothing is printed: the parent may find the reason by itself, and can say it better.
     """
-    gc.disable()  # nothing that is imported is garbage, and looking for it costs some 20 ms
     try:
         import batchclf.run.job  # noqa: F401
     except Exception:  # noqa: BLE001 - the parent tells of it
