@@ -12,6 +12,7 @@ SAME_EVERYWHERE = (
     *("tests/test_quality.py", "tests/test_house.py", "tests/test_security.py"),
     *("tests/test_library.py", "tests/test_without_torch.py", "tests/test_own_model.py"),
     "tests/test_forms.py",
+    "tests/gpu_standin",
     *("tests/run/test_bottleneck.py", "tests/run/test_wiring.py", "tests/run/test_durability.py"),
     "tests/run/test_resume.py",
     *("tests/run/test_shards.py", "tests/run/test_limits.py", "tests/run/test_changed_output.py"),
@@ -21,8 +22,9 @@ SAME_EVERYWHERE = (
     *("tests/run/test_resampler.py", "tests/test_wheel.py"),
 )
 """What the flavour has no part in: tested in the cpu environment only."""
-WITHOUT_GPU = ("tests/sessions/test_refusals.py", "tests/runtime")
-"""What onnxruntime-gpu has to do where there is no GPU: refuse, and say why."""
+WITHOUT_GPU = ("tests/sessions/test_refusals.py", "tests/runtime", "tests/gpu_standin")
+"""What onnxruntime-gpu has to do where there is no GPU: refuse, and say why, and all that can be
+seen on a stand-in for one."""
 
 
 @nox.session
@@ -40,7 +42,7 @@ def openvino(session: nox.Session) -> None:
 
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """The refusals of onnxruntime-gpu on a machine without a GPU; they need no torch."""
+    """What onnxruntime-gpu does on a machine without a GPU; it needs no torch."""
     _test(session, "gpu,test", *WITHOUT_GPU)
 
 

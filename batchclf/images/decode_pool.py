@@ -67,7 +67,7 @@ def open_decoding(
             f"{math.prod(memory.batch_shape):,} bytes cannot be started: {error}; choose a smaller "
             "batch_size or loader.workers, or loader.backend: threads"
         ) from error
-    with closing(processes):
+    with closing(processes), memory.host.lock(processes.memory):
         yield processes.decoding
 
 
@@ -101,6 +101,11 @@ class DecodeProcesses:
             raise
         # So many that twice as many messages as processes can be under way.
         self._num_rows = max(1, min(MAX_ROWS, num_rows // (2 * workers.num)))
+
+    @property
+    def memory(self) -> Pixels:
+        """All that they share."""
+        return self._shared.pixels_NHWC
 
     @property
     def decoding(self) -> Decoding:

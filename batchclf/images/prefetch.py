@@ -10,6 +10,7 @@ Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB).
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import starmap
 from types import TracebackType
@@ -21,6 +22,8 @@ from batchclf.results.records import Batch, ImageRef, Loaded, Pixels
 
 Allocate = Callable[[Sequence[int]], Pixels]
 """Makes the zeroed memory of one batch, uint8 of the given shape NHWC."""
+Lock = Callable[[Pixels], AbstractContextManager[object]]
+"""Prepares memory that processes share for the device, as long as its block lasts."""
 Load = Callable[[ImageRef, Pixels], Loaded]
 """Reads one image into one slot (uint8, shape HWC); a bad image is a returned failure."""
 LoadRows = Callable[[Sequence[ImageRef], Pixels], Sequence[Loaded]]
@@ -33,17 +36,25 @@ def zeroed_pixels(shape: Sequence[int]) -> Pixels:
 
 
 @dataclass(frozen=True, slots=True)
+class HostMemory:
+    """How memory for pixels is had, as the device that takes them likes it best."""
+
+    allocate: Allocate = zeroed_pixels
+    lock: Lock = nullcontext
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
-    """The memory for pixels: so many batches of one shape, and how each is made."""
+    """The memory for pixels: so many batches of one shape, and how it is had."""
 
     num_batches: int
     batch_shape: tuple[int, int, int, int]
     """NHWC."""
-    allocate: Allocate = zeroed_pixels
+    host: HostMemory = HostMemory()
 
     def batches(self) -> list[Pixels]:
         """The batches, allocated now."""
-        return [self.allocate(self.batch_shape) for _ in range(self.num_batches)]
+        return [self.host.allocate(self.batch_shape) for _ in range(self.num_batches)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,7 +144,7 @@ def _prefetched(work: Work, refs: Iterator[ImageRef]) -> Iterator[tuple[Decoding
     plan, task = work.plan, work.plan.task
     num_batches = num_batches_of(task.job, len(work.opened.classifiers))
     batch_shape = (plan.batch_size, *task.model.preprocess.crop, 3)
-    memory = Memory(num_batches, batch_shape, work.opened.allocate)
+    memory = Memory(num_batches, batch_shape, work.opened.memory)
     loader, watch = plan.loader, work.reporter.watch
 
     def hand_over(

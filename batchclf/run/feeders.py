@@ -24,7 +24,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple, NoReturn
 
 from batchclf.errors import BatchclfError, DeviceLost, EnvironmentFailed
-from batchclf.images.prefetch import zeroed_pixels
+from batchclf.images.prefetch import HostMemory
 from batchclf.results.records import Failure, ImageRef, Prediction, Record
 from batchclf.results.stats import StatsCollector
 from batchclf.run.blame import explained
@@ -287,7 +287,7 @@ def _serve(share: Share, connection: Connection, channel: "_Channel") -> None:
     num_streams = len(opened.classifiers)
     # One more than there is memory for: so nobody waits here for refs while a batch is unfinished.
     num_ahead = num_batches_of(task.job, num_streams) + 1
-    told = replace(opened, classifiers=(), allocate=zeroed_pixels)
+    told = replace(opened, classifiers=(), memory=HostMemory())
     channel.say("opened", (told, num_streams, num_ahead))
     stats = _Times()
     work = Work(plan, opened, stats, channel, StopRequest())

@@ -3,6 +3,7 @@
 Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 """
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from batchclf.runtime.sessions import (
 
 Classifier = Callable[[Pixels], Scores]
 """uint8 pixels of shape NHWC to float32 scores of shape NK; may be called from several threads."""
+Copy = Callable[[int, int, int], object]
+"""Copies to an address, from an address, so many bytes; one of them may be in a device's memory."""
 
 
 class OnnxClassifier:
@@ -49,8 +52,9 @@ class BoundClassifier(OnnxClassifier):
     """A classifier whose pixels go to one fixed place in the device's memory, for one caller.
 
     Binding spares ONNX Runtime an allocation and a staging copy per batch. Two of these, called
-    from two threads, overlap one batch's copy with the other's computation. That place has one
-    shape: where memory does not suffice for it, the job goes on with half in a new session.
+    from two threads, overlap one batch's copy with the other's computation, and other threads run
+    meanwhile. That place has one shape: where memory does not suffice for it, the job goes on with
+    half in a new session. Scores come from one fixed place as well, as CUDA graphs need.
     """
 
     takes_any_batch = False
@@ -59,13 +63,16 @@ class BoundClassifier(OnnxClassifier):
         self,
         session: ort.InferenceSession,
         active: ActiveProvider,
-        device: str,
-        device_id: int,
+        place: tuple[str, int],
+        copy: Copy,
     ) -> None:
+        """`place`: kind and number of the device, as ONNX Runtime calls it."""
         super().__init__(session, active)
-        self._place = (device, device_id)
+        self._place = place
+        self._copy = copy
         self._binding = session.io_binding()
         self._pixels: ort.OrtValue | None = None
+        self._scores: ort.OrtValue | None = None
 
     def __call__(self, pixels_NHWC: Pixels) -> Scores:
         if self._pixels is None:
@@ -73,12 +80,20 @@ class BoundClassifier(OnnxClassifier):
                 pixels_NHWC.shape, pixels_NHWC.dtype, *self._place
             )
             self._binding.bind_output(self._output, *self._place)
-        self._pixels.update_inplace(pixels_NHWC)
+        pixels_NHWC = np.ascontiguousarray(pixels_NHWC)
+        if pixels_NHWC.shape != tuple(self._pixels.shape()):
+            raise ValueError(f"{pixels_NHWC.shape} pixels in the place of {self._pixels.shape()}")
+        self._copy(self._pixels.data_ptr(), pixels_NHWC.ctypes.data, pixels_NHWC.nbytes)
         # Where a node on the CPU takes the pixels, binding copies them: so for every batch.
         self._binding.bind_ortvalue_input(self._input, self._pixels)
         self._session.run_with_iobinding(self._binding)
-        (scores_NK,) = self._binding.copy_outputs_to_cpu()
-        return np.array(scores_NK, np.float32)
+        if self._scores is None:
+            (self._scores,) = self._binding.get_outputs()
+            assert self._scores.data_type() == "tensor(float)", "so bundles have it"
+            self._binding.bind_ortvalue_output(self._output, self._scores)
+        scores_NK = np.empty(self._scores.shape(), np.float32)
+        self._copy(scores_NK.ctypes.data, self._scores.data_ptr(), scores_NK.nbytes)
+        return scores_NK
 
 
 def open_classifier(
@@ -99,14 +114,23 @@ def open_classifier(
         ProviderError: the session would run elsewhere than on the target.
         UsageError: an option that the provider does not know.
     """
+    on_cuda = target.provider.name == "cuda"
+    is_bound = on_cuda if bind is None else bind
+    if on_cuda and not is_bound:
+        from batchclf.runtime.cuda import refuse_graph
+
+        refuse_graph(target.options)
     session, active = open_session(
         model, target, batch_size=batch_size, compile_cache=compile_cache
     )
-    on_cuda = target.provider.name == "cuda"
-    if on_cuda if bind is None else bind:
-        place = ("cuda", target.device_id) if on_cuda else ("cpu", 0)
-        return BoundClassifier(session, active, *place)
-    return OnnxClassifier(session, active)
+    if not is_bound:
+        return OnnxClassifier(session, active)
+    if not on_cuda:
+        return BoundClassifier(session, active, ("cpu", 0), ctypes.memmove)
+    from batchclf.runtime.cuda import Copies
+
+    place = ("cuda", target.device_id)
+    return BoundClassifier(session, active, place, Copies(target.device_id))
 
 
 def warm_up(classify: OnnxClassifier, pixels_NHWC: Pixels) -> Scores:

@@ -1,42 +1,39 @@
-"""NVIDIA GPUs: how the CUDA execution provider is set up, and why it does not run.
+"""NVIDIA GPUs: options of the CUDA execution provider, and memory that GPUs copy from and to.
 
-ONNX Runtime answers a missing driver or library with a log line and a session on the CPU. The
-causes are looked up here, at the driver and the loader themselves, in the order in which they
-have to be mended. Driver functions and error codes are those of the CUDA driver API
-(https://docs.nvidia.com/cuda/cuda-driver-api).
+Memory is had, and copied, by the CUDA runtime that ONNX Runtime has loaded (CUDA Runtime API,
+https://docs.nvidia.com/cuda/cuda-runtime-api). Its functions are called through ctypes, which lets
+other Python threads run meanwhile; ONNX Runtime's own copies hold them all up.
 """
 
-import contextlib
 import ctypes
 import functools
-import importlib.metadata
-import io
 import math
-import os
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from onnxruntime.capi import build_and_package_info
 
-from batchclf.errors import EnvironmentFailed, ProviderError, UsageError
+from batchclf.errors import EnvironmentFailed, UsageError
 from batchclf.results.records import Pixels, Precision
 
-_NO_DEVICE = 100
-_HOST_ALLOC_PORTABLE = 1
-_INSTALL = "pip install 'batchclf[gpu]'"
+_TENSOR_CORES = "use_tf32"
+_GRAPH = "enable_cuda_graph"
 _DEFAULTS = {
     # One shape only, so the arena need not grow in powers of two.
     "arena_extend_strategy": "kSameAsRequested",
     "cudnn_conv_algo_search": "HEURISTIC",
     "cudnn_conv_use_max_workspace": "1",
     "do_copy_in_default_stream": "1",
-    # TF32 keeps 10 bits of fp32's 23; whoever wants it asks for it.
-    "use_tf32": "0",
 }
+_PORTABLE = 1
+"""Flag of page-locked memory: for all GPUs of the process."""
+_NON_BLOCKING = 1
+"""Flag of a stream: it does not wait for the default stream."""
+_EITHER_WAY = 4
+"""Kind of a copy: its direction is that of the two addresses."""
 
 
 def provider_options(device: int, precision: Precision, user: Mapping[str, str]) -> dict[str, str]:
@@ -52,110 +49,84 @@ def provider_options(device: int, precision: Precision, user: Mapping[str, str])
     ours = {**_DEFAULTS, "device_id": str(device)}
     if precision == "fp16":
         ours["prefer_nhwc"] = "1"  # the layout of the tensor cores' convolutions
+        # Without it, convolutions of any precision are kept off the tensor cores.
+        ours[_TENSOR_CORES] = "1"
+    else:
+        # TF32 keeps 10 bits of fp32's 23; whoever wants it asks for it.
+        ours[_TENSOR_CORES] = "0"
     return {**ours, **user}
 
 
-def device_name(device: int) -> str:
-    """Number and name of a GPU, such as `0: NVIDIA H100 80GB HBM3`."""
-    driver = _driver()
-    handle = ctypes.c_int()
-    name = ctypes.create_string_buffer(256)
-    if driver.cuDeviceGet(ctypes.byref(handle), device) or driver.cuDeviceGetName(
-        name, len(name), handle
-    ):
-        raise ProviderError(f"provider cuda: the driver does not tell the name of GPU {device}")
-    return f"{device}: {name.value.decode(errors='replace')}"
+def cuda_major() -> int:
+    """Of the CUDA that the installed onnxruntime-gpu was built for."""
+    return int(str(build_and_package_info.cuda_version).partition(".")[0])
 
 
-def require_cuda(devices: Sequence[int]) -> None:
-    """Refuse what the CUDA execution provider cannot run on, and load its libraries.
+def idle_tensor_cores(options: Mapping[str, str], precision: Precision) -> str | None:
+    """What a session with these options loses by leaving the tensor cores unused; None: nothing."""
+    if _is_on(options, _TENSOR_CORES):
+        return None
+    if precision == "fp32":
+        return (
+            "fp32 leaves the tensor cores unused; precision: fp16 uses them, and so does "
+            f"options: {{{_TENSOR_CORES}: 1}}, with 10 bits of 23"
+        )
+    return (
+        f"options: {{{_TENSOR_CORES}: {options[_TENSOR_CORES]}}} leaves the tensor cores unused at "
+        f"{precision} as well; without it they are used"
+    )
+
+
+def refuse_graph(options: Mapping[str, str]) -> None:
+    """Refuse a CUDA graph for a session whose pixels are not bound to one place.
 
     Raises:
-        ProviderError: no driver, no GPU, a driver or libraries of another CUDA, a missing
-            library, or a device number that is not there; with what mends it.
+        UsageError: the option is on.
     """
-    _require_devices(devices)
-    # Prints what it does not find, on stdout; what matters of it is found again below.
-    with contextlib.redirect_stdout(io.StringIO()):
-        ort.preload_dlls()
-    provider = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
-    # cuDNN is not among the needed libraries, but convolutions are slow or on the CPU without it.
-    for library in (str(provider), "libcudnn.so.9"):
-        if problem := _load_problem(library):
-            raise ProviderError(f"provider cuda: {problem}")
-
-
-def _require_devices(devices: Sequence[int]) -> None:
-    driver = _driver()
-    version = ctypes.c_int()
-    if code := driver.cuDriverGetVersion(ctypes.byref(version)):
-        raise ProviderError(f"provider cuda: the NVIDIA driver does not answer (error {code})")
-    needed = str(build_and_package_info.cuda_version).partition(".")[0]
-    has = f"{version.value // 1000}.{version.value % 1000 // 10}"
-    if version.value // 1000 < int(needed):
-        raise ProviderError(
-            f"provider cuda: the NVIDIA driver is for CUDA {has}, and onnxruntime-gpu "
-            f"{ort.__version__} needs CUDA {needed}: update the driver, or take a version for "
-            "CUDA 12: pip install 'onnxruntime-gpu[cuda,cudnn]<1.27'"
-        )
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    hint = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
-    code = driver.cuInit(0)
-    if code == _NO_DEVICE:
-        remedy = "see what `nvidia-smi` lists; in a container, run with `docker run --gpus all`"
-        if visible is not None:
-            remedy = "unset CUDA_VISIBLE_DEVICES, or name GPUs that `nvidia-smi` lists"
-        raise ProviderError(
-            f"provider cuda: the NVIDIA driver (CUDA {has}) finds no GPU{hint}: {remedy}"
-        )
-    if code:
-        raise ProviderError(
-            f"provider cuda: the NVIDIA driver (CUDA {has}) does not start (error {code} of "
-            f"cuInit){hint}: see what `nvidia-smi` says"
-        )
-    count = ctypes.c_int()
-    driver.cuDeviceGetCount(ctypes.byref(count))
-    if absent := [device for device in devices if device >= count.value]:
-        raise ProviderError(
-            f"provider cuda: GPU {', '.join(map(str, absent))} is not there; provider.devices "
-            f"counts from 0, and the driver finds {count.value}{hint}"
+    if _is_on(options, _GRAPH):
+        raise UsageError(
+            f"provider.options.{_GRAPH}: found {options[_GRAPH]}; a CUDA graph reads its pixels "
+            "from one place, and this session takes them from anywhere: leave it out"
         )
 
 
-@functools.cache
-def _driver() -> Any:
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise ProviderError(
-            f"provider cuda: no NVIDIA driver here ({error}). Install the driver for your GPU; "
-            "in a container, install the NVIDIA container toolkit on the host and run with "
-            "`docker run --gpus all`"
-        ) from None
+def _is_on(options: Mapping[str, str], name: str) -> bool:
+    """Whether an option of yes or no is set, as ONNX Runtime reads it."""
+    return options.get(name, "0").lower() in ("1", "true")
 
 
-def _load_problem(library: str) -> str | None:
-    """Why a library cannot be loaded, and what installs what it lacks; None: it can."""
-    try:
-        ctypes.CDLL(library)
-    except OSError as error:
-        missing = re.match(r"(lib\w+\.so[.\d]*): cannot open", str(error))
-        name = missing[1] if missing else Path(library).name
-        needed = str(build_and_package_info.cuda_version).partition(".")[0]
-        others = sorted(
-            name
-            for name in {one.metadata["Name"] or "" for one in importlib.metadata.distributions()}
-            if re.fullmatch(r"nvidia-.*-cu\d+", name) and not name.endswith(f"-cu{needed}")
-        )
-        wrong = f"; {', '.join(others)} are for another CUDA" if others else ""
-        return (
-            f"{name} cannot be loaded ({error}){wrong}. onnxruntime-gpu {ort.__version__} needs "
-            f"CUDA {needed} and cuDNN 9: {_INSTALL}"
-        )
-    return None
+# ---- memory and copies ---------------------------------------------------------------------------
 
 
-# ---- pinned memory -------------------------------------------------------------------------------
+class Copies:
+    """Copies to and from one GPU, one after the other, in a stream of their own."""
+
+    def __init__(self, device: int) -> None:
+        """Raises RuntimeError, as ONNX Runtime does, where CUDA fails."""
+        self._device = device
+        self._stream = ctypes.c_void_p()
+        runtime = _cudart()
+        self._call("cudaStreamCreateWithFlags", ctypes.byref(self._stream), _NON_BLOCKING)
+        weakref.finalize(self, runtime.cudaStreamDestroy, self._stream).atexit = False
+
+    def __call__(self, target: int, source: int, num_bytes: int) -> None:
+        """Copy between two addresses; it is done when this returns.
+
+        Raises:
+            RuntimeError: CUDA fails, be it that something failed before.
+        """
+        size = ctypes.c_size_t(num_bytes)
+        addresses = ctypes.c_void_p(target), ctypes.c_void_p(source)
+        self._call("cudaMemcpyAsync", *addresses, size, _EITHER_WAY, self._stream)
+        self._call("cudaStreamSynchronize", self._stream)
+
+    def _call(self, name: str, *arguments: object) -> None:
+        runtime = _cudart()
+        code = runtime.cudaSetDevice(self._device) or getattr(runtime, name)(*arguments)
+        if code:
+            raise RuntimeError(
+                f"CUDA failure {code}: {_description(code)} ; GPU={self._device} ; {name}"
+            )
 
 
 def pinned_pixels(shape: Sequence[int], device: int) -> Pixels:
@@ -170,8 +141,8 @@ def pinned_pixels(shape: Sequence[int], device: int) -> Pixels:
     """
     num_bytes = math.prod(shape)
     pointer = ctypes.c_void_p()
-    code = _cudart().cudaSetDevice(ctypes.c_int(device)) or _cudart().cudaHostAlloc(
-        ctypes.byref(pointer), ctypes.c_size_t(num_bytes), ctypes.c_uint(_HOST_ALLOC_PORTABLE)
+    code = _cudart().cudaSetDevice(device) or _cudart().cudaHostAlloc(
+        ctypes.byref(pointer), ctypes.c_size_t(num_bytes), _PORTABLE
     )
     if code:
         raise EnvironmentFailed(
@@ -184,7 +155,38 @@ def pinned_pixels(shape: Sequence[int], device: int) -> Pixels:
     return pixels
 
 
+@contextmanager
+def page_locked(pixels: Pixels, device: int, log: Callable[[str], None]) -> Iterator[None]:
+    """Have the pages of an array, which must begin with one, locked in memory during the block.
+
+    Where that is refused, they are copied by a detour, and `log` is told.
+    """
+    runtime = _cudart()
+    address = ctypes.c_void_p(pixels.ctypes.data)
+    code = runtime.cudaSetDevice(device) or runtime.cudaHostRegister(
+        address, ctypes.c_size_t(pixels.nbytes), _PORTABLE
+    )
+    if code:
+        runtime.cudaGetLastError()  # else whoever asks next takes this error for its own
+        log(
+            f"the {pixels.nbytes / 1e6:,.0f} MB that decoding processes share cannot be "
+            f"page-locked (error {code} of cudaHostRegister: {_description(code)}): copies to the "
+            "GPU take a detour; loader.backend: threads has memory that needs none"
+        )
+    try:
+        yield
+    finally:
+        if not code:
+            runtime.cudaHostUnregister(address)
+
+
+def _description(code: int) -> str:
+    text: bytes = _cudart().cudaGetErrorString(code)
+    return text.decode(errors="replace")
+
+
 @functools.cache
 def _cudart() -> Any:
-    major = str(build_and_package_info.cuda_version).partition(".")[0]
-    return ctypes.CDLL(f"libcudart.so.{major}")  # loaded already, with the provider
+    runtime = ctypes.CDLL(f"libcudart.so.{cuda_major()}")  # loaded already, with the provider
+    runtime.cudaGetErrorString.restype = ctypes.c_char_p
+    return runtime

@@ -24,7 +24,7 @@ def require_working(targets: Sequence[Target]) -> None:
         UsageError: an option that the provider does not know.
     """
     if targets[0].provider.name == "cuda":
-        from batchclf.runtime.cuda import require_cuda
+        from batchclf.runtime.cuda_machine import require_cuda
 
         require_cuda([target.device_id for target in targets])
     model = resources.files("batchclf.runtime").joinpath("probe.onnx")

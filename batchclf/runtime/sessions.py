@@ -195,9 +195,9 @@ def _provider_options(target: Target, compile_cache: Path | None) -> dict[str, s
 
 def _device(target: Target) -> str:
     if target.provider.name == "cuda":
-        from batchclf.runtime import cuda
+        from batchclf.runtime.cuda_machine import device_name
 
-        return cuda.device_name(target.device_id)
+        return device_name(target.device_id)
     return target.device_type if target.provider.name == "openvino" else "CPU"
 
 

@@ -8,13 +8,13 @@ from operator import attrgetter
 from pathlib import Path
 
 from batchclf.errors import ProviderError, UsageError
-from batchclf.images.prefetch import Allocate, zeroed_pixels
+from batchclf.images.prefetch import HostMemory
 from batchclf.models.bundle import Bundle, cache_folder, digest_of, private_folder
 from batchclf.models.checks import sample_pixels, tiled
 from batchclf.models.golden import check_golden
 from batchclf.models.resolve import Log, ResolvedModel, confirm_batch_size
 from batchclf.models.variants import Conversion, needed_variant, resolve_variant
-from batchclf.results.records import ActiveProvider, Part, Pixels, Precision, PrecisionCheck
+from batchclf.results.records import ActiveProvider, Part, Precision, PrecisionCheck
 from batchclf.runtime.classifier import (
     OnnxClassifier,
     open_classifier,
@@ -58,8 +58,8 @@ class Opened:
     provider: ActiveProvider
     bundle: Bundle
     """The model at the job's precision."""
-    allocate: Allocate
-    """Makes the batches' memory, as the device likes it best."""
+    memory: HostMemory
+    """What the batches lie in, as the device likes it best."""
     precision_check: PrecisionCheck | None
     """Of the device that agrees least; None at fp32."""
 
@@ -170,6 +170,7 @@ def _open(wanted: Wanted, spec: ProviderSpec) -> Opened:
     for target in targets(spec, job):
         opened, part = open_in_parts(wanted, bundle, target)
         _log_cpu_nodes(opened[0].active, wanted.log)
+        _log_idle_units(target, opened[0].active, wanted.log)
         if _rounding(target) != "fp32":
             found = _check_precision(wanted, bundle, target, opened[0], part)
             check = found if check is None else min(check, found, key=attrgetter("top1_agreement"))
@@ -180,7 +181,9 @@ def _open(wanted: Wanted, spec: ProviderSpec) -> Opened:
         part,
         replace(classifiers[0].active, device=", ".join(devices)),
         bundle,
-        allocate=partial(_pinned, spec.devices or (0,)) if spec.name == "cuda" else zeroed_pixels,
+        _page_locked((spec.devices or (0,))[0], wanted.log)
+        if spec.name == "cuda"
+        else HostMemory(),
         precision_check=check,
     )
 
@@ -206,6 +209,14 @@ def _log_cpu_nodes(active: ActiveProvider, log: Log) -> None:
     elif active.cpu_nodes:
         some = ", ".join(active.cpu_nodes[:5])
         log(f"provider {active.requested}: shapes are computed on the CPU: {some}")
+
+
+def _log_idle_units(target: Target, active: ActiveProvider, log: Log) -> None:
+    if target.provider.name == "cuda":
+        from batchclf.runtime.cuda import idle_tensor_cores
+
+        if (loss := idle_tensor_cores(active.options, target.precision)) is not None:
+            log(f"provider cuda: {loss}")
 
 
 def open_in_parts(wanted: Wanted, bundle: Bundle, target: Target) -> tuple[list[InParts], Part]:
@@ -404,7 +415,9 @@ def _speed(
     return found.times
 
 
-def _pinned(devices: Sequence[int], shape: Sequence[int]) -> Pixels:
-    from batchclf.runtime.cuda import pinned_pixels
+def _page_locked(device: int, log: Log) -> HostMemory:
+    from batchclf.runtime.cuda import page_locked, pinned_pixels
 
-    return pinned_pixels(shape, devices[0])
+    return HostMemory(
+        partial(pinned_pixels, device=device), partial(page_locked, device=device, log=log)
+    )

@@ -203,7 +203,7 @@ def measure_inference(
     Raises:
         Exception: what a classifier raised.
     """
-    batch_NHWC = opened.allocate((batch_size, *pixels_NHWC.shape[1:]))
+    batch_NHWC = opened.memory.allocate((batch_size, *pixels_NHWC.shape[1:]))
     np.take(pixels_NHWC, range(batch_size), axis=0, mode="wrap", out=batch_NHWC)
     return measure_throughput(
         opened.classifiers, batch_NHWC, num_warm_up=1, min_calls=1, budget_s=seconds

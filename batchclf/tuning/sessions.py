@@ -94,8 +94,8 @@ class Sessions:
         if opened.provider.active != PROVIDERS[self._spec.name].execution_provider:
             self._spec = ProviderSpec(name="cpu")
         if opened.provider.active == PROVIDERS["cuda"].execution_provider:
-            self._batches = self._batches or _Reused(opened.allocate)
-            opened = replace(opened, allocate=self._batches)
+            self._batches = self._batches or _Reused(opened.memory.allocate)
+            opened = replace(opened, memory=replace(opened.memory, allocate=self._batches))
         self._proven[session.precision] = replace(opened, classifiers=())
         return opened
 

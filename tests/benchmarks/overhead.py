@@ -31,7 +31,7 @@ import batchclf.run.classify
 from batchclf.images.decode import Decoder
 from batchclf.images.decode_pool import open_decoding
 from batchclf.images.local import MAX_FILE_BYTES
-from batchclf.images.prefetch import Decoding, Load, zeroed_pixels
+from batchclf.images.prefetch import Decoding, HostMemory, Load, zeroed_pixels
 from batchclf.images.source import source_of
 from batchclf.images.store import open_store
 from batchclf.models.resolve import ResolvedModel, resolve_model
@@ -140,7 +140,7 @@ def whole(
     files = RunFiles(Path(tempfile.mkdtemp(dir=folder)))
     null, part = cast(InParts, NullModel()), Part(BATCH_SIZE, "whole")
     provider = ActiveProvider("cpu", "cpu", "CPU")
-    opened = Opened([null], part, provider, model.bundle, zeroed_pixels, None)
+    opened = Opened([null], part, provider, model.bundle, HostMemory(), None)
     stats = StatsCollector(cpu_seconds, peak_rss_mb)
     watch = _Stopwatch()
     refs = refs_of(open_store(source).entries())

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from batchclf.errors import UsageError
-from batchclf.runtime.cuda import _load_problem, provider_options
-from batchclf.runtime.providers import installed_flavours
+from batchclf.runtime.classifier import open_classifier
+from batchclf.runtime.cuda import provider_options
+from batchclf.runtime.cuda_machine import _load_problem
+from batchclf.runtime.providers import PROVIDERS, installed_flavours
+from batchclf.runtime.sessions import Target
 
 for_cuda = pytest.mark.skipif(
     "onnxruntime-gpu" not in installed_flavours(),
@@ -24,13 +27,22 @@ def test_the_gpu_is_told_by_its_number_and_computes_in_full_fp32() -> None:
     assert "prefer_nhwc" not in options
 
 
-def test_fp16_prefers_the_layout_of_the_tensor_cores() -> None:
-    assert provider_options(0, "fp16", {})["prefer_nhwc"] == "1"
+def test_fp16_is_let_onto_the_tensor_cores_and_prefers_their_layout() -> None:
+    options = provider_options(0, "fp16", {})
+    assert options["prefer_nhwc"] == "1"
+    assert options["use_tf32"] == "1"  # without it, no precision's convolutions run on them
 
 
 def test_an_option_of_the_users_goes_before_ours() -> None:
     user = {"use_tf32": "1", "prefer_nhwc": "0", "gpu_mem_limit": "1000000000"}
     assert provider_options(0, "fp16", user).items() >= user.items()
+
+
+@pytest.mark.parametrize("on", ["1", "true", "True"])
+def test_a_cuda_graph_is_refused_without_bound_pixels(on: str, tmp_path: Path) -> None:
+    target = Target(PROVIDERS["cuda"], options={"enable_cuda_graph": on})
+    with pytest.raises(UsageError, match=rf"enable_cuda_graph: found {on}; .*: leave it out"):
+        open_classifier(tmp_path / "unread.onnx", target, bind=False)
 
 
 def test_the_number_of_a_gpu_is_no_option() -> None:

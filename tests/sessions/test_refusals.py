@@ -2,19 +2,17 @@
 
 Each test needs one of ONNX Runtime's flavours and skips in an environment of another; `nox` runs
 them in an environment of each. The one thing that stands in for something else is the NVIDIA
-driver: a small library in C that answers as a driver in that state would.
+driver: a small library in C that answers as a driver in that state would (tests/gpu_standin).
 """
 
 import ctypes
 import ctypes.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
 import time
-import venv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,12 +25,11 @@ from onnx import TensorProto, helper, numpy_helper
 from batchclf.runtime.providers import installed_flavours
 from batchclf.system.machine import cpu_name_and_flags
 from tests.conftest import ROOT, Batchclf, command, write_job
+from tests.gpu_standin.machine import CUDA_PACKAGES, environment_without, made_driver
 from tests.tiny import write_tiny_job
 
 WITHIN_S = 10.0
 FLAVOURS = installed_flavours()
-CUDA_PACKAGES = ("nvidia", "cuda", "torch", "triton")
-"""How the names begin of all that brings CUDA's libraries into an environment."""
 CUDA_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -83,16 +80,6 @@ def refused(
     assert not (folder / "out").exists()
     assert not cache.exists()
     return message
-
-
-def environment_without(folder: Path, *packages: str) -> Path:
-    """An environment like this one, of links, but for packages whose names begin so: its python."""
-    venv.create(folder, with_pip=False)
-    (site_packages,) = folder.glob("lib/python*/site-packages")
-    for entry in Path(sysconfig.get_path("purelib")).iterdir():
-        if not entry.name.startswith(packages):
-            (site_packages / entry.name).symlink_to(entry)
-    return folder / "bin" / "python"
 
 
 # ---- the flavour ---------------------------------------------------------------------------------
@@ -155,23 +142,6 @@ def test_an_environment_without_onnxruntime_is_refused_with_what_to_install(
 
 # ---- cuda ----------------------------------------------------------------------------------------
 
-DRIVER = r"""
-#include <stdlib.h>
-#include <string.h>
-
-static int told(const char *name) {
-    const char *text = getenv(name);
-    return text ? atoi(text) : 0;
-}
-int cuInit(unsigned flags) { return told("DRIVER_INIT"); }
-int cuDriverGetVersion(int *version) { *version = told("DRIVER_VERSION"); return 0; }
-int cuDeviceGetCount(int *count) { *count = told("DRIVER_GPUS"); return 0; }
-int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
-int cuDeviceGetName(char *name, int size, int device) { strncpy(name, "none", size); return 0; }
-int cuTensorMapEncodeTiled(void) { return 801; } /* what ONNX Runtime links with */
-"""
-"""An NVIDIA driver as far as its state is asked for; it says what the environment tells it."""
-
 
 @pytest.fixture(scope="session")
 def cuda() -> int:
@@ -184,17 +154,8 @@ def cuda() -> int:
 @pytest.fixture(scope="session")
 def driver(cuda: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment in which a driver is found: for this ONNX Runtime's CUDA, and with a GPU."""
-    compiler = shutil.which("cc") or pytest.skip("needs a C compiler: apt install gcc")
-    folder = tmp_path_factory.mktemp("driver")
-    source = folder / "driver.c"
-    source.write_text(DRIVER)
-    library = folder / "libcuda.so.1"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
-    return {
-        "LD_LIBRARY_PATH": str(folder),
-        "DRIVER_VERSION": str(cuda * 1000),
-        "DRIVER_GPUS": "1",
-    }
+    driver = made_driver(tmp_path_factory.mktemp("machine") / "driver")
+    return {**driver, "STANDIN_DRIVER": str(cuda * 1000), "STANDIN_GPUS": "1"}
 
 
 def has_driver() -> bool:
@@ -226,22 +187,22 @@ def test_cuda_without_a_driver_is_refused_naming_the_driver_and_the_container_to
     ("state", "cause", "remedies"),
     [
         (
-            {"DRIVER_VERSION": "12040"},
+            {"STANDIN_DRIVER": "12040"},
             "driver is for CUDA 12.4, and onnxruntime-gpu {version} needs CUDA {cuda}:",
             ("update the driver", "pip install 'onnxruntime-gpu[cuda,cudnn]<1.27'"),
         ),
         (
-            {"DRIVER_INIT": "100"},
+            {"STANDIN_INIT": "100"},
             "driver (CUDA {cuda}.0) finds no GPU:",
             ("`nvidia-smi`", "`docker run --gpus all`"),
         ),
         (
-            {"DRIVER_INIT": "100", CUDA_VISIBLE: "7"},
+            {"STANDIN_INIT": "100", CUDA_VISIBLE: "7"},
             f"driver (CUDA {{cuda}}.0) finds no GPU ({CUDA_VISIBLE} is '7'):",
             (f"unset {CUDA_VISIBLE}", "`nvidia-smi`"),
         ),
         (
-            {"DRIVER_INIT": "803"},
+            {"STANDIN_INIT": "803"},
             "driver (CUDA {cuda}.0) does not start (error 803 of cuInit):",
             ("`nvidia-smi`",),
         ),

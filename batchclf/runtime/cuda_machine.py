@@ -1,0 +1,124 @@
+"""What the CUDA execution provider needs of this machine, and why it does not run.
+
+ONNX Runtime answers a missing driver or library with a log line and a session on the CPU. The
+causes are looked up here, at the driver and the loader themselves, in the order in which they
+have to be mended. Driver functions and error codes are those of the CUDA driver API
+(https://docs.nvidia.com/cuda/cuda-driver-api).
+"""
+
+import contextlib
+import ctypes
+import functools
+import importlib.metadata
+import io
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from batchclf.errors import ProviderError
+from batchclf.runtime.cuda import cuda_major
+
+_NO_DEVICE = 100
+_INSTALL = "pip install 'batchclf[gpu]'"
+
+
+def device_name(device: int) -> str:
+    """Number and name of a GPU, such as `0: NVIDIA H100 80GB HBM3`."""
+    driver = _driver()
+    handle = ctypes.c_int()
+    name = ctypes.create_string_buffer(256)
+    if driver.cuDeviceGet(ctypes.byref(handle), device) or driver.cuDeviceGetName(
+        name, len(name), handle
+    ):
+        raise ProviderError(f"provider cuda: the driver does not tell the name of GPU {device}")
+    return f"{device}: {name.value.decode(errors='replace')}"
+
+
+def require_cuda(devices: Sequence[int]) -> None:
+    """Refuse what the CUDA execution provider cannot run on, and load its libraries.
+
+    Raises:
+        ProviderError: no driver, no GPU, a driver or libraries of another CUDA, a missing
+            library, or a device number that is not there; with what mends it.
+    """
+    _require_devices(devices)
+    # Prints what it does not find, on stdout; what matters of it is found again below.
+    with contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
+    provider = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    # cuDNN is not among the needed libraries, but convolutions are slow or on the CPU without it.
+    for library in (str(provider), "libcudnn.so.9"):
+        if problem := _load_problem(library):
+            raise ProviderError(f"provider cuda: {problem}")
+
+
+def _require_devices(devices: Sequence[int]) -> None:
+    driver = _driver()
+    version = ctypes.c_int()
+    if code := driver.cuDriverGetVersion(ctypes.byref(version)):
+        raise ProviderError(f"provider cuda: the NVIDIA driver does not answer (error {code})")
+    has = f"{version.value // 1000}.{version.value % 1000 // 10}"
+    if version.value // 1000 < cuda_major():
+        raise ProviderError(
+            f"provider cuda: the NVIDIA driver is for CUDA {has}, and onnxruntime-gpu "
+            f"{ort.__version__} needs CUDA {cuda_major()}: update the driver, or take a version "
+            "for CUDA 12: pip install 'onnxruntime-gpu[cuda,cudnn]<1.27'"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hint = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
+    code = driver.cuInit(0)
+    if code == _NO_DEVICE:
+        remedy = "see what `nvidia-smi` lists; in a container, run with `docker run --gpus all`"
+        if visible is not None:
+            remedy = "unset CUDA_VISIBLE_DEVICES, or name GPUs that `nvidia-smi` lists"
+        raise ProviderError(
+            f"provider cuda: the NVIDIA driver (CUDA {has}) finds no GPU{hint}: {remedy}"
+        )
+    if code:
+        raise ProviderError(
+            f"provider cuda: the NVIDIA driver (CUDA {has}) does not start (error {code} of "
+            f"cuInit){hint}: see what `nvidia-smi` says"
+        )
+    count = ctypes.c_int()
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    if absent := [device for device in devices if device >= count.value]:
+        raise ProviderError(
+            f"provider cuda: GPU {', '.join(map(str, absent))} is not there; provider.devices "
+            f"counts from 0, and the driver finds {count.value}{hint}"
+        )
+
+
+@functools.cache
+def _driver() -> Any:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise ProviderError(
+            f"provider cuda: no NVIDIA driver here ({error}). Install the driver for your GPU; "
+            "in a container, install the NVIDIA container toolkit on the host and run with "
+            "`docker run --gpus all`"
+        ) from None
+
+
+def _load_problem(library: str) -> str | None:
+    """Why a library cannot be loaded, and what installs what it lacks; None: it can."""
+    try:
+        ctypes.CDLL(library)
+    except OSError as error:
+        missing = re.match(r"(lib\w+\.so[.\d]*): cannot open", str(error))
+        name = missing[1] if missing else Path(library).name
+        others = sorted(
+            name
+            for name in {one.metadata["Name"] or "" for one in importlib.metadata.distributions()}
+            if re.fullmatch(r"nvidia-.*-cu\d+", name) and not name.endswith(f"-cu{cuda_major()}")
+        )
+        wrong = f"; {', '.join(others)} are for another CUDA" if others else ""
+        return (
+            f"{name} cannot be loaded ({error}){wrong}. onnxruntime-gpu {ort.__version__} needs "
+            f"CUDA {cuda_major()} and cuDNN 9: {_INSTALL}"
+        )
+    return None

@@ -1,0 +1,69 @@
+"""`python -m tests.gpu_standin.tries NAME ARGUMENTS`: tried on the machine, told as JSON."""
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from batchclf.runtime.classifier import OnnxClassifier, open_classifier
+from batchclf.runtime.cuda_machine import require_cuda
+from batchclf.runtime.providers import PROVIDERS
+from batchclf.runtime.sessions import Target
+
+TICK_S = 0.0005
+
+
+def opened(model: str, **target: Any) -> OnnxClassifier:
+    require_cuda([target.get("device_id", 0)])
+    return open_classifier(Path(model), Target(PROVIDERS["cuda"], **target))
+
+
+def engines(model: str, precision: str, options: str) -> object:
+    """Runs a batch at a precision with options; the trace tells on which engines."""
+    classify = opened(model, precision=precision, options=json.loads(options))
+    classify(_zeros(classify))
+    return classify.active.options
+
+
+def longest_gap(model: str) -> object:
+    """How long another thread is held up, at most, by a batch: [seconds, of how many].
+
+    By the best of three batches: others may keep this process from its core as well.
+    """
+    classify = opened(model)
+    zeros = _zeros(classify)
+    return min(_gap(classify, zeros) for _ in range(3))
+
+
+def _gap(classify: OnnxClassifier, zeros: np.ndarray[Any, Any]) -> tuple[float, float]:
+    gaps, done = [0.0], threading.Event()
+
+    def tick() -> None:
+        last = time.perf_counter()
+        while not done.wait(TICK_S):
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    other = threading.Thread(target=tick)
+    other.start()
+    began = time.perf_counter()
+    classify(zeros)
+    took_s = time.perf_counter() - began
+    done.set()
+    other.join()
+    return max(gaps), took_s
+
+
+def _zeros(classify: OnnxClassifier) -> np.ndarray[Any, Any]:
+    found = classify._session.get_inputs()[0]
+    shape = [8 if isinstance(size, str) else size for size in found.shape]
+    return np.zeros(shape, np.uint8 if "uint8" in found.type else np.float32)
+
+
+if __name__ == "__main__":
+    print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))
