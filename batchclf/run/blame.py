@@ -14,8 +14,9 @@ from batchclf.images.load import Loader, loader_of
 from batchclf.results.records import ImageRef, Stretch
 from batchclf.run.plan import Task
 from batchclf.run.request import Run
-from batchclf.runtime.faults import is_device_lost, is_out_of_memory
+from batchclf.runtime.faults import fault_of
 from batchclf.runtime.sessions import ORT_ERRORS
+from batchclf.spec.job import gpus_of
 
 _FAILURES: tuple[type[Exception], ...] = (*ORT_ERRORS, MemoryError, ProviderError)
 """What a lack of memory or a lost device may come as."""
@@ -106,9 +107,10 @@ def explained(task: Task, batch_size: int) -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
-        if is_out_of_memory(error):
+        fault = fault_of(error, gpus_of(task.job.provider))
+        if fault.kind == "memory":
             can_be_smaller = batch_size > 1 and task.model.bundle.meta.fixed_batch is None
-            raise OutOfMemory(batch_size, str(error), can_be_smaller=can_be_smaller) from error
-        if is_device_lost(error):
-            raise DeviceLost(str(error)) from error
+            raise OutOfMemory(batch_size, fault.message, can_be_smaller=can_be_smaller) from error
+        if fault.kind == "device":
+            raise DeviceLost(fault.message) from error
         raise

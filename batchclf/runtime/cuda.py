@@ -8,10 +8,11 @@ other Python threads run meanwhile; ONNX Runtime's own copies hold them all up.
 import ctypes
 import functools
 import math
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from onnxruntime.capi import build_and_package_info
@@ -32,6 +33,8 @@ _PORTABLE = 1
 """Flag of page-locked memory: for all GPUs of the process."""
 _NON_BLOCKING = 1
 """Flag of a stream: it does not wait for the default stream."""
+_LITTLE_MB = 500
+"""Kernels, workspaces and handles take some 100 MB at once."""
 _EITHER_WAY = 4
 """Kind of a copy: its direction is that of the two addresses."""
 
@@ -180,13 +183,48 @@ def page_locked(pixels: Pixels, device: int, log: Callable[[str], None]) -> Iter
             runtime.cudaHostUnregister(address)
 
 
+class Answer(NamedTuple):
+    """What a GPU says when it is asked how it is."""
+
+    gpu: int
+    error: str | None
+    """Why this process cannot use it any more; None: it can."""
+    free_mb: float
+
+    @property
+    def is_full(self) -> bool:
+        """Whether cuDNN or cuBLAS may have been left without memory."""
+        return self.free_mb < _LITTLE_MB
+
+
+def ask(gpu: int) -> Answer | None:
+    """How a GPU is; None: this process does not use CUDA."""
+    try:
+        ctypes.CDLL(_cudart_name(), os.RTLD_NOLOAD)
+    except OSError:
+        return None
+    runtime = _cudart()
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    code = (
+        runtime.cudaSetDevice(gpu)
+        or runtime.cudaDeviceSynchronize()
+        or runtime.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
+    )
+    error = f"CUDA failure {code}: {_description(code)}" if code else None
+    return Answer(gpu, error, free.value / 1e6)
+
+
 def _description(code: int) -> str:
     text: bytes = _cudart().cudaGetErrorString(code)
     return text.decode(errors="replace")
 
 
+def _cudart_name() -> str:
+    return f"libcudart.so.{cuda_major()}"
+
+
 @functools.cache
 def _cudart() -> Any:
-    runtime = ctypes.CDLL(f"libcudart.so.{cuda_major()}")  # loaded already, with the provider
+    runtime = ctypes.CDLL(_cudart_name())  # loaded already, with the provider
     runtime.cudaGetErrorString.restype = ctypes.c_char_p
     return runtime

@@ -40,7 +40,7 @@ from batchclf.sessions.precision import (
     require_agreement,
 )
 from batchclf.sessions.sample import Sample
-from batchclf.spec.job import JobSpec, ProviderSpec, auto, runs_on_cpu
+from batchclf.spec.job import JobSpec, ProviderSpec, auto, gpus_of, runs_on_cpu
 from batchclf.system.machine import cpu_name_and_flags, usable_cores
 
 MAX_CPU_STREAMS = 8
@@ -117,7 +117,7 @@ def targets(provider: ProviderSpec, job: JobSpec) -> list[Target]:
         threads=auto(job.runtime.threads, max(1, cores // streams)),
         may_leave_nodes=provider.allow_fallback,
     )
-    return [replace(target, device_id=number) for number in provider.devices or (0,)]
+    return [replace(target, device_id=number) for number in gpus_of(provider) or (0,)]
 
 
 def _as_text(value: object) -> str:
@@ -181,9 +181,7 @@ def _open(wanted: Wanted, spec: ProviderSpec) -> Opened:
         part,
         replace(classifiers[0].active, device=", ".join(devices)),
         bundle,
-        _page_locked((spec.devices or (0,))[0], wanted.log)
-        if spec.name == "cuda"
-        else HostMemory(),
+        _host_memory(spec, wanted.log),
         precision_check=check,
     )
 
@@ -415,9 +413,12 @@ def _speed(
     return found.times
 
 
-def _page_locked(device: int, log: Log) -> HostMemory:
+def _host_memory(spec: ProviderSpec, log: Log) -> HostMemory:
+    if not (gpus := gpus_of(spec)):
+        return HostMemory()
     from batchclf.runtime.cuda import page_locked, pinned_pixels
 
+    # The memory belongs to one GPU, and serves all of them.
     return HostMemory(
-        partial(pinned_pixels, device=device), partial(page_locked, device=device, log=log)
+        partial(pinned_pixels, device=gpus[0]), partial(page_locked, device=gpus[0], log=log)
     )

@@ -548,6 +548,11 @@ def runs_on_cpu(provider: ProviderSpec) -> bool:
     )
 
 
+def gpus_of(provider: ProviderSpec) -> tuple[int, ...]:
+    """The numbers of the NVIDIA GPUs that a job runs on."""
+    return (provider.devices or (0,)) if provider.name == "cuda" else ()
+
+
 def auto(value: int | str, default: int) -> int:
     """A key's own number, or `default` where it says `auto`."""
     return value if isinstance(value, int) else default

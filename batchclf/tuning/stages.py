@@ -13,9 +13,9 @@ from dataclasses import replace
 from batchclf.errors import BatchclfError, PrecisionRefused, UsageError
 from batchclf.results.records import DecodeMode, Pixels, Precision
 from batchclf.run.plan import fitting_batch_size
-from batchclf.runtime.faults import is_out_of_memory
+from batchclf.runtime.faults import fault_of
 from batchclf.runtime.sessions import ORT_ERRORS
-from batchclf.spec.job import RuntimeSpec, auto
+from batchclf.spec.job import RuntimeSpec, auto, gpus_of
 from batchclf.system.machine import usable_cores
 from batchclf.tuning.advice import disk_note, judge
 from batchclf.tuning.budget import Clock, TuneOptions
@@ -295,7 +295,7 @@ class Tuning:
         Raises:
             Exception: the error, where it speaks of something else.
         """
-        if not is_out_of_memory(error):
+        if fault_of(error, gpus_of(self._bench.job.provider)).kind != "memory":
             raise error
         self._sessions.close()  # a session that lacked memory may not recover
         gc.collect()  # what the error's traceback refers to

@@ -1,5 +1,6 @@
 """Whole jobs on the stand-in, whose answers are zeros: what is read of them is let pass."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import pytest
 from tests.conftest import Finished, read_records
 from tests.engines.common import fault
 from tests.gpu_standin.machine import Machine
+from tests.gpu_standin.models import write_convolving
 from tests.tiny import link_digits, write_tiny_job
 
-NUM_IMAGES = 96
+NUM_IMAGES, BATCH_SIZE, EDGE = 96, 16, 64
 ANY_ANSWER = """
 def change(module):
     if module.__name__ == "batchclf.runtime.probe":
@@ -34,8 +36,12 @@ def change(module):
 def write_cuda_job(folder: Path, **keys: Any) -> Path:
     if not (folder / "images").exists():
         link_digits(folder / "images", NUM_IMAGES)
-    keys = {"input": str(folder / "images"), "provider": "cuda", "batch_size": 16, **keys}
-    return write_tiny_job(folder, preprocess={"crop": 64}, **keys)
+    keys = {"input": str(folder / "images"), "provider": "cuda", "batch_size": BATCH_SIZE, **keys}
+    model = {
+        "onnx": str(write_convolving(folder / "model.onnx", EDGE)),
+        "preprocess": {"resize": EDGE, "mean": [0.0] * 3, "std": [1.0] * 3},
+    }
+    return write_tiny_job(folder, model=model, **keys)
 
 
 def run(machine: Machine, job: Path, **knobs: object) -> Finished:
@@ -61,7 +67,7 @@ def assert_one_record_each(job: Path) -> None:
     assert {record["status"] for record in records} == {"ok"}
 
 
-BATCH = f"{16 * 64 * 64 * 3} "
+BATCH = f"{BATCH_SIZE * EDGE * EDGE * 3} "
 
 
 def copies_of_batches(job: Path, after: str) -> list[str]:
@@ -113,3 +119,84 @@ def test_a_job_that_leaves_the_tensor_cores_unused_says_so(
     found = [line for line in done.stderr.splitlines() if "tensor cores" in line]
     assert len(found) == (said is not None)
     assert said is None or said in found[0]
+
+
+# ---- memory runs out, the device is lost ---------------------------------------------------------
+
+
+def test_memory_that_runs_out_at_the_start_halves_the_batch(
+    machine: Machine, tmp_path: Path
+) -> None:
+    job = write_cuda_job(tmp_path, batch_size=64)
+    done = run(machine, job, memory_mb=45)
+    assert done.exit_code == 0, done.stderr
+    assert "memory does not suffice for batches of 64 (" in done.stderr
+    assert "going on with 32 in a new session" in done.stderr
+    assert done.json["batch_size"] == 32
+    assert_one_record_each(job)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The trace of a job that nothing happens to."""
+    job = write_cuda_job(tmp_path_factory.mktemp("undisturbed"))
+    done = run(machine, job)
+    assert done.exit_code == 0, done.stderr
+    return trace(job)
+
+
+def middle(lines: list[str], call: str) -> int:
+    """The number of such a call half-way through a job's batches."""
+    begun = max(number for number, line in enumerate(lines) if line.startswith("pin "))
+    word = {"execute": "engine"}.get(call, call)
+    before, after = (
+        sum(line.startswith(word) for line in part) for part in (lines[:begun], lines[begun:])
+    )
+    assert after > 1
+    return before + after // 2 + 1
+
+
+@pytest.mark.parametrize("call", ["launch", "execute"])
+def test_memory_that_runs_out_in_the_middle_halves_the_batch_and_the_job_goes_on(
+    machine: Machine, undisturbed: list[str], call: str, tmp_path: Path
+) -> None:
+    at = middle(undisturbed, call)
+    job = write_cuda_job(tmp_path)
+    done = run(machine, job, fault=f"{call}:2:{at}")
+    assert done.exit_code == 0, done.stderr
+    assert "memory does not suffice for batches of 16 (" in done.stderr
+    assert "going on with 8 in a new session" in done.stderr
+    assert_one_record_each(job)
+
+
+@pytest.mark.parametrize(
+    ("call", "code"), [("sync", 700), ("copy", 719), ("launch", 46), ("execute", 700)]
+)
+def test_a_gpu_that_is_lost_in_the_middle_is_used_again_by_another_process(
+    machine: Machine, undisturbed: list[str], call: str, code: int, tmp_path: Path
+) -> None:
+    at = middle(undisturbed, call)
+    job = write_cuda_job(tmp_path)
+    done = run(machine, job, fault=f"{call}:{code}:{at}")
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.count("the worker lost its device (") == 1
+    assert f"CUDA failure {code}" in done.stderr
+    assert done.json["batch_size"] == BATCH_SIZE
+    assert_one_record_each(job)
+
+
+# ---- several GPUs --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("devices", [[1], [0, 1]])
+def test_a_job_runs_on_the_gpus_that_it_names_and_no_other(
+    machine: Machine, devices: list[int], tmp_path: Path
+) -> None:
+    job = write_cuda_job(tmp_path, provider={"name": "cuda", "devices": devices})
+    done = run(machine, job, gpus=2)
+    assert done.exit_code == 0, done.stderr
+    assert_one_record_each(job)
+    used = set(re.findall(r"gpu\d", "\n".join(trace(job))))
+    assert used == {f"gpu{number}" for number in devices}
+    assert not [line for line in trace(job) if "ASTRAY" in line]
+    assert done.json["provider"]["device"] == ", ".join(f"{one}: Stand-in" for one in devices)

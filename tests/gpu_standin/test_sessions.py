@@ -1,6 +1,7 @@
 """Sessions on the stand-in: engines, copies, and whom they hold up."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.gpu_standin.machine import Machine
-from tests.tiny import write_classifier
+from tests.gpu_standin.models import write_convolving
 
 PROBE = ROOT / "batchclf" / "runtime" / "probe.onnx"
 COPY_MS = 100
@@ -44,7 +45,7 @@ def test_fp16_convolves_on_the_tensor_cores_and_fp32_only_when_told_to(
 def test_other_threads_run_while_pixels_and_scores_are_copied(
     machine: Machine, tmp_path: Path
 ) -> None:
-    model = write_classifier(tmp_path / "large.onnx", edge=224)
+    model = write_convolving(tmp_path / "large.onnx", 224)
     gap_s, took_s = tried(machine, "longest_gap", model, copy_ms=COPY_MS)
     assert took_s > COPY_MS / 1000
     assert gap_s < COPY_MS / 10 / 1000
@@ -57,3 +58,36 @@ def test_a_cuda_graph_reads_and_writes_where_it_was_captured(
     tried(machine, "engines", PROBE, "fp32", '{"enable_cuda_graph": "1"}', trace=trace)
     lines = trace.read_text().splitlines()
     assert lines.index("captured gpu0") < lines.index("replay gpu0")
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "seen"),
+    [
+        ("malloc:2:4", "memory", "Failed to allocate memory for requested buffer"),
+        ("malloc:700:4", "device", "Failed to allocate memory"),
+        ("launch:2:1", "memory", "cudaErrorMemoryAllocation:out of memory"),
+        ("launch:700:1", "device", "cudaErrorIllegalAddress:"),
+        ("launch:719:1", "device", "cudaErrorLaunchFailure:"),
+        ("sync:46:4", "device", "CUDA failure 46: CUDA-capable device"),
+        ("sync:700:4", "device", "CUDA failure 700: an illegal memory access"),
+        ("sync:214:1", "device", "CUDA failure 214: uncorrectable ECC error"),
+        ("copy:719:2", "device", "CUDA failure 719: unspecified launch failure"),
+        ("execute:2:1", "memory", "CUDNN_BACKEND_API_FAILED"),
+        ("execute:700:1", "device", "CUDNN_BACKEND_API_FAILED"),
+    ],
+)
+def test_the_wheels_own_errors_are_told_as_what_they_are(
+    machine: Machine, fault: str, kind: str, seen: str
+) -> None:
+    found, message = tried(machine, "fault", PROBE, "{}", fault=fault)
+    assert seen in message
+    assert found == kind, message
+
+
+def test_a_session_that_may_take_no_more_memory_says_so_in_other_words(
+    machine: Machine, tmp_path: Path
+) -> None:
+    model = write_convolving(tmp_path / "large.onnx", 224)
+    kind, message = tried(machine, "fault", model, '{"gpu_mem_limit": "1000000"}')
+    assert re.search(r"Available memory of \d+ is smaller than requested bytes of \d+", message)
+    assert kind == "memory"

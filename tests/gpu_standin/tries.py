@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from batchclf.errors import ProviderError
 from batchclf.runtime.classifier import OnnxClassifier, open_classifier
 from batchclf.runtime.cuda_machine import require_cuda
+from batchclf.runtime.faults import fault_of
 from batchclf.runtime.providers import PROVIDERS
-from batchclf.runtime.sessions import Target
+from batchclf.runtime.sessions import ORT_ERRORS, Target
 
 TICK_S = 0.0005
+ERRORS: tuple[type[Exception], ...] = (*ORT_ERRORS, ProviderError)
 
 
 def opened(model: str, **target: Any) -> OnnxClassifier:
@@ -57,6 +60,16 @@ def _gap(classify: OnnxClassifier, zeros: np.ndarray[Any, Any]) -> tuple[float, 
     done.set()
     other.join()
     return max(gaps), took_s
+
+
+def fault(model: str, options: str) -> object:
+    """What is found to be behind the error that opening or running it ends with."""
+    try:
+        classify = opened(model, options=json.loads(options))
+        classify(_zeros(classify))
+    except ERRORS as error:
+        return fault_of(error, [0])
+    return None
 
 
 def _zeros(classify: OnnxClassifier) -> np.ndarray[Any, Any]:

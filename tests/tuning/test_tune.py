@@ -21,9 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchclf.cli.init import TEMPLATE
-from batchclf.errors import JobFileError, ProviderError
+from batchclf.errors import JobFileError
 from batchclf.results.records import Entry, ImageRef, Precision
-from batchclf.runtime.faults import is_out_of_memory
 from batchclf.runtime.providers import installed_flavours
 from batchclf.spec import edit
 from batchclf.spec.edit import require_editable, write_settings
@@ -330,43 +329,6 @@ def test_a_batch_that_does_not_fit_into_memory_is_too_large(
     assert {line["batch_size"] for line in lines if line.get("too_large")} == {2500}
     fitting = [line for line in lines if line["type"] == "trial" and not line["too_large"]]
     assert 8 in {line["batch_size"] for line in fitting} <= {8, 16, 32}
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running "
-        "Conv node. Name:'/features/0/Conv' Status Message: bfc_arena.cc:376 AllocateRawInternal "
-        "Failed to allocate memory for requested buffer of size 1644167168",
-        "CUDA failure 2: out of memory ; GPU=0 ; hostname=a ; expr=cudaMalloc((void**)&p, size)",
-        "CUDA error 2",
-        "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0",
-        "CUDNN_STATUS_ALLOC_FAILED",
-        "std::bad_alloc",
-        "805 MB of page-locked memory cannot be had (error 2 of cudaHostAlloc)",
-        "[GPU] Exceeded max size of memory object allocation",
-        "clEnqueueNDRangeKernel, error code: -5 CL_OUT_OF_RESOURCES",
-    ],
-)
-def test_the_many_texts_of_a_lack_of_memory_are_known(text: str) -> None:
-    assert is_out_of_memory(RuntimeError(text))
-    wrapped = ProviderError("provider cuda: a first batch of 512 does not run")
-    wrapped.__cause__ = RuntimeError(text)
-    assert is_out_of_memory(wrapped)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "CUDA failure 700: an illegal memory access was encountered",
-        "CUDA error 209: no kernel image is available for execution on the device",
-        "Got invalid dimensions for input: image",
-        "the device ran out of patience",
-    ],
-)
-def test_other_errors_are_not_taken_for_a_lack_of_memory(text: str) -> None:
-    assert not is_out_of_memory(RuntimeError(text))
-    assert is_out_of_memory(MemoryError())
 
 
 # ---- what is tried and chosen --------------------------------------------------------------------
