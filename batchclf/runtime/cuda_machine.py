@@ -21,35 +21,53 @@ import onnxruntime as ort
 
 from batchclf.errors import ProviderError
 from batchclf.runtime.cuda import cuda_major
+from batchclf.runtime.machine_code import code_in
 
 _NO_DEVICE = 100
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+"""Attributes of a GPU."""
 _INSTALL = "pip install 'batchclf[gpu]'"
 
 
 def device_name(device: int) -> str:
     """Number and name of a GPU, such as `0: NVIDIA H100 80GB HBM3`."""
-    driver = _driver()
-    handle = ctypes.c_int()
     name = ctypes.create_string_buffer(256)
-    if driver.cuDeviceGet(ctypes.byref(handle), device) or driver.cuDeviceGetName(
-        name, len(name), handle
-    ):
+    if _driver().cuDeviceGetName(name, len(name), _handle(device)):
         raise ProviderError(f"provider cuda: the driver does not tell the name of GPU {device}")
     return f"{device}: {name.value.decode(errors='replace')}"
+
+
+def _architecture(device: int) -> int:
+    """10 times the compute capability of a GPU."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    handle = _handle(device)
+    for value, attribute in ((major, _CAPABILITY_MAJOR), (minor, _CAPABILITY_MINOR)):
+        if _driver().cuDeviceGetAttribute(ctypes.byref(value), attribute, handle):
+            raise ProviderError(f"provider cuda: the driver does not tell what GPU {device} is")
+    return 10 * major.value + minor.value
+
+
+def _handle(device: int) -> ctypes.c_int:
+    handle = ctypes.c_int()
+    if code := _driver().cuDeviceGet(ctypes.byref(handle), device):
+        raise ProviderError(f"provider cuda: the driver does not give GPU {device} (error {code})")
+    return handle
 
 
 def require_cuda(devices: Sequence[int]) -> None:
     """Refuse what the CUDA execution provider cannot run on, and load its libraries.
 
     Raises:
-        ProviderError: no driver, no GPU, a driver or libraries of another CUDA, a missing
-            library, or a device number that is not there; with what mends it.
+        ProviderError: no driver, no GPU, one that is too new or too old, a driver or libraries of
+            another CUDA, a missing library, or a device number that is not there; with what mends
+            it.
     """
+    provider = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
     _require_devices(devices)
+    _require_code(provider, devices)
     # Prints what it does not find, on stdout; what matters of it is found again below.
     with contextlib.redirect_stdout(io.StringIO()):
         ort.preload_dlls()
-    provider = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
     # cuDNN is not among the needed libraries, but convolutions are slow or on the CPU without it.
     for library in (str(provider), "libcudnn.so.9"):
         if problem := _load_problem(library):
@@ -90,6 +108,27 @@ def _require_devices(devices: Sequence[int]) -> None:
             f"provider cuda: GPU {', '.join(map(str, absent))} is not there; provider.devices "
             f"counts from 0, and the driver finds {count.value}{hint}"
         )
+
+
+def _require_code(provider: Path, devices: Sequence[int]) -> None:
+    """Otherwise some kernel fails, at the first batch or later, or is another's that does run."""
+    code = code_in(provider)
+    for device in devices:
+        architecture = _architecture(device)
+        if code is not None and not code.runs_on(architecture):
+            has = ", ".join(_capability(one) for one in sorted(code.machine | code.ptx))
+            raise ProviderError(
+                f"provider cuda: GPU {device_name(device)} is of compute capability "
+                f"{_capability(architecture)}, for which onnxruntime-gpu {ort.__version__} has no "
+                f"machine code (it has {has}): take a version that has it, or build one with "
+                f"CMAKE_CUDA_ARCHITECTURES={architecture} "
+                "(https://onnxruntime.ai/docs/build/eps.html#cuda), or name other GPUs in "
+                "provider.devices"
+            )
+
+
+def _capability(architecture: int) -> str:
+    return f"{architecture // 10}.{architecture % 10}"
 
 
 @functools.cache

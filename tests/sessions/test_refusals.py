@@ -258,6 +258,19 @@ def test_a_missing_library_of_cuda_is_named_with_what_installs_it(
 
 
 @gpu_environment
+def test_a_gpu_for_which_there_is_no_machine_code_is_refused_with_that_reason(
+    driver: dict[str, str], tmp_path: Path
+) -> None:
+    message = refused(tmp_path, "cuda", env={**driver, "STANDIN_ARCH": "100"})
+    version = FLAVOURS["onnxruntime-gpu"]
+    assert message.startswith(
+        "provider cuda: GPU 0: Stand-in is of compute capability 10.0, for which onnxruntime-gpu "
+        f"{version} has no machine code (it has 7.5, "
+    )
+    assert "CMAKE_CUDA_ARCHITECTURES=100" in message
+
+
+@gpu_environment
 def test_a_gpu_that_answers_the_driver_but_not_cuda_is_refused(
     driver: dict[str, str], tmp_path: Path
 ) -> None:
