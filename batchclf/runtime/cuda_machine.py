@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import importlib.metadata
+import importlib.util
 import io
 import os
 import re
@@ -144,20 +145,67 @@ def _driver() -> Any:
 
 
 def _load_problem(library: str) -> str | None:
-    """Why a library cannot be loaded, and what installs what it lacks; None: it can."""
+    """Why a library cannot be loaded, and what installs what it lacks; None: it is.
+
+    What it lacks is loaded from where torch has it, if that is of the same CUDA.
+    """
+    loaded: set[str] = set()
+    while True:
+        try:
+            ctypes.CDLL(library)
+        except OSError as error:
+            lacking = re.match(r"(lib\w+\.so[.\d]*): cannot open", str(error))
+            name = lacking[1] if lacking else Path(library).name
+            if lacking is None or name in loaded or not _loads_from_torch(name):
+                return _not_loading(name, error)
+            loaded.add(name)
+        else:
+            return None
+
+
+def _loads_from_torch(library: str) -> bool:
+    root, major = _torch()
+    if root is None or major != cuda_major():
+        return False
+    folders = (root / "lib", *root.parent.glob("nvidia/*/lib"))
+    found = next((one / library for one in folders if (one / library).exists()), None)
+    if found is None:
+        return False
     try:
-        ctypes.CDLL(library)
-    except OSError as error:
-        missing = re.match(r"(lib\w+\.so[.\d]*): cannot open", str(error))
-        name = missing[1] if missing else Path(library).name
-        others = sorted(
-            name
-            for name in {one.metadata["Name"] or "" for one in importlib.metadata.distributions()}
-            if re.fullmatch(r"nvidia-.*-cu\d+", name) and not name.endswith(f"-cu{cuda_major()}")
-        )
-        wrong = f"; {', '.join(others)} are for another CUDA" if others else ""
-        return (
-            f"{name} cannot be loaded ({error}){wrong}. onnxruntime-gpu {ort.__version__} needs "
-            f"CUDA {cuda_major()} and cuDNN 9: {_INSTALL}"
-        )
-    return None
+        ctypes.CDLL(str(found))
+    except OSError:  # what it lacks itself, or is, is told of by the loader of what needs it
+        return False
+    return True
+
+
+@functools.cache
+def _torch() -> tuple[Path | None, int | None]:
+    """Where torch is installed, and the major version of its CUDA; it is not imported."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None, None
+    root = Path(spec.origin).parent
+    try:
+        told = re.search(r"^cuda\b.*= *'(\d+)", (root / "version.py").read_text(), re.MULTILINE)
+    except OSError:
+        return root, None
+    return root, int(told[1]) if told else None
+
+
+def _not_loading(name: str, error: OSError) -> str:
+    needed = cuda_major()
+    others = sorted(
+        name
+        for name in {one.metadata["Name"] or "" for one in importlib.metadata.distributions()}
+        if re.fullmatch(r"nvidia-.*-cu\d+", name) and not name.endswith(f"-cu{needed}")
+    )
+    wrong = f"; {', '.join(others)} are for another CUDA" if others else ""
+    root, major = _torch()
+    if root is not None and major != needed:
+        wrong += f"; torch in {root.parent} has " + (f"CUDA {major}" if major else "no CUDA")
+    elif root is not None:
+        wrong += f"; torch in {root.parent}, which is of CUDA {needed}, does not have it either"
+    return (
+        f"{name} cannot be loaded ({error}){wrong}. onnxruntime-gpu {ort.__version__} needs "
+        f"CUDA {needed} and cuDNN 9: {_INSTALL}"
+    )

@@ -8,6 +8,7 @@ really runs on is proven in sessions.py.
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from batchclf.errors import ProviderError, UsageError
 from batchclf.results.records import Precision
@@ -64,14 +65,41 @@ def flavour_problem() -> str | None:
             "ONNX Runtime is not installed; install one flavour: "
             "pip install 'batchclf[cpu]' (or [gpu], or [openvino])"
         )
-    if len(found) > 1:
-        names = " and ".join(f"{name} {version}" for name, version in found.items())
-        return (
-            f"{names} are installed side by side and overwrite each other's files; keep one: "
-            f"pip uninstall -y {' '.join(found)} && "
-            "pip install 'batchclf[cpu]' (or [gpu], or [openvino])"
-        )
-    return None
+    if len(found) == 1:
+        return None
+    folders = {name: _folder_of(name) for name in found}
+    if len({*folders.values()}) > 1:
+        return _hiding_each_other(found, folders)
+    names = " and ".join(f"{name} {version}" for name, version in found.items())
+    return (
+        f"{names} are installed side by side in {folders.popitem()[1]} and overwrite each other's "
+        f"files, so neither is whole; keep one: pip uninstall -y {' '.join(found)} && "
+        "pip install 'batchclf[cpu]' (or [gpu], or [openvino])"
+    )
+
+
+def _folder_of(flavour: str) -> Path:
+    return Path(str(importlib.metadata.distribution(flavour).locate_file("")))
+
+
+def _hiding_each_other(found: Mapping[str, str], folders: Mapping[str, Path]) -> str:
+    """Each is whole, so it is enough that one goes."""
+    names = " and ".join(f"{name} {found[name]} in {folders[name]}" for name in found)
+    provider_of = {one.distribution: one.name for one in PROVIDERS.values()}
+    ways = ", ".join(
+        f"for provider {provider_of[kept]} "
+        + " && ".join(f"pip uninstall -y {name}" for name in found if name != kept)
+        for kept in found
+    )
+    aside = "; ".join(
+        f"mv {folders[name] / 'onnxruntime'} "
+        f"{folders[name] / name.replace('-', '_')}-{found[name]}.dist-info ASIDE/"
+        for name in found
+    )
+    return (
+        f"{names} are both found, and the first hides the other; keep one: {ways}; or, where pip "
+        f"may not uninstall it (an image, a folder in PYTHONPATH), put the other aside: {aside}"
+    )
 
 
 def require_flavour() -> None:

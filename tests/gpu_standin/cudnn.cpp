@@ -7,9 +7,9 @@ tensor cores; d: so too, having rounded its inputs; p: plain. What runs is noted
 #include <cstdlib>
 #include <cstring>
 
-/* of runtime.cpp */
-extern "C" void standin_trace(const char *format, ...);
-extern "C" int standin_fault(const char *kind);
+/* Of runtime.cpp. Weak, so that this library loads beside a real runtime, too. */
+extern "C" __attribute__((weak)) void standin_trace(const char *format, ...);
+extern "C" __attribute__((weak)) int standin_fault(const char *kind);
 
 namespace {
 

@@ -149,6 +149,7 @@ def _compile(library: Path, functions: set[str], version: str, *arguments: str) 
     exports = library.with_suffix(".map")
     exports.write_text(f"{version} {{ global: *; }};")
     options = ["-w", "-O1", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
+    options.append("-Wl,--no-as-needed")  # what is named is linked with
     if version:
         options.append(f"-Wl,--version-script={exports}")
     compiler = _tool("c++", "g++")

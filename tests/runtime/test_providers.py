@@ -2,6 +2,8 @@
 
 import importlib.metadata
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -21,17 +23,32 @@ from batchclf.spec.job import ProviderSpec
 Install = Callable[..., None]
 
 
+@dataclass
+class _Installed:
+    folder: str
+    version: str = "1.99.0"
+
+    def locate_file(self, path: str) -> Path:
+        return Path(self.folder) / path
+
+
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Makes it look as if just these distributions were installed: `install("onnxruntime")`."""
+    """Makes it look as if just these distributions were installed: `install("onnxruntime")`.
 
-    def make(*distributions: str) -> None:
-        def version(name: str) -> str:
-            if name in distributions:
-                return "1.99.0"
+    `install("onnxruntime", onnxruntime_gpu="/b")` installs one of them in a folder of its own.
+    """
+
+    def make(*distributions: str, **elsewhere: str) -> None:
+        found = {name: _Installed("/a") for name in distributions}
+        found |= {name.replace("_", "-"): _Installed(at) for name, at in elsewhere.items()}
+
+        def distribution(name: str) -> _Installed:
+            if name in found:
+                return found[name]
             raise importlib.metadata.PackageNotFoundError(name)
 
-        monkeypatch.setattr(importlib.metadata, "version", version)
+        monkeypatch.setattr(importlib.metadata, "distribution", distribution)
 
     return make
 
@@ -67,8 +84,22 @@ def test_two_flavours_side_by_side_are_refused_for_every_provider(
     with pytest.raises(ProviderError) as refused:
         require_provider(name)
     message = str(refused.value)
-    assert f"onnxruntime 1.99.0 and {other} 1.99.0" in message
+    assert f"onnxruntime 1.99.0 and {other} 1.99.0 are installed side by side in /a" in message
     assert f"pip uninstall -y onnxruntime {other}" in message
+
+
+def test_two_flavours_in_different_folders_are_told_from_each_other_and_one_is_to_go(
+    install: Install,
+) -> None:
+    install("onnxruntime", onnxruntime_gpu="/b")
+    with pytest.raises(ProviderError) as refused:
+        require_provider("cuda")
+    message = str(refused.value)
+    assert "onnxruntime 1.99.0 in /a and onnxruntime-gpu 1.99.0 in /b are both found" in message
+    assert "for provider cpu pip uninstall -y onnxruntime-gpu" in message
+    assert "for provider cuda pip uninstall -y onnxruntime;" in message
+    assert "mv /a/onnxruntime /a/onnxruntime-1.99.0.dist-info ASIDE/" in message
+    assert "mv /b/onnxruntime /b/onnxruntime_gpu-1.99.0.dist-info ASIDE/" in message
 
 
 @pytest.mark.parametrize(("name", "extra"), [("cuda", "gpu"), ("openvino", "openvino")])

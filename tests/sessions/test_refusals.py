@@ -7,6 +7,7 @@ driver: a small library in C that answers as a driver in that state would (tests
 
 import ctypes
 import ctypes.util
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -111,9 +112,15 @@ def test_two_flavours_side_by_side_are_refused_with_the_command_that_mends_it(
     (first,) = FLAVOURS
     second = "onnxruntime-openvino" if first == "onnxruntime" else "onnxruntime"
     both = sorted((first, second))
-    assert all(f"{name} " in message for name in both)
-    assert "overwrite each other's files" in message
-    assert f"pip uninstall -y {' '.join(both)} && pip install 'batchclf[cpu]'" in message
+    assert all(f"pip uninstall -y {name}" in message for name in both)
+    assert f"{second} {version_in(second_flavour, second)} in {second_flavour}" in message
+    metadata = second_flavour / second.replace("-", "_")
+    assert f"mv {second_flavour}/onnxruntime {metadata}-" in message
+
+
+def version_in(folder: Path, name: str) -> str:
+    (found,) = importlib.metadata.distributions(name=name, path=[str(folder)])
+    return found.version
 
 
 @pytest.fixture(scope="session")
