@@ -45,7 +45,7 @@ def take_pixels(graph: Graph, probe_NHWC: Pixels, tensors: Tensors) -> list[str]
     """Let the first convolutions take pixels; their weights change so that the answers stay.
 
     Args:
-        graph: changed in place; make another of its model afterwards.
+        graph: with biases; changed in place: make another of its model afterwards.
         probe_NHWC: `probe_pixels`, on which `tensors` runs the graph.
 
     Returns:

@@ -35,12 +35,17 @@ class Graph:
     """A model with its float32 weights as arrays, and who makes and who takes each tensor."""
 
     model: onnx.ModelProto
+    with_biases: bool = False
+    """Whether layers that have no bias get one, of zeros: quantising corrects biases. On a GPU,
+    each costs an addition that is a launch of its own."""
     weights: dict[str, Floats] = field(init=False)
     producer: dict[str, onnx.NodeProto] = field(init=False)
     consumers: dict[str, list[onnx.NodeProto]] = field(init=False)
 
     def __post_init__(self) -> None:
         _own_weights(self.model)
+        if self.with_biases:
+            _give_biases(self.model)
         self.weights = {
             tensor.name: numpy_helper.to_array(tensor).copy()
             for tensor in self.model.graph.initializer
@@ -125,7 +130,7 @@ class NodeChain:
 
 
 def _own_weights(model: onnx.ModelProto) -> None:
-    """Name every node; give every layer weights, and Conv and Gemm a bias, that no other node uses.
+    """Name every node; give every layer weights, and a bias if it has one, that no other node uses.
 
     A Gemm's bias that is the same for every row becomes one number per output channel.
     """
@@ -145,18 +150,23 @@ def _own_weights(model: onnx.ModelProto) -> None:
                 own.CopyFrom(tensors[name])
                 own.name = node.input[place] = f"{name}_{number}"
                 tensors[own.name] = own
-        if node.op_type == "MatMul":
-            continue
-        num_channels = tensors[node.input[1]].dims[output_axis(node)]
-        if len(node.input) == 2:
-            zeros = np.zeros(num_channels, np.float32)
-            node.input.append(f"bias_{number}")
-            graph.initializer.append(numpy_helper.from_array(zeros, node.input[2]))
-        elif node.op_type == "Gemm" and node.input[2] in tensors:
+        if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2] in tensors:
             bias = tensors[node.input[2]]
+            num_channels = tensors[node.input[1]].dims[output_axis(node)]
             if all(size == 1 for size in bias.dims[:-1]):
                 bias_O = np.broadcast_to(numpy_helper.to_array(bias).ravel(), num_channels)
                 bias.CopyFrom(numpy_helper.from_array(bias_O.copy(), bias.name))
+
+
+def _give_biases(model: onnx.ModelProto) -> None:
+    """Give every Conv and Gemm that has weights, but no bias, one of zeros."""
+    graph = model.graph
+    dims = {tensor.name: tensor.dims for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type in ("Conv", "Gemm") and len(node.input) == 2 and node.input[1] in dims:
+            zeros = np.zeros(dims[node.input[1]][output_axis(node)], np.float32)
+            node.input.append(f"{node.name}_zero_bias")
+            graph.initializer.append(numpy_helper.from_array(zeros, node.input[2]))
 
 
 def output_axis(node: onnx.NodeProto) -> int:
@@ -183,14 +193,14 @@ def reached(
 def is_layer(graph: Graph, node: onnx.NodeProto) -> bool:
     """Whether a node is a 2-D convolution or a matrix product with constant float32 weights.
 
-    A bias is constant too, with one number per output channel.
+    A bias, if there is one, is constant too, with one number per output channel.
     """
     weight = graph.weights.get(node.input[1]) if node.op_type in WEIGHTED else None
     if weight is None or node.input[0] in graph.weights:
         return False
     if weight.ndim != (4 if node.op_type == "Conv" else 2):
         return False
-    if node.op_type != "MatMul":
+    if node.op_type != "MatMul" and len(node.input) > 2:
         bias = graph.weights.get(node.input[2])
         if bias is None or bias.shape != (weight.shape[output_axis(node)],):
             return False

@@ -87,13 +87,13 @@ def quantize_int8(model: Path, target: Path, calibration_NHWC: Pixels, *, thread
     """
     with tempfile.TemporaryDirectory(prefix=".int8-", dir=target.parent) as temporary:
         folder = Path(temporary)
-        graph = Graph(_prepare(model, folder))
+        graph = Graph(_prepare(model, folder), with_biases=True)
         taken = []
         if not has_attention(graph):
             probe_NHWC = probe_pixels(calibration_NHWC.shape)
             probe = Calibration(graph, probe_NHWC, folder, threads)
             taken = take_pixels(graph, probe_NHWC, probe.tensors)
-            graph = Graph(graph.model)
+            graph = Graph(graph.model, with_biases=True)
         names = _choose(graph, model)
         run = Calibration(graph, calibration_NHWC, folder, threads)
         equalize(graph, names, run.channel_peaks)

@@ -7,11 +7,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 
-def write_convolving(path: Path, edge: int) -> Path:
+def write_convolving(path: Path, edge: int, *, has_bias: bool = False) -> Path:
     """A classifier of 10 classes with one convolution, for images of some size."""
     weights_OC11 = np.random.default_rng(0).normal(size=(10, 3, 1, 1)).astype(np.float32)
     nodes = [
-        helper.make_node("Conv", ["image", "weights"], ["maps"]),
+        helper.make_node("Conv", ["image", "weights", *["bias"] * has_bias], ["maps"]),
         helper.make_node("ReduceMean", ["maps"], ["logits"], axes=[2, 3], keepdims=0),
     ]
     graph = helper.make_graph(
@@ -19,7 +19,10 @@ def write_convolving(path: Path, edge: int) -> Path:
         "convolving",
         [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 3, edge, edge])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 10])],
-        [numpy_helper.from_array(weights_OC11, "weights")],
+        [
+            numpy_helper.from_array(weights_OC11, "weights"),
+            numpy_helper.from_array(np.ones(10, np.float32), "bias"),
+        ],
     )
     opset = [helper.make_opsetid("", 17)]
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), path)

@@ -91,3 +91,16 @@ def test_a_session_that_may_take_no_more_memory_says_so_in_other_words(
     kind, message = tried(machine, "fault", model, '{"gpu_mem_limit": "1000000"}')
     assert re.search(r"Available memory of \d+ is smaller than requested bytes of \d+", message)
     assert kind == "memory"
+
+
+@pytest.mark.parametrize(
+    ("has_bias", "options", "num_additions"),
+    [(True, {}, 1), (True, {"fuse_conv_bias": "1"}, 0), (False, {}, 0)],
+)
+def test_a_bias_costs_an_addition_unless_there_is_none_or_it_is_fused(
+    machine: Machine, has_bias: bool, options: dict[str, str], num_additions: int, tmp_path: Path
+) -> None:
+    model = write_convolving(tmp_path / "model.onnx", 8, has_bias=has_bias)
+    trace = tmp_path / "trace"
+    tried(machine, "engines", model, "fp32", json.dumps(options), trace=trace)
+    assert trace.read_text().splitlines().count("bias") == num_additions

@@ -85,7 +85,7 @@ def write_graph(path: Path, body: str, **others: NDArray[Any]) -> Path:
 
 def taken_of(model: Path, folder: Path) -> tuple[list[str], Path]:
     """What `take_pixels` returns for a model, and the file of the graph that it leaves."""
-    graph = Graph(onnx.load(model))
+    graph = Graph(onnx.load(model), with_biases=True)
     probe_NHWC = probe_pixels(NOISE_NHWC.shape)
     taken = take_pixels(graph, probe_NHWC, Calibration(graph, probe_NHWC, folder, 1).tensors)
     graph.flush()

@@ -255,7 +255,7 @@ def test_the_same_input_gives_the_same_file_and_leaves_nothing_else(
 
 
 def test_equalising_leaves_the_scores_as_they_are(tmp_path: Path) -> None:
-    graph = Graph(onnx.load(write_graph(tmp_path / "model.onnx", CONVOLUTIONS)))
+    graph = Graph(onnx.load(write_graph(tmp_path / "model.onnx", CONVOLUTIONS)), with_biases=True)
     before = {name: values.copy() for name, values in graph.weights.items()}
     run = Calibration(graph, NOISE_NHWC, tmp_path, threads=1)
     equalize(
@@ -361,7 +361,7 @@ def test_layers_get_weights_and_biases_that_no_other_node_uses(tmp_path: Path) -
     for node in loaded.graph.node:
         if node.op_type == "Conv":
             node.input.append("")  # another way to write that it has no bias
-    graph = Graph(loaded)
+    graph = Graph(loaded, with_biases=True)
     layers = [node for node in graph.nodes if node.op_type in ("Conv", "MatMul", "Gemm")]
     shapes = [[graph.weights[name].shape for name in node.input[1:]] for node in layers]
     assert [shape[1:] for shape in shapes] == [[(16,)], [(16,)], [], [(16,)], [(10,)]]
