@@ -104,3 +104,27 @@ def test_a_bias_costs_an_addition_unless_there_is_none_or_it_is_fused(
     trace = tmp_path / "trace"
     tried(machine, "engines", model, "fp32", json.dumps(options), trace=trace)
     assert trace.read_text().splitlines().count("bias") == num_additions
+
+
+@pytest.mark.parametrize(
+    ("precision", "but"),
+    [
+        ("fp32", ()),
+        ("fp16", ("swin_t", "swin_v2_t")),  # whose conversion makes two nodes of one name
+    ],
+)
+def test_no_node_of_any_torchvision_family_is_left_on_the_cpu(
+    machine: Machine, precision: str, but: tuple[str, ...], tmp_path: Path
+) -> None:
+    left = tried(machine, "placement", precision, tmp_path, *but)
+    assert len(left) > 18
+    assert {name: nodes for name, nodes in left.items() if nodes} == {}
+
+
+def test_every_convolution_of_a_resnet_at_fp16_runs_on_the_tensor_cores(
+    machine: Machine, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace"
+    tried(machine, "one_batch", "resnet50", "fp16", tmp_path, trace=trace)
+    engines = [line for line in trace.read_text().splitlines() if line.startswith("engine")]
+    assert engines == ["engine t"] * 53

@@ -4,20 +4,24 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from batchclf.errors import ProviderError
+from batchclf.errors import BatchclfError
+from batchclf.models.half import to_half
+from batchclf.results.records import Precision
 from batchclf.runtime.classifier import OnnxClassifier, open_classifier
 from batchclf.runtime.cuda_machine import require_cuda
 from batchclf.runtime.faults import fault_of
 from batchclf.runtime.providers import PROVIDERS
 from batchclf.runtime.sessions import ORT_ERRORS, Target
+from tests.gpu_standin import skeletons
 
 TICK_S = 0.0005
-ERRORS: tuple[type[Exception], ...] = (*ORT_ERRORS, ProviderError)
+ERRORS: tuple[type[Exception], ...] = (*ORT_ERRORS, BatchclfError)
 
 
 def opened(model: str, **target: Any) -> OnnxClassifier:
@@ -60,6 +64,36 @@ def _gap(classify: OnnxClassifier, zeros: np.ndarray[Any, Any]) -> tuple[float, 
     done.set()
     other.join()
     return max(gaps), took_s
+
+
+def placement(precision: Precision, folder: str, *but: str) -> object:
+    """What is on the CPU of each model that there is a skeleton of, and what it fails with."""
+    names = (name for name in skeletons.names() if name not in but)
+    return {name: _left(name, precision, Path(folder)) for name in names}
+
+
+def _left(name: str, precision: Precision, folder: Path) -> Sequence[str]:
+    try:
+        return _opened_skeleton(name, precision, folder).active.cpu_nodes
+    except ERRORS as error:
+        return [str(error)]
+
+
+def one_batch(name: str, precision: Precision, folder: str) -> object:
+    """Runs a batch of a model that there is a skeleton of; the trace tells on which engines."""
+    classify = _opened_skeleton(name, precision, Path(folder))
+    classify(_zeros(classify))
+    return classify.active.nodes
+
+
+def _opened_skeleton(name: str, precision: Precision, folder: Path) -> OnnxClassifier:
+    model = skeletons.write_model(name, folder / "model.onnx")
+    if precision == "fp16":
+        to_half(model, folder / "half.onnx")
+        model = folder / "half.onnx"
+    require_cuda([0])
+    target = Target(PROVIDERS["cuda"], precision=precision)
+    return open_classifier(model, target, batch_size=8)
 
 
 def fault(model: str, options: str) -> object:
