@@ -14,6 +14,7 @@ from batchclf.errors import BatchclfError
 from batchclf.models.half import to_half
 from batchclf.results.records import Precision
 from batchclf.runtime.classifier import OnnxClassifier, open_classifier
+from batchclf.runtime.cuda import page_locked
 from batchclf.runtime.cuda_machine import require_cuda
 from batchclf.runtime.faults import fault_of
 from batchclf.runtime.providers import PROVIDERS
@@ -29,10 +30,11 @@ def opened(model: str, **target: Any) -> OnnxClassifier:
     return open_classifier(Path(model), Target(PROVIDERS["cuda"], **target))
 
 
-def engines(model: str, precision: str, options: str) -> object:
-    """Runs a batch at a precision with options; the trace tells on which engines."""
+def engines(model: str, precision: str, options: str, num_batches: str = "1") -> object:
+    """Runs batches at a precision with options; the trace tells on which engines."""
     classify = opened(model, precision=precision, options=json.loads(options))
-    classify(_zeros(classify))
+    for _ in range(int(num_batches)):
+        classify(_zeros(classify))
     return classify.active.options
 
 
@@ -66,10 +68,9 @@ def _gap(classify: OnnxClassifier, zeros: np.ndarray[Any, Any]) -> tuple[float, 
     return max(gaps), took_s
 
 
-def placement(precision: Precision, folder: str, *but: str) -> object:
+def placement(precision: Precision, folder: str) -> object:
     """What is on the CPU of each model that there is a skeleton of, and what it fails with."""
-    names = (name for name in skeletons.names() if name not in but)
-    return {name: _left(name, precision, Path(folder)) for name in names}
+    return {name: _left(name, precision, Path(folder)) for name in skeletons.names()}
 
 
 def _left(name: str, precision: Precision, folder: Path) -> Sequence[str]:
@@ -94,6 +95,15 @@ def _opened_skeleton(name: str, precision: Precision, folder: Path) -> OnnxClass
     require_cuda([0])
     target = Target(PROVIDERS["cuda"], precision=precision)
     return open_classifier(model, target, batch_size=8)
+
+
+def refused_pages(model: str) -> object:
+    """What is said of memory that is not page-locked; a batch runs in the same thread then."""
+    classify = opened(model)
+    said: list[str] = []
+    with page_locked(np.zeros(1_000_000, np.uint8), 0, said.append):
+        classify(_zeros(classify))
+    return said
 
 
 def fault(model: str, options: str) -> object:

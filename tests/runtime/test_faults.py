@@ -34,6 +34,7 @@ MEMORY = [
     "clEnqueueNDRangeKernel, error code: -5 CL_OUT_OF_RESOURCES",
 ]
 DEVICE = [
+    "CUDA failure 46",
     "CUDA failure 46: CUDA-capable device(s) is/are busy or unavailable" + PLACE,
     "Deserialize tensor weight failed.CUDA failure 214: uncorrectable ECC error encountered",
     "CUDA failure 700: an illegal memory access was encountered" + PLACE,
