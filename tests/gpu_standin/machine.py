@@ -53,7 +53,7 @@ class Machine:
             text=True,
             cwd=ROOT,
             env={**os.environ, **self.env, **told, **env},
-            timeout=120,
+            timeout=300,
             check=False,
         )
 
