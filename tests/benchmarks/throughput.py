@@ -1,7 +1,7 @@
 """Images per second of whole jobs, beside what one would run instead, in one run.
 
     python -m tests.benchmarks.throughput --images PHOTOS [--peers FOLDER] [--num-images 1000] \\
-        [--model mobilenet_v2=FILE.pth] [--model resnet50=none] \\
+        [--batch-size 64] [--model mobilenet_v2=FILE.pth] [--model resnet50=none] \\
         [--python cpu=PYTHON --python openvino=PYTHON] [--repeats 3] [--out FILE.json]
 
 Every contestant is a process of its own over the same folder of JPEGs and the same weights, timed
@@ -61,8 +61,6 @@ COLUMNS = (
     *("model", "contestant", "images_per_s", "speed", "cpu_ms_per_image", "peak_mb"),
     *("top1_agreement", "limit_images_per_s", "efficiency"),
 )
-BATCH_SIZES = {("cpu", "fp32"): 2, ("openvino", "fp32"): 2}
-"""Of our jobs, where not 8: so MobileNetV2's inference alone was fastest on 2 cores."""
 WIDTHS = {"model": 14, "contestant": 28, "images_per_s": 12, "speed": 7, "peak_mb": 8}
 
 
@@ -182,7 +180,7 @@ def our_jobs(
                         "model": {"name": model, "weights": weights},
                         "provider": name,
                         "precision": precision,
-                        "batch_size": BATCH_SIZES.get((name, precision), 8),
+                        "batch_size": arguments.batch_size,
                         "min_agreement": 0.0,  # random weights tell classes apart by a hair
                     }
                 )
@@ -394,6 +392,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=Path, required=True, help="a folder of JPEGs")
     parser.add_argument("--num-images", type=int, default=1000, help="the folder's, linked again")
+    parser.add_argument("--batch-size", type=int, default=64, help="of our jobs")
     parser.add_argument("--model", type=_pair, action="append", help="NAME=FILE.pth or NAME=none")
     parser.add_argument("--python", type=_pair, action="append", help="PROVIDER=INTERPRETER")
     parser.add_argument("--peers", type=Path, help="folder of scripts to compare with")
