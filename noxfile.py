@@ -19,7 +19,7 @@ SAME_EVERYWHERE = (
     *("tests/run/test_crossings.py", "tests/run/test_fence.py", "tests/run/test_recovery.py"),
     *("tests/run/test_inputs.py", "tests/run/test_bucket_output.py", "tests/run/test_remote.py"),
     *("tests/run/test_archives.py", "tests/run/test_plan.py", "tests/run/test_decode_backend.py"),
-    *("tests/run/test_resampler.py", "tests/test_wheel.py"),
+    *("tests/run/test_resampler.py", "tests/test_wheel.py", "tests/scoring"),
 )
 """What the flavour has no part in: tested in the cpu environment only."""
 WITHOUT_GPU = ("tests/sessions/test_refusals.py", "tests/runtime", "tests/gpu_standin")

@@ -24,6 +24,7 @@ FLOORS = (
     ("images", "models", "runtime", "results"),
     ("sessions",),
     ("run",),
+    ("scoring",),
     ("engines", "commands", "tuning"),
     ("cli",),
     ("__main__",),
