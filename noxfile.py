@@ -9,6 +9,7 @@ import nox
 SAME_EVERYWHERE = (
     *("tests/images", "tests/results", "tests/benchmarks", "tests/models", "tests/spec"),
     *("tests/system", "tests/faults", "tests/engines", "tests/commands/test_paths.py"),
+    "tests/commands/test_convert.py",
     *("tests/test_quality.py", "tests/test_house.py", "tests/test_security.py"),
     *("tests/test_library.py", "tests/test_without_torch.py", "tests/test_own_model.py"),
     "tests/test_forms.py",

@@ -11,7 +11,7 @@ from batchclf.errors import EnvironmentFailed, ResumeRefused, UsageError
 from batchclf.results.records import Failure
 from batchclf.scoring.score import score_output
 from tests.conftest import Batchclf
-from tests.scoring.common import divide, predicted, write_output
+from tests.outputs import divide, predicted, write_output
 from tests.tiny import DIGITS, run_here, write_tiny_job
 
 LABELS = ("cat", "dog", "great white shark")

@@ -58,7 +58,7 @@ def write_output(
     assert record is not None
     folder.mkdir(parents=True)
     (folder / "labels.txt").write_text("".join(f"{one}\n" for one in labels))
-    model = {**record.job["model"], "onnx": None, "labels": str(folder / "labels.txt")}
+    model = {**record.job["model"], "labels": str(folder / "labels.txt")}
     record = replace(
         record,
         job={**record.job, "model": model, "output": str(folder), **job},
