@@ -195,6 +195,21 @@ def test_images_may_be_copied_or_linked_hard(
     assert converted.num_written_out == 0
 
 
+@pytest.mark.parametrize("way", ["symlinks", "hard links", "copies"])
+def test_no_link_leads_on_to_what_a_link_in_the_input_led_out_to(
+    template: Path, tmp_path: Path, way: folders.Way
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "secret").touch()
+    (tmp_path / "in" / "1.jpg").symlink_to(tmp_path / "secret")
+    outcomes = {"1.jpg": Failure("outside_root", "its target is outside of the input")}
+    job = {"input": str(tmp_path / "in")}
+    out = write_output(template, tmp_path / "out", LABELS, outcomes, **job)
+    converted = convert_output(out, "folders", tmp_path / "sorted", choice=Choice(way))
+    assert converted.left_out == {"outside_root": 1}
+    assert tree(tmp_path / "sorted") == {}
+
+
 def test_a_hard_link_to_another_file_system_is_refused_with_what_to_do(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

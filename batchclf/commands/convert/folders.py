@@ -22,6 +22,8 @@ from batchclf.results.records import Failure, ImageRef
 
 Way = Literal["symlinks", "hard links", "copies"]
 UNSURE, FAILED = "_unsure", "_failed"
+_OUTSIDE = "outside_root"
+"""Code of a link that leads out of the input: no link leads on to there."""
 _DANGEROUS = ("decoder_crash", "timeout", "oom")
 """Codes of what, in an archive, ended or held up a process that read it."""
 MAX_NAME_BYTES = 200
@@ -110,11 +112,12 @@ class _Placing:
     ) -> bytes | _File | Failure:
         """What is to be written or linked, or why that cannot be."""
         known = Failure(**line["error"]) if line["status"] != "ok" else None
+        refused = (_OUTSIDE, *(_DANGEROUS if own is None else ()))
+        if known is not None and known.code in refused:
+            return known
         if own is not None and self.choice.way != "copies":
             gone = known or Failure("vanished", "it was there")
             return _File(own) if os.path.exists(own) else gone
-        if own is None and known is not None and known.code in _DANGEROUS:
-            return known
         return self.store.read(ref, MAX_FILE_BYTES)
 
     def _folder_of(self, line: dict[str, Any]) -> str:
