@@ -9,6 +9,7 @@ import nox
 SAME_EVERYWHERE = (
     *("tests/images", "tests/results", "tests/benchmarks", "tests/models", "tests/spec"),
     *("tests/system", "tests/faults", "tests/engines", "tests/commands/test_paths.py"),
+    "tests/commands/test_convert.py",
     *("tests/test_quality.py", "tests/test_house.py", "tests/test_security.py"),
     *("tests/test_library.py", "tests/test_without_torch.py", "tests/test_own_model.py"),
     "tests/test_forms.py",
@@ -19,7 +20,7 @@ SAME_EVERYWHERE = (
     *("tests/run/test_crossings.py", "tests/run/test_fence.py", "tests/run/test_recovery.py"),
     *("tests/run/test_inputs.py", "tests/run/test_bucket_output.py", "tests/run/test_remote.py"),
     *("tests/run/test_archives.py", "tests/run/test_plan.py", "tests/run/test_decode_backend.py"),
-    *("tests/run/test_resampler.py", "tests/test_wheel.py"),
+    *("tests/run/test_resampler.py", "tests/test_wheel.py", "tests/scoring"),
 )
 """What the flavour has no part in: tested in the cpu environment only."""
 WITHOUT_GPU = ("tests/sessions/test_refusals.py", "tests/runtime", "tests/gpu_standin")

@@ -71,6 +71,16 @@ def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a job of 300 images in 10 folders, whose facts `write_output` takes over."""
+    from tests.tiny import run_here, write_tiny_job  # onnx takes a second to import
+
+    folder = tmp_path_factory.mktemp("template")
+    run_here(write_tiny_job(folder))
+    return folder / "out"
+
+
 @pytest.fixture
 def batchclf() -> Batchclf:
     """Runs the real command in a process of its own: `batchclf("run", job, "--json")`."""

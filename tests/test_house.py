@@ -24,6 +24,7 @@ FLOORS = (
     ("images", "models", "runtime", "results"),
     ("sessions",),
     ("run",),
+    ("scoring",),
     ("engines", "commands", "tuning"),
     ("cli",),
     ("__main__",),
@@ -63,7 +64,7 @@ OUTSIDE = {
     "tqdm": ("cli/progress.py", "engines/display.py"),
     "pydantic": ("spec/", "models/bundle.py", "results/identity.py", "results/run_record.py"),
     "obstore": ("system/bucket.py", "images/buckets.py"),
-    "pyarrow": ("images/archives/parquet_file.py",),
+    "pyarrow": ("images/archives/parquet_file.py", "commands/convert/parquet.py"),
     "psutil": (),
     "ray": (),
 }

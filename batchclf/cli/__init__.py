@@ -27,6 +27,8 @@ COMMANDS = {
     "validate": "Check a job without running it: spec, provider, model, images.",
     "status": "Tell how far a job is, also while it runs elsewhere.",
     "merge": "Join the shards of a job into one.",
+    "score": "Compare a job's predictions with true labels.",
+    "convert": "Write a job's records as CSV or Parquet, or its images into folders.",
     "export": "Write a job's model bundle, to run it where torch is not installed.",
     "verify": "Compare a job's provider with PyTorch and native OpenVINO.",
     "tune": "Find the fastest batch size, streams and workers of a job.",

@@ -19,7 +19,7 @@ from batchclf.errors import UsageError
 from batchclf.results.files import RunFiles, read_json, reading
 from batchclf.results.listing import open_listing
 from batchclf.results.lock import LEASE_S
-from batchclf.results.records import Shard
+from batchclf.results.output import files_of_parts
 from batchclf.results.run_record import read_run
 from batchclf.system.machine import boot_id
 
@@ -78,7 +78,7 @@ def status_of(output: Path) -> Status:
         ResumeRefused: what is there was written by another version, or is damaged.
         EnvironmentFailed: it cannot be read.
     """
-    parts = [_part(files) for files in _all_parts(RunFiles(output))]
+    parts = [_part(files) for files in files_of_parts(output)]
     if not parts:
         raise UsageError(f"output: {output}: no job has begun there: it holds no run.json")
     codes: Counter[str] = Counter()
@@ -111,21 +111,6 @@ def _state_of(parts: Sequence[Part]) -> State:
     states = {one.state for one in parts}
     order: tuple[State, ...] = ("failed", "stale", "running", "interrupted", "not begun")
     return next((state for state in order if state in states), "complete")
-
-
-def _all_parts(files: RunFiles) -> list[RunFiles]:
-    """The whole job where it has begun, or is merged; else its shards, begun or not."""
-    with reading(files.folder):
-        if not files.folder.is_dir():
-            raise UsageError(
-                f"output: {files.folder} is no folder; give the folder a job writes to"
-            )
-        found = [files] if files.run.exists() else []
-        others = [] if found else list(files.of_others())
-    counts = {other.shard.count for other in others}
-    for count in sorted(counts):
-        found += [RunFiles(files.folder, Shard(index, count)) for index in range(count)]
-    return found
 
 
 def _part(files: RunFiles) -> Part:

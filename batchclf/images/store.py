@@ -97,6 +97,9 @@ class Store(Protocol):
         One process should do that for all.
         """
 
+    def local_file(self, ref: ImageRef) -> bytes | None:
+        """The file of this machine that is an image; None: it is elsewhere, or in an archive."""
+
     def version(self, ref: ImageRef) -> bytes | None:
         """Another one where an image's file may be another; None where that takes long to tell."""
 
@@ -220,6 +223,13 @@ class FileStore:
         """As `Store`."""
         return stretch_of(ref.location) if file_of(ref.path, ref.location) is None else None
 
+    def local_file(self, ref: ImageRef) -> bytes | None:
+        """As `Store`."""
+        path = file_of(ref.path, ref.location)
+        if path is None or self.lies_far(ref):
+            return None
+        return os.path.abspath(os.path.join(self.source.root, path))
+
     def version(self, ref: ImageRef) -> bytes | None:
         """As `Store`."""
         if self.lies_far(ref):
@@ -323,6 +333,11 @@ class SeveralStores:
         number, entry = in_part(Entry(ref.path, ref.location))
         found = self.parts[number].stretch_of(ImageRef(ref.index, *entry))
         return found and found._replace(archive=b"%d:%s" % (number, found.archive))
+
+    def local_file(self, ref: ImageRef) -> bytes | None:
+        """As `Store`."""
+        number, entry = in_part(Entry(ref.path, ref.location))
+        return self.parts[number].local_file(ImageRef(ref.index, *entry))
 
     def version(self, ref: ImageRef) -> bytes | None:
         """As `Store`."""

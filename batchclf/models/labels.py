@@ -1,4 +1,4 @@
-"""Class names: ImageNet's, or a text file with one name per line."""
+"""Class names: ImageNet's, with their ids, or a text file with one name per line."""
 
 from importlib import resources
 from pathlib import Path
@@ -11,7 +11,16 @@ MAX_LABELS_BYTES = 64_000_000
 
 def imagenet_labels() -> tuple[str, ...]:
     """The 1,000 ImageNet-1k names in index order, as torchvision's weights carry them."""
-    text = resources.files("batchclf.models").joinpath("imagenet_labels.txt").read_text("utf-8")
+    return _lines_of("imagenet_labels.txt")
+
+
+def imagenet_synsets() -> tuple[str, ...]:
+    """Their WordNet ids, such as n01440764, in the same order; the folders of ImageNet's files."""
+    return _lines_of("imagenet_synsets.txt")
+
+
+def _lines_of(name: str) -> tuple[str, ...]:
+    text = resources.files("batchclf.models").joinpath(name).read_text("utf-8")
     return tuple(text.splitlines())
 
 

@@ -156,7 +156,7 @@ def find_done(predictions: Path, paths: Iterable[bytes], max_bytes: int | None =
 def _outcome(line: bytes, path: bytes) -> str | None:
     """`ok` or the code of the failure, where `line` is a whole record of `path`; else None."""
     record = parse_record(line) if line.endswith(b"\n") else None
-    if record is None or not _is_of(record, path):
+    if record is None or not is_of(record, path):
         return None
     # Plain look-ups: a `match` takes as long as parsing the line.
     if record.get("status") == "ok" and isinstance(record.get("predictions"), list):
@@ -168,7 +168,8 @@ def _outcome(line: bytes, path: bytes) -> str | None:
     return None
 
 
-def _is_of(record: Mapping[str, Any], path: bytes) -> bool:
+def is_of(record: Mapping[str, Any], path: bytes) -> bool:
+    """Whether a record is that of the image with this path."""
     if "path_b64" not in record:
         try:
             return bool(record.get("path") == path.decode())

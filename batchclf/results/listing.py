@@ -6,7 +6,6 @@ followed by where its bytes lie, ended by a NUL byte as well. It is written unde
 put in its place whole, so that of several shards that list at once the first wins.
 """
 
-import ctypes
 import errno
 import hashlib
 import itertools
@@ -23,6 +22,7 @@ from batchclf.errors import ResumeRefused
 from batchclf.results.files import RunFiles, output_failed, reading, sync_folder
 from batchclf.results.identity import Extent, Identity, Strict, as_written
 from batchclf.results.records import Entry, ImageRef, refs_of
+from batchclf.system.rename import rename_noreplace
 
 READ_BYTES = 1 << 16
 """Of the listing at once; its paths as objects take several times as much."""
@@ -31,8 +31,6 @@ MAX_TRAILER_BYTES = 1 << 17
 FileIdentity = tuple[int, int, int]
 """Device, number (inode) and time of writing: the number of a file that is gone is given again."""
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
-"""Of <fcntl.h> and <linux/fs.h>."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,16 +251,7 @@ def _place_first(draft: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        _rename_noreplace(draft, path)
-
-
-def _rename_noreplace(source: Path, target: Path) -> None:
-    """renameat2(2) with RENAME_NOREPLACE."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    names = (os.fsencode(source), _AT_FDCWD, os.fsencode(target))
-    if libc.renameat2(_AT_FDCWD, *names, ctypes.c_uint(_RENAME_NOREPLACE)) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), os.fspath(target))
+        rename_noreplace(draft, path)
 
 
 def _write(

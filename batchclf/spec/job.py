@@ -3,8 +3,9 @@
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -539,6 +540,14 @@ class JobSpec(_Spec):
         EngineSpec,
         BeforeValidator(_name_to_mapping, json_schema_input_type=Literal["local"] | EngineSpec),
     ] = EngineSpec(name="local")
+
+
+def recorded_job(told: Mapping[str, Any]) -> JobSpec:
+    """The job that run.json tells, with every key, also those that do not go with each other."""
+    model = {key: value for key, value in told["model"].items() if value is not None}
+    if "name" not in model:
+        del model["weights"]  # the default
+    return JobSpec.model_validate({**told, "model": model})
 
 
 def runs_on_cpu(provider: ProviderSpec) -> bool:

@@ -21,6 +21,7 @@ from batchclf.results.lines import find_done
 from batchclf.results.listing import drafted, open_listing, place, take_away
 from batchclf.results.records import Entry, ImageRef, Prediction, Record, Shard
 from batchclf.results.writer import RecordWriter
+from batchclf.system import rename
 from tests.results.common import IDENTITY, Entries, placed
 
 NAMES = st.binary(min_size=1, max_size=40).map(lambda name: name.replace(b"\0", b"_"))
@@ -123,7 +124,7 @@ def test_a_file_system_without_hard_links_places_by_another_call_or_says_that_it
         assert placed(files, [b"a"]).num_images == 1
         assert placed(files, [b"b", b"c"]).num_images == 1
         return
-    monkeypatch.setattr(listing, "_RENAME_NOREPLACE", 1 << 20)  # EINVAL, as of old file systems
+    monkeypatch.setattr(rename, "_RENAME_NOREPLACE", 1 << 20)  # EINVAL, as of old file systems
     with pytest.raises(EnvironmentFailed, match="Invalid argument"):
         placed(files, [b"a"])
     assert os.listdir(files.folder) == []

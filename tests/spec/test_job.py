@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from batchclf.cli import main
 from batchclf.errors import JobFileError
 from batchclf.spec.file import MAX_JOB_FILE_BYTES, Override, load_job, parse_set
-from batchclf.spec.job import JobSpec, RuntimeSpec
+from batchclf.spec.job import JobSpec, RuntimeSpec, recorded_job
 from tests.conftest import ROOT, Batchclf
 
 MINIMAL: Mapping[str, Any] = {"input": "images", "output": "out", "model": {"name": "resnet18"}}
@@ -804,3 +804,12 @@ def test_set_adds_keys_to_the_provider_that_is_named_on_the_command_line(
     done = batchclf("run", job, "--set", "provider.devices=[0, 0]", "--provider", "cuda")
     assert done.exit_code == 2
     assert "provider.devices: found [0, 0]; allowed: each GPU once" in done.stderr
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "images", ["photos", ["a", "s3://bucket/b"], {"parquet": "train", "column": "image"}]
+)
+def test_the_job_that_a_run_recorded_is_read_back(model: Mapping[str, Any], images: object) -> None:
+    job = JobSpec.model_validate({**WHOLE, "model": model, "input": images})
+    assert recorded_job(json.loads(json.dumps(job.model_dump(mode="json")))) == job

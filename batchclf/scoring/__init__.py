@@ -1,0 +1,1 @@
+"""Predictions compared with true labels: where these are, which class a name means, figures."""
