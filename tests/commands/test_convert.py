@@ -203,8 +203,8 @@ def test_no_link_leads_on_to_what_a_link_in_the_input_led_out_to(
     (tmp_path / "secret").touch()
     (tmp_path / "in" / "1.jpg").symlink_to(tmp_path / "secret")
     outcomes = {"1.jpg": Failure("outside_root", "its target is outside of the input")}
-    job = {"input": str(tmp_path / "in")}
-    out = write_output(template, tmp_path / "out", LABELS, outcomes, **job)
+    images = str(tmp_path / "in")
+    out = write_output(template, tmp_path / "out", LABELS, outcomes, input=images)
     converted = convert_output(out, "folders", tmp_path / "sorted", choice=Choice(way))
     assert converted.left_out == {"outside_root": 1}
     assert tree(tmp_path / "sorted") == {}
