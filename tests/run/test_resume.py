@@ -106,7 +106,7 @@ def slow_job(folder: Path, num_images: int, **keys: Any) -> Path:
 def test_a_job_killed_again_and_again_ends_as_an_undisturbed_one(
     batchclf: Batchclf, tmp_path: Path
 ) -> None:
-    job = slow_job(tmp_path, 600)
+    job = slow_job(tmp_path, 2000)
     out = tmp_path / "out"
     moments = random.Random(20)
     sizes = [0]
@@ -132,7 +132,7 @@ def test_a_job_killed_again_and_again_ends_as_an_undisturbed_one(
     )
     run_here(undisturbed)
     records = read_records(out)
-    assert len({record["path"] for record in records}) == len(records) == 600
+    assert len({record["path"] for record in records}) == len(records) == 2000
     assert_same_records(records, read_records(tmp_path / "undisturbed"))
     assert status_of(out) == "complete"
 
