@@ -65,7 +65,8 @@ def classify(work: Work, refs: Iterator[ImageRef], sink: Sink) -> None:
 
     Raises:
         ErrorLimitPassed: after the batch that passed `errors.max`.
-        Interrupted: after a signal, with everything in flight written.
+        Interrupted: after a signal, with all written that was in flight; what is in flight in the
+            processes of several GPUs is dropped.
         OutOfMemory: for so many images at once.
         DeviceLost: the device does not answer any more; another process may find that it does.
     """

@@ -24,6 +24,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple, NoReturn
 
 from batchclf.errors import BatchclfError, DeviceLost, EnvironmentFailed
+from batchclf.images.ahead import Depth
 from batchclf.images.prefetch import HostMemory
 from batchclf.results.records import Failure, ImageRef, Prediction, Record
 from batchclf.results.stats import StatsCollector
@@ -75,11 +76,14 @@ def shares_of(plan: Plan, sample: Iterable[ImageRef], used: str | None) -> list[
         return []
     num_workers = max(1, plan.num_workers // len(devices))
     refs = tuple(sample)
+    # An image that ends its decoder is then found there; the end of a share's process is its GPU's.
+    backend = "processes" if job.loader.backend == "auto" else plan.backend
     shares = []
     for device in devices:
         provider = job.provider.model_copy(update={"devices": (device,)})
         task = replace(plan.task, job=job.model_copy(update={"provider": provider}))
-        shares.append(Share(replace(plan, task=task, num_workers=num_workers), refs, used))
+        own = replace(plan, task=task, num_workers=num_workers, backend=backend)
+        shares.append(Share(own, refs, used))
     return shares
 
 
@@ -96,9 +100,10 @@ class Feeders:
         self._labels = shares[0].plan.task.model.labels
         self._batch_size = shares[0].plan.batch_size
         self._feeders: list[_Feeder] = []
+        logged: set[str] = set()
         try:
             for number, share in enumerate(shares):
-                self._feeders.append(_Feeder(number, len(shares), share, reporter))
+                self._feeders.append(_Feeder(number, len(shares), share, reporter, logged))
             found = [feeder.wait_until_opened() for feeder in self._feeders]
         except BaseException:
             self.close()
@@ -121,6 +126,8 @@ class Feeders:
         while True:
             for feeder in self._feeders:
                 if not (sent := feeder.next_sent()):
+                    for one in self._feeders:
+                        one.hear_out()
                     return
                 while (packed := feeder.receive(stats, tick_s)) is None:
                     yield None
@@ -159,10 +166,12 @@ def _together(found: Sequence[Opened]) -> Opened:
 class _Feeder:
     """One process, as this one sees it."""
 
-    def __init__(self, number: int, count: int, share: Share, reporter: Reporter) -> None:
+    def __init__(
+        self, number: int, count: int, share: Share, reporter: Reporter, logged: set[str]
+    ) -> None:
+        """`logged`: what any of them said; nothing is said twice."""
         self._first_thread = number * (NUM_THREADS // count)
-        self._is_first = number == 0
-        self._is_open = False
+        self._logged = logged
         self._reporter = reporter
         devices = share.plan.task.job.provider.devices
         self._name = f"the process of GPU {', '.join(map(str, devices or ()))}"
@@ -189,7 +198,6 @@ class _Feeder:
         while (said := self._received())[0] != "opened":
             self._heed(*said)
         opened, num_streams, self.num_ahead = said[1]
-        self._is_open = True
         return opened, num_streams
 
     def send(self, refs: list[ImageRef]) -> None:
@@ -216,6 +224,12 @@ class _Feeder:
                 return packed
             self._heed(word, what)
         return None
+
+    def hear_out(self) -> None:
+        """What it says once it has no more to do, until it ends."""
+        with suppress(EOFError, OSError):
+            while self._connection.poll(END_S):
+                self._heed(*self._connection.recv())
 
     def close(self) -> None:
         """End it; one that is stuck in the kernel is left behind."""
@@ -244,7 +258,8 @@ class _Feeder:
         elif word == "beat":
             self._reporter.beat()
         elif word == "log":
-            if self._is_first or not self._is_open:
+            if what not in self._logged:
+                self._logged.add(what)
                 self._reporter.log(what)
         elif word == "error":
             raise what
@@ -285,8 +300,10 @@ def _serve(share: Share, connection: Connection, channel: "_Channel") -> None:
     with explained(task, plan.batch_size), _beating(channel):
         opened = open_devices(wanted, settle_provider(task.job, channel.log))
     num_streams = len(opened.classifiers)
-    # One more than there is memory for: so nobody waits here for refs while a batch is unfinished.
-    num_ahead = num_batches_of(task.job, num_streams) + 1
+    # More than there is memory for, and than are read ahead: so nobody waits here for refs, and
+    # holds others up, while a batch is unfinished.
+    num_read_ahead = -(-Depth().num_reads // plan.batch_size)
+    num_ahead = num_batches_of(task.job, num_streams) + num_read_ahead + 1
     told = replace(opened, classifiers=(), memory=HostMemory())
     channel.say("opened", (told, num_streams, num_ahead))
     stats = _Times()

@@ -14,7 +14,15 @@ from batchclf.run import ready
 from batchclf.run.feeders import Feeders, Share, shares_of
 from batchclf.run.plan import Plan, Task
 from batchclf.spec.job import JobSpec
-from tests.tiny import Log, link_digits, run_here, write_tiny_job
+from tests.conftest import read_records
+from tests.proxy import NAME, proxied_bucket
+from tests.tiny import (
+    Log,
+    assert_same_records,
+    link_digits,
+    run_here,
+    write_tiny_job,
+)
 
 
 def feed_in_two(monkeypatch: pytest.MonkeyPatch) -> list[Feeders]:
@@ -73,6 +81,22 @@ def test_two_processes_write_what_one_writes(
     assert together.summary.batch_ms["p50"] > 0
     for feeder in started[0]._feeders:
         assert feeder._process.returncode is not None
+
+
+def test_images_of_a_bucket_are_read_ahead_of_small_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than there is memory for batches."""
+    pytest.importorskip("obstore")
+    images(tmp_path / "images", 90)
+    run_here(job(tmp_path, "alone"))
+    with proxied_bucket() as bucket:
+        bucket.put_folder(tmp_path / "images", "images")
+        feed_in_two(monkeypatch)
+        far = job(tmp_path, "far", loader={"workers": 2, "max_seconds": 20})
+        far.write_text(far.read_text().replace(str(tmp_path / "images"), f"s3://{NAME}/images"))
+        run_here(far)
+    assert_same_records(read_records(tmp_path / "far"), read_records(tmp_path / "alone"))
 
 
 def test_a_process_that_is_killed_costs_no_record(
