@@ -41,7 +41,7 @@ def command(output: Path, watch: bool, as_json: bool) -> None:
             if watch and sys.stdout.isatty():
                 click.clear()
             print_result(as_lines(*_lines(status)))
-        if not watch or status.state != "running":
+        if not watch or all(part.state != "running" for part in status.parts):
             return
         time.sleep(WATCH_S)
 

@@ -120,8 +120,10 @@ def _part(files: RunFiles) -> Part:
         return Part(shard=shard, state="not begun", num_images=_planned(files))
     lease, lease_age_s = _lease(files)
     last, news_age_s = _last_figures(files)
-    # What an earlier run of the same job wrote last is no news of this one.
-    num_done = record.num_images if record.status == "complete" else last.get("num_images", 0)
+    # Figures are written every 10 s, and before that not at all.
+    num_done = max(last.get("num_images", 0), record.durable.num_images)
+    if record.status == "complete":
+        num_done = record.num_images
     codes = last.get("errors_by_code", {})
     is_running = record.status == "running"
     state: State = record.status

@@ -22,7 +22,7 @@ from batchclf.images.store import open_store
 from batchclf.results.records import Failure
 from batchclf.spec.input import shown
 from batchclf.spec.job import JobSpec
-from batchclf.system.alive import watched
+from batchclf.system.alive import alive, watched
 from batchclf.system.children import end_with_parent, how_it_ended, signals_held, start_python
 from batchclf.system.interrupt import SIGNALS
 
@@ -69,7 +69,10 @@ def _look_through(source: AnySource, log: Log) -> Survey:
     store = open_store(source)
     store.require_images()
     entries = store.entries(log)
-    num_images = sum(1 for _ in entries)
+    num_images = 0
+    for _ in entries:
+        num_images += 1
+        alive()
     return Survey(num_images, entries.num_left_out, str(entries.left_out))
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -62,12 +63,42 @@ def test_a_job_at_work_is_seen_from_outside_and_is_stale_once_it_is_killed(tmp_p
     assert status_of(tmp_path / "out").state == "stale"
 
 
+def test_what_a_run_wrote_that_was_stopped_before_its_first_figures_is_counted(
+    tmp_path: Path,
+) -> None:
+    images = link_digits(tmp_path / "in", 4_000)
+    job = write_tiny_job(tmp_path, input=str(images), model=tiny_model(tmp_path, **SLOW))
+    with started(job) as run:
+        run.wait_until((tmp_path / "out" / "predictions.jsonl").exists)
+        run.process.terminate()
+        assert run.end() == 143
+    num_written = len((tmp_path / "out" / "predictions.jsonl").read_bytes().splitlines())
+    status = status_of(tmp_path / "out")
+    assert (status.state, status.num_done) == ("interrupted", num_written)
+
+
+def test_a_shard_that_failed_does_not_end_the_watch_over_one_that_runs(
+    tmp_path: Path, batchclf: Batchclf
+) -> None:
+    job = write_tiny_job(tmp_path)
+    for index in range(2):
+        run_here(job, RunOptions(shard=Shard(index, 2)))
+    for index, status in enumerate(("failed", "running")):
+        run = tmp_path / "out" / f"run-0000{index}-of-00002.json"
+        run.write_text(json.dumps(json.loads(run.read_text()) | {"status": status}))
+    lease = tmp_path / "out" / ".lease-00001-of-00002.json"
+    lease.write_text(json.dumps({"host": "node-7", "pid": 1, "boot_id": "another"}))
+    with pytest.raises(subprocess.TimeoutExpired):
+        batchclf("status", tmp_path / "out", "--watch", timeout=4)
+
+
 def test_shards_are_told_one_by_one_and_in_all(tmp_path: Path, batchclf: Batchclf) -> None:
     job = write_tiny_job(tmp_path)
     run_here(job, RunOptions(shard=Shard(1, 4)))
     run = tmp_path / "out" / "run-00002-of-00004.json"
     record = json.loads((tmp_path / "out" / "run-00001-of-00004.json").read_text())
-    run.write_text(json.dumps(record | {"status": "failed", "error": "the disk is full"}))
+    begun = {"durable": {"num_bytes": 0, "num_images": 0, "boot_id": ""}}
+    run.write_text(json.dumps(record | begun | {"status": "failed", "error": "the disk is full"}))
     status = status_of(tmp_path / "out")
     assert status.state == "failed"
     assert [part.state for part in status.parts] == ["not begun", "complete", "failed", "not begun"]

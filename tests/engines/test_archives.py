@@ -213,6 +213,22 @@ def test_validate_outlives_an_archive_that_cannot_be_listed(
     assert "bad.parquet: damaged_archive: cannot be listed: " in done.stderr
 
 
+def test_validate_waits_for_an_archive_that_takes_long_to_list(
+    tmp_path: Path, batchclf: Batchclf
+) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for path, name in zip(sorted(DIGITS.rglob("*.jpg"))[:12], names(range(12)), strict=True):
+            tar.add(path, name)
+    job = write_job(tmp_path, input=str(tmp_path / "a.tar"), loader={"max_seconds": 1})
+    program = "def change(module):\n    add = module.Index.add\n    def add_slowly(self, found):\n"
+    program += "        time.sleep(0.2)\n        return add(self, found)\n"
+    program += "    module.Index.add = add_slowly\n"
+    env = fault(tmp_path, program, "batchclf.images.archives.index")
+    done = batchclf("validate", str(job), env=env)
+    assert done.exit_code == 0, done.stderr
+    assert "images:   12 in " in done.stdout
+
+
 def test_an_archive_at_which_a_process_is_killed_once_is_listed(tmp_path: Path, rows: Path) -> None:
     job = write_job(tmp_path, input=str(rows))
     program = LISTING.replace("== AT", "== AT and once('died')")

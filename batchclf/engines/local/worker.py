@@ -58,7 +58,7 @@ def _import_pipeline() -> str | None:
     except Exception:  # noqa: BLE001 - the parent tells of it
         return traceback.format_exc()
     finally:
-        gc.enable()
+        gc.enable()  # it is off from the very first import on (process.py)
     return None
 
 

@@ -27,6 +27,7 @@ from batchclf.images.archives.names import archive_kind, tidy
 from batchclf.images.archives.passage import Refused
 from batchclf.images.omissions import Omissions
 from batchclf.results.records import Entry, Failure, Stretch
+from batchclf.system.alive import alive
 from batchclf.system.paths import reason, refusal
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Archives:
 
                 index = Index()
                 for found in self._scan(file, opened):
+                    alive()  # of a million members, none is yielded for a while
                     index.add(found)
                 if not len(index) and not index.damages:
                     self._log(f"{_shown(file.path)}: an archive without files")
@@ -98,6 +100,7 @@ class Archives:
                 yield from self._rows.entries(archive, opened)
             else:
                 for found in self._scan(file, opened):
+                    alive()
                     if isinstance(found, Member):
                         name = b"%s/%s" % (file.path, tidy(found.name))
                         yield Entry(name, located(found.fields, archive))
