@@ -23,6 +23,7 @@ KILL_S = 0.7
 """Seconds that a killed one may take; one that is stuck in the kernel is left behind."""
 _MEMORY = {
     "ARROW_DEFAULT_MEMORY_POOL": "system",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(32 << 20),
 }
