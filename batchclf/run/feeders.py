@@ -8,7 +8,6 @@ of the others waits until it is heard.
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -38,8 +37,7 @@ from batchclf.system.children import (
     end_with_parent,
     expendable,
     how_it_ended,
-    signals_held,
-    start_python,
+    start_serving,
 )
 from batchclf.system.interrupt import SIGNALS, StopRequest
 from batchclf.system.machine import cpu_seconds, peak_rss_mb
@@ -179,18 +177,11 @@ class _Feeder:
         self.num_ahead = 1
         self.cpu_s = 0.0
         try:
-            ours, theirs = socket.socketpair()
-            with theirs, signals_held(_HELD):
-                self._process = start_python(
-                    f"from {__name__} import serve; serve({theirs.fileno()}, {os.getpid()})",
-                    pass_fds=(theirs.fileno(),),
-                    stdout=2,
-                )
+            self._process, self._connection = start_serving(__name__, held=_HELD, stdout=2)
         except OSError as error:
             raise EnvironmentFailed(
                 f"no process for another GPU can be started: {error}; run again to resume"
             ) from error
-        self._connection = Connection(ours.detach())
         self._send(share)
 
     def wait_until_opened(self) -> tuple[Opened, int]:
