@@ -5,65 +5,35 @@ out in turns, so it is known whose is next, and only that one is waited for. A p
 of the others waits until it is heard.
 """
 
-import os
-import queue
 import signal
 import subprocess
-import sys
-import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
-from multiprocessing.connection import Connection
 from operator import attrgetter
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
-from batchclf.errors import BatchclfError, DeviceLost, EnvironmentFailed
-from batchclf.images.ahead import Depth
-from batchclf.images.prefetch import HostMemory
+from batchclf.errors import DeviceLost, EnvironmentFailed
 from batchclf.results.records import Failure, ImageRef, Prediction, Record
 from batchclf.results.stats import StatsCollector
-from batchclf.run.blame import explained
-from batchclf.run.classify import Work, flowing, num_batches_of
+from batchclf.run.feeder import Packed, Share
 from batchclf.run.plan import Plan
 from batchclf.run.reporter import Reporter
-from batchclf.sessions.open import Opened, Wanted, open_devices, settle_provider
-from batchclf.sessions.sample import Sample
+from batchclf.sessions.open import Opened
 from batchclf.system.children import (
-    end_with_parent,
-    expendable,
     how_it_ended,
     start_serving,
 )
-from batchclf.system.interrupt import SIGNALS, StopRequest
-from batchclf.system.machine import cpu_seconds, peak_rss_mb
+from batchclf.system.interrupt import SIGNALS
 
 NUM_THREADS = 1024
 """What all processes together may number their threads by."""
-EXPENDABLE = 600
-"""Where memory runs out, they are to go before this process, and after those that decode."""
 END_S = 5.0
 """Seconds that a process may take to end."""
-BEAT_S = 1.0
-BUSY_SHARE = 0.05
-"""Of a core, while it opens its sessions: then it does not hang."""
 _HELD = (*SIGNALS, signal.SIGUSR1)
-_Packed = tuple[Failure | tuple[tuple[int, float], ...], tuple[str, ...]]
-"""An outcome, a prediction as index and score; and warnings."""
-
-
-class Share(NamedTuple):
-    """What a process is to do."""
-
-    plan: Plan
-    """Its job has one device."""
-    sample: tuple[ImageRef, ...]
-    used: str | None
-    """As of `Wanted`."""
 
 
 def shares_of(plan: Plan, sample: Iterable[ImageRef], used: str | None) -> list[Share]:
@@ -132,7 +102,7 @@ class Feeders:
                 yield self._unpacked(sent, packed)
                 feeder.send(list(islice(refs, self._batch_size)))
 
-    def _unpacked(self, refs: Sequence[ImageRef], packed: Sequence[_Packed]) -> list[Record]:
+    def _unpacked(self, refs: Sequence[ImageRef], packed: Sequence[Packed]) -> list[Record]:
         labels = self._labels
         return [
             Record(
@@ -177,7 +147,9 @@ class _Feeder:
         self.num_ahead = 1
         self.cpu_s = 0.0
         try:
-            self._process, self._connection = start_serving(__name__, held=_HELD, stdout=2)
+            self._process, self._connection = start_serving(
+                "batchclf.run.feeder", held=_HELD, stdout=2
+            )
         except OSError as error:
             raise EnvironmentFailed(
                 f"no process for another GPU can be started: {error}; run again to resume"
@@ -202,13 +174,13 @@ class _Feeder:
         """The batch whose records come next."""
         return self._sent.popleft()
 
-    def receive(self, stats: StatsCollector, tick_s: float) -> Sequence[_Packed] | None:
+    def receive(self, stats: StatsCollector, tick_s: float) -> Sequence[Packed] | None:
         """The records of a batch; None: there are none yet."""
         ends_at = time.monotonic() + tick_s
         while self._connection.poll(max(0.0, ends_at - time.monotonic())):
             word, what = self._received()
             if word == "records":
-                packed: Sequence[_Packed]
+                packed: Sequence[Packed]
                 packed, times, self.cpu_s = what
                 for decode_wait_s, infer_s in times:
                     stats.add_batch(decode_wait_s, infer_s)
@@ -263,133 +235,3 @@ class _Feeder:
         except subprocess.TimeoutExpired:
             how = "it says nothing more"
         raise DeviceLost(f"{self._name} ended: {how}") from None
-
-
-# ---- in the process ------------------------------------------------------------------------------
-
-
-def serve(socket_descriptor: int, parent_pid: int) -> None:
-    """Do one share, batch after batch, until there are no more."""
-    end_with_parent(parent_pid)
-    expendable(EXPENDABLE)
-    with Connection(socket_descriptor) as connection:
-        channel = _Channel(connection)
-        try:
-            _serve(connection.recv(), connection, channel)
-        except BatchclfError as error:
-            channel.say("error", error)
-        except Exception:  # noqa: BLE001 - the parent raises it
-            channel.say("bug", traceback.format_exc())
-    sys.stderr.flush()
-    os._exit(0)  # native libraries have crashed while being taken down
-
-
-def _serve(share: Share, connection: Connection, channel: "_Channel") -> None:
-    plan, task = share.plan, share.plan.task
-    sample = Sample(task.job, plan.loader, share.sample, channel.watch)
-    wanted = Wanted(task.job, task.model, plan.batch_size, sample, channel.log, share.used)
-    with explained(task, plan.batch_size), _beating(channel):
-        opened = open_devices(wanted, settle_provider(task.job, channel.log))
-    num_streams = len(opened.classifiers)
-    # More than there is memory for, and than are read ahead: so nobody waits here for refs, and
-    # holds others up, while a batch is unfinished.
-    num_read_ahead = -(-Depth().num_reads // plan.batch_size)
-    num_ahead = num_batches_of(task.job, num_streams) + num_read_ahead + 1
-    told = replace(opened, classifiers=(), memory=HostMemory())
-    channel.say("opened", (told, num_streams, num_ahead))
-    stats = _Times()
-    work = Work(plan, opened, stats, channel, StopRequest())
-    with explained(task, opened.part.num_images), flowing(work, _refs(connection)) as flow:
-        for records in flow:
-            if records is not None:
-                channel.say("records", (_packed(records), stats.taken(), stats.cpu_seconds()))
-
-
-@contextmanager
-def _beating(channel: "_Channel") -> Iterator[None]:
-    """Within, tell that all is well as long as this process computes: the parent does not."""
-    is_over = threading.Event()
-
-    def beat() -> None:
-        before_s = cpu_seconds()
-        while not is_over.wait(BEAT_S):
-            now_s = cpu_seconds()
-            if now_s - before_s > BUSY_SHARE * BEAT_S:
-                channel.beat()
-            before_s = now_s
-
-    beating = threading.Thread(target=beat, name="beat")
-    beating.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        beating.join()
-
-
-def _refs(connection: Connection) -> Iterator[ImageRef]:
-    """The images of the batches that come, which a thread of its own takes in."""
-    come: queue.SimpleQueue[list[ImageRef]] = queue.SimpleQueue()
-
-    def take_in() -> None:
-        while True:
-            try:
-                refs = connection.recv()
-            except (EOFError, OSError):
-                refs = []
-            come.put(refs)
-            if not refs:
-                return
-
-    threading.Thread(target=take_in, name="refs", daemon=True).start()
-    while refs := come.get():
-        yield from refs
-
-
-def _packed(records: Sequence[Record]) -> list[_Packed]:
-    return [
-        (
-            record.outcome
-            if isinstance(record.outcome, Failure)
-            else tuple((one.index, one.score) for one in record.outcome),
-            record.warnings,
-        )
-        for record in records
-    ]
-
-
-class _Times(StatsCollector):
-    """Seconds of batches, for the parent to count."""
-
-    def __init__(self) -> None:
-        super().__init__(cpu_seconds, peak_rss_mb)
-        self._times: deque[tuple[float, float]] = deque()
-
-    def add_batch(self, decode_wait_s: float, infer_s: float) -> None:
-        self._times.append((decode_wait_s, infer_s))
-
-    def taken(self) -> list[tuple[float, float]]:
-        """Those that were not taken yet."""
-        return [self._times.popleft() for _ in range(len(self._times))]
-
-
-class _Channel(Reporter):
-    """A `Reporter` to the parent; several threads may report at once."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._lock = threading.Lock()
-
-    def log(self, text: str) -> None:
-        self.say("log", text)
-
-    def loading(self, thread: int, index: int | None, step: int) -> None:
-        self.say("at", (thread, index, step))
-
-    def beat(self) -> None:
-        self.say("beat", None)
-
-    def say(self, word: str, what: object) -> None:
-        """Send a word, and what goes with it."""
-        with self._lock:
-            self._connection.send((word, what))

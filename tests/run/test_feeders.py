@@ -11,7 +11,8 @@ import pytest
 from batchclf.errors import DeviceLost, UsageError
 from batchclf.results.records import ImageRef
 from batchclf.run import ready
-from batchclf.run.feeders import Feeders, Share, shares_of
+from batchclf.run.feeder import Share
+from batchclf.run.feeders import Feeders, shares_of
 from batchclf.run.plan import Plan, Task
 from batchclf.spec.job import JobSpec
 from tests.conftest import read_records
