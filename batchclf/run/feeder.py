@@ -7,7 +7,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import NamedTuple
@@ -75,9 +75,10 @@ def _serve(share: Share, connection: Connection, channel: "_Channel") -> None:
     num_ahead = num_batches_of(task.job, num_streams) + num_read_ahead + 1
     told = replace(opened, classifiers=(), memory=HostMemory())
     channel.say("opened", (told, num_streams, num_ahead))
-    stats = _Times()
-    work = Work(plan, opened, stats, channel, StopRequest())
-    with explained(task, opened.part.num_images), flowing(work, _refs(connection)) as flow:
+    stats, stop = _Times(), StopRequest()
+    work = Work(plan, opened, stats, channel, stop)
+    refs = _refs(connection, stop)
+    with explained(task, opened.part.num_images), flowing(work, refs) as flow:
         for records in flow:
             if records is not None:
                 channel.say("records", (_packed(records), stats.taken(), stats.cpu_seconds()))
@@ -105,19 +106,22 @@ def _beating(channel: "_Channel") -> Iterator[None]:
         beating.join()
 
 
-def _refs(connection: Connection) -> Iterator[ImageRef]:
-    """The images of the batches that come, which a thread of its own takes in."""
+def _refs(connection: Connection, stop: StopRequest) -> Iterator[ImageRef]:
+    """The images of the batches that come, which a thread of its own takes in.
+
+    An empty batch is the last; where a signal's number comes, there is none any more, and what was
+    not begun is left.
+    """
     come: queue.SimpleQueue[list[ImageRef]] = queue.SimpleQueue()
 
     def take_in() -> None:
-        while True:
-            try:
-                refs = connection.recv()
-            except (EOFError, OSError):
-                refs = []
-            come.put(refs)
-            if not refs:
-                return
+        with suppress(EOFError, OSError):
+            while True:
+                told = connection.recv()
+                if isinstance(told, int):
+                    stop.signal_number = told
+                come.put(told if isinstance(told, list) else [])
+        come.put([])
 
     threading.Thread(target=take_in, name="refs", daemon=True).start()
     while refs := come.get():
