@@ -71,7 +71,7 @@ def classify(work: Work, refs: Iterator[ImageRef], sink: Sink) -> None:
     task, stats, stop = work.plan.task, work.stats, work.stop
     work.reporter.begin(task.num_images, stats.num_images, stats.num_errors)
     with (
-        explained(task, work.opened.part.num_images),
+        explained(task, work.opened.part.num_images, has_sessions=work.feeders is None),
         stop.drained_by_caller(),
         _flowing(work, refs) as flow,
     ):

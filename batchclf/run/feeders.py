@@ -24,6 +24,7 @@ from batchclf.run.feeder import Packed, Share
 from batchclf.run.plan import Plan
 from batchclf.run.reporter import Reporter
 from batchclf.sessions.open import Opened
+from batchclf.spec.job import has_processes
 from batchclf.system.children import how_it_ended, start_serving
 from batchclf.system.interrupt import SIGNALS, StopRequest
 
@@ -39,9 +40,9 @@ _HELD = (*SIGNALS, signal.SIGUSR1)
 def shares_of(plan: Plan, sample: Iterable[ImageRef], used: str | None) -> list[Share]:
     """A share for each device of a plan; none where there is one device, which needs no process."""
     job = plan.task.job
-    devices = job.provider.devices or ()
-    if len(devices) < 2:
+    if not has_processes(job.provider):
         return []
+    devices = job.provider.devices or ()
     num_workers = max(1, plan.num_workers // len(devices))
     refs = tuple(sample)
     # An image that ends its decoder then costs that alone, and not the sessions of every GPU.

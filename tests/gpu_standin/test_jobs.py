@@ -1,5 +1,6 @@
 """Whole jobs on the stand-in, whose answers are zeros: what is read of them is let pass."""
 
+import fcntl
 import re
 from pathlib import Path
 from typing import Any
@@ -200,3 +201,26 @@ def test_a_job_runs_on_the_gpus_that_it_names_and_no_other(
     assert used == {f"gpu{number}" for number in devices}
     assert not [line for line in trace(job) if "ASTRAY" in line]
     assert done.json["provider"]["device"] == ", ".join(f"{one}: Stand-in" for one in devices)
+
+
+def test_gpus_that_are_for_one_process_each_are_left_to_those_that_use_them(
+    machine: Machine, tmp_path: Path
+) -> None:
+    (tmp_path / "gpus").mkdir()
+    job = write_cuda_job(tmp_path, provider={"name": "cuda", "devices": [0, 1]})
+    done = run(machine, job, gpus=2, exclusive=tmp_path / "gpus")
+    assert done.exit_code == 0, done.stderr
+    assert_one_record_each(job)
+
+
+def test_one_of_several_gpus_that_another_process_holds_ends_a_job_before_it_looks_for_its_input(
+    machine: Machine, tmp_path: Path
+) -> None:
+    (tmp_path / "gpus").mkdir()
+    provider = {"name": "cuda", "devices": [0, 1]}
+    job = write_cuda_job(tmp_path, provider=provider, input=str(tmp_path / "nowhere"))
+    with (tmp_path / "gpus" / "gpu1").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = run(machine, job, gpus=2, exclusive=tmp_path / "gpus")
+    assert done.exit_code == 4, done.stderr
+    assert "CUDA-capable device(s) is/are busy or unavailable" in done.stderr
