@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -24,6 +24,7 @@ from batchclf.run.feeder import Packed, Share
 from batchclf.run.plan import Plan
 from batchclf.run.reporter import Reporter
 from batchclf.sessions.open import Opened
+from batchclf.sessions.together import together
 from batchclf.spec.job import has_processes
 from batchclf.system.children import how_it_ended, start_serving
 from batchclf.system.interrupt import SIGNALS, StopRequest
@@ -82,23 +83,21 @@ class Feeders:
             for number, share in enumerate(shares):
                 self._feeders.append(_Feeder(number, share, reporter, logged))
             self._hearing.start()
-            found = self._wait_until_opened()
+            self._wait_until_opened()
         except BaseException:
             self.close()
             raise
-        self.num_streams = sum(num_streams for _, num_streams in found)
-        self.opened = _together([opened for opened, _ in found])
+        self.num_streams = sum(feeder.num_streams for feeder in self._feeders)
+        self.opened = _together({one.gpu: one.opened for one in self._feeders if one.opened})
         self._max_dealt = AS_MANY_AGAIN * sum(feeder.num_ahead for feeder in self._feeders)
 
-    def _wait_until_opened(self) -> list[tuple[Opened, int]]:
-        """What each opened, without its classifiers, and how many of these there are."""
+    def _wait_until_opened(self) -> None:
         with self._news:
             while not all(feeder.opened for feeder in self._feeders):
                 for feeder in self._feeders:
                     if feeder.has_ended:
                         raise feeder.problem()
                 self._news.wait(TICK_S)
-        return [feeder.opened for feeder in self._feeders if feeder.opened]
 
     def results(
         self, refs: Iterator[ImageRef], stats: StatsCollector, stop: StopRequest, tick_s: float
@@ -222,12 +221,17 @@ class Feeders:
                 self._news.notify_all()
 
 
-def _together(found: Sequence[Opened]) -> Opened:
-    checks = [one.precision_check for one in found if one.precision_check is not None]
-    devices = dict.fromkeys(one.provider.device for one in found)
+def _together(found: Mapping[str, Opened]) -> Opened:
+    """All that is to be told of what the processes, by what they are for, opened.
+
+    One that has the CPU in place of its GPU infers in parts of its own.
+    """
+    as_asked = [one for one in found.values() if one.provider.fallback is None]
+    first = next(iter(as_asked or found.values()))
+    checks = [one.precision_check for one in found.values() if one.precision_check is not None]
     return replace(
-        found[0],
-        provider=replace(found[0].provider, device=", ".join(devices)),
+        first,
+        provider=together({name: one.provider for name, one in found.items()}),
         precision_check=min(checks, key=attrgetter("top1_agreement"), default=None),
     )
 
@@ -245,14 +249,14 @@ class _Feeder:
         self._threads = range(number * num_threads, (number + 1) * num_threads)
         self._logged = logged
         self._reporter = reporter
-        devices = share.plan.task.job.provider.devices
-        self._name = f"the process of GPU {', '.join(map(str, devices or ()))}"
+        self.gpu = f"GPU {', '.join(map(str, share.plan.task.job.provider.devices or ()))}"
         self._num_dealt = self._num_come = 0
         self.come: deque[tuple[Sequence[Packed], Sequence[tuple[float, float]]]] = deque()
         """Records of batches that are not written yet, in order; and the seconds of some batches.
         """
-        self.opened: tuple[Opened, int] | None = None
-        self.num_ahead = 0
+        self.opened: Opened | None = None
+        """Without its classifiers."""
+        self.num_streams = self.num_ahead = 0
         self.cpu_s = 0.0
         self.error: BaseException | None = None
         """What it said that it failed with."""
@@ -304,8 +308,7 @@ class _Feeder:
                     self._reporter.log(what)
                 return False
             case "opened":
-                opened, num_streams, self.num_ahead = what
-                self.opened = opened, num_streams
+                self.opened, self.num_streams, self.num_ahead = what
             case "records":
                 packed, times, self.cpu_s = what
                 self.come.append((packed, times))
@@ -313,7 +316,7 @@ class _Feeder:
             case "error":
                 self.error = what
             case _:
-                self.error = RuntimeError(f"in {self._name}:\n{what}")
+                self.error = RuntimeError(f"in the process of {self.gpu}:\n{what}")
         return True
 
     def problem(self) -> BaseException:
@@ -325,7 +328,9 @@ class _Feeder:
             returncode = self._process.wait(END_S)
         how = "it says nothing more" if returncode is None else how_it_ended(returncode)
         is_killed = returncode == -signal.SIGKILL
-        return ProcessLost(f"{self._name} ended: {how}", self._threads, is_killed=is_killed)
+        return ProcessLost(
+            f"the process of {self.gpu} ended: {how}", self._threads, is_killed=is_killed
+        )
 
     def end(self) -> None:
         """End it; one that is stuck in the kernel is left behind."""

@@ -40,6 +40,7 @@ from batchclf.sessions.precision import (
     require_agreement,
 )
 from batchclf.sessions.sample import Sample
+from batchclf.sessions.together import together
 from batchclf.spec.job import JobSpec, ProviderSpec, auto, gpus_of, runs_on_cpu
 from batchclf.system.apart import Apart
 from batchclf.system.machine import cpu_name_and_flags, usable_cores
@@ -205,11 +206,10 @@ def _open(wanted: Wanted, spec: ProviderSpec) -> Opened:
             found = _check_precision(wanted, bundle, target, opened[0], part)
             check = found if check is None else min(check, found, key=attrgetter("top1_agreement"))
         classifiers += opened
-    devices = dict.fromkeys(one.active.device for one in classifiers)
     return Opened(
         classifiers,
         part,
-        replace(classifiers[0].active, device=", ".join(devices)),
+        together({one.active.device: one.active for one in classifiers}),
         bundle,
         _host_memory(spec, wanted.log),
         precision_check=check,

@@ -17,7 +17,7 @@ from batchclf.engines.local.board import Board
 from batchclf.engines.local.process import Workers
 from batchclf.engines.local.supervisor import Supervisor
 from batchclf.errors import DeviceLost, Interrupted, ProcessLost, UsageError
-from batchclf.results.records import ImageRef
+from batchclf.results.records import ActiveProvider, ImageRef
 from batchclf.run import ready
 from batchclf.run.feeder import Share
 from batchclf.run.feeders import Feeders, shares_of
@@ -26,12 +26,13 @@ from batchclf.run.output import hold_output
 from batchclf.run.plan import Plan, Task
 from batchclf.run.recovery import Death
 from batchclf.run.request import Run
+from batchclf.sessions.together import together
 from batchclf.spec.file import load_job
-from batchclf.spec.job import JobSpec
+from batchclf.spec.job import JobSpec, ProviderSpec, RuntimeSpec
 from batchclf.spec.options import RunOptions
 from batchclf.system.interrupt import StopRequest
 from tests.conftest import read_records
-from tests.engines.common import assert_as_undisturbed, fault, finished, write_job
+from tests.engines.common import assert_as_undisturbed, fault, finished, run_json, write_job
 from tests.faults.poison import poisoned_environment, write_poison
 from tests.faults.poison import sitecustomize as poison
 from tests.proxy import NAME, proxied_bucket
@@ -296,6 +297,60 @@ def test_what_a_process_raises_is_raised_here(
     with pytest.raises(UsageError, match=r"provider.options: found unknown"):
         run_here(job(tmp_path, "out"))
     assert not (tmp_path / "out" / "predictions.jsonl").exists()
+
+
+def test_what_one_process_falls_back_to_is_told_beside_what_the_others_run_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images(tmp_path / "images", 30)
+
+    def shares(plan: Plan, sample: object, used: str | None) -> list[Share]:
+        gpu = ProviderSpec(name="cuda", devices=(1,), allow_fallback=True)
+        job = plan.task.job.model_copy(update={"provider": gpu, "runtime": RuntimeSpec()})
+        without = replace(plan, task=replace(plan.task, job=job))
+        return [Share(plan, (), used), Share(without, (), used)]
+
+    monkeypatch.setattr(ready, "shares_of", shares)
+    log = Log()
+    run_here(job(tmp_path, "out"), log=log)
+    told = run_json(tmp_path / "out")
+    assert told["provider"]["requested"] == "cpu, cuda"
+    assert told["provider"]["device"] == "CPU"
+    assert told["provider"]["fallback"].startswith("GPU 1: provider cuda: the installed onnx")
+    assert any(line.startswith("FALLING BACK TO THE CPU") for line in log.lines)
+
+
+def test_what_devices_opened_with_is_told_of_all_of_them() -> None:
+    gpu = ActiveProvider(
+        requested="cuda",
+        active="CUDAExecutionProvider",
+        device="0: H100",
+        nodes={"CUDAExecutionProvider": 60, "CPUExecutionProvider": 2},
+        cpu_nodes=("Shape one",),
+        options={"device_id": "0", "use_tf32": "1"},
+    )
+    in_part = replace(
+        gpu,
+        device="1: T4",
+        nodes={"CUDAExecutionProvider": 58, "CPUExecutionProvider": 4},
+        cpu_nodes=("Shape one", "Trilu two"),
+        options={"device_id": "1", "use_tf32": "1"},
+        fallback="Trilu stays",
+    )
+    on_cpu = ActiveProvider(
+        "cuda", "CPUExecutionProvider", "CPU", {"CPUExecutionProvider": 62}, fallback="it is busy"
+    )
+    assert together({"GPU 0": gpu}) == gpu
+    found = together({"GPU 0": gpu, "GPU 1": in_part, "GPU 2": on_cpu})
+    assert found == ActiveProvider(
+        requested="cuda",
+        active="CUDAExecutionProvider, CPUExecutionProvider",
+        device="0: H100, 1: T4, CPU",
+        nodes={"CUDAExecutionProvider": 60, "CPUExecutionProvider": 62},
+        cpu_nodes=("Shape one", "Trilu two"),
+        options={"device_id": "0, 1", "use_tf32": "1"},
+        fallback="GPU 1: Trilu stays; GPU 2: it is busy",
+    )
 
 
 def test_each_gpu_has_its_share_of_the_workers() -> None:
