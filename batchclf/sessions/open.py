@@ -450,5 +450,6 @@ def _host_memory(spec: ProviderSpec, log: Log) -> HostMemory:
 
     # The memory belongs to one GPU, and serves all of them.
     return HostMemory(
-        partial(pinned_pixels, device=gpus[0]), partial(page_locked, device=gpus[0], log=log)
+        partial(pinned_pixels, device=gpus[0], log=log),
+        partial(page_locked, device=gpus[0], log=log),
     )

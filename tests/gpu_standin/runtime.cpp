@@ -93,8 +93,9 @@ cudaError_t result(const char *kind) {
     std::lock_guard<std::mutex> held(one);
     if (!fault.is_due(kind)) return cudaSuccess;
     standin_trace("fault %s %d\n", kind, fault.code);
-    if (fault.code == cudaErrorMemoryAllocation) is_full = true;
-    else if (fault.call != "register") lost = fault.code;
+    bool is_of_host = fault.call == "pin" || fault.call == "register";
+    if (fault.code == cudaErrorMemoryAllocation) is_full = !is_of_host;
+    else if (!is_of_host) lost = fault.code;
     return failed((cudaError_t)fault.code);
 }
 

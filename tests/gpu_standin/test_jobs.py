@@ -90,6 +90,20 @@ def test_pixels_are_copied_from_page_locked_memory_whatever_decodes(
     assert trace(job).count("unregister gpu0") == (backend == "processes")
 
 
+def test_page_locked_memory_that_runs_out_is_told_of_and_ordinary_memory_serves(
+    machine: Machine, undisturbed: list[str], tmp_path: Path
+) -> None:
+    num_pinned = sum(line.startswith("pin ") for line in undisturbed)
+    job = write_cuda_job(tmp_path)
+    done = run(machine, job, fault=f"pin:2:{num_pinned}")
+    assert done.exit_code == 0, done.stderr
+    assert_one_record_each(job)
+    assert done.json["batch_size"] == BATCH_SIZE
+    (said,) = [line for line in done.stderr.splitlines() if "page-locked" in line]
+    assert "MB of batches cannot be page-locked (error 2 of cudaHostAlloc: out of memory)" in said
+    assert copies_of_batches(job, "fault pin") == [f"copy async {BATCH}pageable>gpu0 gpu0"]
+
+
 def test_memory_of_processes_that_cannot_be_page_locked_serves_and_is_told_of(
     machine: Machine, tmp_path: Path
 ) -> None:
