@@ -217,6 +217,19 @@ def test_a_job_runs_on_the_gpus_that_it_names_and_no_other(
     assert done.json["provider"]["device"] == ", ".join(f"{one}: Stand-in" for one in devices)
 
 
+def test_one_of_several_gpus_that_is_lost_is_used_again_by_another_process(
+    machine: Machine, undisturbed: list[str], tmp_path: Path
+) -> None:
+    begun = max(number for number, line in enumerate(undisturbed) if line.startswith("pin "))
+    num_before = sum(line.startswith("sync") for line in undisturbed[:begun])
+    job = write_cuda_job(tmp_path, provider={"name": "cuda", "devices": [0, 1]})
+    done = run(machine, job, gpus=2, fault=f"sync:700:{num_before + 2}")
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.count("the worker lost its device (") == 1
+    assert "CUDA failure 700" in done.stderr
+    assert_one_record_each(job)
+
+
 def test_gpus_that_are_for_one_process_each_are_left_to_those_that_use_them(
     machine: Machine, tmp_path: Path
 ) -> None:
