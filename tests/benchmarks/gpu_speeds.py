@@ -38,6 +38,7 @@ from tests.benchmarks.gpu_bench import (
     settle,
 )
 
+PHOTO_BYTES = 224 * 224 * 3
 ROUNDS = 3
 """Of a throughput; the median counts."""
 
@@ -50,18 +51,18 @@ def copies(bench: Bench) -> Rows:
     settle(bench)
     first, *_ = bench.arguments.models
     if bench.on_cuda:
-        for megabytes, kind in itertools.product((39, 10), ("pageable", "pinned", "registered")):
-            yield f"{kind} {megabytes} MB", partial(copied, kind, megabytes)
+        for size, kind in itertools.product((256, 64), ("pageable", "pinned", "registered")):
+            yield f"{kind} batch of {size}", partial(copied, kind, size)
     yield f"{first} stall of a bound batch", partial(stall, bench, first)
 
 
-def copied(kind: str, megabytes: int) -> Row:
-    """GB/s from host memory of a kind to the device and back, as batches and scores are copied."""
+def copied(kind: str, size: int) -> Row:
+    """GB/s from host memory of a kind to the device and back, of so many photos."""
     import onnxruntime as ort
 
     from batchclf.runtime.cuda import Copies
 
-    num_bytes = megabytes * 150528 * 256 // 39 // 256
+    num_bytes = size * PHOTO_BYTES
     device = ort.OrtValue.ortvalue_from_shape_and_type((num_bytes,), np.uint8, "cuda", 0)
     copy = Copies(0)
     with host_memory(kind, num_bytes) as host:

@@ -65,6 +65,7 @@ def test_a_visit_measures_the_copies_that_a_job_makes(
 ) -> None:
     trace = tmp_path / "trace"
     (row,) = tried(machine, "copied", kind, trace=trace)
+    assert row["num_bytes"] == 2 * 224 * 224 * 3
     assert row["to_device"] > 0
     assert row["from_device"] > 0
     copies = {line for line in trace.read_text().splitlines() if line.startswith("copy")}

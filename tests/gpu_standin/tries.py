@@ -110,7 +110,7 @@ def refused_pages(model: str) -> object:
 def copied(*kinds: str) -> object:
     """What a visit to a GPU measures of copies from host memory of some kinds."""
     require_cuda([0])
-    return [gpu_speeds.copied(kind, 1) for kind in kinds]
+    return [gpu_speeds.copied(kind, 2) for kind in kinds]
 
 
 def fault(model: str, options: str) -> object:
