@@ -287,6 +287,7 @@ def run_whole(bench: Bench, name: str, mode: str, num_left: int) -> Row:
     """One run, of as many images as its share of the time has room for."""
     model = bench.arguments.models[0]
     share_s = (bench.ends_at - time.monotonic()) / num_left
+    share_s = min(share_s, bench.arguments.row_s - START_S)
     size, inferred, decoded = limits(bench.arguments.out, model, name, mode)
     limit = min(inferred, decoded)
     num_images = int(max(1_000, LEAST_EFFICIENCY * limit * (share_s - START_S)))
