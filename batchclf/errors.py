@@ -14,6 +14,7 @@ BatchclfError                 1  unexpected; also the root of the tree
 │   └── PrecisionRefused         a reduced precision agrees too seldom with fp32
 ├── WorkerFailed              1  the job's process met a bug, or died or hung again and again
 ├── DeviceLost                1  the device does not answer any more
+│   └── ProcessLost              a process of one of several devices ended without a word
 └── Interrupted   129, 130, 143  SIGHUP, SIGINT or SIGTERM: drained, committed, resumable
 
 A bad image is none of these: it is a `Failure` record (results/records.py).
@@ -100,6 +101,20 @@ class WorkerFailed(BatchclfError):
 
 class DeviceLost(BatchclfError):
     """This process cannot use its device any more; another one may."""
+
+
+class ProcessLost(DeviceLost):
+    """A process that uses one of several devices ended, be it over an image or with its device."""
+
+    def __init__(self, cause: str, threads: range, *, is_killed: bool) -> None:
+        """`threads`: what its threads are known by; `is_killed`: as where memory runs out."""
+        super().__init__(cause)
+        self.threads = threads
+        self.is_killed = is_killed
+
+    def __reduce__(self) -> tuple[object, ...]:
+        rebuild = partial(ProcessLost, is_killed=self.is_killed)
+        return rebuild, (str(self), self.threads), self.__dict__
 
 
 class Interrupted(BatchclfError):

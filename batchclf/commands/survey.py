@@ -5,10 +5,9 @@ be, as `run` does.
 """
 
 import os
-import socket
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from subprocess import Popen
@@ -23,7 +22,7 @@ from batchclf.results.records import Failure
 from batchclf.spec.input import shown
 from batchclf.spec.job import JobSpec
 from batchclf.system.alive import alive, watched
-from batchclf.system.children import end_with_parent, how_it_ended, signals_held, start_python
+from batchclf.system.children import end_with_parent, how_it_ended, start_serving
 from batchclf.system.interrupt import SIGNALS
 
 BEAT_S = 0.5
@@ -117,14 +116,8 @@ def _look_through_apart(
 
 @contextmanager
 def _lister() -> Iterator[tuple[Popen[bytes], Connection]]:
-    ours, theirs = socket.socketpair()
-    with theirs, signals_held(SIGNALS):
-        process = start_python(
-            f"from {__name__} import serve; serve({theirs.fileno()}, {os.getpid()})",
-            pass_fds=(theirs.fileno(),),
-            stdout=2,
-        )
-    with closing(Connection(ours.detach())) as connection:
+    process, connection = start_serving(__name__, held=SIGNALS, stdout=2)
+    with connection:
         try:
             yield process, connection
         finally:

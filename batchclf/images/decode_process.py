@@ -7,10 +7,8 @@ Array shapes: H rows, W columns, C = 3 (RGB).
 """
 
 import mmap
-import os
 import select
 import signal
-import socket
 import subprocess
 import time
 import traceback
@@ -32,8 +30,7 @@ from batchclf.system.children import (
     expendable,
     how_it_ended,
     limit_memory,
-    signals_held,
-    start_python,
+    start_serving,
 )
 
 BEAT_S = 1.0
@@ -138,21 +135,19 @@ class Process:
         Raises:
             OSError: it is not to be had.
         """
-        ours, theirs = socket.socketpair()
-        self._connection = Connection(ours.detach())
-        self._answer = select.poll()  # Connection.poll makes one for each message
-        self._answer.register(self._connection.fileno(), select.POLLIN)
         self._setup = (load, shared.image_shape, max_bytes)
         self._is_ready = False
-        with theirs, shared_memory("bookmark", mmap.PAGESIZE) as bookmark, signals_held(_SIGNALS):
-            descriptors = (theirs.fileno(), shared.descriptor, bookmark.fileno())
+        with shared_memory("bookmark", mmap.PAGESIZE) as bookmark:
             self._bookmark = Bookmark(bookmark.fileno())
-            self._process = start_python(
-                f"from {__name__} import serve; serve{(*descriptors, os.getpid())}",
-                pass_fds=descriptors,
+            self._process, self._connection = start_serving(
+                __name__,
+                *(shared.descriptor, bookmark.fileno()),
+                held=_SIGNALS,
                 # Nothing here computes with BLAS, which starts a thread per core with NumPy.
                 env={"OPENBLAS_NUM_THREADS": "1"},
             )
+        self._answer = select.poll()  # Connection.poll makes one for each message
+        self._answer.register(self._connection.fileno(), select.POLLIN)
 
     def wait_until_ready(self) -> None:
         """Wait for the process to have imported what it needs.

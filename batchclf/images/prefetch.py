@@ -21,7 +21,7 @@ from batchclf.images.watch import Watch
 from batchclf.results.records import Batch, ImageRef, Loaded, Pixels
 
 Allocate = Callable[[Sequence[int]], Pixels]
-"""Makes the zeroed memory of one batch, uint8 of the given shape NHWC."""
+"""Makes zeroed memory of the given shape, uint8."""
 Lock = Callable[[Pixels], AbstractContextManager[object]]
 """Prepares memory that processes share for the device, as long as its block lasts."""
 Load = Callable[[ImageRef, Pixels], Loaded]
@@ -31,7 +31,7 @@ LoadRows = Callable[[Sequence[ImageRef], Pixels], Sequence[Loaded]]
 
 
 def zeroed_pixels(shape: Sequence[int]) -> Pixels:
-    """A batch in ordinary memory."""
+    """Ordinary memory."""
     return np.zeros(shape, np.uint8)
 
 
@@ -54,7 +54,7 @@ class Memory:
 
     def batches(self) -> list[Pixels]:
         """The batches, allocated now."""
-        return [self.host.allocate(self.batch_shape) for _ in range(self.num_batches)]
+        return list(self.host.allocate((self.num_batches, *self.batch_shape)))
 
 
 @dataclass(frozen=True, slots=True)

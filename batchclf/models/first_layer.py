@@ -66,7 +66,7 @@ def take_pixels(graph: Graph, probe_NHWC: Pixels, tensors: Tensors) -> list[str]
         if any(map(any, pads)):
             return []
         grey_C = np.zeros(3, np.uint8)  # there is no border
-    chain = NodeChain("pixel_input")
+    chain = NodeChain("pixel_input", graph.names)
     for node, sides in zip(first, pads, strict=True):
         _fold(graph, node, colours)
         pixels = _bordered(chain, graph.model.graph.input[0].name, probe_NHWC, sides, grey_C)

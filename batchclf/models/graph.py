@@ -5,8 +5,9 @@ Array shapes of weights: O output channels by whatever each of them sums over.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,16 @@ class Graph:
     with_biases: bool = False
     """Whether layers that have no bias get one, of zeros: quantising corrects biases. On a GPU,
     each costs an addition that is a launch of its own."""
+    names: "Names" = field(init=False)
     weights: dict[str, Floats] = field(init=False)
     producer: dict[str, onnx.NodeProto] = field(init=False)
     consumers: dict[str, list[onnx.NodeProto]] = field(init=False)
 
     def __post_init__(self) -> None:
-        _own_weights(self.model)
+        self.names = Names(self.model.graph)
+        _own_weights(self.model, self.names)
         if self.with_biases:
-            _give_biases(self.model)
+            _give_biases(self.model, self.names)
         self.weights = {
             tensor.name: numpy_helper.to_array(tensor).copy()
             for tensor in self.model.graph.initializer
@@ -105,17 +108,63 @@ class Graph:
         return [node for node in self.nodes if node.name in names]
 
 
+class Names:
+    """The names of a graph's tensors, those of the graphs inside its nodes among them."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self._taken = set(_tensor_names(graph))
+
+    def new(self, wanted: str) -> str:
+        """A name for another tensor: the one wanted, or one like it that is free."""
+        candidates = chain([wanted], (f"{wanted}_{number}" for number in count(2)))
+        name = next(one for one in candidates if one not in self._taken)
+        self._taken.add(name)
+        return name
+
+
+def _tensor_names(graph: onnx.GraphProto) -> Iterator[str]:
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        yield value.name
+    for sparse in graph.sparse_initializer:
+        yield sparse.values.name
+    for node in graph.node:
+        yield from (*node.input, *node.output)
+        for inner in inner_graphs(node):
+            yield from _tensor_names(inner)
+
+
+def inner_graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs inside a node, as those of If and Loop."""
+    for found in node.attribute:
+        if found.type == onnx.AttributeProto.GRAPH:
+            yield found.g
+        yield from found.graphs
+
+
+def taken_by(node: onnx.NodeProto) -> Iterator[str]:
+    """What a node takes, and what the graphs inside it take from around them."""
+    yield from node.input
+    for graph in inner_graphs(node):
+        for inner in graph.node:
+            yield from taken_by(inner)
+        yield from (value.name for value in graph.output)
+
+
 @dataclass(slots=True)
 class NodeChain:
     """Nodes that are put before or after a graph, made one after another."""
 
     prefix: str
     """Of the names of the tensors between them."""
+    names: Names | None = None
+    """Of the graph that they are put into; None: it has none that begin so."""
     made: list[onnx.NodeProto] = field(default_factory=list)
 
     def add(self, operator: str, *inputs: str, **attributes: Any) -> str:
         """Append a node of one output; returns that tensor's name."""
         output = f"{self.prefix}_{len(self.made)}"
+        if self.names is not None:
+            output = self.names.new(output)
         self.made.append(helper.make_node(operator, list(inputs), [output], **attributes))
         return output
 
@@ -129,7 +178,7 @@ class NodeChain:
         return self.made
 
 
-def _own_weights(model: onnx.ModelProto) -> None:
+def _own_weights(model: onnx.ModelProto, names: Names) -> None:
     """Name every node; give every layer weights, and a bias if it has one, that no other node uses.
 
     A Gemm's bias that is the same for every row becomes one number per output channel.
@@ -148,7 +197,7 @@ def _own_weights(model: onnx.ModelProto) -> None:
                 uses[name] -= 1
                 own = graph.initializer.add()
                 own.CopyFrom(tensors[name])
-                own.name = node.input[place] = f"{name}_{number}"
+                own.name = node.input[place] = names.new(f"{name}_{number}")
                 tensors[own.name] = own
         if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2] in tensors:
             bias = tensors[node.input[2]]
@@ -158,14 +207,14 @@ def _own_weights(model: onnx.ModelProto) -> None:
                 bias.CopyFrom(numpy_helper.from_array(bias_O.copy(), bias.name))
 
 
-def _give_biases(model: onnx.ModelProto) -> None:
+def _give_biases(model: onnx.ModelProto, names: Names) -> None:
     """Give every Conv and Gemm that has weights, but no bias, one of zeros."""
     graph = model.graph
     dims = {tensor.name: tensor.dims for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type in ("Conv", "Gemm") and len(node.input) == 2 and node.input[1] in dims:
             zeros = np.zeros(dims[node.input[1]][output_axis(node)], np.float32)
-            node.input.append(f"{node.name}_zero_bias")
+            node.input.append(names.new(f"{node.name}_zero_bias"))
             graph.initializer.append(numpy_helper.from_array(zeros, node.input[2]))
 
 

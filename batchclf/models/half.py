@@ -6,7 +6,7 @@ side has it in the other type, and once.
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,22 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST
 
 from batchclf.errors import ModelError
-from batchclf.models.graph import WEIGHTED, Graph, attribute, reached, refuse_reduced, save_model
+from batchclf.models.calibration import open_session
+from batchclf.models.graph import (
+    WEIGHTED,
+    Graph,
+    attribute,
+    inner_graphs,
+    reached,
+    refuse_reduced,
+    save_model,
+    taken_by,
+)
 
 _LARGEST = float(np.finfo(np.float16).max)
 _SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
+_ELEMENTS = {"tensor(float)": TensorProto.FLOAT, "tensor(float16)": TensorProto.FLOAT16}
+"""Types as ONNX Runtime calls them; no other matters here."""
 _STAY_FLOAT = frozenset((*DEFAULT_OP_BLOCK_LIST, "ConstantOfShape", "EyeLike"))
 
 
@@ -51,19 +63,37 @@ def _require_range(graph: Graph, path: Path) -> None:
 
 
 def _types(model: Path, folder: Path) -> dict[str, int]:
-    """The element type of each tensor between nodes, as far as ONNX knows the operators."""
+    """The element type of each tensor between nodes.
+
+    Raises:
+        ModelError: ONNX does not know the operator of one, and ONNX Runtime does not run it.
+    """
     with tempfile.TemporaryDirectory(prefix=".half-", dir=folder) as temporary:
         # A path, not the model: shapes of one over 2 GiB can only be inferred on disk.
         inferred = Path(temporary) / "inferred.onnx"
         onnx.shape_inference.infer_shapes_path(str(model), str(inferred))
         graph = onnx.load(inferred, load_external_data=False).graph
-    values = (*graph.value_info, *graph.input, *graph.output)
-    return {
-        value.name: value.type.tensor_type.elem_type
-        if value.type.HasField("tensor_type")
-        else TensorProto.UNDEFINED
-        for value in values
-    }
+        values = (*graph.value_info, *graph.input, *graph.output)
+        known = {
+            value.name: value.type.tensor_type.elem_type
+            for value in values
+            if not value.type.HasField("tensor_type") or value.type.tensor_type.elem_type
+        }
+        made = [name for node in graph.node for name in node.output if name]
+        unknown = [name for name in made if name not in known]
+        return known | _types_of_onnxruntime(model, unknown, Path(temporary))
+
+
+def _types_of_onnxruntime(model: Path, names: Sequence[str], folder: Path) -> dict[str, int]:
+    """The same of tensors that operators of ONNX Runtime's own make, told by itself."""
+    if not names:
+        return {}
+    loaded = onnx.load(model)
+    loaded.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
+    save_model(loaded, folder / "told.onnx")
+    session = open_session(folder / "told.onnx", threads=1)
+    told = {output.name: output.type for output in session.get_outputs()}
+    return {name: _ELEMENTS.get(told[name], TensorProto.UNDEFINED) for name in names}
 
 
 class _Conversion:
@@ -71,6 +101,7 @@ class _Conversion:
 
     def __init__(self, graph: Graph, types: Mapping[str, int]) -> None:
         self._graph = graph.model.graph
+        self._names = graph.names
         layers = {node.name for node in graph.nodes if node.op_type in WEIGHTED}
         self._in_half = layers | reached(graph.nodes, layers)
         self._types = types
@@ -93,7 +124,7 @@ class _Conversion:
                 if self._is_float(name):
                     as_half = half and not (node.op_type == "Resize" and place > 0)  # its scales
                     node.input[place] = self._form(name, half=as_half)
-            for graph in _subgraphs(node):
+            for graph in inner_graphs(node):
                 self._give_float(graph)
             self._nodes.append(node)
             if half:
@@ -107,14 +138,13 @@ class _Conversion:
             node.name in self._in_half
             and node.domain in ("", "ai.onnx")
             and node.op_type not in _STAY_FLOAT
-            and not any(_subgraphs(node))
+            and not any(inner_graphs(node))
         )
 
     def _is_float(self, name: str) -> bool:
         if name in self._weights:
             return bool(self._weights[name].data_type == TensorProto.FLOAT)
-        # Unknown are those of ONNX Runtime's own operators, which make what they take.
-        return name != "" and self._types.get(name, TensorProto.FLOAT) == TensorProto.FLOAT
+        return self._types.get(name) == TensorProto.FLOAT
 
     def _make_half(self, node: onnx.NodeProto, outputs: set[str]) -> None:
         """Let a node make float16 where it made float32; outputs of the graph are cast back."""
@@ -125,8 +155,9 @@ class _Conversion:
                 continue
             self._halved.add(name)
             if name in outputs:
-                node.output[place] = self._forms[name, TensorProto.FLOAT16] = f"{name}_fp16"
-                self._cast(f"{name}_fp16", name, TensorProto.FLOAT)
+                half = self._names.new(f"{name}_fp16")
+                node.output[place] = self._forms[name, TensorProto.FLOAT16] = half
+                self._cast(half, name, TensorProto.FLOAT)
                 self._forms[name, TensorProto.FLOAT] = name
 
     def _form(self, name: str, *, half: bool) -> str:
@@ -135,7 +166,7 @@ class _Conversion:
         if half == (name in self._halved) and (name, wanted) not in self._forms:
             return name
         if (name, wanted) not in self._forms:
-            made = f"{name}_fp16" if half else f"{name}_fp32"
+            made = self._names.new(f"{name}_fp16" if half else f"{name}_fp32")
             if name in self._weights:
                 values = _to_half(numpy_helper.to_array(self._weights[name]))
                 self._graph.initializer.append(numpy_helper.from_array(values, made))
@@ -153,15 +184,8 @@ class _Conversion:
             for place, name in enumerate(node.input):
                 if name in self._halved:
                     node.input[place] = self._form(name, half=False)
-            for inner in _subgraphs(node):
+            for inner in inner_graphs(node):
                 self._give_float(inner)
-
-
-def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for found in node.attribute:
-        if found.type == onnx.AttributeProto.GRAPH:
-            yield found.g
-        yield from found.graphs
 
 
 def _to_half(values: NDArray[np.float32]) -> NDArray[np.float16]:
@@ -184,20 +208,12 @@ def _used(nodes: list[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto
     for node in reversed(nodes):
         if not needed.isdisjoint(node.output):
             kept.append(node)
-            needed.update(_taken(node))
+            needed.update(taken_by(node))
     return kept[::-1]
 
 
-def _taken(node: onnx.NodeProto) -> Iterator[str]:
-    yield from node.input
-    for graph in _subgraphs(node):
-        yield from (output.name for output in graph.output)
-        for inner in graph.node:
-            yield from _taken(inner)
-
-
 def _drop_unused_weights(graph: onnx.GraphProto) -> None:
-    taken = {name for node in graph.node for name in _taken(node)}
+    taken = {name for node in graph.node for name in taken_by(node)}
     kept = [tensor for tensor in graph.initializer if tensor.name in taken]
     del graph.initializer[:]
     graph.initializer.extend(kept)

@@ -29,10 +29,10 @@ from batchclf.models.checks import (
     tiled,
 )
 from batchclf.models.found_labels import METADATA_KEYS, labels_in
-from batchclf.models.graph import QUANTISED, save_model
+from batchclf.models.graph import QUANTISED, Names, inner_graphs, save_model, taken_by
 from batchclf.models.onnx_ends import Makers
 from batchclf.models.onnx_input import Feed, ImageInput, image_input, preprocess_of
-from batchclf.models.onnx_load import inner_graphs, load_graph, load_model
+from batchclf.models.onnx_load import load_graph, load_model
 from batchclf.models.onnx_scores import (
     SHAPES,
     Meaning,
@@ -233,7 +233,7 @@ def _as_floats(model: onnx.ModelProto, tensor: ScoreTensor) -> ScoreTensor:
     """The score tensor; of one of 8 bits, what its numbers stand for."""
     if not tensor.quantised:
         return tensor
-    name = f"{tensor.name}_as_floats"
+    name = Names(model.graph).new(f"{tensor.name}_as_floats")
     inputs = [tensor.name, *tensor.quantised]
     model.graph.node.append(helper.make_node("DequantizeLinear", inputs, [name]))
     return replace(tensor, name=name)
@@ -251,7 +251,7 @@ def _keep_only(model: onnx.ModelProto, output: str) -> None:
             continue
         needed.add(name)
         if (node := makers.get(name)) is not None:
-            waiting += _taken_by(node)
+            waiting += taken_by(node)
     nodes = [node for node in graph.node if needed.intersection(node.output)]
     outputs = [value for value in graph.output if value.name == output]
     weights = {one.name for one in graph.initializer} - needed
@@ -263,16 +263,6 @@ def _keep_only(model: onnx.ModelProto, output: str) -> None:
     ):
         del whole[:]
         whole.extend(kept)
-
-
-def _taken_by(node: onnx.NodeProto) -> Iterator[str]:
-    """What a node takes, and what the graphs inside it take from around them."""
-    yield from node.input
-    for attribute in node.attribute:
-        for graph in inner_graphs(attribute):
-            for inner in graph.node:
-                yield from _taken_by(inner)
-            yield from (value.name for value in graph.output)
 
 
 @contextmanager
@@ -419,9 +409,8 @@ def _batches_to_try(model: onnx.ModelProto, batch_size: int) -> list[int]:
 def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     for node in graph.node:
         yield node
-        for attribute in node.attribute:
-            for inner in inner_graphs(attribute):
-                yield from _all_nodes(inner)
+        for inner in inner_graphs(node):
+            yield from _all_nodes(inner)
 
 
 # ---- wrapping ------------------------------------------------------------------------------------

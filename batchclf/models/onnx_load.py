@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
 from batchclf.errors import ModelError
+from batchclf.models.graph import inner_graphs
 from batchclf.models.onnx_guard import check_onnx
 
 OLDEST_OPSET = 7
@@ -117,11 +118,5 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
                 yield from (sparse.values, sparse.indices)
             if attribute.HasField("sparse_tensor"):
                 yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
-            for inner in inner_graphs(attribute):
-                yield from _tensors(inner)
-
-
-def inner_graphs(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
-    """The graphs that an attribute of a node holds, as those of If and Loop."""
-    own = [attribute.g] if attribute.HasField("g") else []
-    return [*own, *attribute.graphs]
+        for inner in inner_graphs(node):
+            yield from _tensors(inner)

@@ -273,13 +273,14 @@ def _correct_biases(graph: Graph, scales: dict[str, Floats], run: Calibration) -
         weight = graph.weights[node.input[1]]
         scale = _along_output(graph, node, scales[node.name])
         error = np.clip(np.round(weight / scale), -127, 127) * scale - weight
-        name = f"error_of_{node.name}"
+        name = graph.names.new(f"error_of_{node.name}")
+        wrong_by = graph.names.new(f"{name}_weight")
         value = numpy_helper.from_array(error.astype(np.float32))
-        extra.append(helper.make_node("Constant", [], [f"{name}_weight"], value=value))
+        extra.append(helper.make_node("Constant", [], [wrong_by], value=value))
         twin = onnx.NodeProto()
         twin.CopyFrom(node)
         twin.name = name
-        twin.input[:] = [node.input[0], f"{name}_weight"]
+        twin.input[:] = [node.input[0], wrong_by]
         twin.output[:] = [name]
         extra.append(twin)
         outputs[name] = node.input[2]

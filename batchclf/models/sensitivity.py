@@ -29,13 +29,15 @@ def open_rounded(folder: Path, open_reference: OpenReference) -> Run:
         ModelError: ONNX Runtime does not accept the changed model.
     """
     graph = Graph(onnx.load(folder / MODEL_FILE))
-    splitter = "bf16_splitter"
+    splitter = graph.names.new("bf16_splitter")
     nodes = [helper.make_node("Constant", [], [splitter], value=numpy_helper.from_array(_SPLITTER))]
     for node in graph.nodes:
         if node.op_type in WEIGHTED and node.input[1] in graph.weights:
             for place in range(2):
-                taken, name = node.input[place], f"{node.output[0]}_bf16_{place}"
-                wide, rest = f"{name}_wide", f"{name}_rest"
+                taken, wanted = node.input[place], f"{node.output[0]}_bf16_{place}"
+                name, wide, rest = map(
+                    graph.names.new, (wanted, f"{wanted}_wide", f"{wanted}_rest")
+                )
                 nodes += [
                     helper.make_node("Mul", [taken, splitter], [wide]),
                     helper.make_node("Sub", [wide, taken], [rest]),

@@ -168,13 +168,15 @@ class ActiveProvider:
     device: str
     """As the provider calls it: CPU, GPU.1, AUTO:GPU,CPU, or `0: NVIDIA H100` on CUDA."""
     nodes: Mapping[str, int] = field(default_factory=dict)
-    """Number of graph nodes per execution provider, for example `{"CPUExecutionProvider": 60}`."""
+    """Number of graph nodes per execution provider, for example `{"CPUExecutionProvider": 60}`;
+    where several devices do not agree, the largest."""
     cpu_nodes: tuple[str, ...] = ()
     """Nodes that another provider than the CPU left to the CPU, as `operator name`."""
     options: Mapping[str, str] = field(default_factory=dict)
     """All options the provider was opened with, the user's and the defaults of this program."""
     fallback: str | None = None
-    """Why the requested provider does not run, where the job allowed the CPU in its place."""
+    """Why the requested provider does not run, where the job allowed the CPU in its place; of
+    several devices, on which."""
 
 
 _SLOW = 0.95

@@ -97,8 +97,10 @@ def _guilty(load: Loader, ref: ImageRef, blame: Blame) -> tuple[bytes | Stretch,
 
 
 @contextmanager
-def explained(task: Task, batch_size: int) -> Iterator[None]:
+def explained(task: Task, batch_size: int, *, has_sessions: bool = True) -> Iterator[None]:
     """ONNX Runtime's errors for a lack of memory and for a lost device, as what they are.
+
+    GPUs are asked, unless this process is none of those that have its sessions.
 
     Raises:
         OutOfMemory: memory did not suffice for a batch.
@@ -107,7 +109,7 @@ def explained(task: Task, batch_size: int) -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
-        fault = fault_of(error, gpus_of(task.job.provider))
+        fault = fault_of(error, gpus_of(task.job.provider) if has_sessions else ())
         if fault.kind == "memory":
             can_be_smaller = batch_size > 1 and task.model.bundle.meta.fixed_batch is None
             raise OutOfMemory(batch_size, fault.message, can_be_smaller=can_be_smaller) from error

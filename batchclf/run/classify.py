@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from itertools import takewhile
 from typing import TYPE_CHECKING, Protocol
 
 import batchclf
@@ -65,15 +64,14 @@ def classify(work: Work, refs: Iterator[ImageRef], sink: Sink) -> None:
 
     Raises:
         ErrorLimitPassed: after the batch that passed `errors.max`.
-        Interrupted: after a signal, with all written that was in flight; what is in flight in the
-            processes of several GPUs is dropped.
+        Interrupted: after a signal, with all written that was in flight.
         OutOfMemory: for so many images at once.
         DeviceLost: the device does not answer any more; another process may find that it does.
     """
     task, stats, stop = work.plan.task, work.stats, work.stop
     work.reporter.begin(task.num_images, stats.num_images, stats.num_errors)
     with (
-        explained(task, work.opened.part.num_images),
+        explained(task, work.opened.part.num_images, has_sessions=work.feeders is None),
         stop.drained_by_caller(),
         _flowing(work, refs) as flow,
     ):
@@ -100,8 +98,7 @@ def _flowing(work: Work, refs: Iterator[ImageRef]) -> Iterator[Iterator[list[Rec
         with flowing(work, refs) as flow:
             yield flow
         return
-    found = work.feeders.results(refs, work.stats, TICK_S)
-    yield takewhile(lambda records: work.stop.signal_number is None, found)
+    yield work.feeders.results(refs, work.stats, work.stop, TICK_S)
 
 
 @contextmanager

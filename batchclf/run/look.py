@@ -23,7 +23,8 @@ from batchclf.run.identity import (
 )
 from batchclf.run.request import Run
 from batchclf.runtime.classifier import open_reference
-from batchclf.sessions.open import settle_provider
+from batchclf.sessions.open import settle_apart, settle_provider
+from batchclf.spec.job import has_processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,8 @@ def look(run: Run) -> Found:
     """
     job, files, options = run.job, run.files, run.options
     record = None if options.overwrite else read_run(files)
-    settle = cache(partial(settle_provider, job, run.reporter.log))
+    settle_here = settle_apart if has_processes(job.provider) else settle_provider
+    settle = cache(partial(settle_here, job, run.reporter.log))
     store = cache(partial(_open_store, run))
     if record is None or not record.is_finished:  # else they may be gone
         require_pillow(job.loader.decode)

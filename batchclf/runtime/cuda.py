@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from onnxruntime.capi import build_and_package_info
 
-from batchclf.errors import EnvironmentFailed, UsageError
+from batchclf.errors import UsageError
 from batchclf.results.records import Pixels, Precision
 
 _TENSOR_CORES = "use_tf32"
@@ -132,15 +132,13 @@ class Copies:
             )
 
 
-def pinned_pixels(shape: Sequence[int], device: int) -> Pixels:
+def pinned_pixels(shape: Sequence[int], device: int, log: Callable[[str], None]) -> Pixels:
     """A zeroed uint8 array in page-locked host memory, which GPUs copy from without a detour.
 
-    `device` is one of the job's: the memory belongs to it, and is no other GPU's business.
+    `device` is one of the job's: the memory belongs to it, and is no other GPU's business. Where it
+    is not to be had, `log` is told, and ordinary memory serves: of that there may be more.
 
     It is freed with the process: batches are allocated once, at the start of a job.
-
-    Raises:
-        EnvironmentFailed: the memory is not to be had.
     """
     num_bytes = math.prod(shape)
     pointer = ctypes.c_void_p()
@@ -148,10 +146,9 @@ def pinned_pixels(shape: Sequence[int], device: int) -> Pixels:
         ctypes.byref(pointer), ctypes.c_size_t(num_bytes), _PORTABLE
     )
     if code:
-        raise EnvironmentFailed(
-            f"{num_bytes / 1e6:,.0f} MB of page-locked memory cannot be had (error {code} of "
-            "cudaHostAlloc); choose a smaller batch_size or loader.prefetch"
-        )
+        why = _refusal(code, "cudaHostAlloc", num_bytes, "of batches")
+        log(f"{why}; a smaller batch_size or loader.prefetch needs less")
+        return np.zeros(shape, np.uint8)
     buffer = (ctypes.c_uint8 * num_bytes).from_address(pointer.value or 0)
     pixels: Pixels = np.ctypeslib.as_array(buffer).reshape(shape)
     pixels[:] = 0
@@ -170,17 +167,22 @@ def page_locked(pixels: Pixels, device: int, log: Callable[[str], None]) -> Iter
         address, ctypes.c_size_t(pixels.nbytes), _PORTABLE
     )
     if code:
-        runtime.cudaGetLastError()  # else whoever asks next takes this error for its own
-        log(
-            f"the {pixels.nbytes / 1e6:,.0f} MB that decoding processes share cannot be "
-            f"page-locked (error {code} of cudaHostRegister: {_description(code)}): copies to the "
-            "GPU take a detour; loader.backend: threads has memory that needs none"
-        )
+        why = _refusal(code, "cudaHostRegister", pixels.nbytes, "that decoding processes share")
+        log(f"{why}; loader.backend: threads has memory that needs none")
     try:
         yield
     finally:
         if not code:
             runtime.cudaHostUnregister(address)
+
+
+def _refusal(code: int, call: str, num_bytes: int, of_what: str) -> str:
+    """What is told of memory that is not page-locked."""
+    _cudart().cudaGetLastError()  # else whoever asks next takes this error for its own
+    return (
+        f"the {num_bytes / 1e6:,.0f} MB {of_what} cannot be page-locked (error {code} of {call}: "
+        f"{_description(code)}): copies to the GPU take a detour"
+    )
 
 
 class Answer(NamedTuple):

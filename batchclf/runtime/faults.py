@@ -18,8 +18,7 @@ _TEXTS = re.compile(
     r"|out[ _]of[ _](host[ _]|device[ _])?memory|CUDA (error|failure) 2\b"
     r"|cudaErrorMemoryAllocation|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
     r"|CL_OUT_OF_RESOURCES|CL_MEM_OBJECT_ALLOCATION_FAILURE|exceeded max size of memory"
-    r"|bad_alloc|bad allocation|cannot allocate memory|can't start new thread"
-    r"|page-locked memory cannot be had",
+    r"|bad_alloc|bad allocation|cannot allocate memory|can't start new thread",
     re.IGNORECASE,
 )
 _LOST = re.compile(

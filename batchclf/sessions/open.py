@@ -40,10 +40,14 @@ from batchclf.sessions.precision import (
     require_agreement,
 )
 from batchclf.sessions.sample import Sample
+from batchclf.sessions.together import together
 from batchclf.spec.job import JobSpec, ProviderSpec, auto, gpus_of, runs_on_cpu
+from batchclf.system.apart import Apart
 from batchclf.system.machine import cpu_name_and_flags, usable_cores
 
 MAX_CPU_STREAMS = 8
+SETTLE_S = 120.0
+"""Seconds that a provider may take to be proven, with all that it loads."""
 DEVICE_STREAMS = 2
 """Batches in flight on an accelerator: one is copied while another is computed."""
 
@@ -81,6 +85,33 @@ def settle_provider(job: JobSpec, log: Log) -> str | None:
     except ProviderError as error:
         return _allowed_fallback(job, error, log)
     return None
+
+
+def settle_apart(job: JobSpec, log: Log) -> str | None:
+    """The same, in a process that ends with it: its devices are for others to hold.
+
+    One that is for one process at a time (compute mode EXCLUSIVE_PROCESS) could not be had else.
+
+    Raises:
+        ProviderError: it does not work, or whoever tries it dies or hangs.
+        UsageError: as `settle_provider`.
+    """
+    try:
+        with Apart() as apart:
+            fallback, said = apart.do(SETTLE_S, _settle_and_tell, job)
+    except OSError as error:
+        raise ProviderError(
+            f"provider {job.provider.name}: trying it ends the process that does, or takes longer "
+            f"than {SETTLE_S:g} s ({error}): try its devices one by one, and see the kernel's log"
+        ) from error
+    for line in said:
+        log(line)
+    return fallback
+
+
+def _settle_and_tell(job: JobSpec) -> tuple[str | None, list[str]]:
+    said: list[str] = []
+    return settle_provider(job, said.append), said
 
 
 def _allowed_fallback(job: JobSpec, error: ProviderError, log: Log) -> str:
@@ -175,11 +206,10 @@ def _open(wanted: Wanted, spec: ProviderSpec) -> Opened:
             found = _check_precision(wanted, bundle, target, opened[0], part)
             check = found if check is None else min(check, found, key=attrgetter("top1_agreement"))
         classifiers += opened
-    devices = dict.fromkeys(one.active.device for one in classifiers)
     return Opened(
         classifiers,
         part,
-        replace(classifiers[0].active, device=", ".join(devices)),
+        together({one.active.device: one.active for one in classifiers}),
         bundle,
         _host_memory(spec, wanted.log),
         precision_check=check,
@@ -420,5 +450,6 @@ def _host_memory(spec: ProviderSpec, log: Log) -> HostMemory:
 
     # The memory belongs to one GPU, and serves all of them.
     return HostMemory(
-        partial(pinned_pixels, device=gpus[0]), partial(page_locked, device=gpus[0], log=log)
+        partial(pinned_pixels, device=gpus[0], log=log),
+        partial(page_locked, device=gpus[0], log=log),
     )

@@ -557,6 +557,11 @@ def runs_on_cpu(provider: ProviderSpec) -> bool:
     )
 
 
+def has_processes(provider: ProviderSpec) -> bool:
+    """Whether a job has a process for each of its devices: one needs none."""
+    return len(provider.devices or ()) > 1
+
+
 def gpus_of(provider: ProviderSpec) -> tuple[int, ...]:
     """The numbers of the NVIDIA GPUs that a job runs on."""
     return (provider.devices or (0,)) if provider.name == "cuda" else ()

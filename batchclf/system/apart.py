@@ -5,7 +5,6 @@ call. So it is made elsewhere, in a process that can be left behind.
 """
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from multiprocessing.connection import Connection
 from subprocess import Popen, TimeoutExpired
 from typing import ParamSpec, TypeVar
 
-from batchclf.system.children import signals_held, start_python
+from batchclf.system.children import start_serving
 from batchclf.system.interrupt import SIGNALS
 
 TICK_S = 0.05
@@ -87,13 +86,7 @@ class Apart:
             if self._process.poll() is None:
                 return self._process
             self._connection.close()
-        ours, theirs = socket.socketpair()
-        with theirs, signals_held(SIGNALS):
-            self._process = start_python(
-                f"from {__name__} import serve; serve({theirs.fileno()})",
-                pass_fds=(theirs.fileno(),),
-            )
-        self._connection = Connection(ours.detach())
+        self._process, self._connection = start_serving(__name__, held=SIGNALS)
         return self._process
 
     def _require_time(self, ends_at: float) -> None:
@@ -104,7 +97,7 @@ class Apart:
             raise LeftBehind("the file system does not answer")
 
 
-def serve(descriptor: int) -> None:
+def serve(descriptor: int, parent_pid: int) -> None:
     """Do what the parent asks for, until it is gone."""
     with suppress(EOFError, OSError), Connection(descriptor) as connection:
         while True:

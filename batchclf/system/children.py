@@ -5,10 +5,12 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -40,8 +42,38 @@ def start_python(
     )
 
 
+def start_serving(
+    module: str,
+    *descriptors: int,
+    held: Iterable[int],
+    stdout: int | None = subprocess.DEVNULL,
+    env: Mapping[str, str] | None = None,
+    first: str = "",
+) -> tuple[subprocess.Popen[bytes], Connection]:
+    """Start this interpreter on `serve` of a module, and connect it with this process.
+
+    `serve` is called with the descriptor of its end of the connection, with `descriptors`, which
+    are passed on, and with the number of this process. `held`: signals that it never sees
+    (`_signals_held`); `first`: what is done before its module is imported; the rest as of
+    `start_python`.
+
+    Raises:
+        OSError: no process is to be had.
+    """
+    ours, theirs = socket.socketpair()
+    with ours, theirs, _signals_held(held):
+        passed = (theirs.fileno(), *descriptors)
+        process = start_python(
+            f"{first}from {module} import serve; serve{(*passed, os.getpid())}",
+            pass_fds=passed,
+            stdout=stdout,
+            env=env,
+        )
+        return process, Connection(ours.detach())
+
+
 @contextmanager
-def signals_held(numbers: Iterable[int]) -> Iterator[None]:
+def _signals_held(numbers: Iterable[int]) -> Iterator[None]:
     """Processes that this thread starts within never see these signals: they are its own to hear.
 
     So the Ctrl-C of a terminal, which goes to all, does not end them before their parent does.

@@ -97,7 +97,8 @@ class Visit:
             *("--bundle", *arguments.bundle, "--images", str(arguments.images)),
             *("--batch-sizes", *map(str, arguments.batch_sizes)),
             *("--num-images", str(arguments.num_images)),
-            *("--seconds", str(arguments.seconds), "--ends-at", str(ends_at), "--done", *done),
+            *("--seconds", str(arguments.seconds), "--row-s", str(step.row_s)),
+            *("--ends-at", str(ends_at), "--done", *done),
         ]
 
 

@@ -183,7 +183,7 @@ def allocate(bench: Bench, shape: Sequence[int], is_pinned: bool) -> Pixels:
     if is_pinned and bench.on_cuda:
         from batchclf.runtime.cuda import pinned_pixels
 
-        pixels_NHWC = pinned_pixels(shape, 0)
+        pixels_NHWC = pinned_pixels(shape, 0, log)
     else:
         pixels_NHWC = zeroed_pixels(shape)
     pixels_NHWC[:] = np.random.default_rng(0).integers(0, 256, pixels_NHWC.shape, np.uint8)

@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=int, required=True)
     parser.add_argument("--num-images", type=int, required=True)
     parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--row-s", type=float, required=True)
     parser.add_argument("--ends-at", type=float, required=True)
     parser.add_argument("--done", nargs="*", required=True)
     bench = Bench(parser.parse_args())

@@ -3,7 +3,6 @@
 Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 """
 
-import ctypes
 import itertools
 import json
 import shutil
@@ -11,18 +10,18 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from batchclf.images.prefetch import zeroed_pixels
 from batchclf.images.shared import SharedPixels
 from batchclf.images.source import source_of
 from batchclf.images.store import open_store
-from batchclf.results.records import DecodeBackend, DecodeMode, Pixels, Scores, refs_of
+from batchclf.results.records import DecodeBackend, DecodeMode, Pixels, refs_of
 from batchclf.runtime.timing import measure_throughput
 from batchclf.system.interrupt import StopRequest
 from batchclf.system.machine import usable_cores
@@ -39,6 +38,7 @@ from tests.benchmarks.gpu_bench import (
     settle,
 )
 
+PHOTO_BYTES = 224 * 224 * 3
 ROUNDS = 3
 """Of a throughput; the median counts."""
 
@@ -51,67 +51,61 @@ def copies(bench: Bench) -> Rows:
     settle(bench)
     first, *_ = bench.arguments.models
     if bench.on_cuda:
-        for megabytes, kind in itertools.product((39, 10), ("pageable", "pinned", "registered")):
-            yield f"{kind} {megabytes} MB", partial(copied, kind, megabytes)
+        for size, kind in itertools.product((256, 64), ("pageable", "pinned", "registered")):
+            yield f"{kind} batch of {size}", partial(copied, kind, size)
     yield f"{first} stall of a bound batch", partial(stall, bench, first)
 
 
-def copied(kind: str, megabytes: int) -> Row:
-    """GB/s from host memory of a kind to the device and back."""
-    from onnxruntime.capi import build_and_package_info
+def copied(kind: str, size: int) -> Row:
+    """GB/s from host memory of a kind to the device and back, of so many photos."""
+    import onnxruntime as ort
 
-    major = str(build_and_package_info.cuda_version).partition(".")[0]
-    cuda = ctypes.CDLL(f"libcudart.so.{major}")
-    num_bytes = megabytes * 150528 * 256 // 39 // 256
-    device = ctypes.c_void_p()
-    require(cuda.cudaMalloc(ctypes.byref(device), ctypes.c_size_t(num_bytes)), "cudaMalloc")
-    with host_memory(cuda, kind, num_bytes) as host:
-        rates = {}
-        for name, places in {"to_device": (device, host), "from_device": (host, device)}.items():
-            times = []
-            for _ in range(12):
-                started = time.perf_counter()
-                code = cuda.cudaMemcpy(*places, ctypes.c_size_t(num_bytes), ctypes.c_int(4))
-                require(code, "cudaMemcpy")
-                times.append(time.perf_counter() - started)
-            rates[name] = round(num_bytes / statistics.median(times[2:]) / 1e9, 2)
-    cuda.cudaFree(device)
+    from batchclf.runtime.cuda import Copies
+
+    num_bytes = size * PHOTO_BYTES
+    device = ort.OrtValue.ortvalue_from_shape_and_type((num_bytes,), np.uint8, "cuda", 0)
+    copy = Copies(0)
+    with host_memory(kind, num_bytes) as host:
+        places = device.data_ptr(), host.ctypes.data
+        rates = {
+            "to_device": gb_per_s(partial(copy, *places, num_bytes), num_bytes),
+            "from_device": gb_per_s(partial(copy, *places[::-1], num_bytes), num_bytes),
+        }
     return {"gb_per_s": rates["to_device"], **rates, "num_bytes": num_bytes}
 
 
+def gb_per_s(copy: Callable[[], object], num_bytes: int) -> float:
+    """Of the median of some copies."""
+    times = []
+    for _ in range(12):
+        started = time.perf_counter()
+        copy()
+        times.append(time.perf_counter() - started)
+    return round(num_bytes / statistics.median(times[2:]) / 1e9, 2)
+
+
 @contextmanager
-def host_memory(cuda: ctypes.CDLL, kind: str, num_bytes: int) -> Iterator[ctypes.c_void_p]:
-    """Memory of this process as a copy finds it: in a job's threads, pinned, or its processes'."""
-    if kind == "pinned":
-        pointer = ctypes.c_void_p()
-        code = cuda.cudaHostAlloc(
-            ctypes.byref(pointer), ctypes.c_size_t(num_bytes), ctypes.c_uint(1)
-        )
-        require(code, "cudaHostAlloc")
-        yield pointer
-        cuda.cudaFreeHost(pointer)
-        return
-    shared = SharedPixels(1, (num_bytes,)) if kind == "registered" else None
-    pixels = np.zeros(num_bytes, np.uint8) if shared is None else shared.pixels_NHWC
-    pixels[:] = 1
-    pointer = ctypes.c_void_p(pixels.__array_interface__["data"][0])
-    if shared is not None:
-        code = cuda.cudaHostRegister(pointer, ctypes.c_size_t(num_bytes), ctypes.c_uint(1))
-        require(code, "cudaHostRegister")
-    yield pointer
-    if shared is not None:
-        cuda.cudaHostUnregister(pointer)
-        shared.close()
-
-
-def require(code: int, call: str) -> None:
-    """Raise what a call of the CUDA runtime returns.
+def host_memory(kind: str, num_bytes: int) -> Iterator[Pixels]:
+    """Memory of this process as a copy finds it: ordinary, of a job's threads, of its processes.
 
     Raises:
-        OSError: it is an error.
+        AssertionError: it is not to be page-locked.
     """
-    if code:
-        raise OSError(f"{call} returns {code}")
+    from batchclf.runtime.cuda import page_locked, pinned_pixels
+
+    refused: list[str] = []
+    with ExitStack() as held:
+        if kind == "pinned":
+            pixels = pinned_pixels((num_bytes,), 0, refused.append)
+        elif kind == "registered":
+            shared = held.enter_context(closing(SharedPixels(1, (num_bytes,))))
+            pixels = shared.pixels_NHWC[0]
+            held.enter_context(page_locked(pixels, 0, refused.append))
+        else:
+            pixels = zeroed_pixels((num_bytes,))
+        assert not refused, refused[0]
+        pixels[:] = 1
+        yield pixels
 
 
 def stall(bench: Bench, model: str) -> Row:
@@ -157,8 +151,6 @@ class Setting:
     bind: bool | None = None
     pinned: bool = True
     options: tuple[tuple[str, str], ...] = ()
-    fixed: bool = False
-    """Outputs have a fixed place as well, as a CUDA graph needs it."""
 
     @property
     def name(self) -> str:
@@ -166,7 +158,6 @@ class Setting:
         changed = [f"{self.streams} stream"] if self.streams == 1 else []
         changed += ["unbound"] if self.bind is False else []
         changed += [] if self.pinned else ["pageable"]
-        changed += ["fixed"] if self.fixed else []
         changed += [f"{key}={value}" for key, value in self.options]
         return " ".join((self.model, self.precision, f"batch {self.size}", *changed))
 
@@ -202,9 +193,9 @@ def ablations(model: str, size: int) -> Iterator[Setting]:
         ):
             if (name, *option) != ("fp32", "use_tf32", "1"):  # that is tf32
                 yield Setting(model, name, size, options=(option,))
-        yield Setting(model, name, size, fixed=True, streams=1)
         graph = (("enable_cuda_graph", "1"),)
-        yield Setting(model, name, size, fixed=True, streams=1, options=graph)
+        for streams in (1, 2):
+            yield Setting(model, name, size, streams=streams, options=graph)
 
 
 def throughput(bench: Bench) -> Rows:
@@ -220,11 +211,8 @@ def throughput_of(bench: Bench, setting: Setting) -> Row:
     shape = (setting.size, *bench.resolved(setting.model).bundle.meta.preprocess.crop, 3)
     pixels_NHWC = allocate(bench, shape, setting.pinned)
     options = dict(setting.options)
-    if setting.fixed:
-        runs: list[Callable[[Any], Any]] = [Fixed(bench, setting)]
-    else:
-        one = partial(bench.open, setting.model, setting.precision, setting.size)
-        runs = [one(bind=setting.bind, **options) for _ in range(setting.streams)]
+    one = partial(bench.open, setting.model, setting.precision, setting.size)
+    runs = [one(bind=setting.bind, **options) for _ in range(setting.streams)]
     opened_s = time.perf_counter() - started
     found = [
         measure_throughput(
@@ -244,38 +232,6 @@ def throughput_of(bench: Bench, setting: Setting) -> Row:
         "batch_size": setting.size,
         "is_job": setting == Setting(setting.model, setting.precision, setting.size),
     }
-
-
-class Fixed:
-    """A session whose input and output keep their places on the device."""
-
-    def __init__(self, bench: Bench, setting: Setting) -> None:
-        import onnxruntime as ort
-
-        plain = bench.open(setting.model, setting.precision, setting.size)
-        options = {**plain.active.options, **dict(setting.options)}
-        settings = ort.SessionOptions()
-        settings.add_free_dimension_override_by_name("batch", setting.size)
-        bundle = bench.bundle(setting.model, PRECISIONS[setting.precision][0])
-        self._session = ort.InferenceSession(
-            str(bundle.model_path),
-            settings,
-            providers=[(plain.active.active, options)],
-            enable_fallback=0,
-        )
-        self._binding = self._session.io_binding()
-        shape = (setting.size, *bundle.meta.preprocess.crop, 3)
-        make = ort.OrtValue.ortvalue_from_shape_and_type
-        self._pixels = make(shape, np.uint8, "cuda", 0)
-        self._scores = make((setting.size, len(bundle.meta.labels)), np.float32, "cuda", 0)
-        self._binding.bind_ortvalue_input(self._session.get_inputs()[0].name, self._pixels)
-        self._binding.bind_ortvalue_output(self._session.get_outputs()[0].name, self._scores)
-
-    def __call__(self, pixels_NHWC: Pixels) -> Scores:
-        self._pixels.update_inplace(pixels_NHWC)
-        self._session.run_with_iobinding(self._binding)
-        scores_NK: Scores = self._scores.numpy()
-        return scores_NK
 
 
 # ---- decoding ------------------------------------------------------------------------------------
@@ -331,6 +287,7 @@ def run_whole(bench: Bench, name: str, mode: str, num_left: int) -> Row:
     """One run, of as many images as its share of the time has room for."""
     model = bench.arguments.models[0]
     share_s = (bench.ends_at - time.monotonic()) / num_left
+    share_s = min(share_s, bench.arguments.row_s - START_S)
     size, inferred, decoded = limits(bench.arguments.out, model, name, mode)
     limit = min(inferred, decoded)
     num_images = int(max(1_000, LEAST_EFFICIENCY * limit * (share_s - START_S)))

@@ -50,7 +50,8 @@ from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import RecordWriter
 from batchclf.run.append import SyncedSink
 from batchclf.run.classify import Work, classify
-from batchclf.run.feeders import Feeders, Share
+from batchclf.run.feeder import Share
+from batchclf.run.feeders import Feeders
 from batchclf.run.plan import Task, make_plan
 from batchclf.run.request import Run
 from batchclf.runtime.classifier import open_reference

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from batchclf.runtime.providers import installed_flavours
-from tests.benchmarks import gpu, gpu_kit, stores
+from tests.benchmarks import gpu, gpu_bench, gpu_kit, gpu_speeds, stores
 from tests.benchmarks.overhead import BATCH_SIZE, whole
 from tests.conftest import DIGITS_MODEL, ROOT, Batchclf, write_job
 
@@ -62,6 +62,40 @@ def test_the_script_for_cuda_machines_goes_through_all_its_steps_on_the_cpu(
     *table, last = printed.splitlines()
     assert len(table) == len(rows)
     assert last.startswith(f"{len(rows)} rows in ")
+
+
+def test_a_whole_run_of_a_visit_ends_before_its_row_is_given_up_however_much_time_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "gpu.jsonl"
+    rows = (
+        {
+            "images_per_s": 3000.0,
+            "batch_size": 8,
+            "model": "m",
+            "precision": "fp32",
+            "is_job": True,
+        },
+        {"images_per_s": 1000.0, "decode": "exact"},
+    )
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = argparse.Namespace(
+        models=["m"], bundle=[], provider="cpu", out=out, work=tmp_path, images=tmp_path,
+        row_s=75.0, ends_at=time.monotonic() + 400, num_images=10**6,
+    )  # fmt: skip
+    commands: list[tuple[str, ...]] = []
+
+    def run(*command: str, timeout_s: float) -> gpu_bench.Row:
+        commands.append(command)
+        return {"images_per_s": 1000.0}
+
+    monkeypatch.setattr(gpu_speeds, "batchclf", run)
+    monkeypatch.setattr(gpu_speeds, "images", lambda *_: tmp_path)
+    monkeypatch.setattr(gpu_bench, "images", lambda *_: tmp_path)
+    gpu_speeds.run_whole(gpu_bench.Bench(arguments), "fp32", "exact", 4)
+    (command,) = commands
+    num_images = int(command[-1])
+    assert 20_000 < num_images <= gpu_speeds.LEAST_EFFICIENCY * 1000 * 75
 
 
 def test_a_row_that_crashes_or_hangs_costs_itself_alone(

@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from batchclf.engines.local.board import MAX_THREADS, Board
+from batchclf.engines.local.board import MAX_DEVICES, MAX_THREADS, Board
 from batchclf.engines.local.process import WorkerProcess
 from batchclf.engines.local.supervisor import _Pulse
 from batchclf.images.ahead import Depth
@@ -17,7 +17,7 @@ from tests.tiny import write_tiny_job
 
 
 def test_every_thread_that_a_job_may_have_has_its_place_on_the_board() -> None:
-    assert MAX_COUNT + Depth().num_reads == MAX_THREADS
+    assert MAX_COUNT + MAX_DEVICES * Depth().num_reads == MAX_THREADS
     descriptor = Board.new_descriptor()
     try:
         worker, parent = Board(descriptor), Board(descriptor)

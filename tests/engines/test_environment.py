@@ -102,9 +102,9 @@ def test_a_sync_that_fails_once_ends_the_job_and_the_same_command_finishes_it(
 
 def test_no_process_to_be_had_is_the_environments_failure(tmp_path: Path) -> None:
     job = write_job(tmp_path)
-    program = "def change(module):\n    def start_python(*args, **kwargs):\n"
+    program = "def change(module):\n    def start_serving(*args, **kwargs):\n"
     program += "        raise BlockingIOError(11, 'Resource temporarily unavailable')\n"
-    program += "    module.start_python = start_python\n"
+    program += "    module.start_serving = start_serving\n"
     exit_code, said = finished(job, env=fault(tmp_path, program, "batchclf.engines.local.process"))
     assert exit_code == 5, said
     assert "the job's process cannot be started: [Errno 11]" in said

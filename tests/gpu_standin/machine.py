@@ -8,6 +8,7 @@ What the machine is like is told by the environment:
 
 - STANDIN_GPUS, STANDIN_ARCH (90: compute capability 9.0), STANDIN_MEMORY_MB: the GPUs;
 - STANDIN_DRIVER (13000: CUDA 13.0), STANDIN_INIT (an error of cuInit): their driver;
+- STANDIN_EXCLUSIVE: a folder; each GPU is for the first process that uses it, until its end;
 - STANDIN_COPY_MS: how long a copy of a megabyte or more takes;
 - STANDIN_ENGINES: see cudnn.cpp; STANDIN_FAULT, STANDIN_FAULT_ONCE: see runtime.cpp;
 - STANDIN_TRACE: a file that is told of each allocation, copy, launch, engine and wait.

@@ -5,6 +5,7 @@ time takes it where a GPU's does: a call that blocks, in the call; one from page
 the wait for its stream. */
 #include <cuda_runtime_api.h>
 #include <fcntl.h>
+#include <sys/file.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -92,9 +93,28 @@ cudaError_t result(const char *kind) {
     std::lock_guard<std::mutex> held(one);
     if (!fault.is_due(kind)) return cudaSuccess;
     standin_trace("fault %s %d\n", kind, fault.code);
-    if (fault.code == cudaErrorMemoryAllocation) is_full = true;
-    else if (fault.call != "register") lost = fault.code;
+    bool is_of_host = fault.call == "pin" || fault.call == "register";
+    if (fault.code == cudaErrorMemoryAllocation) is_full = !is_of_host;
+    else if (!is_of_host) lost = fault.code;
     return failed((cudaError_t)fault.code);
+}
+
+/* Compute mode EXCLUSIVE_PROCESS: whoever has the lock of a file in STANDIN_EXCLUSIVE has the GPU. */
+cudaError_t entered(int device) {
+    static std::mutex one;
+    static std::map<int, int> files;
+    const char *folder = text("STANDIN_EXCLUSIVE");
+    if (!folder) return cudaSuccess;
+    std::lock_guard<std::mutex> held(one);
+    if (files.count(device)) return cudaSuccess;
+    std::string name = std::string(folder) + "/gpu" + std::to_string(device);
+    int file = open(name.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+    if (flock(file, LOCK_EX | LOCK_NB)) {
+        close(file);
+        return cudaErrorDevicesUnavailable;
+    }
+    files[device] = file;
+    return cudaSuccess;
 }
 
 size_t capacity() { return told("STANDIN_MEMORY_MB", 80000) * size_t(1000000); }
@@ -117,6 +137,7 @@ std::string name(const Block &block) {
 cudaError_t allocate(void **pointer, size_t size, Place place) {
     *pointer = nullptr;
     bool on_device = place == Place::device;
+    if (cudaError_t code = entered(current)) return failed(code);
     if (cudaError_t code = result(on_device ? "malloc" : "pin")) return code;
     std::lock_guard<std::mutex> held(lock);
     if (on_device && used[current] + size > capacity()) return failed(cudaErrorMemoryAllocation);
@@ -202,6 +223,7 @@ cudaError_t cudaGetDeviceCount(int *count) {
 }
 cudaError_t cudaSetDevice(int device) {
     current = device;
+    if (cudaError_t code = entered(device)) return failed(code);
     return lost ? failed((cudaError_t)lost.load()) : cudaSuccess;
 }
 cudaError_t cudaGetDevice(int *device) {

@@ -1,5 +1,6 @@
 """Whole jobs on the stand-in, whose answers are zeros: what is read of them is let pass."""
 
+import fcntl
 import re
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,20 @@ def test_pixels_are_copied_from_page_locked_memory_whatever_decodes(
     assert_one_record_each(job)
     assert copies_of_batches(job, had_by) == [f"copy async {BATCH}pinned>gpu0 gpu0"]
     assert trace(job).count("unregister gpu0") == (backend == "processes")
+
+
+def test_page_locked_memory_that_runs_out_is_told_of_and_ordinary_memory_serves(
+    machine: Machine, undisturbed: list[str], tmp_path: Path
+) -> None:
+    num_pinned = sum(line.startswith("pin ") for line in undisturbed)
+    job = write_cuda_job(tmp_path)
+    done = run(machine, job, fault=f"pin:2:{num_pinned}")
+    assert done.exit_code == 0, done.stderr
+    assert_one_record_each(job)
+    assert done.json["batch_size"] == BATCH_SIZE
+    (said,) = [line for line in done.stderr.splitlines() if "page-locked" in line]
+    assert "MB of batches cannot be page-locked (error 2 of cudaHostAlloc: out of memory)" in said
+    assert copies_of_batches(job, "fault pin") == [f"copy async {BATCH}pageable>gpu0 gpu0"]
 
 
 def test_memory_of_processes_that_cannot_be_page_locked_serves_and_is_told_of(
@@ -200,3 +215,39 @@ def test_a_job_runs_on_the_gpus_that_it_names_and_no_other(
     assert used == {f"gpu{number}" for number in devices}
     assert not [line for line in trace(job) if "ASTRAY" in line]
     assert done.json["provider"]["device"] == ", ".join(f"{one}: Stand-in" for one in devices)
+
+
+def test_one_of_several_gpus_that_is_lost_is_used_again_by_another_process(
+    machine: Machine, undisturbed: list[str], tmp_path: Path
+) -> None:
+    begun = max(number for number, line in enumerate(undisturbed) if line.startswith("pin "))
+    num_before = sum(line.startswith("sync") for line in undisturbed[:begun])
+    job = write_cuda_job(tmp_path, provider={"name": "cuda", "devices": [0, 1]})
+    done = run(machine, job, gpus=2, fault=f"sync:700:{num_before + 2}")
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.count("the worker lost its device (") == 1
+    assert "CUDA failure 700" in done.stderr
+    assert_one_record_each(job)
+
+
+def test_gpus_that_are_for_one_process_each_are_left_to_those_that_use_them(
+    machine: Machine, tmp_path: Path
+) -> None:
+    (tmp_path / "gpus").mkdir()
+    job = write_cuda_job(tmp_path, provider={"name": "cuda", "devices": [0, 1]})
+    done = run(machine, job, gpus=2, exclusive=tmp_path / "gpus")
+    assert done.exit_code == 0, done.stderr
+    assert_one_record_each(job)
+
+
+def test_one_of_several_gpus_that_another_process_holds_ends_a_job_before_it_looks_for_its_input(
+    machine: Machine, tmp_path: Path
+) -> None:
+    (tmp_path / "gpus").mkdir()
+    provider = {"name": "cuda", "devices": [0, 1]}
+    job = write_cuda_job(tmp_path, provider=provider, input=str(tmp_path / "nowhere"))
+    with (tmp_path / "gpus" / "gpu1").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = run(machine, job, gpus=2, exclusive=tmp_path / "gpus")
+    assert done.exit_code == 4, done.stderr
+    assert "CUDA-capable device(s) is/are busy or unavailable" in done.stderr

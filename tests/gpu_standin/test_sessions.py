@@ -57,6 +57,25 @@ def test_memory_that_is_refused_to_be_page_locked_leaves_no_error_behind(machine
     assert "operation not supported" in said
 
 
+@pytest.mark.parametrize(
+    ("kind", "place"), [("pageable", "pageable"), ("pinned", "pinned"), ("registered", "pinned")]
+)
+def test_a_visit_measures_the_copies_that_a_job_makes(
+    machine: Machine, kind: str, place: str, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace"
+    (row,) = tried(machine, "copied", kind, trace=trace)
+    assert row["num_bytes"] == 2 * 224 * 224 * 3
+    assert row["to_device"] > 0
+    assert row["from_device"] > 0
+    copies = {line for line in trace.read_text().splitlines() if line.startswith("copy")}
+    size = row["num_bytes"]
+    assert copies == {
+        f"copy async {size} {place}>gpu0 gpu0",
+        f"copy async {size} gpu0>{place} gpu0",
+    }
+
+
 def test_a_cuda_graph_is_captured_once_and_replayed_for_every_batch(
     machine: Machine, tmp_path: Path
 ) -> None:

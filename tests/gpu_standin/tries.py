@@ -19,6 +19,7 @@ from batchclf.runtime.cuda_machine import require_cuda
 from batchclf.runtime.faults import fault_of
 from batchclf.runtime.providers import PROVIDERS
 from batchclf.runtime.sessions import ORT_ERRORS, Target
+from tests.benchmarks import gpu_speeds
 from tests.gpu_standin import skeletons
 
 TICK_S = 0.0005
@@ -104,6 +105,12 @@ def refused_pages(model: str) -> object:
     with page_locked(np.zeros(1_000_000, np.uint8), 0, said.append):
         classify(_zeros(classify))
     return said
+
+
+def copied(*kinds: str) -> object:
+    """What a visit to a GPU measures of copies from host memory of some kinds."""
+    require_cuda([0])
+    return [gpu_speeds.copied(kind, 2) for kind in kinds]
 
 
 def fault(model: str, options: str) -> object:

@@ -31,6 +31,7 @@ from batchclf.images.resampler import resampler_name
 from batchclf.images.source import open_source
 from batchclf.images.store import open_store
 from batchclf.results.records import Failure, ImageRef, Loaded, Pixels, Preprocess
+from batchclf.system import children
 from batchclf.system.children import start_python
 from tests.conftest import Batchclf, command, read_records
 from tests.faults.poison import CODES, poisoned_environment, write_poison
@@ -184,7 +185,7 @@ def two_die_young(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             process.kill()
         return process
 
-    monkeypatch.setattr(process_module, "start_python", start)
+    monkeypatch.setattr(children, "start_python", start)
     return dead
 
 
@@ -323,7 +324,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         programs.append(program)
         return start_python(program, **keys)
 
-    monkeypatch.setattr(process_module, "start_python", start)
+    monkeypatch.setattr(children, "start_python", start)
     return programs
 
 

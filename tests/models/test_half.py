@@ -98,7 +98,7 @@ def converted(
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
         [numpy_helper.from_array(values, name) for name, values in weights.items()],
     )
-    opset = [helper.make_opsetid("", 18)]
+    opset = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), folder / "full.onnx")
     to_half(folder / "full.onnx", folder / "half.onnx")
     model = onnx.load(folder / "half.onnx")
@@ -194,6 +194,52 @@ def test_a_condition_and_what_its_branches_take_of_the_graph_stay_float32(tmp_pa
     ]
     model, _ = converted(tmp_path, nodes, {"w": weight(8, 8), "zero": np.zeros((), np.float32)})
     assert casts(model) == ["image", "one", "two", "scores_fp16"]
+
+
+def test_names_that_the_model_has_already_are_not_given_again(tmp_path: Path) -> None:
+    """Tensors, weights and a branch's own tensors that are called as the conversion would."""
+    nothing: list[onnx.ValueInfoProto] = []
+    branch_scores = [helper.make_tensor_value_info("image_fp32", TensorProto.FLOAT, None)]
+    branches = {
+        name: helper.make_graph(
+            [
+                helper.make_node(operator, ["w_fp16", "image"], ["scores_fp16_2"]),
+                helper.make_node("Neg", ["scores_fp16_2"], ["image_fp32"]),
+            ],
+            name,
+            nothing,
+            branch_scores,
+        )
+        for name, operator in (("then_branch", "Add"), ("else_branch", "Sub"))
+    }
+    nodes = [
+        helper.make_node("MatMul", ["image", "w"], ["w_fp16"]),
+        helper.make_node("ReduceSum", ["w_fp16"], ["sum"], keepdims=0),
+        helper.make_node("Greater", ["sum", "w_fp16_fp32"], ["is_positive"]),
+        helper.make_node("If", ["is_positive"], ["image_fp16"], **branches),
+        helper.make_node("MatMul", ["image_fp16", "w"], ["scores_fp16"]),
+        helper.make_node("MatMul", ["scores_fp16", "w_2"], ["scores"]),
+    ]
+    zero = np.zeros((), np.float32)
+    weights = {"w": weight(8, 8), "w_2": 2 * weight(8, 8), "w_fp16_fp32": zero}
+    converted(tmp_path, nodes, weights)
+
+
+def test_what_operators_of_onnx_runtimes_own_make_is_of_the_type_that_it_says(
+    tmp_path: Path,
+) -> None:
+    own = {"domain": "com.microsoft"}
+    nodes = [
+        helper.make_node("MatMul", ["image", "w"], ["one"]),
+        helper.make_node("Shape", ["one"], ["shape"]),
+        helper.make_node("ExpandDims", ["shape", "axis"], ["row"], **own),  # int64
+        helper.make_node("Squeeze", ["row"], ["again"]),
+        helper.make_node("Reshape", ["one", "again"], ["two"]),
+        helper.make_node("QuickGelu", ["two"], ["three"], **own),  # float32
+        helper.make_node("MatMul", ["three", "w"], ["scores"]),
+    ]
+    model, _ = converted(tmp_path, nodes, {"w": weight(8, 8), "axis": np.array(0, np.int32)})
+    assert casts(model) == ["image", "two", "three", "scores_fp16"]
 
 
 def test_the_scales_of_a_resize_stay_float32(tmp_path: Path) -> None:

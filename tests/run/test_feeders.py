@@ -1,20 +1,40 @@
 """A process for each of several devices: one output in order, and a process that ends is no end."""
 
 import os
+import pickle
 import signal
+import subprocess
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from batchclf.errors import DeviceLost, UsageError
-from batchclf.results.records import ImageRef
+from batchclf.engines.local.board import Board
+from batchclf.engines.local.process import Workers
+from batchclf.engines.local.supervisor import Supervisor
+from batchclf.errors import DeviceLost, Interrupted, ProcessLost, UsageError
+from batchclf.results.records import ActiveProvider, ImageRef
 from batchclf.run import ready
-from batchclf.run.feeders import Feeders, Share, shares_of
+from batchclf.run.feeder import Share
+from batchclf.run.feeders import Feeders, shares_of
+from batchclf.run.job import run_job
+from batchclf.run.output import hold_output
 from batchclf.run.plan import Plan, Task
-from batchclf.spec.job import JobSpec
+from batchclf.run.recovery import Death
+from batchclf.run.request import Run
+from batchclf.sessions.together import together
+from batchclf.spec.file import load_job
+from batchclf.spec.job import JobSpec, ProviderSpec, RuntimeSpec
+from batchclf.spec.options import RunOptions
+from batchclf.system.interrupt import StopRequest
 from tests.conftest import read_records
+from tests.engines.common import assert_as_undisturbed, fault, finished, run_json, write_job
+from tests.faults.poison import poisoned_environment, write_poison
+from tests.faults.poison import sitecustomize as poison
 from tests.proxy import NAME, proxied_bucket
 from tests.tiny import (
     Log,
@@ -103,7 +123,7 @@ def test_a_process_that_is_killed_costs_no_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     feeding = feed_in_two(monkeypatch)
-    images(tmp_path / "images", 200)
+    images(tmp_path / "images", 600)
     path = job(tmp_path, "out")
 
     class Killer(Log):
@@ -114,10 +134,152 @@ def test_a_process_that_is_killed_costs_no_record(
     with pytest.raises(DeviceLost, match=r"ended: killed by SIGKILL"):
         run_here(path, log=Killer())
     written = (tmp_path / "out" / "predictions.jsonl").read_bytes()
-    assert 8 <= written.count(b"\n") < 200
+    assert 8 <= written.count(b"\n") < 600
     result = run_here(path)
-    assert result.summary.num_images == 200
+    assert result.summary.num_images == 600
     assert result.files.predictions.read_bytes().startswith(written)
+
+
+class Notes(Log):
+    """Notes which images the processes loaded, by the number of the thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+        self.threads: dict[int, int | None] = {}
+        self.began = False
+
+    def loading(self, thread: int, index: int | None, step: int) -> None:
+        self.threads[thread] = index
+        if index is not None:
+            self.seen.add(index)
+
+    def wait_for(self, num_images: int) -> None:
+        """Wait until they have loaded so many, and are at none."""
+        ends_at = time.monotonic() + 20
+        while len(self.seen) < num_images or any(one is not None for one in self.threads.values()):
+            assert time.monotonic() < ends_at, f"{len(self.seen)} images are loaded"
+            time.sleep(0.01)
+
+    def update(self, num_images: int, num_errors: int) -> None:
+        if num_images and not self.began:
+            self.began = True
+            self.when_begun()
+
+    def when_begun(self) -> None:
+        """Called when the first records are written."""
+
+
+AHEAD = 4 + 16 + 1
+"""Batches of 4 that each process is ahead by: there is memory for 4, and 64 are read ahead."""
+
+
+def test_processes_are_heard_while_records_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images(tmp_path / "images", 2 * 4 * AHEAD)
+    feed_in_two(monkeypatch)
+
+    class Blocked(Notes):
+        def when_begun(self) -> None:
+            self.wait_for(2 * 4 * AHEAD)
+
+    loader = {"workers": 2, "backend": "threads"}
+    run_here(job(tmp_path, "out", loader=loader), log=Blocked())
+
+
+def test_one_that_is_slower_holds_up_the_others_only_when_they_are_far_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_images = 600
+    link_digits(tmp_path / "images", num_images)
+    started = feed_in_two(monkeypatch)
+    most = 4 * 2 * 2 * AHEAD
+
+    class Stopping(Notes):
+        def when_begun(self) -> None:
+            slow = started[0]._feeders[1]._process
+            slow.send_signal(signal.SIGSTOP)
+            threading.Thread(target=self.go_on_later, args=(slow,)).start()
+
+        def go_on_later(self, slow: "subprocess.Popen[bytes]") -> None:
+            before, ends_at = -1, time.monotonic() + 20
+            while before < len(self.seen) or (before < most // 2 and time.monotonic() < ends_at):
+                before = len(self.seen)
+                time.sleep(0.5)
+            self.num_ahead = before
+            slow.send_signal(signal.SIGCONT)
+
+    log = Stopping()
+    loader = {"workers": 2, "backend": "threads"}
+    result = run_here(job(tmp_path, "out", loader=loader), log=log)
+    assert [line["path"] for line in read_records(tmp_path / "out")] == sorted(
+        os.listdir(tmp_path / "images")
+    )
+    assert result.summary.num_images == num_images
+    # What it had written before, and what the slow one was at, are no part of it.
+    assert 4 * 3 * AHEAD < log.num_ahead <= most + 4 * AHEAD
+
+
+def test_what_processes_have_done_when_a_signal_comes_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images(tmp_path / "images", 500)
+    feed_in_two(monkeypatch)
+    path, stop = job(tmp_path, "out", loader={"workers": 2, "backend": "threads"}), StopRequest()
+
+    class Stopping(Notes):
+        def when_begun(self) -> None:
+            self.wait_for(2 * 4 * AHEAD)
+            stop.signal_number = signal.SIGTERM
+
+    spec = load_job(path)
+    with hold_output(spec, RunOptions().shard), pytest.raises(Interrupted):
+        run_job(Run(spec, RunOptions(), Stopping(), stop))
+    written = (tmp_path / "out" / "predictions.jsonl").read_bytes()
+    # But for the last batches, which may not have been inferred yet.
+    assert 4 * AHEAD < written.count(b"\n") < 500
+    result = run_here(path)
+    assert result.summary.num_images == 500
+    assert result.files.predictions.read_bytes().startswith(written)
+
+
+IN_TWO = """
+exec(open({poison!r}).read(), {{}})
+
+def change(module):
+    from batchclf.run.feeder import Share
+    module.shares_of = lambda plan, sample, used: [Share(plan, (), used)] * 2
+"""
+
+
+def test_an_image_that_crashes_the_process_of_a_gpu_becomes_an_error(tmp_path: Path) -> None:
+    path = write_job(tmp_path, 60, loader={"workers": 2, "backend": "threads"})
+    guilty = sorted((tmp_path / "images").iterdir())[40]
+    guilty.unlink()
+    write_poison(guilty, "segfault")
+    program = IN_TWO.format(poison=poison.__file__)
+    env = {**poisoned_environment(), **fault(tmp_path, program, "batchclf.run.ready")}
+    exit_code, said = finished(path, env=env)
+    assert exit_code == 0, said
+    assert "lost a process (the process of GPU" in said
+    assert_as_undisturbed(tmp_path, but={guilty.name: "decoder_crash"})
+
+
+def test_the_end_of_a_process_that_is_at_no_image_is_that_of_its_gpu() -> None:
+    lost = pickle.loads(pickle.dumps(ProcessLost("it ended", range(4, 8), is_killed=True)))
+    descriptor = Board.new_descriptor()
+    board = Board(descriptor)
+    workers = cast(Workers, SimpleNamespace(board_descriptor=descriptor))
+    watching = Supervisor(workers, cast(Any, None), StopRequest(), 0.0)
+    os.close(descriptor)
+    board.at(3, 30)
+    found = watching._heard(("error", lost))
+    assert found == Death("lost a process (it ended)", by_kernel=True, by_device=True)
+    board.at(5, 50)
+    board.at(6, 60, step=1)
+    found = watching._heard(("error", lost))
+    assert found == Death("lost a process (it ended)", (50,), (60,), by_kernel=True)
 
 
 def test_what_a_process_raises_is_raised_here(
@@ -135,6 +297,60 @@ def test_what_a_process_raises_is_raised_here(
     with pytest.raises(UsageError, match=r"provider.options: found unknown"):
         run_here(job(tmp_path, "out"))
     assert not (tmp_path / "out" / "predictions.jsonl").exists()
+
+
+def test_what_one_process_falls_back_to_is_told_beside_what_the_others_run_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images(tmp_path / "images", 30)
+
+    def shares(plan: Plan, sample: object, used: str | None) -> list[Share]:
+        gpu = ProviderSpec(name="cuda", devices=(1,), allow_fallback=True)
+        job = plan.task.job.model_copy(update={"provider": gpu, "runtime": RuntimeSpec()})
+        without = replace(plan, task=replace(plan.task, job=job))
+        return [Share(plan, (), used), Share(without, (), used)]
+
+    monkeypatch.setattr(ready, "shares_of", shares)
+    log = Log()
+    run_here(job(tmp_path, "out"), log=log)
+    told = run_json(tmp_path / "out")
+    assert told["provider"]["requested"] == "cpu, cuda"
+    assert told["provider"]["device"] == "CPU"
+    assert told["provider"]["fallback"].startswith("GPU 1: provider cuda: the installed onnx")
+    assert any(line.startswith("FALLING BACK TO THE CPU") for line in log.lines)
+
+
+def test_what_devices_opened_with_is_told_of_all_of_them() -> None:
+    gpu = ActiveProvider(
+        requested="cuda",
+        active="CUDAExecutionProvider",
+        device="0: H100",
+        nodes={"CUDAExecutionProvider": 60, "CPUExecutionProvider": 2},
+        cpu_nodes=("Shape one",),
+        options={"device_id": "0", "use_tf32": "1"},
+    )
+    in_part = replace(
+        gpu,
+        device="1: T4",
+        nodes={"CUDAExecutionProvider": 58, "CPUExecutionProvider": 4},
+        cpu_nodes=("Shape one", "Trilu two"),
+        options={"device_id": "1", "use_tf32": "1"},
+        fallback="Trilu stays",
+    )
+    on_cpu = ActiveProvider(
+        "cuda", "CPUExecutionProvider", "CPU", {"CPUExecutionProvider": 62}, fallback="it is busy"
+    )
+    assert together({"GPU 0": gpu}) == gpu
+    found = together({"GPU 0": gpu, "GPU 1": in_part, "GPU 2": on_cpu})
+    assert found == ActiveProvider(
+        requested="cuda",
+        active="CUDAExecutionProvider, CPUExecutionProvider",
+        device="0: H100, 1: T4, CPU",
+        nodes={"CUDAExecutionProvider": 60, "CPUExecutionProvider": 62},
+        cpu_nodes=("Shape one", "Trilu two"),
+        options={"device_id": "0, 1", "use_tf32": "1"},
+        fallback="GPU 1: Trilu stays; GPU 2: it is busy",
+    )
 
 
 def test_each_gpu_has_its_share_of_the_workers() -> None:

@@ -29,7 +29,6 @@ MEMORY = [
     "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0",
     "CUDNN_STATUS_ALLOC_FAILED",
     "std::bad_alloc",
-    "805 MB of page-locked memory cannot be had (error 2 of cudaHostAlloc)",
     "[GPU] Exceeded max size of memory object allocation",
     "clEnqueueNDRangeKernel, error code: -5 CL_OUT_OF_RESOURCES",
 ]

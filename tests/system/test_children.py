@@ -10,7 +10,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from batchclf.system.children import available_memory, how_it_ended, signals_held, start_python
+from batchclf.system.children import (
+    available_memory,
+    how_it_ended,
+    start_python,
+    start_serving,
+)
 
 
 def output_of(program: str) -> str:
@@ -104,10 +109,36 @@ def test_available_memory_of_this_machine_is_sensible() -> None:
     assert 2**20 < available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_held_signals_do_not_reach_the_processes_started_meanwhile() -> None:
+SERVE = """
+import builtins, os
+from multiprocessing.connection import Connection
+
+def serve(connected, other, parent_pid):
+    with Connection(connected) as connection:
+        told = connection.recv()
+        is_child = parent_pid == os.getppid()
+        connection.send((told, os.read(other, 9), is_child, hasattr(builtins, "first")))
+"""
+
+
+def test_a_process_that_serves_is_connected_and_never_sees_the_held_signals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "serving.py").write_text(SERVE)
+    monkeypatch.syspath_prepend(tmp_path)
     mine = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    with signals_held((signal.SIGTERM,)):
-        process = start_python("pass")
-        process.terminate()
-    assert process.wait() == 0
+    other, written = os.pipe()
+    os.write(written, b"passed on")
+    num_open = len(os.listdir("/proc/self/fd"))
+    process, connection = start_serving(
+        "serving", other, held=(signal.SIGTERM,), first="import builtins; builtins.first = 1; "
+    )
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mine
+    assert len(os.listdir("/proc/self/fd")) == num_open + 1
+    process.terminate()
+    with connection:
+        connection.send("hello")
+        assert connection.recv() == ("hello", b"passed on", True, True)
+    assert process.wait() == 0
+    os.close(other)
+    os.close(written)

@@ -9,8 +9,10 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-MAX_THREADS = 1024 + 64
-"""As many as `loader.workers` may ask for, and those that read ahead (`Depth` of images/ahead.py).
+MAX_DEVICES = 64
+MAX_THREADS = 1024 + 64 * MAX_DEVICES
+"""As many as `loader.workers` may ask for, and those that read ahead (`Depth` of images/ahead.py)
+in the process of each device.
 """
 _NUM_IMAGES, _NUM_ERRORS, _RENEWED_NS, _BEAT_NS, _FIRST_SLOT = range(5)
 _FIRST_STEP = _FIRST_SLOT + MAX_THREADS

@@ -1,16 +1,14 @@
 """A worker process, started and ended. Imports little: it is started before all else."""
 
 import os
-import socket
 import subprocess
 from contextlib import suppress
-from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from batchclf.engines.local.board import Board
 from batchclf.engines.local.signals import DUMP_SIGNAL, STOP_SIGNALS
 from batchclf.errors import EnvironmentFailed
-from batchclf.system.children import signals_held, start_python
+from batchclf.system.children import start_serving
 from batchclf.system.interrupt import SIGNALS
 
 if TYPE_CHECKING:
@@ -93,21 +91,19 @@ class WorkerProcess:
             EnvironmentFailed: no process is to be had.
         """
         try:
-            ours, theirs = socket.socketpair()
-            with theirs, signals_held(_HELD):
-                self._process = start_python(
-                    # Nothing that is imported is garbage; looking for it takes some 30 ms.
-                    "import gc; gc.disable(); from batchclf.engines.local.worker import main; "
-                    f"main({theirs.fileno()}, {board_descriptor}, {os.getpid()})",
-                    pass_fds=(theirs.fileno(), board_descriptor),
-                    stdout=2,  # results are the parent's to print
-                    env={**_MEMORY, **os.environ},
-                )
+            self._process, self._connection = start_serving(
+                "batchclf.engines.local.worker",
+                board_descriptor,
+                held=_HELD,
+                stdout=2,  # results are the parent's to print
+                env={**_MEMORY, **os.environ},
+                # Nothing that is imported is garbage; looking for it takes some 30 ms.
+                first="import gc; gc.disable(); ",
+            )
         except OSError as error:
             raise EnvironmentFailed(
                 f"the job's process cannot be started: {error}; run the same command later"
             ) from error
-        self._connection = Connection(ours.detach())
         self.has_hung_up = False
         self._is_left_behind = False
 

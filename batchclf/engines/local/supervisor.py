@@ -22,6 +22,7 @@ from batchclf.errors import (
     DeviceLost,
     EnvironmentFailed,
     OutOfMemory,
+    ProcessLost,
     ResumeRefused,
     WorkerFailed,
 )
@@ -228,10 +229,18 @@ class Supervisor:
             case "bug":
                 raise WorkerFailed(f"unexpected failure:\n{what}")
             case "error":
+                if isinstance(what, ProcessLost):
+                    return self._after_losing(what)
                 if isinstance(what, DeviceLost):
                     return Death(f"lost its device ({what})", by_device=True)
                 raise cast(BatchclfError, what)
         return None
+
+    def _after_losing(self, lost: ProcessLost) -> Death:
+        """The end of the process of a device: for what its threads were at, or for the device."""
+        seen = [one for one in self._board.in_flight() if one.thread in lost.threads]
+        death = _death(f"lost a process ({lost})", seen)
+        return replace(death, by_kernel=lost.is_killed, by_device=not seen)
 
     def _after_hanging_up(self, worker: "WorkerProcess") -> Death:
         returncode = worker.end()

@@ -29,7 +29,7 @@ FENCE_S = LEASE_S / 2
 """Nothing is written when the output was last known to be this job's so long ago."""
 
 
-def main(socket_descriptor: int, board_descriptor: int, parent_pid: int) -> None:
+def serve(socket_descriptor: int, board_descriptor: int, parent_pid: int) -> None:
     """Do the one job that the parent sends, and end."""
     end_with_parent(parent_pid)
     expendable(EXPENDABLE)
