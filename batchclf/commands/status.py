@@ -182,7 +182,7 @@ def _last_figures(files: RunFiles) -> tuple[Mapping[str, Any], float | None]:
         for line in reversed(file.read().splitlines()):
             with suppress(orjson.JSONDecodeError):  # torn by a power loss, or being written
                 figures = orjson.loads(line)
-                if isinstance(figures, dict):
+                if isinstance(figures, dict) and figures.get("type") != "node":
                     return figures, max(0.0, time.time() - found.st_mtime)
     return {}, None
 

@@ -109,7 +109,7 @@ class Feeders:
             self.close()
             raise
         self.num_streams = sum(num_streams for _, num_streams in found)
-        self.opened = _together([opened for opened, _ in found])
+        self.opened = opened_by_all([opened for opened, _ in found])
 
     def results(
         self, refs: Iterator[ImageRef], stats: StatsCollector, tick_s: float
@@ -153,7 +153,8 @@ class Feeders:
             feeder.close()
 
 
-def _together(found: Sequence[Opened]) -> Opened:
+def opened_by_all(found: Sequence[Opened]) -> Opened:
+    """What several processes opened, as if it were one's: all devices, the worst comparison."""
     checks = [one.precision_check for one in found if one.precision_check is not None]
     devices = dict.fromkeys(one.provider.device for one in found)
     return replace(
