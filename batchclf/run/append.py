@@ -62,8 +62,7 @@ class SyncedSink:
             self._next_sync = time.monotonic() + SYNC_S
         if time.monotonic() >= self._next_interval:
             self._next_interval += INTERVAL_S
-            for node, figures in self._stats.members().items():
-                append_stats(self._files, figures, node)
+            append_members(self._files, self._stats)
             append_stats(self._files, self._stats.snapshot())
 
     def sync(self) -> None:
@@ -71,6 +70,16 @@ class SyncedSink:
         self._writer.sync()
         if self._state is not None:
             self._state.note_durable(self._writer.num_bytes, self.num_images)
+
+
+def append_members(files: RunFiles, stats: StatsCollector) -> None:
+    """A line in stats.jsonl for each node, where several work on the job.
+
+    Raises:
+        EnvironmentFailed: as `append_stats`.
+    """
+    for node, figures in stats.members().items():
+        append_stats(files, figures, node)
 
 
 def append(begun: Begun, todo: Append, state: RunState) -> None:

@@ -147,7 +147,9 @@ class _Bench:
         self.reporter.update(self.num_images, self.num_errors)
 
     def _commit(self, draft: "_Draft") -> None:
-        self.reporter.committed(draft.attempt, draft.commit())
+        part = draft.commit()
+        self.reporter.figures(self.work.stats.snapshot())
+        self.reporter.committed(draft.attempt, part)
 
     def close(self) -> None:
         """Commit what is there of the first range; the others have nothing yet."""

@@ -1,0 +1,34 @@
+"""Where a job's run turns to the cluster."""
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from batchclf.engines.ray.cluster import connected
+from batchclf.errors import UsageError
+from batchclf.run.crew import Order
+
+if TYPE_CHECKING:
+    from batchclf.engines.ray.crew import RayCrew
+
+
+def hire(order: Order) -> "RayCrew":
+    """Find workers for a job, on a cluster: open and proven.
+
+    Raises:
+        UsageError: Ray is not installed, or the job asks for what no node has.
+        ProviderError: GPUs are needed and there are none, or the provider does not work on a node.
+        EnvironmentFailed: there is no cluster, or the output is not on storage that all reach.
+    """
+    if order.files.address is not None:
+        raise UsageError(
+            f"output: {order.files.address}: engine ray writes to a folder that all nodes reach; "
+            "give one, or use engine local"
+        )
+    with ExitStack() as stack:
+        stack.enter_context(connected(order.job.engine))
+        from batchclf.engines.ray.crew import RayCrew  # late: it imports Ray
+
+        crew = stack.enter_context(RayCrew(order))
+        crew.gather()
+        crew.keep(stack.pop_all())
+    return crew
