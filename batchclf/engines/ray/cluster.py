@@ -5,7 +5,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,14 +76,16 @@ def connected(engine: EngineSpec) -> Iterator[None]:
         options["include_dashboard"] = False
     if engine.runtime_env:
         options["runtime_env"] = engine.runtime_env
-    try:
-        ray.init(engine.address, namespace="batchclf", **options)
-    except (ray.exceptions.RayError, RuntimeError, OSError, ValueError) as error:
-        raise EnvironmentFailed(f"engine: {_why_not(engine.address, error)}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    # Ray tells stdout of each node that ends, with pages of its state; the crew tells it in a line.
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        try:
+            ray.init(engine.address, namespace="batchclf", **options)
+        except (ray.exceptions.RayError, RuntimeError, OSError, ValueError) as error:
+            raise EnvironmentFailed(f"engine: {_why_not(engine.address, error)}") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _require_reachable(address: str) -> None:
