@@ -42,7 +42,7 @@ NAMED_KEYS = ("provider", "engine")
 """Keys that take either a plain name or a mapping with `name` in it."""
 
 _CONTRADICTIONS = (
-    *("one_source", "foreign_key", "provider_key", "engine_key", "devices_of_ray", "std"),
+    *("one_source", "foreign_key", "provider_key", "engine_key", "not_with_ray", "std"),
     "secret",
 )
 """Kinds of errors that are not about one value alone."""

@@ -620,12 +620,18 @@ class JobSpec(_Spec):
     ] = EngineSpec(name="local")
 
     @model_validator(mode="after")
-    def _gpus_are_dealt(self) -> "JobSpec":
+    def _suits_ray(self) -> "JobSpec":
         if self.engine.name == "ray" and self.provider.devices is not None:
             raise PydanticCustomError(
-                "devices_of_ray",
+                "not_with_ray",
                 "no `provider.devices` with engine ray, which deals the GPUs out: "
                 "`engine.num_gpus` says how many each worker gets",
+            )
+        if self.engine.name == "ray" and isinstance(self.output, str):
+            raise PydanticCustomError(
+                "not_with_ray",
+                "a folder as `output` with engine ray, which all nodes reach by one path; buckets "
+                "are written to by engine local",
             )
         return self
 

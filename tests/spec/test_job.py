@@ -246,6 +246,10 @@ WRONG_FILES: dict[str, tuple[bytes | None, tuple[str, ...]]] = {
         HEAD + b"engine: {name: local, workers: 3}\n",
         ("job.yaml:4", "engine", "`workers` goes with ray only"),
     ),
+    "a bucket that Ray's workers do not write to": (
+        HEAD.replace(b"output: out", b"output: s3://bucket/out") + b"engine: ray\n",
+        ("job.yaml", "a folder as `output` with engine ray"),
+    ),
     "GPUs that Ray deals out": (
         HEAD + b"engine: ray\nprovider: {name: cuda, devices: [1]}\n",
         ("job.yaml", "no `provider.devices` with engine ray", "engine.num_gpus"),

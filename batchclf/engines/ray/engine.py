@@ -4,7 +4,6 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from batchclf.engines.ray.cluster import connected
-from batchclf.errors import UsageError
 from batchclf.run.crew import Order
 
 if TYPE_CHECKING:
@@ -19,11 +18,6 @@ def hire(order: Order) -> "RayCrew":
         ProviderError: GPUs are needed and there are none, or the provider does not work on a node.
         EnvironmentFailed: there is no cluster, or the output is not on storage that all reach.
     """
-    if order.files.address is not None:
-        raise UsageError(
-            f"output: {order.files.address}: engine ray writes to a folder that all nodes reach; "
-            "give one, or use engine local"
-        )
     with ExitStack() as stack:
         stack.enter_context(connected(order.job.engine))
         from batchclf.engines.ray.crew import RayCrew  # late: it imports Ray

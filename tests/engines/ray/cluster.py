@@ -92,6 +92,8 @@ class Cluster:
     """What the head is started through, such as `ip netns exec`."""
     ip: str = field(default_factory=own_ip)
     port: int = 0
+    client_port: int = 0
+    """Of Ray's client, for drivers outside."""
     nodes: list[Node] = field(default_factory=list)
 
     @property
@@ -99,9 +101,10 @@ class Cluster:
         return f"{self.ip}:{self.port}"
 
     def __enter__(self) -> "Cluster":
-        self.port = free_port()
+        self.port, self.client_port = free_port(), free_port()
         port, folder = f"--port={self.port}", f"--temp-dir={self.temporary}"
-        head = ("--head", port, folder, "--include-dashboard=false")
+        client = f"--ray-client-server-port={self.client_port}"
+        head = ("--head", port, client, folder, "--include-dashboard=false")
         self.add(*head, num_cpus=0, through=self.through, ip=self.ip)
         return self
 

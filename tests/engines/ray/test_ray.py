@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import pytest
 
 from batchclf.results.files import RunFiles
 from batchclf.results.parts import Folders
+from batchclf.runtime.providers import PROVIDERS, compiled_in
 from tests.conftest import Batchclf, read_records
 from tests.engines.common import (
     assert_as_undisturbed,
@@ -93,6 +95,17 @@ def test_a_job_on_two_nodes_writes_the_bytes_of_a_local_run(
     assert sum(line["num_images"] for line in told) >= 600
     again = batchclf("run", job)
     assert (again.exit_code, "already complete" in again.stderr) == (0, True)
+
+
+@BY_HAND
+def test_a_driver_outside_of_the_cluster_reaches_it_through_rays_client(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    address = f"ray://{ray_cluster.ip}:{ray_cluster.client_port}"
+    job = write_ray_job(tmp_path, 60, engine={"address": address})
+    code, said = finished(job)
+    assert code == 0, said
+    assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
 
 
 @BY_HAND
@@ -262,6 +275,19 @@ def test_what_no_node_has_is_refused_with_what_was_found(
     code, said, _ = wrong(tmp_path, resources={"fast_disk": 1})
     assert code == 2, said
     assert "each worker takes {'CPU': 1.0, 'fast_disk': 1.0}, and no node" in said
+
+
+@pytest.mark.skipif(
+    PROVIDERS["openvino"].execution_provider in compiled_in(), reason="the provider works here"
+)
+def test_a_provider_that_does_not_work_on_a_node_ends_the_job_naming_it(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    job = write_ray_job(tmp_path, 20)
+    code, said = finished(job, "--provider", "openvino")
+    assert code == 4, said
+    assert re.search(r"^batchclf: node \S+ \(.*\): provider openvino: ", said, re.M)
+    assert not (tmp_path / "out" / "run.json").exists()
 
 
 def test_another_version_on_a_node_ends_the_job_naming_it(
