@@ -121,6 +121,7 @@ class RayCrew:
         """Figures of workers that were lost, by their nodes."""
         self._said: set[str] = set()
         self._grown_at = 0.0
+        self._looked_at = time.monotonic()
         self._has_begun = False
         self._stack = ExitStack()
 
@@ -287,7 +288,7 @@ class RayCrew:
             self._has_failed(hand, _cause(error))
             return None
         except RayError as error:
-            self._is_gone(hand, what, error)
+            self._is_gone(hand, error)
             return None
         match what:
             case "hello":
@@ -339,6 +340,10 @@ class RayCrew:
     def _look(self) -> None:
         """Ask those that were not asked for a while; give up those that do not answer."""
         now = time.monotonic()
+        if (gap_s := now - self._looked_at) > LOST_S / 2:  # it was this process that stood still
+            for hand in self._hands:
+                hand.asked_at += gap_s
+        self._looked_at = now
         for hand in list(self._hands):
             if hand.is_asked("look"):
                 if now - hand.asked_at > LOST_S:
@@ -377,16 +382,16 @@ class RayCrew:
             return
         self._lose(hand, f"failed: {error}", error)
 
-    def _is_gone(self, hand: _Hand, what: str, error: RayError) -> None:
+    def _is_gone(self, hand: _Hand, error: RayError) -> None:
         """Ray says that a worker is no more."""
         is_alive = any(node.id == hand.node.id for node in nodes())
-        if is_alive and what == "hello":  # it never came to be
+        if is_alive and not hand.is_open:
             text = str(error).strip().splitlines()
             self._has_failed(
                 hand,
                 EnvironmentFailed(
                     f"no worker can be started: {text[-1] if text else error!r}; is batchclf "
-                    "installed there, as it is here?"
+                    "installed there, as it is here, and is there memory enough?"
                 ),
             )
             return
