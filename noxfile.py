@@ -1,6 +1,6 @@
 """The tests in fresh environments of each ONNX Runtime flavour; they exclude each other.
 
-`nox` runs all three, one after the other, `nox -s openvino` one; what follows `--` goes to pytest.
+`nox` runs all, one after the other, `nox -s openvino` one; what follows `--` goes to pytest.
 The environments are made anew in .nox (6 GB each with torch; gpu has none) and left there.
 """
 
@@ -45,6 +45,12 @@ def openvino(session: nox.Session) -> None:
 def gpu(session: nox.Session) -> None:
     """What onnxruntime-gpu does on a machine without a GPU; it needs no torch."""
     _test(session, "gpu,test", *WITHOUT_GPU)
+
+
+@nox.session
+def ray(session: nox.Session) -> None:
+    """Engine ray, on a cluster of processes of this machine."""
+    _test(session, "cpu,ray,test", "tests/engines/ray")
 
 
 def _test(session: nox.Session, extras: str, *tests: str) -> None:

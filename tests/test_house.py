@@ -66,7 +66,7 @@ OUTSIDE = {
     "obstore": ("system/bucket.py", "images/buckets.py"),
     "pyarrow": ("images/archives/parquet_file.py", "commands/convert/parquet.py"),
     "psutil": (),
-    "ray": (),
+    "ray": ("engines/ray/",),
 }
 """Each outside part, and where it may be imported."""
 

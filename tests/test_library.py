@@ -168,7 +168,7 @@ class _EnoughError(Exception):
 def test_what_progress_raises_ends_the_run_which_can_be_resumed(
     tmp_path: Path, error: type[BaseException]
 ) -> None:
-    job = write_job(tmp_path, 60, slow=True)
+    job = write_job(tmp_path, 240, slow=True)
 
     def show(progress: Progress) -> None:
         if progress.num_done:
@@ -180,8 +180,8 @@ def test_what_progress_raises_ends_the_run_which_can_be_resumed(
     status = "interrupted" if error is KeyboardInterrupt else "failed"
     assert run_json(tmp_path / "out")["status"] == status
     result = run_job(job)
-    assert (result.summary.num_ok, result.was_complete) == (60, False)
-    assert len(read_records(tmp_path / "out")) == 60
+    assert (result.summary.num_ok, result.was_complete) == (240, False)
+    assert len(read_records(tmp_path / "out")) == 240
 
 
 def workers() -> list[psutil.Process]:

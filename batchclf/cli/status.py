@@ -57,6 +57,8 @@ def _lines(status: "Status") -> Iterator[str]:
         (part,) = status.parts
         if part.bottleneck is not None:
             yield f"limit:   {part.bottleneck}, on {part.device}"
+        for node, images_per_s in sorted(part.nodes.items()):
+            yield f"node:    {node}: {images_per_s:,.1f} images/s"
         if part.error is not None:
             yield f"ended:   {part.error}"
         return

@@ -2,10 +2,9 @@
 
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,7 +25,7 @@ from batchclf.results.listing import Listing, open_listing
 from batchclf.results.lock import only_writer
 from batchclf.results.records import Shard
 from batchclf.results.run_record import Durable, RunRecord, Segment, read_run, write_run
-from batchclf.results.stats import StageSeconds, Summary
+from batchclf.results.stats import Summary, together
 from batchclf.results.writer import last_summary
 from batchclf.run.identity import require_same_job, require_same_listing
 from batchclf.system.machine import boot_id
@@ -77,7 +76,7 @@ def merge_shards(output: Path) -> Merged:
             raise ResumeRefused(f"output: {files.listing} is not there; run a shard again")
         parts = _complete(files, listing, shards)
         num_bytes = _join(files, listing, parts)
-        summary = _summary([part.summary for part in parts])
+        summary = together([part.summary for part in parts])
         line = {"type": "summary", **asdict(summary)}
         replace_file(files.stats, orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
         write_run(files, _record(parts, listing, num_bytes))
@@ -198,34 +197,6 @@ def _append(whole: BinaryIO, part: _Part, listing: Listing) -> None:
     if size:
         with records.open("rb") as file:
             shutil.copyfileobj(file, whole, 1 << 20)
-
-
-def _summary(shards: Sequence[Summary]) -> Summary:
-    """The shards' figures as those of one run: side by side, as long as the longest."""
-    slowest = max(shards, key=lambda one: one.wall_s)
-    codes: Counter[str] = Counter()
-    for one in shards:
-        codes.update(one.errors_by_code)
-    stages = {
-        one.name: round(sum(getattr(shard.stage_s, one.name) for shard in shards), 4)
-        for one in fields(StageSeconds)
-    }
-    return replace(
-        slowest,
-        num_images=sum(one.num_images for one in shards),
-        num_new=sum(one.num_new for one in shards),
-        num_ok=sum(one.num_ok for one in shards),
-        num_errors=sum(one.num_errors for one in shards),
-        errors_by_code=dict(codes.most_common()),
-        images_per_s=round(sum(one.images_per_s for one in shards), 2),
-        startup_s=max(one.startup_s for one in shards),
-        stage_s=StageSeconds(**stages),
-        batch_ms={
-            name: max(one.batch_ms.get(name, 0.0) for one in shards) for name in slowest.batch_ms
-        },
-        cpu_s=round(sum(one.cpu_s for one in shards), 2),
-        peak_rss_mb=max(one.peak_rss_mb for one in shards),
-    )
 
 
 def _record(parts: Sequence[_Part], listing: Listing, num_bytes: int) -> RunRecord:

@@ -7,9 +7,10 @@ seconds, tells that nobody is behind it any more.
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +54,8 @@ class Part:
     device: str | None = None
     error: str | None = None
     """Why it ended, where it did not complete."""
+    nodes: Mapping[str, float] = field(default_factory=dict)
+    """Images per second of each, where several work on it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +122,8 @@ def _part(files: RunFiles) -> Part:
     if record is None:
         return Part(shard=shard, state="not begun", num_images=_planned(files))
     lease, lease_age_s = _lease(files)
-    last, news_age_s = _last_figures(files)
+    figures = _last_figures(files)
+    last = figures.of_all
     # Figures are written every 10 s, and before that not at all.
     num_done = max(last.get("num_images", 0), record.durable.num_images)
     if record.status == "complete":
@@ -130,7 +134,7 @@ def _part(files: RunFiles) -> Part:
     if is_running and not _is_held(lease, lease_age_s):
         state = "stale"
     rate = last.get("images_per_s")
-    ages = [age for age in (lease_age_s, news_age_s) if age is not None]
+    ages = [age for age in (lease_age_s, figures.age_s) if age is not None]
     return Part(
         shard=shard,
         state=state,
@@ -146,6 +150,7 @@ def _part(files: RunFiles) -> Part:
         bottleneck=last.get("bottleneck"),
         device=f"{record.provider.active} ({record.provider.device})",
         error=record.error,
+        nodes=figures.of_nodes,
     )
 
 
@@ -174,17 +179,36 @@ def _is_held(lease: Mapping[str, Any], age_s: float | None) -> bool:
     return age_s <= LEASE_S
 
 
-def _last_figures(files: RunFiles) -> tuple[Mapping[str, Any], float | None]:
-    """The last line of stats.jsonl, and how long ago it was written."""
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """What stats.jsonl says last."""
+
+    of_all: Mapping[str, Any] = field(default_factory=dict)
+    of_nodes: Mapping[str, float] = field(default_factory=dict)
+    """Images per second of each node, where several work on the job."""
+    age_s: float | None = None
+
+
+def _last_figures(files: RunFiles) -> _Figures:
+    """The last figures of the job, and those of its nodes that stand before them."""
     with reading(files.stats), suppress(FileNotFoundError), files.stats.open("rb") as file:
         found = os.fstat(file.fileno())
         file.seek(max(0, found.st_size - END_BYTES))
-        for line in reversed(file.read().splitlines()):
-            with suppress(orjson.JSONDecodeError):  # torn by a power loss, or being written
-                figures = orjson.loads(line)
-                if isinstance(figures, dict):
-                    return figures, max(0.0, time.time() - found.st_mtime)
-    return {}, None
+        lines = _objects(reversed(file.read().splitlines()))
+        of_all = next((line for line in lines if line.get("type") != "node"), None)
+        if of_all is not None:
+            of_nodes = takewhile(lambda line: line.get("type") == "node", lines)
+            rates = {line["node"]: line["images_per_s"] for line in of_nodes}
+            return _Figures(of_all, rates, max(0.0, time.time() - found.st_mtime))
+    return _Figures()
+
+
+def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        with suppress(orjson.JSONDecodeError):  # torn by a power loss, or being written
+            found = orjson.loads(line)
+            if isinstance(found, dict):
+                yield found
 
 
 def _seconds_left(num_images: int | None, num_done: int, rate: float | None) -> float | None:

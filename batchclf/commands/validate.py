@@ -30,16 +30,24 @@ def check_job(job: JobSpec, log: Log) -> Checked:
         BatchclfError: the first problem, with the exit code that `run` would end with.
     """
     require_separate_output(job)
-    require_pillow(job.loader.decode)
-    fallback = settle_provider(job, log)
-    provider = PROVIDERS["cpu" if fallback is not None else job.provider.name]
+    provider = _provider(job, log)
     found = survey(job, log)
     model = check_model(job.model)
-    flavours = ", ".join(f"{name} {version}" for name, version in installed_flavours().items())
     return Checked(
         num_images=found.num_images,
         num_left_out=found.num_left_out,
         left_out=found.left_out,
-        provider=f"{provider.execution_provider} of {flavours}",
+        provider=provider,
         model=model,
     )
+
+
+def _provider(job: JobSpec, log: Log) -> str:
+    """What the job runs on, in words; with engine ray, that is not this machine."""
+    if job.engine.name == "ray":
+        return f"{job.provider.name}, which each worker proves on its node before the job begins"
+    require_pillow(job.loader.decode)
+    fallback = settle_provider(job, log)
+    provider = PROVIDERS["cpu" if fallback is not None else job.provider.name]
+    flavours = ", ".join(f"{name} {version}" for name, version in installed_flavours().items())
+    return f"{provider.execution_provider} of {flavours}"

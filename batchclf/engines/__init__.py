@@ -1,1 +1,1 @@
-"""Where a run goes: `local` is a process of its own, watched and started again."""
+"""Where a run goes: `local`, a process that is watched and started again; `ray`, many, anywhere."""

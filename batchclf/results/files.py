@@ -14,8 +14,10 @@ from typing import Any, BinaryIO
 
 from batchclf.errors import EnvironmentFailed
 from batchclf.results.records import Shard
+from batchclf.system.rename import rename_noreplace
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,20 @@ class RunFiles:
     def new_draft(self) -> Path:
         """Where a listing is written before it is placed: a name that nobody else has."""
         return self.folder / f".listing{self.shard.suffix}.{secrets.token_hex(4)}.tmp"
+
+    @property
+    def parts(self) -> Path:
+        """Folder of committed ranges of the listing, where several processes make them."""
+        return self.folder / f"parts{self.shard.suffix}"
+
+    def new_drafts(self) -> Path:
+        """Where ranges are written before they are committed: a name that nobody else has."""
+        return self.folder / f".drafts{self.shard.suffix}.{secrets.token_hex(8)}"
+
+    def old_drafts(self) -> Iterator[Path]:
+        """Such folders of runs of this shard, and what `remove_folder` did not end with."""
+        for name in (".drafts", ".parts"):
+            yield from self.folder.glob(f"{name}{self.shard.suffix}.*")
 
     def leftovers(self) -> Iterator[Path]:
         """What a run of this shard that was killed may have left half-written."""
@@ -129,6 +145,21 @@ def move_into_place(path: Path, *, must_last: bool = True) -> None:
             raise
 
 
+def place_first(draft: Path, path: Path) -> None:
+    """Give a file another name that nothing has yet; file systems know one way or the other.
+
+    Raises:
+        FileExistsError: something has it.
+        OSError: there is no way that is sure to replace nothing, or the disk fails.
+    """
+    try:
+        os.link(draft, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        rename_noreplace(draft, path)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -151,6 +182,23 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise output_failed(path, error) from error
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of ours with all that is in it, if it is there.
+
+    It loses its name first: from then on nobody puts a file into it, or takes one out of it.
+
+    Raises:
+        EnvironmentFailed: it cannot be removed.
+    """
+    doomed = folder.with_name(f".{folder.name.lstrip('.')}.{secrets.token_hex(4)}.tmp")
+    try:
+        with suppress(FileNotFoundError):
+            os.rename(folder, doomed)
+            shutil.rmtree(doomed)
+    except OSError as error:
+        raise output_failed(folder, error) from error
 
 
 def read_bytes(path: Path) -> bytes | None:

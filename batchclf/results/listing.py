@@ -6,7 +6,6 @@ followed by where its bytes lie, ended by a NUL byte as well. It is written unde
 put in its place whole, so that of several shards that list at once the first wins.
 """
 
-import errno
 import hashlib
 import itertools
 import json
@@ -16,13 +15,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol
+from typing import BinaryIO, Literal, NamedTuple, Protocol
 
 from batchclf.errors import ResumeRefused
-from batchclf.results.files import RunFiles, output_failed, reading, sync_folder
+from batchclf.results.files import RunFiles, output_failed, place_first, reading, sync_folder
 from batchclf.results.identity import Extent, Identity, Strict, as_written
 from batchclf.results.records import Entry, ImageRef, refs_of
-from batchclf.system.rename import rename_noreplace
 
 READ_BYTES = 1 << 16
 """Of the listing at once; its paths as objects take several times as much."""
@@ -30,7 +28,6 @@ WRITE_PATHS = 4096
 MAX_TRAILER_BYTES = 1 << 17
 FileIdentity = tuple[int, int, int]
 """Device, number (inode) and time of writing: the number of a file that is gone is given again."""
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +40,17 @@ class _Trailer(Strict):
     num_left_out: int
     located: bool = False
     job: Identity
+
+
+class Mark(NamedTuple):
+    """Where an entry of a listing stands in its file."""
+
+    number: int
+    offset: int
+    """In bytes."""
+
+
+BEGINNING = Mark(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,37 +74,66 @@ class Listing:
     def num_images(self) -> int:
         return self.extent.num_images
 
-    def refs(self, start: int = 0, stop: int | None = None) -> Iterator[ImageRef]:
+    def refs(
+        self, start: int = 0, stop: int | None = None, near: Mark = BEGINNING
+    ) -> Iterator[ImageRef]:
         """The entries `start` to `stop`, read as they are asked for.
+
+        `near`: a place before them to begin reading at, here and below.
 
         Raises:
             EnvironmentFailed: the listing cannot be read.
         """
-        return refs_of(self.entries(start, stop), start)
+        return refs_of(self.entries(start, stop, near), start)
 
-    def entries(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
+    def entries(
+        self, start: int = 0, stop: int | None = None, near: Mark = BEGINNING
+    ) -> Iterator[Entry]:
         """The entries `start` to `stop` as they were listed.
 
         Raises:
             EnvironmentFailed: the listing cannot be read.
         """
         if not self.located:
-            return map(Entry, self.paths(start, stop))
-        fields = self._fields(start, stop)
+            return map(Entry, self.paths(start, stop, near))
+        fields = self._fields(start, stop, near)
         return itertools.starmap(Entry, zip(fields, fields, strict=True))
 
-    def paths(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+    def paths(
+        self, start: int = 0, stop: int | None = None, near: Mark = BEGINNING
+    ) -> Iterator[bytes]:
         """The paths alone of the entries `start` to `stop`.
 
         Raises:
             EnvironmentFailed: the listing cannot be read.
         """
-        return itertools.islice(self._fields(start, stop), 0, None, 2 if self.located else 1)
+        return itertools.islice(self._fields(start, stop, near), 0, None, 2 if self.located else 1)
 
-    def _fields(self, start: int, stop: int | None) -> Iterator[bytes]:
+    def _fields(self, start: int, stop: int | None, near: Mark) -> Iterator[bytes]:
         each = 2 if self.located else 1
         count = None if stop is None else max(0, stop - start) * each
-        return itertools.islice(_nul_fields(self.path, start * each), count)
+        num_skipped = (start - near.number) * each
+        return itertools.islice(_nul_fields(self.path, near.offset, num_skipped), count)
+
+    def mark(self, number: int, near: Mark = BEGINNING) -> Mark:
+        """Where an entry begins; one that is not there begins behind the last.
+
+        Raises:
+            EnvironmentFailed: the listing cannot be read.
+        """
+        number = min(number, self.num_images)
+        num_left = (number - near.number) * (2 if self.located else 1)
+        offset = near.offset
+        for chunk in _chunks(self.path, offset):
+            if (num_there := chunk.count(b"\0")) < num_left:
+                num_left -= num_there
+                offset += len(chunk)
+                continue
+            end = 0
+            for _ in range(num_left):
+                end = chunk.index(b"\0", end) + 1
+            return Mark(number, offset + end)
+        return Mark(number, offset)
 
     def is_in_place(self, files: RunFiles) -> bool:
         """Whether the listing in an output folder is the file that it stands in.
@@ -193,7 +230,7 @@ def place(files: RunFiles, draft: Listing) -> Listing:
             if draft.extends:
                 os.replace(draft.path, files.listing)
             else:
-                _place_first(draft.path, files.listing)
+                place_first(draft.path, files.listing)
             sync_folder(files.folder)
         except FileExistsError:
             if (first := open_listing(files)) is not None:
@@ -219,7 +256,7 @@ def take_away(files: RunFiles, known: FileIdentity | None) -> bool:
         is_known = _identity(os.stat(taken)) == known
         if not is_known:
             with suppress(FileExistsError):  # a third one
-                _place_first(taken, files.listing)
+                place_first(taken, files.listing)
         taken.unlink(missing_ok=True)
         return is_known
     except OSError as error:
@@ -237,21 +274,6 @@ def file_of(files: RunFiles) -> FileIdentity | None:
             return _identity(os.stat(files.listing))
         except FileNotFoundError:
             return None
-
-
-def _place_first(draft: Path, path: Path) -> None:
-    """Give a file another name that nothing has yet; file systems know one way or the other.
-
-    Raises:
-        FileExistsError: something has it.
-        OSError: there is no way that is sure to replace nothing, or the disk fails.
-    """
-    try:
-        os.link(draft, path)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        rename_noreplace(draft, path)
 
 
 def _write(
@@ -310,15 +332,16 @@ def _identity(found: os.stat_result) -> FileIdentity:
     return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
-def _nul_fields(listing: Path, start: int) -> Iterator[bytes]:
+def _nul_fields(listing: Path, offset: int, num_skipped: int) -> Iterator[bytes]:
     rest = b""
-    num_left = start
-    for chunk in _chunks(listing):
+    num_left = num_skipped
+    for chunk in _chunks(listing, offset):
         *fields, rest = (rest + chunk).split(b"\0")
         yield from fields[num_left:]
         num_left = max(0, num_left - len(fields))
 
 
-def _chunks(listing: Path) -> Iterator[bytes]:
+def _chunks(listing: Path, offset: int) -> Iterator[bytes]:
     with reading(listing), listing.open("rb") as file:
+        file.seek(offset)
         yield from iter(partial(file.read, READ_BYTES), b"")

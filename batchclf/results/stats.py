@@ -5,8 +5,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, TypeVar
 
 from batchclf.results.records import Failure, Record
 from batchclf.results.run_record import How
@@ -64,6 +64,37 @@ class Summary(How, RunStats):
     __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "ignore"}  # `type`
 
 
+_Figures = TypeVar("_Figures", bound=RunStats)
+
+
+def together(runs: Sequence[_Figures]) -> _Figures:
+    """Figures of runs side by side, such as shards, as those of one: as long as the longest."""
+    slowest = max(runs, key=lambda one: one.wall_s)
+    codes: Counter[str] = Counter()
+    for one in runs:
+        codes.update(one.errors_by_code)
+    stages = {
+        one.name: round(sum(getattr(run.stage_s, one.name) for run in runs), 4)
+        for one in fields(StageSeconds)
+    }
+    return replace(
+        slowest,
+        num_images=sum(one.num_images for one in runs),
+        num_new=sum(one.num_new for one in runs),
+        num_ok=sum(one.num_ok for one in runs),
+        num_errors=sum(one.num_errors for one in runs),
+        errors_by_code=dict(codes.most_common()),
+        images_per_s=round(sum(one.images_per_s for one in runs), 2),
+        startup_s=max(one.startup_s for one in runs),
+        stage_s=StageSeconds(**stages),
+        batch_ms={
+            name: max(one.batch_ms.get(name, 0.0) for one in runs) for name in slowest.batch_ms
+        },
+        cpu_s=round(sum(one.cpu_s for one in runs), 2),
+        peak_rss_mb=max(one.peak_rss_mb for one in runs),
+    )
+
+
 class Histogram:
     """Durations in logarithmic buckets: percentiles within 1%, in memory that does not grow."""
 
@@ -95,6 +126,7 @@ class StatsCollector:
         self._cpu_seconds = cpu_seconds
         self._cpu_elsewhere: Callable[[], float] = lambda: 0.0
         self._peak_rss_mb = peak_rss_mb
+        self.members: Callable[[], Mapping[str, RunStats]] = dict
         self._startup_s = 0.0
         self._list_s = 0.0
         self._started = math.nan
@@ -164,6 +196,15 @@ class StatsCollector:
         """Count time spent on writing records, or on waiting for the disk to have them."""
         self._write_s += seconds
 
+    def add_part(self, num_ok: int, errors_by_code: Mapping[str, int]) -> None:
+        """Count records that others have written for this run."""
+        self.resume(num_ok, errors_by_code)
+        self._num_new += num_ok + sum(errors_by_code.values())
+
+    def count_members(self, members: Callable[[], Mapping[str, RunStats]]) -> None:
+        """Let times, rates of batches and memory be those of others, by their names, as well."""
+        self.members = members
+
     def add_records(self, records: Sequence[Record]) -> None:
         """Count records written."""
         self._num_images += len(records)
@@ -185,7 +226,7 @@ class StatsCollector:
             )
             batch_ms = {f"p{p}": self._batches.percentile_ms(p) for p in (50, 95, 99)}
         bottleneck, bottleneck_why = self._bottleneck(stages, wall_s)
-        return RunStats(
+        own = RunStats(
             num_images=self._num_images,
             num_new=self._num_new,
             num_ok=self._num_images - num_errors,
@@ -200,6 +241,18 @@ class StatsCollector:
             bottleneck_why=bottleneck_why,
             cpu_s=round(self.cpu_seconds(), 2),
             peak_rss_mb=round(self._peak_rss_mb(), 1),
+        )
+        if not (members := list(self.members().values())):
+            return own
+        found = together(members)
+        return replace(
+            own,
+            stage_s=replace(found.stage_s, list=own.stage_s.list),
+            batch_ms=found.batch_ms,
+            bottleneck=found.bottleneck,
+            bottleneck_why=found.bottleneck_why,
+            cpu_s=round(own.cpu_s + found.cpu_s, 2),
+            peak_rss_mb=max(own.peak_rss_mb, found.peak_rss_mb),
         )
 
     def _bottleneck(self, stages: StageSeconds, wall_s: float) -> tuple[str, str]:

@@ -24,7 +24,9 @@ from batchclf.results.files import (
     open_temporary,
     output_failed,
     read_lines,
+    reading,
     remove,
+    remove_folder,
     sync_folder,
     temporary_of,
 )
@@ -93,13 +95,35 @@ class RecordWriter:
             EnvironmentFailed: disk full, quota, I/O error.
         """
         started = time.perf_counter()
-        data = b"".join(map(encode_record, records))
+        self._append(b"".join(map(encode_record, records)))
+        self._timed(time.perf_counter() - started)
+
+    def copy(self, path: Path, num_bytes: int) -> None:
+        """Append the first `num_bytes` of a file of records, which is not changed.
+
+        Raises:
+            EnvironmentFailed: it cannot be read, or not be written here.
+        """
+        started = time.perf_counter()
+        num_left = num_bytes
+        with reading(path):
+            source = path.open("rb")
+        with source:
+            while num_left:
+                with reading(path):
+                    chunk = source.read(min(COPY_BYTES, num_left))
+                if not chunk:
+                    raise _changed(path, f"ends {num_left:,} bytes early")
+                self._append(chunk)
+                num_left -= len(chunk)
+        self._timed(time.perf_counter() - started)
+
+    def _append(self, data: bytes) -> None:
         try:
             self._write(data)
         except OSError as error:
             raise output_failed(self._path, error) from error
         self.num_bytes += len(data)
-        self._timed(time.perf_counter() - started)
 
     def _write_again(self, start: int) -> None:
         os.lseek(self._descriptor, start, os.SEEK_SET)
@@ -203,14 +227,19 @@ def cut_surplus(path: Path, num_bytes: int) -> int:
 # ---- stats.jsonl ---------------------------------------------------------------------------------
 
 
-def append_stats(files: RunFiles, stats: RunStats) -> None:
+def append_stats(files: RunFiles, stats: RunStats, node: str | None = None) -> None:
     """Append one line to stats.jsonl: an `interval`, or a `Summary`, which is durable.
+
+    `node`: whose figures they are, where several work on a job.
 
     Raises:
         EnvironmentFailed: disk full, quota, I/O error.
     """
     is_summary = isinstance(stats, Summary)
-    line = {"type": "summary" if is_summary else "interval", **asdict(stats)}
+    if node is None:
+        line = {"type": "summary" if is_summary else "interval", **asdict(stats)}
+    else:
+        line = {"type": "node", "node": node, **asdict(stats)}
     try:
         with files.stats.open("ab") as file:
             file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
@@ -316,15 +345,20 @@ def discard(files: RunFiles) -> None:
     Raises:
         EnvironmentFailed: a file cannot be removed.
     """
+    remove_folder(files.parts)
     for path in (files.predictions, files.stats, files.retry, files.run):
         remove(path)
 
 
 def remove_leftovers(files: RunFiles, *, is_complete: bool) -> None:
-    """Remove what a run that was killed left half-written; where the job is complete, a retry too.
+    """Remove what a run that was killed left half-written; of a complete job, retry and parts too.
+
+    Whoever still writes drafts for that run commits none of them any more.
 
     Raises:
         EnvironmentFailed: a file cannot be removed.
     """
+    for folder in (*files.old_drafts(), *([files.parts] if is_complete else [])):
+        remove_folder(folder)
     for path in (*files.leftovers(), *([files.retry] if is_complete else [])):
         remove(path)

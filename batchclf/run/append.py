@@ -2,15 +2,19 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from batchclf.errors import ErrorLimitPassed, Interrupted
 from batchclf.results.files import RunFiles
+from batchclf.results.parts import Committed, find_parts
 from batchclf.results.records import Record
 from batchclf.results.run_record import NOTHING_DURABLE, RunState
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import RecordWriter, append_stats
-from batchclf.run.classify import classify
+from batchclf.run.classify import Work, classify
+from batchclf.run.crew import collect
 from batchclf.run.decide import Append
+from batchclf.run.ranges import Gaps, gaps_between
 from batchclf.run.ready import Begun
 
 INTERVAL_S = 10.0
@@ -27,8 +31,13 @@ class SyncedSink:
         writer: RecordWriter,
         stats: StatsCollector,
         state: RunState | None = None,
+        num_images: int = 0,
     ) -> None:
-        """`state`: where it is noted what is durable; None: it is not yet anything's."""
+        """`state`: where it is noted what is durable; None: it is not yet anything's.
+
+        `num_images`: what the writer has at the beginning.
+        """
+        self.num_images = num_images
         self._files = files
         self._writer = writer
         self._stats = stats
@@ -39,6 +48,12 @@ class SyncedSink:
     def write(self, records: Sequence[Record]) -> None:
         """Append one batch of records."""
         self._writer.write(records)
+        self.num_images += len(records)
+
+    def take(self, path: Path, part: Committed) -> None:
+        """Append a part that others have written."""
+        self._writer.copy(path, part.num_bytes)
+        self.num_images += part.num_images
 
     def tick(self) -> None:
         """Sync, and tell figures, when it is time."""
@@ -47,13 +62,24 @@ class SyncedSink:
             self._next_sync = time.monotonic() + SYNC_S
         if time.monotonic() >= self._next_interval:
             self._next_interval += INTERVAL_S
+            append_members(self._files, self._stats)
             append_stats(self._files, self._stats.snapshot())
 
     def sync(self) -> None:
         """Make what is written survive a power loss, and only then note that it does."""
         self._writer.sync()
         if self._state is not None:
-            self._state.note_durable(self._writer.num_bytes, self._stats.num_images)
+            self._state.note_durable(self._writer.num_bytes, self.num_images)
+
+
+def append_members(files: RunFiles, stats: StatsCollector) -> None:
+    """A line in stats.jsonl for each node, where several work on the job.
+
+    Raises:
+        EnvironmentFailed: as `append_stats`.
+    """
+    for node, figures in stats.members().items():
+        append_stats(files, figures, node)
 
 
 def append(begun: Begun, todo: Append, state: RunState) -> None:
@@ -69,18 +95,34 @@ def append(begun: Begun, todo: Append, state: RunState) -> None:
     with RecordWriter(
         files.predictions, todo.done.num_bytes, stats.add_write, durable.num_bytes
     ) as writer:
-        sink = SyncedSink(files, writer, stats, state)
+        sink = SyncedSink(files, writer, stats, state, todo.done.num_images)
         sink.sync()
         if work is None:
             stats.start(0.0)
             return
-        first, last = files.shard.bounds(begun.listing.num_images)
-        refs = begun.listing.refs(first + todo.done.num_images, last)
         try:
-            classify(work, refs, sink)
+            _classify(begun, todo.done.num_images, work, sink)
         except (Interrupted, ErrorLimitPassed):
             before_write()
             sink.sync()
             raise
         before_write()
         sink.sync()
+
+
+def _classify(begun: Begun, num_done: int, work: Work, sink: SyncedSink) -> None:
+    files, listing = begun.run.files, begun.listing
+    first, last = files.shard.bounds(listing.num_images)
+    if work.crew is None:
+        classify(work, listing.refs(first + num_done, last), sink)
+        return
+    folders = work.crew.folders
+    folders.make_parts()
+    found = list(find_parts(files, listing, first + num_done))
+    for part in found:
+        work.stats.resume(part.num_ok, part.errors_by_code)
+    if found:
+        num_there = sum(part.num_images for part in found)
+        work.reporter.log(f"{num_there:,} more images have a record in {folders.parts}")
+    gaps = gaps_between(first + num_done, last, [(part.first, part.stop) for part in found])
+    collect(work, Gaps(listing, gaps, first), folders, sink, found)

@@ -26,6 +26,7 @@ from batchclf.spec.job import JobSpec, auto
 from batchclf.system.interrupt import StopRequest
 
 if TYPE_CHECKING:
+    from batchclf.run.crew import Crew
     from batchclf.run.feeders import Feeders
 
 TICK_S = 1.0
@@ -51,11 +52,15 @@ class Work:
     reporter: Reporter
     stop: StopRequest
     feeders: "Feeders | None" = None
-    """The processes that classify; None: this one does."""
+    """The processes of several GPUs that classify; None: this one does."""
+    crew: "Crew | None" = None
+    """Those who classify elsewhere; `classify` is theirs to call."""
 
     @property
     def num_streams(self) -> int:
         """Batches that are inferred at once."""
+        if self.crew is not None:
+            return self.crew.num_streams
         return self.feeders.num_streams if self.feeders else len(self.opened.classifiers)
 
 

@@ -50,6 +50,7 @@ def decide(found: Found, listing: Listing) -> Todo:
     """
     run, record = found.run, found.record
     options, log = run.options, run.reporter.log
+    run.reporter.before_write()
     done = Done() if options.overwrite else resume(run.files, record, listing, log)
     num_left = found.num_images(listing) - done.num_images
     if options.retry_failed:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -88,7 +88,9 @@ class Feeders:
             self.close()
             raise
         self.num_streams = sum(feeder.num_streams for feeder in self._feeders)
-        self.opened = _together({one.gpu: one.opened for one in self._feeders if one.opened})
+        self.opened = opened_by_all(
+            [(one.gpu, one.opened) for one in self._feeders if one.opened is not None]
+        )
         self._max_dealt = AS_MANY_AGAIN * sum(feeder.num_ahead for feeder in self._feeders)
 
     def _wait_until_opened(self) -> None:
@@ -221,17 +223,16 @@ class Feeders:
                 self._news.notify_all()
 
 
-def _together(found: Mapping[str, Opened]) -> Opened:
-    """All that is to be told of what the processes, by what they are for, opened.
+def opened_by_all(found: Sequence[tuple[str, Opened]]) -> Opened:
+    """All that is to be told of what several processes, each with its name, opened.
 
     One that has the CPU in place of its GPU infers in parts of its own.
     """
-    as_asked = [one for one in found.values() if one.provider.fallback is None]
-    first = next(iter(as_asked or found.values()))
-    checks = [one.precision_check for one in found.values() if one.precision_check is not None]
+    as_asked = [one for _, one in found if one.provider.fallback is None]
+    checks = [one.precision_check for _, one in found if one.precision_check is not None]
     return replace(
-        first,
-        provider=together({name: one.provider for name, one in found.items()}),
+        as_asked[0] if as_asked else found[0][1],
+        provider=together([(name, one.provider) for name, one in found]),
         precision_check=min(checks, key=attrgetter("top1_agreement"), default=None),
     )
 

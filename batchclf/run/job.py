@@ -11,14 +11,16 @@ Before `claim`, nothing changes in the output but hidden temporary files.
 """
 
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 
+from batchclf.errors import EnvironmentFailed
 from batchclf.images.archives.listing import Listing, listing_with
+from batchclf.results.files import remove_folder
 from batchclf.results.run_record import kept_status
 from batchclf.results.stats import Summary
 from batchclf.results.writer import append_stats, mend_stats
-from batchclf.run.append import append
+from batchclf.run.append import append, append_members
 from batchclf.run.blame import try_listing
 from batchclf.run.claim import claim
 from batchclf.run.decide import Append, Nothing, Replace, decide
@@ -78,5 +80,8 @@ def do(begun: Begun, todo: Append | Replace) -> Summary:
         else:
             append(begun, todo, state)
         summary = Summary(**vars(ready.stats.snapshot()), **vars(state.record.how))
+        append_members(files, ready.stats)
         append_stats(files, summary)
+    with suppress(EnvironmentFailed):  # the job is complete; the next start removes them
+        remove_folder(files.parts)
     return summary

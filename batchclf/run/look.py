@@ -82,8 +82,9 @@ def look(run: Run) -> Found:
     settle = cache(partial(settle_here, job, run.reporter.log))
     store = cache(partial(_open_store, run))
     if record is None or not record.is_finished:  # else they may be gone
-        require_pillow(job.loader.decode)
-        settle()
+        if run.hire is None:
+            require_pillow(job.loader.decode)
+            settle()
         store()
     model = resolve_model(
         job.model, batch_size=job.batch_size, open_reference=open_reference, log=run.reporter.log

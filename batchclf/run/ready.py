@@ -3,12 +3,14 @@
 from collections import Counter
 from dataclasses import astuple, dataclass
 
+from batchclf.models.variants import needed_variant, resolve_variant
 from batchclf.results.listing import Listing
 from batchclf.results.run_record import RunRecord
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import sync_records
 from batchclf.run.blame import explained, try_suspects
 from batchclf.run.classify import Work, check_error_limit
+from batchclf.run.crew import Order
 from batchclf.run.decide import Append, Replace
 from batchclf.run.facts import finished, gone_on, is_same_retry, record_of, retried
 from batchclf.run.feeders import Feeders, shares_of
@@ -18,7 +20,7 @@ from batchclf.run.plan import Plan, Task, make_plan
 from batchclf.run.recovery import Recovery
 from batchclf.run.request import Run
 from batchclf.run.resume import converted_digest, require_same_converted
-from batchclf.sessions.open import Opened, Wanted, open_devices
+from batchclf.sessions.open import Wanted, conversion_of, open_devices
 from batchclf.sessions.sample import Sample, evenly_spread
 from batchclf.system.machine import cpu_seconds, peak_rss_mb
 
@@ -38,8 +40,9 @@ class Ready:
 
     def close(self) -> None:
         """End the processes that were started for it."""
-        if self.work is not None and self.work.feeders is not None:
-            self.work.feeders.close()
+        for one in () if self.work is None else (self.work.feeders, self.work.crew):
+            if one is not None:
+                one.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +76,8 @@ def make_ready(found: Found, listing: Listing, todo: Append | Replace) -> Ready:
     task = Task(run.job, found.store().source, found.model, num_images)
     run = try_suspects(run, task, listing.refs())
     plan = make_plan(run, task)
-    opened, feeders = _open(found, plan, listing)
-    require_same_converted(previous, todo.done, opened.bundle)
-    work = Work(plan, opened, stats, run.reporter, run.stop, feeders)
+    work = _open(found, plan, listing, stats)
+    require_same_converted(previous, todo.done, work.opened.bundle)
     record = record_of(work, fingerprint_of(found.identity, listing, num_images), listing)
     if isinstance(todo, Replace):
         assert previous is not None, "there are records"
@@ -98,24 +100,47 @@ def _codes(todo: Append | Replace) -> Counter[str]:
     return todo.codes if isinstance(todo, Replace) else Counter()
 
 
-def _open(found: Found, plan: Plan, listing: Listing) -> tuple[Opened, Feeders | None]:
+def _open(found: Found, plan: Plan, listing: Listing, stats: StatsCollector) -> Work:
     """Open a job's sessions; the images of a sample are watched while they are decoded.
 
     Those of several GPUs are opened in processes of their own.
     """
     run, task = found.run, plan.task
     refs = evenly_spread(listing.refs(), listing.num_images)
-    fallback, used = found.settle(), converted_digest(found.record)
-    if fallback is None and (shares := shares_of(plan, refs, used)):
-        feeders = Feeders(shares, run.reporter)
-        return feeders.opened, feeders
     wanted = Wanted(
         job=task.job,
         model=task.model,
         batch_size=plan.batch_size,
         sample=Sample(task.job, plan.loader, refs, run.reporter.watch),
         log=run.reporter.log,
-        used=used,
+        used=converted_digest(found.record),
     )
+    if run.hire is not None:
+        crew = run.hire(_order(run, wanted, listing, task.num_images))
+        stats.count_members(crew.figures)
+        return Work(plan, crew.opened, stats, run.reporter, run.stop, crew=crew)
+    fallback = found.settle()
+    if fallback is None and (shares := shares_of(plan, refs, wanted.used)):
+        feeders = Feeders(shares, run.reporter)
+        return Work(plan, feeders.opened, stats, run.reporter, run.stop, feeders)
     with explained(task, plan.batch_size):
-        return open_devices(wanted, fallback), None
+        opened = open_devices(wanted, fallback)
+    return Work(plan, opened, stats, run.reporter, run.stop)
+
+
+def _order(run: Run, wanted: Wanted, listing: Listing, num_images: int) -> Order:
+    """What a crew is told; a model at another precision is made here, once for all."""
+    job, bundle, variant = wanted.job, wanted.model.bundle, None
+    if (precision := needed_variant(job.provider.name, job.precision)) is not None:
+        variant = (precision, resolve_variant(bundle, precision, conversion_of(wanted)))
+    return Order(
+        job=job,
+        model=wanted.model,
+        variant=variant,
+        listing=listing,
+        num_images=num_images,
+        files=run.files,
+        log=run.reporter.log,
+        beat=run.reporter.beat,
+        stop=run.stop,
+    )

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from batchclf.results.bucket import Bucket
 from batchclf.results.files import RunFiles
@@ -17,6 +18,9 @@ from batchclf.run.reporter import Reporter
 from batchclf.spec.job import JobSpec
 from batchclf.spec.options import RunOptions
 from batchclf.system.interrupt import StopRequest
+
+if TYPE_CHECKING:
+    from batchclf.run.crew import Hire
 
 
 def files_of(job: JobSpec, shard: Shard) -> RunFiles:
@@ -35,6 +39,8 @@ class Run:
     reporter: Reporter
     stop: StopRequest
     recovery: Recovery = field(default_factory=Recovery)
+    hire: "Hire | None" = None
+    """What finds those who are to classify; None: this process does."""
 
     @property
     def files(self) -> RunFiles:

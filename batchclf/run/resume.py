@@ -1,13 +1,16 @@
 """What of this very job is already written, and can be relied on."""
 
+from contextlib import ExitStack
+
 from batchclf.errors import ResumeRefused
 from batchclf.models.bundle import Bundle
 from batchclf.models.resolve import Log
 from batchclf.results.files import RunFiles
 from batchclf.results.lines import Done, find_done
 from batchclf.results.listing import Listing
+from batchclf.results.parts import Folders, find_parts
 from batchclf.results.run_record import RunRecord
-from batchclf.results.writer import cut_surplus
+from batchclf.results.writer import RecordWriter, cut_surplus
 
 
 def resume(files: RunFiles, record: RunRecord | None, listing: Listing, log: Log) -> Done:
@@ -47,9 +50,31 @@ def resume(files: RunFiles, record: RunRecord | None, listing: Listing, log: Log
                 f"{files.predictions}: {num_surplus:,} bytes stood after the record of the "
                 "last image; they are cut off"
             )
-    elif done.num_images:
-        log(f"resuming after {done.num_images:,} of {last - first:,} images")
+    else:
+        _take_parts(files, listing, done)
+        if done.num_images:
+            log(f"resuming after {done.num_images:,} of {last - first:,} images")
     return done
+
+
+def _take_parts(files: RunFiles, listing: Listing, done: Done) -> None:
+    """Append the parts that follow what is `done`, and count them in: whatever the engine is now.
+
+    Raises:
+        EnvironmentFailed: they cannot be read, or not be appended.
+    """
+    first, _ = files.shard.bounds(listing.num_images)
+    with ExitStack() as stack:
+        writer = None
+        for part in find_parts(files, listing, first + done.num_images):
+            if part.first != first + done.num_images:
+                return
+            if writer is None:
+                writer = stack.enter_context(RecordWriter(files.predictions, done.num_bytes))
+            writer.copy(Folders(files.parts, files.parts).path(part.first), part.num_bytes)
+            done.num_bytes += part.num_bytes
+            done.num_ok += part.num_ok
+            done.errors_by_code += part.errors_by_code
 
 
 def require_same_converted(record: RunRecord | None, done: Done, bundle: Bundle) -> None:

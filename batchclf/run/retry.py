@@ -14,7 +14,9 @@ from batchclf.results.writer import (
 )
 from batchclf.run.append import SyncedSink
 from batchclf.run.classify import classify
+from batchclf.run.crew import collect
 from batchclf.run.decide import Replace
+from batchclf.run.ranges import Failed
 from batchclf.run.ready import Begun, go_on_counting
 
 
@@ -38,7 +40,14 @@ def replace_failures(begun: Begun, todo: Replace, state: RunState) -> None:
     before_write()
     with RecordWriter(files.retry, tried.num_bytes, stats.add_write) as writer:
         left = islice(refs(listed(), todo.codes), tried.num_images, None)
-        classify(ready.work, left, SyncedSink(files, writer, stats))
+        sink = SyncedSink(files, writer, stats, num_images=tried.num_images)
+        if ready.work.crew is None:
+            classify(ready.work, left, sink)
+        else:
+            ranges = Failed(left, todo.codes.total() - tried.num_images, tried.num_images)
+            folders = ready.work.crew.folders.of_retry()
+            folders.make_parts()
+            collect(ready.work, ranges, folders, sink, ())
     before_write()
     require_unchanged(files.predictions, ours, todo.done.num_bytes)
     num_images = ready.work.plan.task.num_images

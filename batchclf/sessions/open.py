@@ -209,7 +209,7 @@ def _open(wanted: Wanted, spec: ProviderSpec) -> Opened:
     return Opened(
         classifiers,
         part,
-        together({one.active.device: one.active for one in classifiers}),
+        together([(one.active.device, one.active) for one in classifiers]),
         bundle,
         _host_memory(spec, wanted.log),
         precision_check=check,

@@ -1,17 +1,17 @@
 """What several devices opened with, told as of one job."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from batchclf.results.records import ActiveProvider
 
 
-def together(found: Mapping[str, ActiveProvider]) -> ActiveProvider:
-    """All that is to be told of what several devices, by name, opened with."""
-    each = list(found.values())
+def together(found: Sequence[tuple[str, ActiveProvider]]) -> ActiveProvider:
+    """All that is to be told of what several devices, each with its name, opened with."""
+    each = [one for _, one in found]
     if len(each) == 1:
         return each[0]
-    fallbacks = [f"{name}: {one.fallback}" for name, one in found.items() if one.fallback]
+    fallbacks = dict.fromkeys(f"{name}: {one.fallback}" for name, one in found if one.fallback)
     return ActiveProvider(
         requested=_all_of(one.requested for one in each),
         active=_all_of(one.active for one in each),

@@ -41,6 +41,12 @@ FOLDER_PREFIX = "hf/"
 NAMED_KEYS = ("provider", "engine")
 """Keys that take either a plain name or a mapping with `name` in it."""
 
+_CONTRADICTIONS = (
+    *("one_source", "foreign_key", "provider_key", "engine_key", "not_with_ray", "std"),
+    "secret",
+)
+"""Kinds of errors that are not about one value alone."""
+
 # ---- reading -------------------------------------------------------------------------------------
 
 
@@ -319,7 +325,7 @@ def _describe(detail: ErrorDetails, document: _Document) -> str:
     allowed_text = detail["msg"].removeprefix("Input should be ")
     if detail["type"] == "model_type":
         allowed_text = f"a mapping with {', '.join(_keys_at(location))}"
-    if detail["type"] in ("one_source", "foreign_key", "provider_key", "std", "secret"):
+    if detail["type"] in _CONTRADICTIONS:
         return f"{origin}: {written or key}: allowed: {allowed_text}"
     hint = ""
     if detail["type"] == "literal_error" and isinstance(detail["input"], str):

@@ -31,6 +31,7 @@ from batchclf.spec.input import InputSpec, OutputSpec, as_path, can_name_a_file
 
 MAX_INTEGER = 2**53
 """Largest whole number that every reader of JSON keeps, so the largest that run.json holds."""
+MAX_WORKERS = 100_000
 MAX_COUNT = 1024
 """Most threads, streams or batches that a key may ask for: a typo must not start a million."""
 WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors")
@@ -490,10 +491,85 @@ class ErrorsSpec(_Spec):
     max: ErrorLimit = Field(None, description='null: record them all; a count, or a rate ("2%").')
 
 
-class EngineSpec(_Spec):
-    """What spreads the job; this version runs on one machine."""
+def _workers(value: object) -> object:
+    if value == "auto" or (type(value) is int and 1 <= value <= MAX_WORKERS):
+        return value
+    raise PydanticCustomError(
+        "workers", "`auto` or a whole number from 1 to {most}", {"most": MAX_WORKERS}
+    )
 
-    name: Literal["local"]
+
+def _address(value: str) -> str:
+    if value in ("auto", "local") or re.fullmatch(r"(ray://)?[\w.\-\[\]:]+:\d{1,5}", value):
+        return value
+    raise PydanticCustomError("ray_address", "`auto`, `local`, HOST:PORT or ray://HOST:PORT")
+
+
+_OF_RAY = (
+    *("address", "workers", "num_cpus", "num_gpus", "resources", "max_retries", "runtime_env"),
+    "allow_fewer",
+)
+"""Keys of an engine that go with ray only."""
+Amount = Annotated[float, Field(gt=0, le=MAX_COUNT), BeforeValidator(_as_float)]
+"""Of something that Ray deals out."""
+
+
+class EngineSpec(_Spec):
+    """Where the job's work is done: on this machine, or on the nodes of a Ray cluster."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {"anyOf": [{"required": [key]} for key in _OF_RAY]},
+            "then": {"properties": {"name": {"const": "ray"}}},
+        }
+    )
+
+    name: Literal["local", "ray"]
+    address: Annotated[str, AfterValidator(_address)] = Field(
+        "auto",
+        description="ray only: auto: the cluster that this machine is of; local: one of this "
+        "machine alone, for this job; HOST:PORT of its head; ray://HOST:PORT of Ray's client.",
+    )
+    workers: Annotated[
+        int | Literal["auto"],
+        BeforeValidator(_workers),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"const": "auto"},
+                    {"type": "integer", "minimum": 1, "maximum": MAX_WORKERS},
+                ]
+            }
+        ),
+    ] = Field("auto", description="ray only: at once; auto: as many as its nodes have room for.")
+    num_cpus: Amount | None = Field(
+        None,
+        description="ray only: cores of each worker; default 4, or its node's share for a GPU.",
+    )
+    num_gpus: Annotated[float, Field(ge=0, le=64), BeforeValidator(_as_float)] | None = Field(
+        None, description="ray only: GPUs of each worker; default 1 with provider cuda, else 0."
+    )
+    resources: dict[str, Amount] = Field(
+        default_factory=dict, description="ray only: custom resources that each worker takes."
+    )
+    max_retries: Annotated[int, Field(ge=0, le=MAX_COUNT)] = Field(
+        5, description="ray only: how often a range of images may be begun anew on other workers."
+    )
+    runtime_env: dict[str, Any] = Field(
+        default_factory=dict, description="ray only: Ray's runtime environment of the workers."
+    )
+    allow_fewer: bool = Field(
+        False,
+        description="ray only: go on without nodes where the job cannot run; otherwise it ends.",
+    )
+
+    @model_validator(mode="after")
+    def _keys_of_ray(self) -> "EngineSpec":
+        usual = EngineSpec.model_construct(name="local")
+        given = [key for key in _OF_RAY if getattr(self, key) != getattr(usual, key)]
+        if self.name != "ray" and given:  # run.json tells the usual values, too
+            raise PydanticCustomError("engine_key", "`{key}` goes with ray only", {"key": given[0]})
+        return self
 
 
 class JobSpec(_Spec):
@@ -538,8 +614,26 @@ class JobSpec(_Spec):
     errors: ErrorsSpec = ErrorsSpec()
     engine: Annotated[
         EngineSpec,
-        BeforeValidator(_name_to_mapping, json_schema_input_type=Literal["local"] | EngineSpec),
+        BeforeValidator(
+            _name_to_mapping, json_schema_input_type=Literal["local", "ray"] | EngineSpec
+        ),
     ] = EngineSpec(name="local")
+
+    @model_validator(mode="after")
+    def _suits_ray(self) -> "JobSpec":
+        if self.engine.name == "ray" and self.provider.devices is not None:
+            raise PydanticCustomError(
+                "not_with_ray",
+                "no `provider.devices` with engine ray, which deals the GPUs out: "
+                "`engine.num_gpus` says how many each worker gets",
+            )
+        if self.engine.name == "ray" and isinstance(self.output, str):
+            raise PydanticCustomError(
+                "not_with_ray",
+                "a folder as `output` with engine ray, which all nodes reach by one path; buckets "
+                "are written to by engine local",
+            )
+        return self
 
 
 def recorded_job(told: Mapping[str, Any]) -> JobSpec:

@@ -100,6 +100,10 @@ class StopRequest:
         finally:
             self._in_flight = False
 
+    def request(self, number: int) -> None:
+        """Ask for the same as a signal would, from any thread of a caller who drains."""
+        self.signal_number = self._signals[number]
+
     def raise_if_requested(self) -> None:
         """Raises Interrupted if a signal came."""
         if self.signal_number is not None:

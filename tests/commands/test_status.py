@@ -48,6 +48,25 @@ def test_the_command_says_it_in_lines_and_as_json(finished: Path, batchclf: Batc
     assert json.loads(said.stdout)["num_done"] == 300
 
 
+def test_the_nodes_that_work_on_a_job_are_told_with_their_rates(
+    finished: Path, tmp_path: Path, batchclf: Batchclf
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    summary = json.loads((out / "stats.jsonl").read_text().splitlines()[-1])
+    figures = [("one", 2.5), ("gone", 9.0), None, ("two", 30.0), ("one", 20.0), None]
+    with (out / "stats.jsonl").open("w") as file:
+        for one in figures:
+            line = {**summary, "type": "interval"}
+            if one is not None:
+                line |= {"type": "node", "node": one[0], "images_per_s": one[1]}
+            file.write(json.dumps(line) + "\n")
+        file.write('{"type":"node","node":"half')
+    assert status_of(out).parts[0].nodes == {"one": 20.0, "two": 30.0}
+    said = batchclf("status", out).stdout
+    assert "node:    one: 20.0 images/s\nnode:    two: 30.0 images/s" in said
+
+
 def test_a_job_at_work_is_seen_from_outside_and_is_stale_once_it_is_killed(tmp_path: Path) -> None:
     images = link_digits(tmp_path / "in", 40_000)
     job = write_tiny_job(tmp_path, input=str(images), model=tiny_model(tmp_path, **SLOW))

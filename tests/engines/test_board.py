@@ -9,7 +9,7 @@ import pytest
 
 from batchclf.engines.local.board import MAX_DEVICES, MAX_THREADS, Board
 from batchclf.engines.local.process import WorkerProcess
-from batchclf.engines.local.supervisor import _Pulse
+from batchclf.engines.local.watcher import _Pulse
 from batchclf.images.ahead import Depth
 from batchclf.spec.file import load_job
 from batchclf.spec.job import MAX_COUNT

@@ -340,8 +340,8 @@ def test_what_devices_opened_with_is_told_of_all_of_them() -> None:
     on_cpu = ActiveProvider(
         "cuda", "CPUExecutionProvider", "CPU", {"CPUExecutionProvider": 62}, fallback="it is busy"
     )
-    assert together({"GPU 0": gpu}) == gpu
-    found = together({"GPU 0": gpu, "GPU 1": in_part, "GPU 2": on_cpu})
+    assert together([("GPU 0", gpu)]) == gpu
+    found = together([("GPU 0", gpu), ("GPU 1", in_part), ("GPU 2", on_cpu)])
     assert found == ActiveProvider(
         requested="cuda",
         active="CUDAExecutionProvider, CPUExecutionProvider",

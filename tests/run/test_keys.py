@@ -616,8 +616,12 @@ ROWS: Mapping[str, Row] = {
     ),
 }
 """A row for each key of the job file but those below; what follows a comma tells two rows apart."""
-SEEN_ELSEWHERE = ("stall_timeout",)
-"""Keys of the process above the run: the tests below."""
+SEEN_ELSEWHERE = (
+    "stall_timeout",
+    *("engine.name", "engine.address", "engine.workers", "engine.num_cpus", "engine.num_gpus"),
+    *("engine.resources", "engine.max_retries", "engine.runtime_env", "engine.allow_fewer"),
+)
+"""Keys of the process above the run: the tests below; and where it goes: tests/engines/ray/."""
 
 
 def keys_of(spec: type[BaseModel], above: str = "") -> Iterator[str]:

@@ -993,3 +993,25 @@ def test_a_kill_at_any_call_on_the_output_is_mended_by_the_same_command(
     records = read_records(tmp_path / "out")
     assert len(records) == {"overwrite": 12, "extend": 14, "retry": 12}[command]
     assert all(record["status"] == "ok" for record in records)
+
+
+def test_a_job_goes_on_from_the_parts_that_several_workers_have_committed(tmp_path: Path) -> None:
+    images = link_digits(tmp_path / "images", 60)
+    job = write_tiny_job(tmp_path, input=str(images), batch_size=4)
+    run_here(job)
+    out, whole = tmp_path / "out", (tmp_path / "out" / "predictions.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (out / "parts").mkdir()
+    for first, stop in ((10, 20), (20, 24), (30, 40)):
+        (out / "parts" / f"{first:08d}.jsonl").write_bytes(b"".join(lines[first:stop]))
+    (out / "predictions.jsonl").write_bytes(b"".join(lines[:10]))
+    record = json.loads((out / "run.json").read_text())
+    durable = {**record["durable"], "num_images": 10, "num_bytes": len(b"".join(lines[:10]))}
+    changed = {**record, "status": "interrupted", "durable": durable}
+    (out / "run.json").write_text(json.dumps(changed))
+    log = Log()
+    result = run_here(job, log=log)
+    assert "resuming after 24 of 60 images" in log.lines
+    assert (result.summary.num_images, result.summary.num_new) == (60, 36)
+    assert (out / "predictions.jsonl").read_bytes() == whole
+    assert not (out / "parts").exists()

@@ -58,7 +58,17 @@ WHOLE: Mapping[str, Any] = {
     "runtime": {"streams": 1, "threads": "auto", "part": "auto"},
     "stall_timeout": 60,
     "errors": {"max": "2%"},
-    "engine": {"name": "local"},
+    "engine": {
+        "name": "ray",
+        "address": "ray://head:10001",
+        "workers": 16,
+        "num_cpus": 4,
+        "num_gpus": 0.5,
+        "resources": {"fast_disk": 1},
+        "max_retries": 0,
+        "runtime_env": {"env_vars": {"A": "b"}},
+        "allow_fewer": True,
+    },
 }
 ALL_KEYS: Mapping[str, object] = {
     "input": "elsewhere",
@@ -105,7 +115,15 @@ ALL_KEYS: Mapping[str, object] = {
     "runtime.part": 4,
     "stall_timeout": 30.5,
     "errors.max": "1.5%",
-    "engine.name": "local",
+    "engine.name": "ray",
+    "engine.address": "10.0.0.1:6379",
+    "engine.workers": 3,
+    "engine.num_cpus": 2.5,
+    "engine.num_gpus": 2,
+    "engine.resources": {"tpu": 1.5},
+    "engine.max_retries": 9,
+    "engine.runtime_env": {"pip": ["x"]},
+    "engine.allow_fewer": True,
 }
 """Every key of the job file with a value that is not its default."""
 
@@ -220,7 +238,22 @@ WRONG_FILES: dict[str, tuple[bytes | None, tuple[str, ...]]] = {
         HEAD + b"min_agreement: 93\n",
         ("job.yaml:4", "min_agreement", "93", "less than or equal to 1"),
     ),
-    "engine to come": (HEAD + b"engine: ray\n", ("job.yaml:4", "engine", "'ray'", "'local'")),
+    "an engine that is not there": (
+        HEAD + b"engine: rai\n",
+        ("job.yaml:4", "engine", "'rai'", "`ray`"),
+    ),
+    "a key of another engine": (
+        HEAD + b"engine: {name: local, workers: 3}\n",
+        ("job.yaml:4", "engine", "`workers` goes with ray only"),
+    ),
+    "a bucket that Ray's workers do not write to": (
+        HEAD.replace(b"output: out", b"output: s3://bucket/out") + b"engine: ray\n",
+        ("job.yaml", "a folder as `output` with engine ray"),
+    ),
+    "GPUs that Ray deals out": (
+        HEAD + b"engine: ray\nprovider: {name: cuda, devices: [1]}\n",
+        ("job.yaml", "no `provider.devices` with engine ray", "engine.num_gpus"),
+    ),
 }
 
 
@@ -467,6 +500,9 @@ def test_a_scalar_that_its_type_does_not_take_is_refused(tmp_path: Path, value: 
         ("provider", 3, "a mapping with name"),
         ("provider.device_type", 3, "string"),
         ("engine", None, "a mapping with name"),
+        ("engine.address", "somewhere", "`auto`, `local`, HOST:PORT or ray://HOST:PORT"),
+        ("engine.workers", 0, "`auto` or a whole number from 1 to 100000"),
+        ("engine.num_cpus", 0, "greater than 0"),
     ],
 )
 def test_a_value_that_is_not_allowed_is_refused_with_key_found_and_allowed(
@@ -604,6 +640,8 @@ def test_every_key_of_the_job_file_can_be_overridden(tmp_path: Path, key: str) -
         job["provider"] = "openvino"
     elif key == "provider.devices":
         job["provider"] = "cuda"
+    elif key.startswith("engine.") and key != "engine.name":
+        job["engine"] = "ray"
     path = write(tmp_path, job)
     found = at(load_job(path, [parse_set(f"{key}={json.dumps(value)}")]), key)
     if isinstance(found, Path) or key in ("model.weights", "model.labels"):

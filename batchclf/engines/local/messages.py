@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from batchclf.run.duty import Attempt, Duty
 from batchclf.run.recovery import Recovery
 from batchclf.spec.job import JobSpec
 from batchclf.spec.options import RunOptions
@@ -18,8 +19,19 @@ class Setup:
     """time.perf_counter() from which start-up counts."""
 
 
+@dataclass(frozen=True, slots=True)
+class ServeSetup:
+    """The same of a worker that is one of a crew; more attempts follow, and None as the last."""
+
+    duty: Duty
+    recovery: Recovery
+    attempts: tuple[Attempt, ...]
+    """What the worker before it was at."""
+
+
 Message = tuple[str, object]
 """A word and what goes with it: `log` text, `begin` (images, done,
 errors), `guilty` (path or Stretch, Failure),
-`listing` Archive or None, `unlistable` (Archive, Failure); and
+`listing` Archive or None, `unlistable` (Archive, Failure);
+of a crew `opened` (Opened, streams), `committed` (Attempt, Committed), `figures` RunStats; and
 as the last one `result` RunResult, `error` BatchclfError, or `bug`, a traceback as text."""

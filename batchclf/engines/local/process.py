@@ -12,7 +12,8 @@ from batchclf.system.children import start_serving
 from batchclf.system.interrupt import SIGNALS
 
 if TYPE_CHECKING:
-    from batchclf.engines.local.messages import Message, Setup
+    from batchclf.engines.local.messages import Message, ServeSetup, Setup
+    from batchclf.run.duty import Attempt
 
 DUMP_S = 1.0
 END_S = 5.0
@@ -107,7 +108,7 @@ class WorkerProcess:
         self.has_hung_up = False
         self._is_left_behind = False
 
-    def send(self, setup: "Setup") -> None:
+    def send(self, setup: "Setup | ServeSetup | Attempt | None") -> None:
         """Tell it what to do; one that is dead already is found out later."""
         with suppress(BrokenPipeError, ConnectionResetError):
             self._connection.send(setup)

@@ -1,82 +1,50 @@
-"""The parent's side: hold the output, watch the worker, start it again when it dies or hangs.
+"""The process that holds a job's output: its worker does the job, others take its place."""
 
-What to do otherwise then, run/recovery.py tells.
-"""
-
-import signal
 import time
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
-from functools import partial
 from typing import cast
 
 from batchclf.engines.display import Display
-from batchclf.engines.local.board import Board, Seen
 from batchclf.engines.local.messages import Message, Setup
-from batchclf.engines.local.process import WorkerProcess, Workers
+from batchclf.engines.local.process import Workers
 from batchclf.engines.local.sender import Sender
-from batchclf.engines.local.signals import STOP_SIGNALS
-from batchclf.errors import (
-    BatchclfError,
-    DeviceLost,
-    EnvironmentFailed,
-    OutOfMemory,
-    ProcessLost,
-    ResumeRefused,
-    WorkerFailed,
-)
-from batchclf.images.archives.listing import Archive
+from batchclf.engines.local.watcher import Result, Watcher
+from batchclf.errors import EnvironmentFailed, ResumeRefused
 from batchclf.results.bucket import Bucket
 from batchclf.results.files import RunFiles
 from batchclf.results.lock import Lease
 from batchclf.results.mirror import Mirror
-from batchclf.results.records import Failure, Stretch
 from batchclf.results.run_record import mark_ended
 from batchclf.run.kept import keep_for_run
 from batchclf.run.output import hold_output
-from batchclf.run.recovery import Beginning, Death, Progress, Recovery, recover
+from batchclf.run.recovery import Beginning, Death, Recovery
 from batchclf.run.request import RunResult, files_of
 from batchclf.spec.job import JobSpec
 from batchclf.spec.options import RunOptions
-from batchclf.system.children import how_it_ended
 from batchclf.system.interrupt import StopRequest
 
-TICK_S = 0.1
-LOOK_S = 0.5
-"""How often the worker's progress is looked at."""
-DRAIN_S = 5.5
-"""Seconds that a worker has to end after a signal; 8 are promised."""
 MARK_S = 10.0
 MARK_STOPPED_S = 0.8
 """Seconds that run.json may take to be written at the end, and after a signal."""
-BUSY_SHARE = 0.5
-"""Of one core: a worker that uses more of it is busy."""
-BUSY_FACTOR = 10
-"""How much longer than an idle one a busy worker may go without progress."""
-_FORWARDED = {counts_as: number for number, counts_as in STOP_SIGNALS.items()}
 
 
-class Supervisor:
+class Supervisor(Watcher):
     """Runs one job in a worker, and in others after it."""
 
     def __init__(
         self, workers: Workers, display: Display, stop: StopRequest, started: float
     ) -> None:
         """`started`: time.perf_counter() from which start-up counts."""
-        self._workers = workers
-        self._display = display
-        self._stop = stop
+        super().__init__(workers, display, stop)
         self._started = started
-        self._board = Board(workers.board_descriptor)
-        self._beginning: Beginning | None = None
-        self._guilty: dict[bytes | Stretch, Failure] = {}
-        self._listing: Archive | None = None
-        """What this worker lists."""
-        self._unlistable: dict[Archive, Failure] = {}
         self._num_images = 0
         """What this worker works on; 0: it has not begun."""
+        self._num_started = 0
         self._sender: Sender | None = None
+        self._lease: Lease
+        self._job: JobSpec
+        self._options: RunOptions
 
     def run(self, job: JobSpec, options: RunOptions) -> RunResult:
         """Run a job to its end, or resume it.
@@ -87,19 +55,20 @@ class Supervisor:
         files = files_of(job, options.shard)
         with (
             self._stop.drained_by_caller(),
-            hold_output(job, options.shard, self._board.renewed) as lease,
+            hold_output(job, options.shard, self._board.renewed) as self._lease,
             self._sending(files, options) as self._sender,
         ):
             self._board.renewed()
             try:
-                job = keep_for_run(job, options, partial(self._wait, lease))
-                result = self._run(job, options, lease)
+                self._job = keep_for_run(job, options, self._wait)
+                self._options = options
+                result = cast(RunResult, self._run(self._job))
                 if self._sender is not None:
                     self._sender.finish()
                 return result
             except BaseException as error:
                 self._workers.kill()
-                self._mark(files, error, lease)
+                self._mark(files, error)
                 raise
             finally:  # before the output is let go of
                 self._workers.kill()
@@ -114,208 +83,49 @@ class Supervisor:
         mirror = Mirror(bucket, files, overwrite=options.overwrite)
         return Sender(mirror, self._display, self._stop)
 
-    def _run(self, job: JobSpec, options: RunOptions, lease: Lease) -> RunResult:
-        recovery = Recovery()
-        started = self._started
-        while True:
-            self._workers.current.send(Setup(job, options, recovery, started))
-            ended = self._ended(job, lease)
-            if isinstance(ended, RunResult):
-                return ended
-            recovery, what = recover(recovery, ended, self._progress)
-            self._display.log(what)
-            self._stop.raise_if_requested()
-            # What this asks for is done, once records are being written.
-            options = replace(options, overwrite=options.overwrite and self._beginning is None)
-            started = time.perf_counter()
-            self._workers.kill()
-            self._board.clear()
-            self._num_images = 0
-            self._listing = None
-            self._workers.replace()
-
-    def _wait(self, lease: Lease) -> None:
+    def _wait(self) -> None:
         """What is to be looked at while the input is waited for."""
-        lease.check()
+        self._lease.check()
         self._stop.raise_if_requested()
 
-    def _ended(self, job: JobSpec, lease: Lease) -> RunResult | Death | OutOfMemory:
-        try:
-            return self._watch(job, lease)
-        except OutOfMemory as error:
-            return error
-
-    @property
-    def _progress(self) -> Progress:
-        return Progress(self._board.num_images, self._guilty, self._beginning, self._unlistable)
-
-    def _mark(self, files: RunFiles, error: BaseException, lease: Lease) -> None:
+    def _mark(self, files: RunFiles, error: BaseException) -> None:
         """Say in run.json how a run ended, where its worker no longer could."""
         if self._beginning is None or isinstance(error, ResumeRefused):
             return  # it is another run's, or another process's by now
         seconds = MARK_S if self._stop.signal_number is None else MARK_STOPPED_S
         with suppress(EnvironmentFailed, OSError):  # what failed the job fails this as well
-            lease.apart.do(seconds, mark_ended, files, error)
+            self._lease.apart.do(seconds, mark_ended, files, error)
 
-    # ---- watching --------------------------------------------------------------------------------
+    # ---- the worker ------------------------------------------------------------------------------
 
-    def _watch(self, job: JobSpec, lease: Lease) -> "RunResult | Death":
-        """Follow the worker to its end.
+    def _setup(self, recovery: Recovery) -> Setup:
+        # What --overwrite asks for is done, once records are being written.
+        is_to_discard = self._options.overwrite and self._beginning is None
+        options = replace(self._options, overwrite=is_to_discard)
+        started = self._started if self._num_started == 0 else time.perf_counter()
+        self._num_started += 1
+        self._num_images = 0
+        return Setup(self._job, options, recovery, started)
 
-        Raises:
-            BatchclfError: what the worker said, or what happened to the output.
-        """
-        worker = self._workers.current
-        pulse = _Pulse(self._board, worker, job)
-        ends_at = None
-        while True:
-            message = worker.receive(TICK_S)
-            if message is not None:
-                pulse.beat()
-                ending = self._heard(message)
-                if ending is not None:
-                    self._show()
-                    worker.end()
-                    return ending
-            elif worker.has_hung_up:
-                return self._after_hanging_up(worker)
-            self._show()
-            lease.check()
-            if self._sender is not None:
-                self._sender.check()
-            if self._stop.signal_number is not None:
-                if ends_at is None:
-                    ends_at = time.monotonic() + DRAIN_S
-                    worker.signal(_FORWARDED[signal.Signals(self._stop.signal_number)])
-                elif time.monotonic() > ends_at:
-                    self._display.log("what was in flight did not end in time, and is dropped")
-                    self._stop.raise_if_requested()
-            elif (death := pulse.look(self._is_classifying)) is not None:
-                self._display.log(f"the worker {death.cause}; these are its threads' stacks:")
-                worker.dump_stacks()
-                return replace(death, listing=self._listing)
+    def _look(self) -> None:
+        if self._beginning is not None:
+            self._display.update(self._board.num_images, self._board.num_errors)
+        self._lease.check()
+        if self._sender is not None:
+            self._sender.check()
 
     @property
     def _is_classifying(self) -> bool:
-        """Whether this worker has images left to classify; before and after it does other work."""
         return self._board.num_images < self._num_images
 
-    def _show(self) -> None:
-        if self._beginning is not None:
-            self._display.update(self._board.num_images, self._board.num_errors)
-
-    def _heard(self, message: Message) -> "RunResult | Death | None":
+    def _heard(self, message: Message) -> Result | Death | None:
         word, what = message
-        match word:
-            case "log":
-                self._display.log(cast(str, what))
-            case "begin":
-                num_images, num_done, num_errors = cast(tuple[int, int, int], what)
-                self._num_images = num_images
-                if self._beginning is None:
-                    now = time.perf_counter()
-                    self._beginning = Beginning(now, now - self._started, num_done)
-                self._display.begin(num_images, num_done, num_errors)
-            case "guilty":
-                guilty, failure = cast(tuple[bytes | Stretch, Failure], what)
-                self._guilty[guilty] = failure
-            case "listing":
-                self._listing = cast(Archive | None, what)
-            case "unlistable":
-                archive, failure = cast(tuple[Archive, Failure], what)
-                self._unlistable[archive] = failure
-            case "result":
-                return cast(RunResult, what)
-            case "bug":
-                raise WorkerFailed(f"unexpected failure:\n{what}")
-            case "error":
-                if isinstance(what, ProcessLost):
-                    return self._after_losing(what)
-                if isinstance(what, DeviceLost):
-                    return Death(f"lost its device ({what})", by_device=True)
-                raise cast(BatchclfError, what)
+        if word != "begin":
+            return super()._heard(message)
+        num_images, num_done, num_errors = cast(tuple[int, int, int], what)
+        self._num_images = num_images
+        if self._beginning is None:
+            now = time.perf_counter()
+            self._beginning = Beginning(now, now - self._started, num_done)
+        self._display.begin(num_images, num_done, num_errors)
         return None
-
-    def _after_losing(self, lost: ProcessLost) -> Death:
-        """The end of the process of a device: for what its threads were at, or for the device."""
-        seen = [one for one in self._board.in_flight() if one.thread in lost.threads]
-        death = _death(f"lost a process ({lost})", seen)
-        return replace(death, by_kernel=lost.is_killed, by_device=not seen)
-
-    def _after_hanging_up(self, worker: "WorkerProcess") -> Death:
-        returncode = worker.end()
-        self._stop.raise_if_requested()
-        if returncode is None:
-            return Death("closed its connection and did not end")
-        death = _death(f"ended ({how_it_ended(returncode)})", self._board.in_flight())
-        by_kernel = returncode == -signal.SIGKILL
-        return replace(death, by_kernel=by_kernel, listing=self._listing)
-
-
-def _death(cause: str, seen: Iterable[Seen]) -> Death:
-    """The end of a worker over one of the images that its threads were at."""
-    at = {(one.image, one.step > 0) for one in seen}
-    readers = tuple(sorted(index for index, is_reading in at if is_reading))
-    loaders = {index for index, is_reading in at if not is_reading}
-    return Death(cause, tuple(sorted(loaders - set(readers))), readers)
-
-
-class _Pulse:
-    """Tells a worker that hangs from one that works, by what it shows on the board.
-
-    Time counts only while this process is awake: both may be stopped, as with their machine.
-    """
-
-    def __init__(self, board: Board, worker: WorkerProcess, job: JobSpec) -> None:
-        self._board = board
-        self._worker = worker
-        self._max_seconds = job.loader.max_seconds
-        self._stall_timeout = job.stall_timeout
-        self._awake_s = 0.0
-        self._looked_at = time.monotonic()
-        self._shown: object = None
-        self._since: dict[Seen, float] = {}
-        """When each thread was first seen at what it is at."""
-        self.beat()
-
-    def beat(self) -> None:
-        """The worker showed that it works."""
-        self._beat_s = self._awake_s
-        self._beat_cpu_s = self._worker.cpu_seconds()
-
-    def look(self, is_classifying: bool) -> Death | None:
-        """Look whether the worker hangs; None: it does not, or it is not time to look."""
-        gap_s = time.monotonic() - self._looked_at
-        if gap_s < LOOK_S:
-            return None
-        self._looked_at += gap_s
-        self._awake_s += min(gap_s, 2 * LOOK_S)
-        at = set(self._board.in_flight())
-        self._since = {one: self._since.get(one, self._awake_s) for one in at}
-        late = [
-            one for one, since in self._since.items() if self._awake_s - since > self._max_seconds
-        ]
-        if late:
-            return _death(
-                f"has been loading for longer than loader.max_seconds ({self._max_seconds:g} s)",
-                late,
-            )
-        # Otherwise a model is loaded or compiled, or an input listed, which shows as CPU time only.
-        progress = (self._board.num_images, at) if is_classifying else self._worker.cpu_seconds()
-        shown = (self._board.last_beat, progress)
-        if shown != self._shown:
-            self._shown = shown
-            self.beat()
-        if self._awake_s - self._beat_s > self._patience_s():
-            return _death(
-                f"has made no progress for stall_timeout ({self._stall_timeout:g} s; to be raised "
-                "if a batch takes so long)",
-                at,
-            )
-        return None
-
-    def _patience_s(self) -> float:
-        """How long to wait for progress: a slow batch is more likely than an endless one."""
-        cpu_s = self._worker.cpu_seconds() - self._beat_cpu_s
-        is_busy = cpu_s > BUSY_SHARE * (self._awake_s - self._beat_s)
-        return self._stall_timeout * (BUSY_FACTOR if is_busy else 1)

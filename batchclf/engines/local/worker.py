@@ -8,20 +8,28 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
 
 import batchclf
 from batchclf.engines.local.board import Board
-from batchclf.engines.local.messages import Message, Setup
+from batchclf.engines.local.messages import Message, ServeSetup, Setup
 from batchclf.engines.local.signals import DUMP_SIGNAL, STOP_SIGNALS
 from batchclf.errors import BatchclfError, DeviceLost
 from batchclf.images.archives.listing import Archive
 from batchclf.results.lock import LEASE_S
+from batchclf.results.parts import Committed
 from batchclf.results.records import Failure, Stretch
-from batchclf.run.reporter import Reporter
+from batchclf.results.stats import RunStats
+from batchclf.run.duty import Attempt, Inbox, ServeReporter
 from batchclf.system.alive import watched
 from batchclf.system.children import end_with_parent, expendable
 from batchclf.system.interrupt import StopRequest
+
+if TYPE_CHECKING:
+    from batchclf.sessions.open import Opened
 
 EXPENDABLE = 500
 """Where memory runs out, this process is to go before its parent, and after those that decode."""
@@ -38,7 +46,7 @@ def serve(socket_descriptor: int, board_descriptor: int, parent_pid: int) -> Non
     with Connection(socket_descriptor) as connection:
         problem = _import_pipeline()
         try:
-            setup: Setup = connection.recv()
+            setup: Setup | ServeSetup = connection.recv()
         except EOFError:
             return
         channel = _Channel(connection, Board(board_descriptor))
@@ -62,29 +70,43 @@ def _import_pipeline() -> str | None:
     return None
 
 
-def _run(setup: Setup, channel: "_Channel") -> Message:
-    from batchclf.run.job import run_job
-    from batchclf.run.request import Run
-
-    batchclf.STARTED = setup.started
+def _run(setup: Setup | ServeSetup, channel: "_Channel") -> Message:
     try:
         with (
             watched(channel.beat),
             StopRequest(signals=STOP_SIGNALS).installed() as stop,
         ):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-            run = Run(setup.job, setup.options, channel, stop, setup.recovery)
-            result = run_job(run)
+            done = _do(setup, channel, stop)
     except BatchclfError as error:
         if error.exit_code == BatchclfError.exit_code and not isinstance(error, DeviceLost):
             channel.log(traceback.format_exc())
         return "error", error
     except Exception:  # noqa: BLE001 - the parent tells of it
         return "bug", traceback.format_exc()
-    return "result", result
+    return "result", done
 
 
-class _Channel(Reporter):
+def _do(setup: Setup | ServeSetup, channel: "_Channel", stop: StopRequest) -> object:
+    if isinstance(setup, ServeSetup):
+        from batchclf.run.serve import serve
+
+        inbox = channel.inbox(setup.attempts)
+        serve(setup.duty, inbox, channel, stop, setup.recovery)
+        return None
+    from batchclf.run.job import run_job
+    from batchclf.run.request import Run
+
+    batchclf.STARTED = setup.started
+    run = Run(setup.job, setup.options, channel, stop, setup.recovery)
+    if setup.job.engine.name == "ray":
+        from batchclf.engines.ray.engine import hire
+
+        run = replace(run, hire=hire)
+    return run_job(run)
+
+
+class _Channel(ServeReporter):
     """A `Reporter` to the parent: what it should see at once through the board, words as messages.
 
     Several threads may report at once.
@@ -119,6 +141,33 @@ class _Channel(Reporter):
 
     def found_unlistable(self, archive: Archive, failure: Failure) -> None:
         self._send("unlistable", (archive, failure))
+
+    def opened(self, opened: "Opened", num_streams: int) -> None:
+        self._send("opened", (opened, num_streams))
+
+    def committed(self, attempt: Attempt, part: Committed) -> None:
+        self._send("committed", (attempt, part))
+
+    def figures(self, figures: RunStats) -> None:
+        self._send("figures", figures)
+
+    def inbox(self, attempts: Sequence[Attempt]) -> Inbox:
+        """What the parent sends from now on, behind these."""
+        inbox = Inbox(attempts)
+
+        def take_in() -> None:
+            attempt: Attempt | None
+            while not inbox.has_ended:
+                try:
+                    attempt = self._connection.recv()
+                except (EOFError, OSError):
+                    attempt = None
+                inbox.put(attempt)
+                if attempt is None:
+                    return
+
+        threading.Thread(target=take_in, name="inbox", daemon=True).start()
+        return inbox
 
     def before_write(self) -> None:
         while self._board.seconds_since_renewed > FENCE_S:

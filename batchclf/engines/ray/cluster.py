@@ -1,0 +1,199 @@
+"""The cluster: connected to, its nodes, and how many workers they have room for."""
+
+import math
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from typing import Any
+
+from batchclf.errors import BatchclfError, EnvironmentFailed, ProviderError, UsageError
+from batchclf.spec.job import EngineSpec, JobSpec
+
+CONNECT_S = 5.0
+USUAL_CPUS = 4.0
+"""Cores of a worker that classifies on them: more of them than that do better as two workers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A machine of the cluster, as far as Ray is concerned."""
+
+    id: str
+    name: str
+    total: Mapping[str, float]
+    """What it has, whoever uses it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What each worker takes of its node."""
+
+    num_cpus: float
+    num_gpus: float
+    resources: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """As Ray's autoscaler wants it."""
+        return {
+            name: amount
+            for name, amount in {
+                "CPU": self.num_cpus,
+                "GPU": self.num_gpus,
+                **self.resources,
+            }.items()
+            if amount
+        }
+
+    def room_on(self, node: Node) -> int:
+        """How many workers a node can have at once."""
+        return min(
+            math.floor(node.total.get(name, 0.0) / amount + 1e-9)
+            for name, amount in self.bundle.items()
+        )
+
+
+@contextmanager
+def connected(engine: EngineSpec) -> Iterator[None]:
+    """Within, this process is a driver of the cluster.
+
+    Raises:
+        UsageError: Ray is not installed.
+        EnvironmentFailed: there is no cluster at the address, or it is of another version.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise UsageError(
+            "engine: ray is not installed: pip install 'batchclf[ray]', or use engine local"
+        ) from None
+    _require_reachable(engine.address)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if engine.address == "local":
+        options["include_dashboard"] = False
+    if engine.runtime_env:
+        options["runtime_env"] = engine.runtime_env
+    # Ray tells stdout of each node that ends, with pages of its state; the crew tells it in a line.
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        try:
+            ray.init(engine.address, namespace="batchclf", **options)
+        except (ray.exceptions.RayError, RuntimeError, OSError, ValueError) as error:
+            raise EnvironmentFailed(f"engine: {_why_not(engine.address, error)}") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _require_reachable(address: str) -> None:
+    """Ask for a connection first: Ray itself waits more than a minute where nobody is there.
+
+    Raises:
+        EnvironmentFailed: nothing listens there.
+    """
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", address)
+    found = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found[1].strip("[]"), int(found[2])), CONNECT_S).close()
+    except OSError as error:
+        raise EnvironmentFailed(
+            f"engine: no Ray cluster answers at {address}: {error.strerror or error}; start one "
+            "(`ray start --head`), mend engine.address, or use engine local"
+        ) from error
+
+
+def _why_not(address: str, error: BaseException) -> str:
+    text = str(error).strip()
+    if isinstance(error, ConnectionError) and address == "auto":
+        return (
+            "found no Ray cluster that this machine is of; start one (`ray start --head`), give "
+            "engine.address (local: a cluster of this machine alone), or use engine local"
+        )
+    if "ersion mismatch" in text:
+        return (
+            f"the cluster at {address} runs another version of Ray or Python than this process; "
+            f"run the job in the same environment as the nodes: {text}"
+        )
+    return f"the Ray cluster at {address} cannot be used: {text}"
+
+
+def nodes() -> list[Node]:
+    """Those that are there now, in the order of their names."""
+    import ray
+
+    found = [
+        Node(
+            one["NodeID"],
+            f"{one['NodeManagerHostname']} ({one['NodeManagerAddress']}, {one['NodeID'][:6]})",
+            one["Resources"],
+        )
+        for one in ray.nodes()
+        if one["Alive"]
+    ]
+    return sorted(found, key=lambda node: node.name)
+
+
+def need_of(job: JobSpec, there: Sequence[Node]) -> Need:
+    """What each worker of a job takes, by the job or by what the nodes have.
+
+    Raises:
+        ProviderError: GPUs are needed, and no node has one.
+        UsageError: no node has what the job asks for.
+    """
+    engine = job.engine
+    num_gpus = engine.num_gpus
+    if num_gpus is None:
+        num_gpus = 1.0 if job.provider.name == "cuda" else 0.0
+    if job.provider.name == "cuda" and num_gpus == 0:
+        raise UsageError("engine.num_gpus: 0, but provider cuda needs one for each worker")
+    fitting = [one for one in there if one.total.get("GPU", 0.0) >= num_gpus]
+    if not fitting:
+        raise ProviderError(
+            f"provider {job.provider.name}: each worker needs {num_gpus:g} GPU, and no node of the "
+            f"cluster offers as much (found: {_told(there)}); start nodes with `ray start "
+            "--num-gpus`, or use provider cpu"
+        )
+    num_cpus = engine.num_cpus
+    if num_cpus is None:
+        num_cpus = min(map(_share(num_gpus), fitting), default=1.0)
+    need = Need(num_cpus, num_gpus, engine.resources)
+    if not any(need.room_on(one) for one in there):
+        raise UsageError(
+            f"engine: each worker takes {need.bundle}, and no node of the cluster has as much "
+            f"(found: {_told(there)}); ask for less with engine.num_cpus or engine.resources"
+        )
+    return need
+
+
+def _share(num_gpus: float) -> Callable[[Node], float]:
+    def share(node: Node) -> float:
+        cpus = node.total.get("CPU", 0.0)
+        if num_gpus:
+            return max(1.0, math.floor(cpus * num_gpus / node.total["GPU"]))
+        return min(USUAL_CPUS, math.floor(cpus)) or math.inf
+
+    return share
+
+
+def _told(there: Sequence[Node]) -> str:
+    return "; ".join(
+        f"{one.name}: "
+        + ", ".join(
+            f"{amount:g} {name}"
+            for name, amount in one.total.items()
+            if not name.startswith("node:") and "memory" not in name
+        )
+        for one in there
+    )
+
+
+def named(error: BatchclfError, node: Node) -> BatchclfError:
+    """An error of a worker's, with its node."""
+    error.args = (f"node {node.name}: {error}",)
+    return error

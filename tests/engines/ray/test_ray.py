@@ -1,0 +1,326 @@
+"""Engine ray on a real cluster of processes: the output is a local run's, whatever happens."""
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from batchclf.results.files import RunFiles
+from batchclf.results.parts import Folders
+from batchclf.runtime.providers import PROVIDERS, compiled_in
+from tests.conftest import Batchclf, read_records
+from tests.engines.common import (
+    assert_as_undisturbed,
+    finished,
+    run_json,
+    started,
+    summary_of,
+    write_job,
+)
+from tests.engines.ray.cluster import Cluster, free_port
+from tests.engines.test_supervisor import poison
+
+pytestmark = pytest.mark.skipif(
+    find_spec("ray") is None, reason="Ray is not installed: the extra `ray`"
+)
+BY_HAND = pytest.mark.skipif(
+    not os.environ.get("CI"), reason="10 s each beside the others: set CI=1 to run them, too"
+)
+NUM_IMAGES = 400
+"""At some 5 ms of a core each, of one core a node."""
+
+
+def write_ray_job(folder: Path, num_images: int = NUM_IMAGES, **keys: Any) -> Path:
+    """A job on the cluster, its images slow; the undisturbed records are a local run's."""
+    engine = {"name": "ray", "num_cpus": 1, **keys.pop("engine", {})}
+    return write_job(folder, num_images, slow=True, engine=engine, **keys)
+
+
+def lines_of(output: Path) -> bytes:
+    return (output / "predictions.jsonl").read_bytes()
+
+
+def has_parts(output: Path, number: int) -> Callable[[], bool]:
+    """Whether so many parts are committed."""
+    return lambda: len(list((output / "parts").glob("*.jsonl"))) >= number
+
+
+def node_lines(output: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (output / "stats.jsonl").read_bytes().splitlines())
+    return [line for line in lines if line["type"] == "node"]
+
+
+@contextmanager
+def suspended(processes: list[psutil.Process]) -> Iterator[None]:
+    """Processes that do nothing within, and do not know it."""
+    for one in processes:
+        one.suspend()
+    try:
+        yield
+    finally:
+        for one in processes:
+            with suppress(psutil.NoSuchProcess):
+                one.resume()
+
+
+# ---- nothing happens -----------------------------------------------------------------------------
+
+
+def test_a_job_on_two_nodes_writes_the_bytes_of_a_local_run(
+    ray_cluster: Cluster, tmp_path: Path, batchclf: Batchclf
+) -> None:
+    job = write_ray_job(tmp_path, 600)
+    done = batchclf("run", job, "--json")
+    assert done.exit_code == 0, done.stderr
+    out = tmp_path / "out"
+    assert lines_of(out) == lines_of(tmp_path / "undisturbed")
+    assert "2 workers on 2 nodes, each with 1 CPU" in done.stderr
+    assert (done.json["num_images"], done.json["num_new"]) == (600, 600)
+    assert done.json["provider"]["active"] == "CPUExecutionProvider"
+    assert done.json["stage_s"]["infer"] > 0
+    left = {".lock", "listing.nul", "predictions.jsonl", "run.json", "stats.jsonl"}
+    assert set(os.listdir(out)) == left
+    assert run_json(out)["num_streams"] == 2
+    told = node_lines(out)[-2:]
+    assert len({line["node"] for line in told}) == 2
+    assert sum(line["num_images"] for line in told) >= 600
+    again = batchclf("run", job)
+    assert (again.exit_code, "already complete" in again.stderr) == (0, True)
+
+
+@BY_HAND
+def test_a_driver_outside_of_the_cluster_reaches_it_through_rays_client(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    address = f"ray://{ray_cluster.ip}:{ray_cluster.client_port}"
+    job = write_ray_job(tmp_path, 60, engine={"address": address})
+    code, said = finished(job)
+    assert code == 0, said
+    assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
+
+
+@BY_HAND
+def test_failed_images_are_tried_again_on_the_cluster_and_others_stay(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    job = write_ray_job(tmp_path, 60)
+    images = sorted((tmp_path / "images").iterdir())
+    kept = {path: path.read_bytes() for path in (images[7], images[8], images[40])}
+    for path in kept:
+        path.unlink()
+        path.write_bytes(b"no image")
+    code, said = finished(job)
+    assert code == 0, said
+    assert summary_of(tmp_path / "out")["num_errors"] == 3
+    for path, data in kept.items():
+        path.write_bytes(data)
+    code, said = finished(job, "--retry-failed")
+    assert code == 0, said
+    assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
+    assert run_json(tmp_path / "out")["retries"][0]["codes"] == ["not_an_image"]
+
+
+# ---- something happens ---------------------------------------------------------------------------
+
+
+def test_poison_costs_its_record_and_a_killed_process_costs_none(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    job = write_ray_job(tmp_path)
+    codes = poison(tmp_path, _3="segfault", _250="abort", _310="exit")
+    with started(job) as run:
+        run.wait_until(has_parts(tmp_path / "out", 1))
+        ray_cluster.nodes[1].worker().kill()
+        run.wait_to_say("killed by SIGKILL")
+        assert run.end() == 0, run.stderr
+        said = run.stderr
+    assert_as_undisturbed(tmp_path, but=codes)
+    assert "recorded as decoder_crash" in said
+    about = [line for line in said.splitlines() if "SIGSEGV" in line]
+    assert about
+    assert all(line.startswith("batchclf: node ") for line in about)
+
+
+def test_a_node_that_dies_is_done_without_and_one_that_joins_is_used(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    job = write_ray_job(tmp_path)
+    with started(job) as run:
+        run.wait_until(has_parts(tmp_path / "out", 2))
+        with suspended(ray_cluster.nodes[2].workers()):  # so that there is work until one joins
+            ray_cluster.remove(ray_cluster.nodes[1])
+            node = ray_cluster.add()
+            run.wait_to_say("; done elsewhere: images")
+            run.wait_to_say("a worker joins")
+            assert len(node.workers()) == 1
+        assert run.end() == 0, run.stderr
+    assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
+    assert len({line["node"] for line in node_lines(tmp_path / "out")}) in (2, 3)
+
+
+@BY_HAND
+def test_images_whose_workers_are_lost_too_often_end_the_job_naming_them(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    engine = {"max_retries": 0, "workers": 1}
+    with started(write_ray_job(tmp_path, engine=engine)) as run:
+        run.wait_until(has_parts(tmp_path / "out", 1))
+        (node,) = (node for node in ray_cluster.nodes if node.workers())
+        node.actors()[0].kill()
+        assert run.end() == 1
+        assert "1 workers on 1 nodes" in run.stderr
+        assert "1 workers were lost with them, the last on node" in run.stderr
+    code, said = finished(tmp_path / "job.yaml", "--set", "engine=local")
+    assert code == 0, said
+    assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
+
+
+@BY_HAND
+def test_a_worker_that_is_frozen_with_who_watches_it_holds_nothing_up(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    job = write_ray_job(tmp_path)
+    with started(job) as run:
+        run.wait_until(has_parts(tmp_path / "out", 1))
+        node = ray_cluster.nodes[1]
+        with suspended([*node.workers(), *node.actors()]):
+            assert run.end() == 0, run.stderr
+    assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
+
+
+def test_a_driver_that_is_killed_goes_on_from_the_parts_which_nobody_changes(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    job, out = write_ray_job(tmp_path, 800), tmp_path / "out"
+    with started(job) as run:
+        run.wait_until(has_parts(out, 3))
+        for one in run.members():
+            one.kill()
+        run.process.wait()
+    before = {path: path.stat().st_ino for path in (out / "parts").glob("*.jsonl")}
+    with started(job) as run:
+        run.wait_until(has_parts(out, len(before) + 1))
+        assert {path: path.stat().st_ino for path in before} == before
+        assert run.end() == 0, run.stderr
+        assert "of 800 images" in run.stderr
+    assert lines_of(out) == lines_of(tmp_path / "undisturbed")
+    summary = summary_of(out)
+    assert summary["num_images"] == 800
+    assert summary["num_new"] < 800 - 3 * 8
+
+
+def test_a_signal_commits_what_is_in_flight_within_8_seconds_and_the_local_engine_goes_on(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    job, out = write_ray_job(tmp_path, 800), tmp_path / "out"
+    with started(job) as run:
+        run.wait_until(has_parts(out, 2))
+        began = time.monotonic()
+        run.process.send_signal(signal.SIGTERM)
+        assert run.end() == 128 + signal.SIGTERM
+        assert time.monotonic() - began < 8
+        said = run.stderr
+    assert "stopped by SIGTERM; run the same command to resume" in said
+    assert run_json(out)["status"] == "interrupted"
+    folders = Folders(RunFiles(out).parts, RunFiles(out).parts)
+    assert folders.parts.exists()
+    assert not [path for path in out.iterdir() if path.name.startswith(".drafts")]
+    code, said = finished(job, "--set", "engine=local")
+    assert code == 0, said
+    assert "resuming after" in said
+    assert lines_of(out) == lines_of(tmp_path / "undisturbed")
+    assert len(read_records(out)) == 800
+
+
+# ---- wrong set-ups -------------------------------------------------------------------------------
+
+BROKEN = """
+import sys
+if any("worker" in one for one in sys.orig_argv):
+    import batchclf
+    batchclf.__version__ = "0.0.1"
+"""
+
+
+def wrong(tmp_path: Path, **engine: Any) -> tuple[int, str, float]:
+    job = write_ray_job(tmp_path, 20, engine=engine)
+    began = time.monotonic()
+    code, said = finished(job)
+    return code, said, time.monotonic() - began
+
+
+def test_no_cluster_at_the_address_is_said_at_once(ray_cluster: Cluster, tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    for one in (address, f"ray://{address}"):
+        code, said, seconds = wrong(tmp_path, address=one)
+        assert (code, seconds < 15) == (5, True), said
+        assert f"no Ray cluster answers at {one}: Connection refused" in said
+
+
+def test_what_no_node_has_is_refused_with_what_was_found(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    code, said, _ = wrong(tmp_path, num_gpus=1)
+    assert code == 4, said
+    assert "each worker needs 1 GPU, and no node of the cluster offers as much" in said
+    code, said, _ = wrong(tmp_path, resources={"fast_disk": 1})
+    assert code == 2, said
+    assert "each worker takes {'CPU': 1.0, 'fast_disk': 1.0}, and no node" in said
+
+
+@pytest.mark.skipif(
+    PROVIDERS["openvino"].execution_provider in compiled_in(), reason="the provider works here"
+)
+def test_a_provider_that_does_not_work_on_a_node_ends_the_job_naming_it(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    job = write_ray_job(tmp_path, 20)
+    code, said = finished(job, "--provider", "openvino")
+    assert code == 4, said
+    assert re.search(r"^batchclf: node \S+ \(.*\): provider openvino: ", said, re.M)
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_another_version_on_a_node_ends_the_job_naming_it(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "sitecustomize.py").write_text(BROKEN)
+    path = os.pathsep.join([str(tmp_path / "other"), os.environ["PYTHONPATH"]])
+    code, said, _ = wrong(tmp_path, runtime_env={"env_vars": {"PYTHONPATH": path}})
+    assert code == 5, said
+    assert "runs batchclf 0.0.1, and the driver 0.1.0: install the same on all nodes" in said
+    assert "node " in said
+
+
+@BY_HAND
+def test_a_node_that_does_not_reach_the_output_ends_the_job_or_is_left_out(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount")
+    mounted = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {hidden}; exec "$@"', "sh")
+    node = ray_cluster.add(through=mounted)
+    try:
+        job = write_ray_job(tmp_path, 60, output=str(hidden / "out"))
+        code, said = finished(job)
+        assert code == 5, said
+        assert "is not the folder that the driver writes to" in said
+        code, said = finished(job, "--set", "engine.allow_fewer=true", "--set", "engine.workers=3")
+        assert code == 0, said
+        assert "going on without this node: node " in said
+        assert "2 workers on 2 nodes" in said
+        assert lines_of(hidden / "out") == lines_of(tmp_path / "undisturbed")
+    finally:
+        ray_cluster.remove(node)
