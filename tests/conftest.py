@@ -25,6 +25,8 @@ hypothesis.settings.load_profile("any machine")
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("BATCHCLF_TEST_DATA", ROOT.parent / "shared" / "data")).resolve()
 """Real weights and photos that are not the project's to pass on; tests skip where it is absent."""
+JOBS = [path for path in sorted((ROOT / "jobs").glob("*.yaml")) if "\ninput: " in path.read_text()]
+"""The job files that come with the project; beside them lie examples for clusters."""
 ONLY_IN_CI = pytest.mark.skipif(
     not os.environ.get("CI"), reason="5 to 60 s each: set CI=1 to export one model of each family"
 )

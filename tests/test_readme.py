@@ -16,7 +16,7 @@ from batchclf.errors import JobFileError
 from batchclf.runtime.providers import installed_flavours
 from batchclf.spec.file import load_job, parse_set
 from batchclf.spec.job import JobSpec
-from tests.conftest import ROOT, Batchclf
+from tests.conftest import JOBS, ROOT, Batchclf
 from tests.run.test_keys import keys_of
 
 README = (ROOT / "README.md").read_text()
@@ -198,7 +198,7 @@ def test_every_command_has_help_and_an_example_or_needs_none(batchclf: Batchclf)
 
 def test_every_shipped_job_file_validates(batchclf: Batchclf) -> None:
     works = {"cpu", "openvino"} if "onnxruntime-openvino" in installed_flavours() else {"cpu"}
-    for job in sorted((ROOT / "jobs").glob("*.yaml")):
+    for job in JOBS:
         done = batchclf("validate", job)
         if load_job(job).provider.name not in works:
             assert done.exit_code == 4, done.stderr

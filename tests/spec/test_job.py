@@ -21,7 +21,7 @@ from batchclf.cli import main
 from batchclf.errors import JobFileError
 from batchclf.spec.file import MAX_JOB_FILE_BYTES, Override, load_job, parse_set
 from batchclf.spec.job import JobSpec, RuntimeSpec, recorded_job
-from tests.conftest import ROOT, Batchclf
+from tests.conftest import JOBS, ROOT, Batchclf
 
 MINIMAL: Mapping[str, Any] = {"input": "images", "output": "out", "model": {"name": "resnet18"}}
 PREPROCESS: Mapping[str, Any] = {
@@ -827,9 +827,7 @@ def test_the_schema_describes_its_keys(schema: Schema) -> None:
     assert properties["input"]["description"]
 
 
-@pytest.mark.parametrize(
-    "job", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: str(path.name)
-)
+@pytest.mark.parametrize("job", JOBS, ids=lambda path: str(path.name))
 def test_the_jobs_that_come_with_the_project_are_valid(schema: Schema, job: Path) -> None:
     load_job(job)
     assert schema.errors(yaml.safe_load(job.read_text())) == []

@@ -49,7 +49,7 @@ from batchclf.tuning.search import (
     ranked,
     summarise,
 )
-from tests.conftest import ROOT, Batchclf, read_records, write_job
+from tests.conftest import JOBS, ROOT, Batchclf, read_records, write_job
 from tests.tiny import link_digits, write_classifier, write_tiny_job
 
 HERE = "openvino" if "onnxruntime-openvino" in installed_flavours() else "cpu"
@@ -543,7 +543,7 @@ ODD_FILES = {
     "not ascii": "input: fotos/été # où\noutput: b\nmodel: {name: x}\n",
 }
 SHIPPED = {
-    **{path.name: path.read_text() for path in sorted((ROOT / "jobs").glob("*.yaml"))},
+    **{path.name: path.read_text() for path in JOBS},
     "init": TEMPLATE.format(input='"a"', output='"b"', model='"resnet50"', provider="cpu"),
 }
 SETTINGS: dict[str, int | str] = {
