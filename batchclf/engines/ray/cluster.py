@@ -17,7 +17,7 @@ USUAL_CPUS = 4.0
 """Cores of a worker that classifies on them: more of them than that do better as two workers."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Node:
     """A machine of the cluster, as far as Ray is concerned."""
 

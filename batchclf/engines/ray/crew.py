@@ -54,6 +54,8 @@ SETTLE_S = 20.0
 """How long a job waits for the rest of its workers, once one is open."""
 DOUBLE_S = 5.0
 """A range that one worker had for so long is given to an idle one as well, at the end."""
+MAX_STILLBORN = 3
+"""Workers that die before they are open, after which their node is done without."""
 NUM_AHEAD = 2
 """Ranges that a worker has at once: one at work, one that follows it."""
 STOP_S = 3.8
@@ -119,6 +121,8 @@ class RayCrew:
         """Ranges that are being done, by their first image."""
         self._past: defaultdict[str, list[RunStats]] = defaultdict(list)
         """Figures of workers that were lost, by their nodes."""
+        self._stillborn: defaultdict[str, int] = defaultdict(int)
+        """Workers that died before they were open, by their nodes."""
         self._said: set[str] = set()
         self._grown_at = 0.0
         self._looked_at = time.monotonic()
@@ -162,7 +166,7 @@ class RayCrew:
             self._order.stop.raise_if_requested()
             self._order.beat()
             list(self._turn())
-            if not self._hands:
+            if not self._hands and not self._rooms():
                 raise EnvironmentFailed("engine: no node of the cluster is left to work on")
             if first_at is None and self._found:
                 first_at = time.monotonic()
@@ -231,16 +235,21 @@ class RayCrew:
             return
         self._grown_at = time.monotonic()
         most = self._engine.workers
-        there = [node for node in nodes() if node.id not in self._bad]
+        rooms = self._rooms()
+        while any(room > 0 for room in rooms.values()):
+            for node in rooms:  # in turns, so that few workers are on many nodes
+                if rooms[node] > 0 and (most == "auto" or len(self._hands) < most):
+                    self._hands.append(self._started(node))
+                rooms[node] -= 1
+
+    def _rooms(self) -> dict[Node, int]:
+        """How many more workers each node can have, where it can have any."""
         placed: defaultdict[str, int] = defaultdict(int)
         for hand in self._hands:
             placed[hand.node.id] += 1
-        rooms = {node.id: self._need.room_on(node) - placed[node.id] for node in there}
-        while any(room > 0 for room in rooms.values()):
-            for node in there:  # in turns, so that few workers are on many nodes
-                if rooms[node.id] > 0 and (most == "auto" or len(self._hands) < most):
-                    self._hands.append(self._started(node))
-                rooms[node.id] -= 1
+        there = [node for node in nodes() if node.id not in self._bad]
+        rooms = {node: self._need.room_on(node) - placed[node.id] for node in there}
+        return {node: room for node, room in rooms.items() if room > 0}
 
     def _started(self, node: Node) -> _Hand:
         placed = NodeAffinitySchedulingStrategy(node.id, soft=False)
@@ -385,7 +394,8 @@ class RayCrew:
     def _is_gone(self, hand: _Hand, error: RayError) -> None:
         """Ray says that a worker is no more."""
         is_alive = any(node.id == hand.node.id for node in nodes())
-        if is_alive and not hand.is_open:
+        self._stillborn[hand.node.id] += is_alive and not hand.is_open
+        if self._stillborn[hand.node.id] == MAX_STILLBORN:  # else its node may be gone as well
             text = str(error).strip().splitlines()
             self._has_failed(
                 hand,
