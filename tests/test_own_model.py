@@ -17,7 +17,7 @@ zoo = pytest.importorskip("torchvision.models")
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
 
-SECTION = (ROOT / "README.md").read_text().partition("## Your own model")[2]
+SECTION = (ROOT / "README.md").read_text().partition("## Your own model")[2].partition("\n## ")[0]
 TRAINED, ONNX, TIMM, TRANSFORMERS = re.findall(r"```yaml\n(.*?)```", SECTION, re.DOTALL)
 PHOTOS = sorted((ROOT / "samples" / "photos").iterdir())
 FLOWERS = ("daisy", "rose", "tulip", "iris", "poppy")

@@ -97,6 +97,7 @@ class Folders:
             EnvironmentFailed: the file system does not take it, or the draft was taken away.
         """
         path = self.path(first)
+        is_ours = False
         try:
             place_first(draft, path)
             is_ours = True

@@ -117,6 +117,8 @@ class Feeders:
             if stop.signal_number is not None:
                 self._stop(stop.signal_number)
             self._deal(refs)
+            if not self._dealt and not self._is_all_dealt:
+                raise next(one for one in self._feeders if one.has_ended).problem()
             if not self._dealt:
                 break
             feeder, batch = self._dealt[0]
@@ -157,12 +159,16 @@ class Feeders:
                 one.send([])
 
     def _next_dealt(self) -> "_Feeder | None":
-        """Who lacks batches most, as long as what is not written yet fits into its bound."""
-        if self._is_all_dealt or len(self._dealt) >= self._max_dealt:
+        """Who lacks batches most, as long as what is not written yet fits into its bound.
+
+        Beyond it, the one that all wait for: with less than it wants it may never finish a batch.
+        """
+        if self._is_all_dealt or any(feeder.has_ended for feeder in self._feeders):
             return None
-        if any(feeder.has_ended for feeder in self._feeders):
-            return None
-        feeder = max(self._feeders, key=attrgetter("num_lacking"))
+        if len(self._dealt) < self._max_dealt:
+            feeder = max(self._feeders, key=attrgetter("num_lacking"))
+        else:
+            feeder, _ = self._dealt[0]
         return feeder if feeder.num_lacking > 0 else None
 
     def _stop(self, signal_number: int) -> None:

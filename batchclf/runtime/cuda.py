@@ -21,6 +21,8 @@ from batchclf.errors import UsageError
 from batchclf.results.records import Pixels, Precision
 
 _TENSOR_CORES = "use_tf32"
+_NO_MEMORY = 2
+"""cudaErrorMemoryAllocation."""
 _GRAPH = "enable_cuda_graph"
 _DEFAULTS = {
     # One shape only, so the arena need not grow in powers of two.
@@ -212,6 +214,8 @@ def ask(gpu: int) -> Answer | None:
         or runtime.cudaDeviceSynchronize()
         or runtime.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
     )
+    if code == _NO_MEMORY:  # not even for being asked; it can be used when there is some again
+        return Answer(gpu, None, 0.0)
     error = f"CUDA failure {code}: {_description(code)}" if code else None
     return Answer(gpu, error, free.value / 1e6)
 

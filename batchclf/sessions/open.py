@@ -42,12 +42,14 @@ from batchclf.sessions.precision import (
 from batchclf.sessions.sample import Sample
 from batchclf.sessions.together import together
 from batchclf.spec.job import JobSpec, ProviderSpec, auto, gpus_of, runs_on_cpu
-from batchclf.system.apart import Apart
+from batchclf.system.apart import Apart, LeftBehind
 from batchclf.system.machine import cpu_name_and_flags, usable_cores
 
 MAX_CPU_STREAMS = 8
 SETTLE_S = 120.0
 """Seconds that a provider may take to be proven, with all that it loads."""
+RELEASE_S = 30.0
+"""Seconds that a process may take to end which tried devices: until then it holds them."""
 DEVICE_STREAMS = 2
 """Batches in flight on an accelerator: one is copied while another is computed."""
 
@@ -93,17 +95,22 @@ def settle_apart(job: JobSpec, log: Log) -> str | None:
     One that is for one process at a time (compute mode EXCLUSIVE_PROCESS) could not be had else.
 
     Raises:
-        ProviderError: it does not work, or whoever tries it dies or hangs.
+        ProviderError: it does not work, or whoever tries it dies or hangs, and no fall-back is
+            allowed.
         UsageError: as `settle_provider`.
     """
     try:
-        with Apart() as apart:
+        with Apart(RELEASE_S) as apart:
             fallback, said = apart.do(SETTLE_S, _settle_and_tell, job)
     except OSError as error:
-        raise ProviderError(
-            f"provider {job.provider.name}: trying it ends the process that does, or takes longer "
-            f"than {SETTLE_S:g} s ({error}): try its devices one by one, and see the kernel's log"
-        ) from error
+        hangs = isinstance(error, LeftBehind)
+        why = f"takes longer than {SETTLE_S:g} s" if hangs else f"ends the process: {error}"
+        refusal = ProviderError(
+            f"provider {job.provider.name}: trying its devices {why}; try them one by one "
+            "(provider.devices), and see the kernel's log"
+        )
+        refusal.__cause__ = error
+        return _allowed_fallback(job, refusal, log)
     for line in said:
         log(line)
     return fallback

@@ -13,6 +13,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     WithJsonSchema,
     model_validator,
 )
@@ -555,7 +556,7 @@ class EngineSpec(_Spec):
     max_retries: Annotated[int, Field(ge=0, le=MAX_COUNT)] = Field(
         5, description="ray only: how often a range of images may be begun anew on other workers."
     )
-    runtime_env: dict[str, Any] = Field(
+    runtime_env: dict[str, JsonValue] = Field(
         default_factory=dict, description="ray only: Ray's runtime environment of the workers."
     )
     allow_fewer: bool = Field(

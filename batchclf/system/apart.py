@@ -19,7 +19,6 @@ from batchclf.system.interrupt import SIGNALS
 
 TICK_S = 0.05
 END_S = 1.0
-"""Seconds that it may take to end, with nothing to do any more."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -35,7 +34,9 @@ class Apart:
     Use as a context manager.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, end_s: float = END_S) -> None:
+        """`end_s`: seconds that it may take to end, with nothing to do; then it is killed."""
+        self._end_s = end_s
         self._turn = threading.Lock()
         self._is_left = False
         self._process: Popen[bytes] | None = None
@@ -47,8 +48,10 @@ class Apart:
     def __exit__(self, *exception: object) -> None:
         if self._process is not None:
             self._connection.close()
-            with suppress(TimeoutExpired):
-                self._process.wait(TICK_S if self._is_left else END_S)
+            try:
+                self._process.wait(TICK_S if self._is_left else self._end_s)
+            except TimeoutExpired:
+                self._process.kill()
 
     def do(
         self, seconds: float, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs

@@ -29,8 +29,9 @@ from pathlib import Path
 WHEELS = (
     *("onnxruntime-gpu", "pydantic", "pydantic-core", "annotated-types", "typing-inspection"),
     *("orjson", "platformdirs", "simplejpeg", "pillow", "filelock", "pyyaml", "safetensors"),
+    *("onnxscript", "onnx-ir", "packaging"),
 )
-"""What a run and an export need beside torch, torchvision, onnx, onnxscript, numpy, click, tqdm."""
+"""What a run and an export need beside torch, torchvision, onnx, numpy, click and tqdm."""
 CUDA_LIBRARY = "onnxruntime/capi/libonnxruntime_providers_cuda.so"
 UNUSED = ("onnxruntime/capi/libonnxruntime_providers_tensorrt.so",)
 MANYLINUX = ("2_34", "2_28", "2_27", "2_24", "2_17")

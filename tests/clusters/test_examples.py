@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from batchclf.errors import ErrorLimitPassed, Interrupted, ProviderError, UsageError
+from batchclf.errors import ErrorLimitPassed, Interrupted, ProviderError
 from tests.conftest import ROOT
 
 KUBERNETES = "1.31"
@@ -45,7 +45,7 @@ def test_kubernetes_tries_again_but_where_the_same_would_happen_again() -> None:
     for rule in rules:
         codes = rule.get("onExitCodes", {"values": []})["values"]
         by_action.setdefault(rule["action"], set()).update(codes)
-    final = {error.exit_code for error in (UsageError, ErrorLimitPassed, ProviderError)}
+    final = {error.exit_code for error in (ErrorLimitPassed, ProviderError)}
     assert by_action == {"FailJob": final, "Ignore": {Interrupted(15, "").exit_code}}
 
 

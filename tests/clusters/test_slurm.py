@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(missing() is not None, reason=str(missing())),
 ]
 NUM_SHARDS = 4
-NUM_IMAGES = 1200
+NUM_IMAGES = 3000
 
 
 @pytest.fixture(scope="module")

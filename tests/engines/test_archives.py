@@ -219,9 +219,9 @@ def test_validate_waits_for_an_archive_that_takes_long_to_list(
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for path, name in zip(sorted(DIGITS.rglob("*.jpg"))[:12], names(range(12)), strict=True):
             tar.add(path, name)
-    job = write_job(tmp_path, input=str(tmp_path / "a.tar"), loader={"max_seconds": 1})
+    job = write_job(tmp_path, input=str(tmp_path / "a.tar"), loader={"max_seconds": 2})
     program = "def change(module):\n    add = module.Index.add\n    def add_slowly(self, found):\n"
-    program += "        time.sleep(0.2)\n        return add(self, found)\n"
+    program += "        time.sleep(0.25)\n        return add(self, found)\n"
     program += "    module.Index.add = add_slowly\n"
     env = fault(tmp_path, program, "batchclf.images.archives.index")
     done = batchclf("validate", str(job), env=env)

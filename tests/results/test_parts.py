@@ -4,6 +4,7 @@ import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -75,6 +76,14 @@ def test_a_commit_that_was_done_though_the_server_said_otherwise_is_known_as_one
     draft.write_bytes(lines(0, 2))
     os.link(draft, folders.path(0))
     assert folders.commit(draft, 0)
+
+
+def test_a_draft_that_is_gone_when_its_part_is_there_is_nobodys(folders: Folders) -> None:
+    """As where the server of a file system without links was asked twice to rename it."""
+    folders.path(0).write_bytes(lines(0, 2))
+    with patch("batchclf.results.parts.place_first", side_effect=FileExistsError):
+        assert not folders.commit(folders.new_draft(0), 0)
+    assert folders.path(0).read_bytes() == lines(0, 2)
 
 
 def test_who_is_left_over_from_an_earlier_start_commits_nothing_more(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,6 +139,38 @@ def test_a_process_that_is_killed_costs_no_record(
     result = run_here(path)
     assert result.summary.num_images == 600
     assert result.files.predictions.read_bytes().startswith(written)
+
+
+def test_a_process_that_is_killed_before_it_is_given_anything_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images(tmp_path / "images", 90)
+    feed_in_two(monkeypatch)
+
+    class Killed(Feeders):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            idle = self._feeders[1]
+            idle._process.kill()
+            while not idle.has_ended:
+                time.sleep(0.01)
+
+    monkeypatch.setattr(ready, "Feeders", Killed)
+    with pytest.raises(ProcessLost, match=r"ended: killed by SIGKILL"):
+        run_here(job(tmp_path, "out"))
+
+
+def test_the_process_that_all_wait_for_is_dealt_batches_beyond_the_bound() -> None:
+    """With fewer than it wants, it may wait for more before it finishes one."""
+    fast, slow = (SimpleNamespace(has_ended=False, num_lacking=lacking) for lacking in (5, 3))
+    feeders = cast(Any, Feeders.__new__(Feeders))
+    feeders._is_all_dealt, feeders._max_dealt, feeders._feeders = False, 2, [fast, slow]
+    feeders._dealt = deque([(slow, [])])
+    assert feeders._next_dealt() is fast
+    feeders._dealt.append((fast, []))
+    assert feeders._next_dealt() is slow
+    slow.num_lacking = 0
+    assert feeders._next_dealt() is None
 
 
 class Notes(Log):

@@ -3,6 +3,8 @@
 Those of CUDA are said on a stand-in for GPUs too, by the wheel itself (tests/gpu_standin).
 """
 
+from types import SimpleNamespace
+
 import pytest
 
 from batchclf.errors import ProviderError
@@ -97,3 +99,13 @@ def test_what_the_gpu_says_goes_before_a_text_that_hides_it(
     found = fault_of(RuntimeError(text), range(len(answers)))
     assert found == Fault(found.kind, text + told)
     assert found.kind == kind
+
+
+def test_a_gpu_that_has_no_memory_to_be_asked_is_full_and_not_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cuda, "_cudart_name", lambda: "libc.so.6")  # which is loaded
+    monkeypatch.setattr(cuda, "_cudart", lambda: SimpleNamespace(cudaSetDevice=lambda gpu: 2))
+    answer = cuda.ask(0)
+    assert answer == Answer(0, None, 0.0)
+    assert fault_of(RuntimeError(HIDING), [0]).kind == "memory"

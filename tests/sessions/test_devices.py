@@ -1,15 +1,18 @@
 """From the job's provider to the sessions to open: devices, streams, threads, compile caches."""
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
+from batchclf.errors import ProviderError
 from batchclf.models.bundle import Bundle, BundleMeta
 from batchclf.results.records import Preprocess
 from batchclf.runtime.providers import PROVIDERS, compiled_in
 from batchclf.runtime.sessions import Target
-from batchclf.sessions.open import _compile_cache, _rounding, targets
+from batchclf.sessions import open as opening
+from batchclf.sessions.open import _compile_cache, _rounding, settle_apart, targets
 from batchclf.spec.job import JobSpec
 from batchclf.system.machine import usable_cores
 
@@ -102,3 +105,22 @@ def test_a_compile_cache_is_of_one_model_provider_device_precision_and_shape() -
     ]
     assert len(set(caches)) == len(caches)
     assert _compile_cache(bundle("a"), one, 8) == caches[0]
+
+
+def _crash(job: JobSpec) -> NoReturn:
+    os._exit(3)
+
+
+def test_devices_the_trial_of_which_ends_its_process_are_refused_or_fallen_back_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(opening, "_settle_and_tell", _crash)
+    said: list[str] = []
+    with pytest.raises(ProviderError, match="trying its devices ends the process"):
+        settle_apart(job(provider={"name": "cuda", "devices": [0, 1]}), said.append)
+    assert said == []
+    allowed = {"name": "cuda", "devices": [0, 1], "allow_fallback": True}
+    fallback = settle_apart(job(provider=allowed), said.append)
+    assert fallback is not None
+    assert "ends the process" in fallback
+    assert "FALLING BACK TO THE CPU" in said[0]

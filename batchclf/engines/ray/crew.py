@@ -58,6 +58,8 @@ MAX_STILLBORN = 3
 """Workers that die before they are open, after which their node is done without."""
 NUM_AHEAD = 2
 """Ranges that a worker has at once: one at work, one that follows it."""
+MAX_FAILURES = 3
+"""Of workers on a node, one after the other with nothing done: then it is given up."""
 STOP_S = 3.8
 """How long workers may take to commit what is in flight, after a signal."""
 
@@ -81,6 +83,8 @@ class _Hand:
     actor: Any
     pace: Pace
     asked_at: float
+    is_first: bool
+    """One of those that the job began with."""
     is_open: bool = False
     lots: list[_Lot] = field(default_factory=list)
     calls: dict[Any, tuple[str, _Lot | None]] = field(default_factory=dict)
@@ -119,14 +123,18 @@ class RayCrew:
         """Ranges whose workers were lost."""
         self._lots: dict[int, _Lot] = {}
         """Ranges that are being done, by their first image."""
-        self._past: defaultdict[str, list[RunStats]] = defaultdict(list)
-        """Figures of workers that were lost, by their nodes."""
+        self._past: dict[str, RunStats] = {}
+        """Figures of all workers that were lost, by their nodes."""
+        self._failures: defaultdict[str, int] = defaultdict(int)
+        """Workers that failed one after the other, with nothing done, by their nodes."""
         self._stillborn: defaultdict[str, int] = defaultdict(int)
         """Workers that died before they were open, by their nodes."""
         self._said: set[str] = set()
         self._grown_at = 0.0
         self._looked_at = time.monotonic()
         self._has_begun = False
+        self._is_alone = False
+        """No worker is left, and that is said."""
         self._stack = ExitStack()
 
     def keep(self, stack: ExitStack) -> None:
@@ -266,7 +274,8 @@ class RayCrew:
             )
             .remote()
         )
-        hand = _Hand(node, actor, Pace(self._order.job.batch_size), time.monotonic())
+        pace = Pace(self._order.job.batch_size)
+        hand = _Hand(node, actor, pace, time.monotonic(), is_first=not self._has_begun)
         hand.calls[actor.hello.remote()] = ("hello", None)
         return hand
 
@@ -366,9 +375,11 @@ class RayCrew:
         if look is not None:
             hand.look = look
             for line in look.lines:
-                if self._has_begun or line not in self._said:  # what all say at the start, once
+                if not self._has_begun:  # what all say at the start, once
+                    if line in self._said:
+                        continue
                     self._said.add(line)
-                    self._order.log(f"node {hand.node.name}: {line}")
+                self._order.log(f"node {hand.node.name}: {line}")
 
     # ---- losing workers --------------------------------------------------------------------------
 
@@ -379,17 +390,21 @@ class RayCrew:
             BatchclfError: nor can the job go on then.
         """
         error = named(error, hand.node)
-        if not hand.is_open:
-            self._bad.add(hand.node.id)
-            may_go_on = self._engine.allow_fewer or self._has_begun
-            others = [one for one in self._hands if one.node.id not in self._bad]
-            if not may_go_on or not (others or self._has_begun):
-                raise error
-            self._order.log(f"going on without this node: {error}")
-            for one in [one for one in self._hands if one.node.id == hand.node.id]:
-                self._drop(one)
-            return
-        self._lose(hand, f"failed: {error}", error)
+        is_final = False
+        if hand.is_open:
+            self._lose(hand, f"failed: {error}", error)
+            self._failures[hand.node.id] += 1
+            if self._failures[hand.node.id] < MAX_FAILURES:
+                return
+        else:
+            is_final = hand.is_first and not self._engine.allow_fewer
+        self._bad.add(hand.node.id)
+        others = [one for one in self._hands if one.node.id not in self._bad]
+        if is_final or not (others or self._rooms()):
+            raise error
+        self._order.log(f"going on without this node: {error}")
+        for one in [one for one in self._hands if one.node.id == hand.node.id]:
+            self._give_up(one, "is given up with its node")
 
     def _is_gone(self, hand: _Hand, error: RayError) -> None:
         """Ray says that a worker is no more."""
@@ -413,6 +428,20 @@ class RayCrew:
         Raises:
             BatchclfError: one of them was lost too often.
         """
+        at_work = hand.lots[0] if hand.lots else None
+        self._give_up(hand, why)
+        if at_work is not None and not at_work.hands and at_work.range.first in self._lots:
+            at_work.num_lost += 1
+            if at_work.num_lost > self._engine.max_retries:
+                raise error or WorkerFailed(
+                    f"{at_work.range.name}: {at_work.num_lost} workers were lost with them, the "
+                    f"last on node {hand.node.name}; look at the nodes' logs, raise "
+                    "engine.max_retries, and run the same command to resume"
+                )
+        self._grown_at = 0.0
+
+    def _give_up(self, hand: _Hand, why: str) -> None:
+        """End a worker; whatever nobody else is at is to be done again."""
         lots = hand.lots
         self._drop(hand)
         again = [lot for lot in lots if not lot.hands and lot.range.first in self._lots]
@@ -420,23 +449,18 @@ class RayCrew:
             f"node {hand.node.name}: a worker {why}"
             + (f"; done elsewhere: {', '.join(lot.range.name for lot in again)}" if again else "")
         )
-        for lot in again:
-            lot.num_lost += 1
-            if lot.num_lost > self._engine.max_retries:
-                raise error or WorkerFailed(
-                    f"{lot.range.name}: {lot.num_lost} workers were lost with them, the last on "
-                    f"node {hand.node.name}; look at the nodes' logs, raise engine.max_retries, "
-                    "and run the same command to resume"
-                )
-            self._again.append(lot)
-        self._grown_at = 0.0
+        self._again.extend(again)
 
     def _drop(self, hand: _Hand) -> None:
         if hand not in self._hands:
             return
         self._hands.remove(hand)
         if hand.look is not None and hand.look.figures is not None:
-            self._past[hand.node.name].append(hand.look.figures)
+            # What it did counts, and how fast it was does so no more.
+            past = [replace(hand.look.figures, images_per_s=0.0)]
+            if (earlier := self._past.get(hand.node.name)) is not None:
+                past.append(earlier)
+            self._past[hand.node.name] = together(past)
         for lot in hand.lots:
             lot.hands.discard(hand)
         hand.lots = []
@@ -450,6 +474,11 @@ class RayCrew:
         self._has_begun = True
         stop = self._order.stop
         while stop.signal_number is None and (ranges.num_left or self._lots):
+            if self._hands:
+                self._is_alone = False
+            elif not self._is_alone:
+                self._is_alone = True
+                self._order.log("no node is left to work on; waiting for one to join")
             self._deal(ranges, folders)
             yield from self._handed_on(ranges)
             yield None
@@ -518,6 +547,7 @@ class RayCrew:
         if part is None:  # given up, as after a signal
             return None
         hand.pace.has_done(part.num_images)
+        self._failures[hand.node.id] = 0
         return part
 
     # ---- how they do -----------------------------------------------------------------------------
@@ -529,7 +559,7 @@ class RayCrew:
 
     def figures(self) -> Mapping[str, RunStats]:
         """As `Crew`."""
-        found = defaultdict(list, {name: list(past) for name, past in self._past.items()})
+        found = defaultdict(list, {name: [past] for name, past in self._past.items()})
         for hand in self._hands:
             if hand.look is not None and hand.look.figures is not None:
                 found[hand.node.name].append(hand.look.figures)

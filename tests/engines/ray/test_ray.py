@@ -20,6 +20,7 @@ from batchclf.runtime.providers import PROVIDERS, compiled_in
 from tests.conftest import Batchclf, read_records
 from tests.engines.common import (
     assert_as_undisturbed,
+    fault,
     finished,
     run_json,
     started,
@@ -165,6 +166,28 @@ def test_a_node_that_dies_is_done_without_and_one_that_joins_is_used(
         assert run.end() == 0, run.stderr
     assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
     assert len({line["node"] for line in node_lines(tmp_path / "out")}) in (2, 3)
+
+
+@BY_HAND
+def test_a_node_whose_workers_fail_at_their_work_is_given_up_and_the_others_go_on(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    program = """
+def change(module):
+    def write(self, records):
+        from batchclf.errors import EnvironmentFailed
+        raise EnvironmentFailed("the disk is full")
+    module.RecordWriter.write = write
+"""
+    node = ray_cluster.add(env=fault(tmp_path, program, "batchclf.results.writer"))
+    try:
+        code, said = finished(write_ray_job(tmp_path))
+    finally:
+        ray_cluster.remove(node)
+    assert code == 0, said
+    assert len(re.findall(r"a worker failed: node .*: the disk is full", said)) == 3
+    assert said.count("going on without this node") == 1
+    assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
 
 
 @BY_HAND
