@@ -181,7 +181,7 @@ def change(module):
 """
     node = ray_cluster.add(env=fault(tmp_path, program, "batchclf.results.writer"))
     try:
-        code, said = finished(write_ray_job(tmp_path))
+        code, said = finished(write_ray_job(tmp_path, 4000))
     finally:
         ray_cluster.remove(node)
     assert code == 0, said
