@@ -39,8 +39,6 @@ class Duty:
     placed: Path
     """Where it will be."""
     num_images: int
-    used: str | None = None
-    """As of `Wanted`."""
 
 
 class ServeReporter(Reporter):

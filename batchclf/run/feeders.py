@@ -1,6 +1,6 @@
 """A process for each GPU that decodes, infers and ranks; here their records are put in order.
 
-One interpreter handles about 25,000 images a second, however many GPUs there are. Each process is
+One interpreter handles only so many images a second, however many GPUs there are. Each process is
 dealt another batch as soon as it gives one back. A thread of its own hears what they say, whatever
 this process is at: one that nobody hears comes to stand still, and looks as if it hung.
 """

@@ -80,7 +80,7 @@ def _opened(duty: Duty, run: Run, task: Task, fallback: str | None) -> Work:
     plan, reporter = make_plan(run, task), run.reporter
     refs = evenly_spread(duty.listing.refs(), duty.listing.num_images)
     sample = Sample(task.job, plan.loader, refs, reporter.watch)
-    wanted = Wanted(task.job, task.model, plan.batch_size, sample, reporter.log, duty.used)
+    wanted = Wanted(task.job, task.model, plan.batch_size, sample, reporter.log)
     with explained(task, plan.batch_size):
         opened = open_devices(wanted, fallback)
     return Work(plan, opened, StatsCollector(cpu_seconds, peak_rss_mb), reporter, run.stop)

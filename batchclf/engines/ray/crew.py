@@ -175,7 +175,10 @@ class RayCrew:
             self._order.beat()
             list(self._turn())
             if not self._hands and not self._rooms():
-                raise EnvironmentFailed("engine: no node of the cluster is left to work on")
+                raise EnvironmentFailed(
+                    "engine: no node of the cluster is left to work on (see the lines above, and "
+                    "`ray status`); run the same command when there is one"
+                )
             if first_at is None and self._found:
                 first_at = time.monotonic()
         self.opened = opened_by_all([(node, opened) for node, opened, _ in self._found])
@@ -220,7 +223,6 @@ class RayCrew:
             listing=order.listing,
             placed=order.files.listing,
             num_images=order.num_images,
-            used=None,
             drafts=self.folders.drafts,
             token=self._token,
             answer="",

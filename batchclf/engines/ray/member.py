@@ -29,7 +29,6 @@ class Errand:
     listing: Any
     placed: Path
     num_images: int
-    used: str | None
     drafts: Path
     """A folder that the driver made, with a token in it."""
     token: str
@@ -67,7 +66,7 @@ class Member:
         bundle = open_bundle(_unpacked(packed, errand.digest))
         model = ResolvedModel(bundle, bundle.meta.labels, bundle.meta.preprocess)
         job = _suited(errand.job, errand.num_cpus, errand.num_gpus)
-        duty = Duty(job, model, errand.listing, errand.placed, errand.num_images, errand.used)
+        duty = Duty(job, model, errand.listing, errand.placed, errand.num_images)
         self._station = Station(duty)
         return self._station.opened()
 

@@ -33,10 +33,6 @@ class Pace:
         self._images_per_s = speed if before is None else (before + speed) / 2
         self._since = now
 
-    def seconds_for(self, num_images: int) -> float:
-        """How long it takes for so many; endless: nobody knows yet."""
-        return math.inf if self._images_per_s is None else num_images / self._images_per_s
-
     def size(self, num_left: int, num_workers: int) -> int:
         """Images of its next range, of all that nobody has."""
         if self._images_per_s is not None:
