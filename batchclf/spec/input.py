@@ -126,9 +126,21 @@ def _form(value: object) -> str:
     return "(places)" if isinstance(value, list | tuple) else "(place)"
 
 
-_PLACE_SCHEMA: dict[str, JsonValue] = {"type": "string", "minLength": 1}
+def _place_schema(schemes: tuple[str, ...]) -> dict[str, JsonValue]:
+    """A path, or an address of one of these schemes or of a file."""
+    known = f"({'|'.join(schemes)}|[Ff][Ii][Ll][Ee])://"
+    return {
+        "type": "string",
+        "minLength": 1,
+        "pattern": f"^({known}|(?![A-Za-z][A-Za-z0-9+.\\-]*://))",
+    }
+
+
+_PLACE_SCHEMA = _place_schema(SCHEMES)
 _Place = Annotated[Path | str, BeforeValidator(_as_place), WithJsonSchema(_PLACE_SCHEMA)]
-OutputSpec = Annotated[Path | str, BeforeValidator(_as_output), WithJsonSchema(_PLACE_SCHEMA)]
+OutputSpec = Annotated[
+    Path | str, BeforeValidator(_as_output), WithJsonSchema(_place_schema(BUCKETS))
+]
 _SEVERAL_SCHEMA: dict[str, JsonValue] = {
     "type": "array",
     "items": _PLACE_SCHEMA,

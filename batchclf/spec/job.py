@@ -28,7 +28,7 @@ from batchclf.results.records import (
     Precision,
     SixteenBit,
 )
-from batchclf.spec.input import InputSpec, OutputSpec, as_path, can_name_a_file
+from batchclf.spec.input import BUCKETS, InputSpec, OutputSpec, as_path, can_name_a_file
 
 MAX_INTEGER = 2**53
 """Largest whole number that every reader of JSON keeps, so the largest that run.json holds."""
@@ -500,8 +500,12 @@ def _workers(value: object) -> object:
     )
 
 
+_ADDRESS = r"^(auto|local|(ray://)?[a-zA-Z0-9_.\-\[\]:]+:[0-9]{1,5})$"
+"""In the words that Python and the JSON Schema's ECMAScript share."""
+
+
 def _address(value: str) -> str:
-    if value in ("auto", "local") or re.fullmatch(r"(ray://)?[\w.\-\[\]:]+:\d{1,5}", value):
+    if re.fullmatch(_ADDRESS, value):
         return value
     raise PydanticCustomError("ray_address", "`auto`, `local`, HOST:PORT or ray://HOST:PORT")
 
@@ -526,7 +530,11 @@ class EngineSpec(_Spec):
     )
 
     name: Literal["local", "ray"]
-    address: Annotated[str, AfterValidator(_address)] = Field(
+    address: Annotated[
+        str,
+        AfterValidator(_address),
+        WithJsonSchema({"type": "string", "pattern": _ADDRESS}),
+    ] = Field(
         "auto",
         description="ray only: auto: the cluster that this machine is of; local: one of this "
         "machine alone, for this job; HOST:PORT of its head; ray://HOST:PORT of Ray's client.",
@@ -575,6 +583,28 @@ class EngineSpec(_Spec):
 
 class JobSpec(_Spec):
     """One job: classify the images of `input` with `model` and write records to `output`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={  # what `_suits_ray` says
+            "if": {
+                "required": ["engine"],
+                "properties": {
+                    "engine": {
+                        "anyOf": [
+                            {"const": "ray"},
+                            {"required": ["name"], "properties": {"name": {"const": "ray"}}},
+                        ]
+                    }
+                },
+            },
+            "then": {
+                "properties": {
+                    "output": {"not": {"pattern": f"^({'|'.join(BUCKETS)})://"}},
+                    "provider": {"properties": {"devices": {"type": "null"}}},
+                }
+            },
+        }
+    )
 
     input: InputSpec = Field(
         description="Folder (walked recursively), one image, glob, .txt or .jsonl list, `-` (a "

@@ -813,7 +813,47 @@ def test_the_schema_takes_and_refuses_what_the_command_does(
 
 
 @pytest.mark.parametrize(
-    "kind", ["two models", "no model", "weights with onnx", "device of the cpu"]
+    ("where", "value"),
+    [
+        ("input", "ftp://host/photos"),
+        ("output", "https://host/out"),
+        ("engine", {"name": "ray", "address": ""}),
+        ("engine", {"name": "ray", "address": "head"}),
+    ],
+)
+def test_the_schema_and_the_command_refuse_the_same_addresses(
+    tmp_path: Path, schema: Schema, where: str, value: object
+) -> None:
+    job = {**MINIMAL, where: value}
+    assert isinstance(outcome(write(tmp_path, json.dumps(plain(job)))), str)
+    assert schema.errors(plain(job))
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("input", "file:///photos"),
+        ("input", ["photos", "https://host/photos.tar"]),
+        ("output", "s3://bucket/out"),
+        ("output", "a:b"),
+        ("engine", {"name": "ray", "address": "ray://head-1.example:10001"}),
+        ("engine", {"name": "ray", "address": "[::1]:6379"}),
+    ],
+)
+def test_the_schema_and_the_command_take_the_same_addresses(
+    tmp_path: Path, schema: Schema, where: str, value: object
+) -> None:
+    job = {**MINIMAL, where: value}
+    assert not isinstance(outcome(write(tmp_path, json.dumps(plain(job)))), str)
+    assert schema.errors(plain(job)) == []
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("two models", "no model", "weights with onnx", "device of the cpu"),
+        *("GPUs that Ray deals out", "a bucket that Ray's workers do not write to"),
+    ],
 )
 def test_the_schema_refuses_keys_that_do_not_go_together(schema: Schema, kind: str) -> None:
     content, _ = WRONG_FILES[kind]
