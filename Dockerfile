@@ -1,4 +1,4 @@
-# Three images, one target each: cpu, gpu, openvino. How to build and run them: README.md.
+# Three images, one target each: cpu, gpu, openvino. How to build and run them: docs/containers.md.
 
 # A Debian image with Python 3.11 or later and its venv module.
 ARG PYTHON_IMAGE=python:3.12-slim

@@ -1,6 +1,6 @@
 """Export one model of each of timm's families and measure how near ONNX Runtime is to PyTorch.
 
-    python -m tests.sweep_timm --output batchclf/models/TIMM.md
+    python -m tests.sweep_timm --output docs/reference/timm.md
 
 A family is a module of timm's; of each the model is taken whose name promises to be the smallest.
 `tests/sweep.py` says how; all families take about an hour on two cores.
@@ -40,7 +40,7 @@ TIMM = Swept(
     prefix="timm/",
     names=families,
     what="A model of each of timm's families",
-    page="batchclf/models/TIMM.md",
+    page="docs/reference/timm.md",
 )
 
 if __name__ == "__main__":

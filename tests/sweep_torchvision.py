@@ -1,6 +1,6 @@
 """Export every torchvision classification model and measure how near ONNX Runtime is to PyTorch.
 
-    python -m tests.sweep_torchvision --output batchclf/models/TORCHVISION.md
+    python -m tests.sweep_torchvision --output docs/reference/torchvision.md
 
 Small models first; `tests/sweep.py` says how. All 80 models take about an hour on two cores, and
 the largest about 10 GB of memory.
@@ -20,7 +20,7 @@ TORCHVISION = Swept(
     prefix="",
     names=lambda: sorted(zoo.list_models(module=zoo), key=_num_params),
     what="torchvision's classification models",
-    page="batchclf/models/TORCHVISION.md",
+    page="docs/reference/torchvision.md",
 )
 
 if __name__ == "__main__":

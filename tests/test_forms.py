@@ -1,4 +1,4 @@
-"""Each form of an input that the README and `init` show, run as it stands there."""
+"""Each form of an input that the guide and `init` show, run as it stands there."""
 
 import http.server
 import re
@@ -17,8 +17,8 @@ from tests.buckets import Server, running_server
 from tests.conftest import ROOT, Batchclf, command, read_records
 from tests.tiny import DIGITS, tiny_model
 
-README = (ROOT / "README.md").read_text()
-FORMS = re.findall(r"^input: (.+?)(?:  +#.*)?$", README.partition("## Where images lie")[2], re.M)
+GUIDE = (ROOT / "docs" / "images.md").read_text()
+FORMS = re.findall(r"^input: (.+?)(?:  +#.*)?$", GUIDE, re.M)
 SITE = "https://example.org"
 
 

@@ -1,4 +1,4 @@
-"""The README's models of one's own: each as its library makes it, run as it stands there."""
+"""The guide's models of one's own: each as its library makes it, run as it stands there."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -17,7 +17,12 @@ zoo = pytest.importorskip("torchvision.models")
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
 
-SECTION = (ROOT / "README.md").read_text().partition("## Your own model")[2].partition("\n## ")[0]
+SECTION = (
+    (ROOT / "docs" / "models.md")
+    .read_text()
+    .partition("## Your own model")[2]
+    .partition("\n## ")[0]
+)
 TRAINED, ONNX, TIMM, TRANSFORMERS = re.findall(r"```yaml\n(.*?)```", SECTION, re.DOTALL)
 PHOTOS = sorted((ROOT / "samples" / "photos").iterdir())
 FLOWERS = ("daisy", "rose", "tulip", "iris", "poppy")
@@ -105,7 +110,7 @@ def trained_with_transformers(folder: Path) -> Answer:
     ],
     ids=["fine-tuned", "ONNX", "timm", "transformers"],
 )
-def test_a_model_of_ones_own_runs_as_the_readme_says_and_gives_its_librarys_scores(
+def test_a_model_of_ones_own_runs_as_the_guide_says_and_gives_its_librarys_scores(
     block: str, train: Callable[[Path], Answer], batchclf: Batchclf, tmp_path: Path
 ) -> None:
     answer = train(tmp_path)

@@ -359,9 +359,10 @@ def test_the_command_says_what_it_wrote(out: Path, tmp_path: Path, batchclf: Bat
     assert refused.json["error"] == "--copy: goes with --to folders, not with --to csv"
 
 
+GUIDE = (ROOT / "docs" / "results.md").read_text()
 ONE_LINERS = [
     line
-    for block in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for block in re.findall(r"```sh\n(.*?)```", GUIDE, re.DOTALL)
     for line in block.splitlines()
     if line.startswith(("batchclf convert", "python -c", "jq"))
 ]
@@ -373,7 +374,7 @@ EXPECTED = {
 }
 
 
-def test_the_one_liners_of_the_readme_run_as_they_stand(out: Path, tmp_path: Path) -> None:
+def test_the_one_liners_of_the_guide_run_as_they_stand(out: Path, tmp_path: Path) -> None:
     shutil.copytree(out, tmp_path / "runs" / "night")
     assert len(ONE_LINERS) == 5
     absent = []

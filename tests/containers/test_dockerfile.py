@@ -20,7 +20,7 @@ TARGETS = {"cpu": "onnxruntime", "gpu": "onnxruntime-gpu", "openvino": "onnxrunt
 EXTRAS = {"cpu": ("cpu",), "gpu": ("gpu",), "openvino": ("openvino",), "export": ("cpu", "export")}
 """Each file of pinned requirements, and the extras of setup.cfg that it pins."""
 PYTHONS = ("3.11", "3.12", "3.13")
-README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "docs" / "containers.md").read_text()
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +177,7 @@ def test_what_is_written_goes_to_volumes_that_any_user_can_write_to(target: str)
     image, found = whole(target), environment(target)
     assert image.of("VOLUME") == ["/cache /tmp"]
     assert (found["BATCHCLF_CACHE_DIR"], found["HOME"]) == ("/cache", "/tmp")
-    assert "The model cache is the volume /cache." in " ".join(README.split())
+    assert "The model cache is the volume /cache." in " ".join(GUIDE.split())
     words = [word for word, _ in image.steps]
     made = ["mkdir --mode=1777 /cache" in rest for _, rest in image.steps]
     assert made.index(True) < words.index("VOLUME"), "later changes would be lost"

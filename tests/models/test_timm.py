@@ -39,8 +39,8 @@ from tests import sweep  # noqa: E402
 from tests.sweep import Row, Swept  # noqa: E402
 
 __all__ = ["fake_hub_cache"]
-SWEPT = Swept("timm", "timm/", list, "Some of timm's models", "TIMM.md")
-SWEPT_PAGE = "batchclf/models/TIMM.md"
+SWEPT = Swept("timm", "timm/", list, "Some of timm's models", "timm.md")
+SWEPT_PAGE = "docs/reference/timm.md"
 MAX_EXPORT_S = 60.0
 """As it took when the table was made."""
 SMALL = "test_vit"
@@ -140,7 +140,7 @@ def test_photos_get_the_answers_of_timm_with_its_own_transforms(name: str, tmp_p
 
 
 def quick_families() -> list[str]:
-    """A model of each family that TIMM.md says matches, but for those that export for long."""
+    """A model of each family that timm.md says matches, but for those that export for long."""
     page = (ROOT / SWEPT_PAGE).read_text()
     rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines()]
     return [
@@ -285,13 +285,13 @@ def test_a_sweep_keeps_the_rows_of_its_page_that_it_did_not_measure() -> None:
 
 
 def test_the_page_of_timms_models_and_the_readme_give_the_counts_of_its_table() -> None:
-    kept = (ROOT / "batchclf" / "models" / "TIMM.md").read_text()
+    kept = (ROOT / SWEPT_PAGE).read_text()
     rows = [line.split(" | ") for line in kept.splitlines() if line.startswith("| ")][1:]
     families = [cells for cells in rows if not cells[0].endswith(sweep.AS_BUILT)]
     accepted = sum(cells[2].startswith(sweep.MATCHES) for cells in families)
     assert re.search(rf"^{accepted} of (the )?\d+ models ", kept, re.M)
     readme = (ROOT / "README.md").read_text()
-    assert f"[{accepted} of its {len(families)} families](batchclf/models/TIMM.md)" in readme
+    assert f"[{accepted} of its {len(families)} families](docs/reference/timm.md)" in readme
 
 
 # ---- the download --------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Every command of the README works as it stands there."""
+"""Every command, job and key of the README and of the guide works as it stands there."""
 
 import importlib
 import os
@@ -10,33 +10,48 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
+from batchclf import errors
 from batchclf.cli import COMMANDS
 from batchclf.errors import JobFileError
+from batchclf.results.codes import ERROR_CODES, WARNING_CODES
 from batchclf.runtime.providers import installed_flavours
 from batchclf.spec.file import load_job, parse_set
 from batchclf.spec.job import JobSpec
+from batchclf.system.interrupt import SIGNALS
 from tests.conftest import JOBS, ROOT, Batchclf
 from tests.run.test_keys import keys_of
 
 README = (ROOT / "README.md").read_text()
+DOCS = ROOT / "docs"
+PAGES = {"README.md": README} | {
+    page.relative_to(ROOT).as_posix(): page.read_text() for page in sorted(DOCS.rglob("*.md"))
+}
+WHOLE = "\n".join(PAGES.values())
 CONSOLE = [
     line
     for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
 ]
-PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
+PROSE = re.sub(r"^```.*?^```$", "", WHOLE, flags=re.DOTALL | re.MULTILINE)
 SPANS = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", PROSE)]
-INLINE = [span for span in SPANS if span.startswith("batchclf ")]
+INLINE = list(dict.fromkeys(span for span in SPANS if span.startswith("batchclf ")))
+BLOCKS = {
+    f"{page} {number}": block
+    for page, text in PAGES.items()
+    if page not in ("docs/images.md", "docs/models.md")  # run by test_forms.py, test_own_model.py
+    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
+}
 TUNE = [command for command in INLINE if command.startswith("batchclf tune ")]
 TAKES_A_JOB = ("run", "validate", "export", "verify", "tune")
 RANDOM_WEIGHTS = ("--set", "model.weights=none", "--set", "model.name=resnet18")
 """In place of a download."""
 
 
-def test_the_quick_start_is_two_lines_that_ci_runs() -> None:
+def test_the_quick_start_is_three_lines_that_ci_runs() -> None:
     lines = [line for line in CONSOLE if line.startswith("python3 -m venv ")]
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert [line for line in CONSOLE if not line.startswith("batchclf ")] == lines
     assert "grep '^python3 -m venv ' \"$root/README.md\"" in (ROOT / ".ci" / "run").read_text()
 
@@ -49,7 +64,7 @@ def test_the_quick_start_is_two_lines_that_ci_runs() -> None:
     ],
     ids=["console", "inline"],
 )
-def test_the_commands_of_the_readme_run_as_they_stand(
+def test_the_commands_of_the_pages_run_as_they_stand(
     commands: list[str], batchclf: Batchclf, tmp_path: Path
 ) -> None:
     shutil.copytree(ROOT / "samples" / "photos", tmp_path / "photos")
@@ -66,7 +81,7 @@ def test_the_commands_of_the_readme_run_as_they_stand(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", TUNE)
-def test_the_tuning_of_the_readme_runs_as_it_stands(
+def test_the_tuning_of_the_pages_runs_as_it_stands(
     command: str, batchclf: Batchclf, tmp_path: Path
 ) -> None:
     shutil.copytree(ROOT / "samples" / "photos", tmp_path / "photos")
@@ -156,8 +171,8 @@ def test_every_key_in_the_prose_is_one() -> None:
     assert set(keys_in(PROSE)) <= set(keys_of(JobSpec))
 
 
-def test_the_program_of_the_readme_runs_as_it_stands(batchclf: Batchclf, tmp_path: Path) -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_program_of_the_guide_runs_as_it_stands(batchclf: Batchclf, tmp_path: Path) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", WHOLE, re.DOTALL)
     shutil.copytree(ROOT / "samples" / "photos", tmp_path / "photos")
     assert batchclf("init", "job.yaml", "-i", "photos", cwd=tmp_path).exit_code == 0
     job = tmp_path / "job.yaml"
@@ -183,8 +198,72 @@ def test_the_program_of_the_readme_runs_as_it_stands(batchclf: Batchclf, tmp_pat
 def test_every_link_of_the_readme_leads_somewhere() -> None:
     for target in re.findall(r"\]\(([^)]+)\)", README):
         file, _, heading = target.partition("#")
-        assert not file or (ROOT / file).exists(), target
-        assert not heading or f"\n## {heading.replace('-', ' ')}\n" in README.lower(), target
+        assert (ROOT / file).exists(), target
+        assert not heading or heading in headings(ROOT / file), target
+
+
+def headings(page: Path) -> set[str]:
+    """What links to the sections of a page end with."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in found}
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_job_of_the_guide_is_one(block: str) -> None:
+    whole = {"input": "photos", "output": "results", "model": {"name": "resnet18"}}
+    job = JobSpec.model_validate({**whole, **yaml.safe_load(BLOCKS[block])})
+    assert job.input
+
+
+# ---- the site ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("mkdocs")
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return folder
+
+
+def test_the_site_has_every_page_and_asks_no_other_server(site: Path) -> None:
+    pages = [page.relative_to(DOCS).with_suffix("") for page in DOCS.rglob("*.md")]
+    for page in pages:
+        built = (site / ("" if page.name == "index" else page) / "index.html").read_text()
+        loaded = re.findall(r"<(?:script|img|iframe)[^>]* src=[\"']?([^\"' >]+)", built)
+        loaded += re.findall(r"<link[^>]* rel=[\"']?stylesheet[^>]* href=[\"']?([^\"' >]+)", built)
+        assert loaded
+        assert [one for one in loaded if "//" in one] == [], page
+
+
+def test_the_site_lists_every_key_and_every_code(site: Path) -> None:
+    keys = (site / "reference" / "job" / "index.html").read_text()
+    assert [key for key in keys_of(JobSpec) if f"<code>{key}</code>" not in keys] == []
+    codes = (site / "reference" / "codes" / "index.html").read_text()
+    shown = [*ERROR_CODES, *WARNING_CODES, "loader.max_seconds"]
+    assert [code for code in shown if f"<code>{code}</code>" not in codes] == []
+
+
+def test_the_site_lists_every_exit_code() -> None:
+    table = (DOCS / "reference" / "codes.md").read_text().partition("## Exit codes")[2]
+    rows = re.findall(r"^\| ([\d, ]+) \|", table, re.M)
+    told = {int(code) for row in rows for code in row.split(",")}
+    kinds = [one for one in vars(errors).values() if isinstance(one, type)]
+    own = {one.exit_code for one in kinds if issubclass(one, errors.BatchclfError)}
+    assert told == {0, *own, *(128 + number for number in SIGNALS)}
 
 
 def test_every_command_has_help_and_an_example_or_needs_none(batchclf: Batchclf) -> None:

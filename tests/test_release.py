@@ -1,0 +1,54 @@
+"""What a release is made of: workflows and forms as GitHub takes them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+GITHUB = ROOT / ".github"
+SCHEMAS = {"workflows": "vendor.github-workflows", "CITATION.cff": "vendor.citation-file-format"}
+
+
+@pytest.mark.parametrize("kind", SCHEMAS)
+def test_a_file_for_github_is_of_its_published_schema(kind: str) -> None:
+    pytest.importorskip("check_jsonschema")
+    found = GITHUB / kind
+    files = sorted(found.glob("*.yml")) if found.is_dir() else [found]
+    assert files
+    done = subprocess.run(
+        [sys.executable, "-m", "check_jsonschema", "--builtin-schema", SCHEMAS[kind], *files],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_release_builds_every_image_of_the_dockerfile() -> None:
+    workflow = yaml.safe_load((GITHUB / "workflows" / "release.yml").read_text())
+    targets = workflow["jobs"]["images"]["strategy"]["matrix"]["target"]
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert set(targets) <= set(re.findall(r"^FROM .+ AS ([a-z]+)$", dockerfile, re.M))
+    assert set(targets) == {"cpu", "gpu", "openvino"}
+
+
+@pytest.mark.parametrize(
+    "form", sorted((GITHUB / "ISSUE_TEMPLATE").glob("[!c]*.yml")), ids=lambda form: str(form.name)
+)
+def test_a_form_asks_for_what_is_needed(form: Path) -> None:
+    asked = yaml.safe_load(form.read_text())
+    assert asked["name"]
+    assert asked["description"]
+    ids = [one["id"] for one in asked["body"]]
+    assert len(set(ids)) == len(ids) > 0
+
+
+@pytest.mark.parametrize("page", sorted(GITHUB.glob("*.md")), ids=lambda page: str(page.name))
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        assert (page.parent / target.partition("#")[0]).exists(), target
