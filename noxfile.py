@@ -9,7 +9,11 @@ import nox
 SAME_EVERYWHERE = (
     *("tests/images", "tests/results", "tests/benchmarks", "tests/models", "tests/spec"),
     *("tests/system", "tests/faults", "tests/engines", "tests/commands/test_paths.py"),
-    "tests/commands/test_convert.py",
+    *("tests/commands/test_convert.py", "tests/commands/test_merge.py"),
+    *("tests/commands/test_status.py", "tests/run/test_ranges.py", "tests/run/test_keys.py"),
+    *("tests/run/test_feeders.py", "tests/sessions/test_devices.py", "tests/runtime/test_cuda.py"),
+    *("tests/runtime/test_machine_code.py", "tests/runtime/test_ranking.py"),
+    *("tests/containers", "tests/clusters", "tests/test_docs.py", "tests/test_release.py"),
     *("tests/test_quality.py", "tests/test_house.py", "tests/test_security.py"),
     *("tests/test_library.py", "tests/test_without_torch.py", "tests/test_own_model.py"),
     "tests/test_forms.py",

@@ -1,7 +1,7 @@
 """MkDocs calls this while it builds: tables that the code knows take the place of their marks."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -21,7 +21,7 @@ _IN_WORDS = {
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """A page with its marks filled in."""
-    tables = {
+    tables: dict[str, Callable[[], str]] = {
         "<!-- keys -->": keys,
         "<!-- errors -->": lambda: codes(ERROR_CODES),
         "<!-- warnings -->": lambda: codes(WARNING_CODES),
@@ -96,7 +96,7 @@ def _values(value: Schema, schema: Schema) -> str:
         return "a mapping"
     if "const" in value or "enum" in value:
         return ", ".join(f"`{one}`" for one in value.get("enum", [value.get("const")]))
-    kind = value.get("type", "any")
+    kind = str(value.get("type", "any"))
     if kind in ("integer", "number"):
         return _numbers(value, "whole number" if kind == "integer" else "number")
     if kind == "array":

@@ -30,6 +30,9 @@ JOBS = [path for path in sorted((ROOT / "jobs").glob("*.yaml")) if "\ninput: " i
 ONLY_IN_CI = pytest.mark.skipif(
     not os.environ.get("CI"), reason="5 to 60 s each: set CI=1 to export one model of each family"
 )
+BY_HAND = pytest.mark.skipif(
+    not os.environ.get("CI"), reason="20 to 60 s each beside the others: set CI=1 to run them, too"
+)
 PHOTOS = DATA / "imagenet_samples"
 ODD_IMAGES = DATA / "odd_images"
 MOBILENET_WEIGHTS = DATA / "weights" / "mobilenet_v2_from_EdgeFlow_int8_static.pth"

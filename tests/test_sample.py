@@ -1,8 +1,10 @@
-"""The embedded example: real handwritten digits through the whole path."""
+"""The embedded example, real handwritten digits through the whole path, and the other job files."""
 
 from pathlib import Path
 
-from tests.conftest import ROOT, Batchclf, read_records
+from batchclf.runtime.providers import installed_flavours
+from batchclf.spec.file import load_job
+from tests.conftest import JOBS, ROOT, Batchclf, read_records
 
 
 def test_the_sample_job_reads_at_least_97_percent_of_the_digits_right(
@@ -17,3 +19,10 @@ def test_the_sample_job_reads_at_least_97_percent_of_the_digits_right(
     assert len(records) == 300
     assert right / len(records) >= 0.97
     assert done.json["num_images"] == done.json["num_ok"] == 300
+
+
+def test_every_shipped_job_file_validates(batchclf: Batchclf) -> None:
+    works = {"cpu", "openvino"} if "onnxruntime-openvino" in installed_flavours() else {"cpu"}
+    for job in JOBS:
+        done = batchclf("validate", job)
+        assert done.exit_code == (0 if load_job(job).provider.name in works else 4), done.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import BY_HAND, ROOT
 from tests.faults import bad_input, calls, disks, kill, listing, power, processes, signals
 from tests.faults.report import Options, Report
 
@@ -89,16 +89,19 @@ def test_a_signal_stops_a_job_that_is_the_first_process(tmp_path: Path) -> None:
     passed(partial(signals.as_pid_1, num_images=1_000), tmp_path, 2)
 
 
+@BY_HAND
 def test_a_worker_that_stands_still_is_replaced(tmp_path: Path) -> None:
     report = passed(partial(processes.stall, num_images=3_000), tmp_path, 1)
     assert report.figures["num_stops"] == 1
 
 
+@BY_HAND
 def test_a_second_job_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
     report = passed(partial(processes.locks, num_images=48_000), tmp_path, 1)
     assert report.figures["num_taken_over"] == 1
 
 
+@BY_HAND
 @needs_gcc
 def test_shards_that_start_at_once_are_one_job(tmp_path: Path) -> None:
     report = passed(partial(listing.listing, num_images=300, max_shards=3), tmp_path, 4)

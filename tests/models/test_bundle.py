@@ -30,7 +30,7 @@ from batchclf.models.resolve import ResolvedModel, check_model, confirm_batch_si
 from batchclf.results.records import Preprocess
 from batchclf.runtime.classifier import open_classifier, open_reference
 from batchclf.spec.job import ModelSpec
-from tests.conftest import ROOT, Batchclf, command, read_records, write_job
+from tests.conftest import BY_HAND, ROOT, Batchclf, command, read_records, write_job
 from tests.models.onnx_models import PREPROCESS, Classifier, save
 from tests.tiny import CPU
 
@@ -507,7 +507,7 @@ cached_bundle({"a": 1}, build_fake, print)
 """
 
 
-@pytest.mark.parametrize("start", ["empty", "damaged"])
+@pytest.mark.parametrize("start", [pytest.param("empty", marks=BY_HAND), "damaged"])
 def test_killed_at_any_step_of_writing_the_cache_holds_a_whole_bundle_or_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
 ) -> None:

@@ -23,7 +23,7 @@ from batchclf.errors import ModelError, WeightsUnavailable
 from batchclf.models.resolve import resolve_model
 from batchclf.runtime.classifier import open_reference
 from batchclf.spec.job import ModelSpec
-from tests.conftest import DATA, DIGITS_MODEL, MOBILENET_WEIGHTS, Batchclf, data, write_job
+from tests.conftest import BY_HAND, DATA, DIGITS_MODEL, MOBILENET_WEIGHTS, Batchclf, data, write_job
 from tests.engines.common import fault, finished, started
 from tests.models.loopback import Answer, Request, serving
 
@@ -714,6 +714,7 @@ def test_a_download_that_stalls_is_given_up_in_time(tmp_path: Path, begun: bool)
     assert files_under(tmp_path / "one" / "torch") == files_under(tmp_path / "one" / "cache") == []
 
 
+@BY_HAND
 def test_a_download_and_a_wait_for_it_may_take_longer_than_a_stall(tmp_path: Path) -> None:
     body, name = weights_file()
 

@@ -15,7 +15,7 @@ from PIL import Image
 from batchclf.results.identity import as_written
 from batchclf.results.stats import Summary
 from batchclf.spec.options import RunOptions
-from tests.conftest import ROOT, command
+from tests.conftest import BY_HAND, ROOT, command
 from tests.links import link_images
 from tests.tiny import link_digits, run_here, write_tiny_job
 
@@ -48,6 +48,7 @@ def test_12_megapixel_photos_and_a_small_model_wait_for_decoding(tmp_path: Path)
     assert_is(run_here(job).summary, "decode")
 
 
+@BY_HAND
 def test_small_photos_and_resnet50_wait_for_inference(tmp_path: Path) -> None:
     pytest.importorskip("torchvision", reason="ResNet-50 is exported by torch")
     photos = link_images(noisy_photo(tmp_path / "photo", 64, 64), tmp_path / "photos", 48)

@@ -49,7 +49,7 @@ from batchclf.tuning.search import (
     ranked,
     summarise,
 )
-from tests.conftest import JOBS, ROOT, Batchclf, read_records, write_job
+from tests.conftest import BY_HAND, JOBS, ROOT, Batchclf, read_records, write_job
 from tests.tiny import link_digits, write_classifier, write_tiny_job
 
 HERE = "openvino" if "onnxruntime-openvino" in installed_flavours() else "cpu"
@@ -308,6 +308,7 @@ main(sys.argv[1:])
 """
 
 
+@BY_HAND
 @pytest.mark.skipif(HERE != "cpu", reason="OpenVINO reserves memory that it does not use")
 def test_a_batch_that_does_not_fit_into_memory_is_too_large(
     batchclf: Batchclf, tmp_path: Path
