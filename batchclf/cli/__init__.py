@@ -27,6 +27,7 @@ COMMANDS = {
     "validate": "Check a job without running it: spec, provider, model, images.",
     "status": "Tell how far a job is, also while it runs elsewhere.",
     "merge": "Join the shards of a job into one.",
+    "report": "Show a job on one HTML page: speed, classes, pictures, errors.",
     "score": "Compare a job's predictions with true labels.",
     "convert": "Write a job's records as CSV or Parquet, or its images into folders.",
     "export": "Write a job's model bundle, to run it where torch is not installed.",

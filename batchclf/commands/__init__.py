@@ -1,1 +1,1 @@
-"""What people do around a run: doctor, export, validate, verify, status, merge, convert."""
+"""What people do around a run: doctor, export, validate, verify, status, merge, convert, report."""

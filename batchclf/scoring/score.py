@@ -1,12 +1,12 @@
 """A job's predictions compared with true labels."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from batchclf.errors import UsageError
-from batchclf.results.output import Output, open_output
+from batchclf.results.output import Line, Output, open_output
 from batchclf.results.records import Entry
 from batchclf.scoring.classes import Classes, How, Match, Name, Namer, NoMatch, classes_of
 from batchclf.scoring.figures import DEPTH, Figures, Tally
@@ -68,24 +68,62 @@ def score_output(output: Path, truth: str, *, allow_unmatched: bool = False) -> 
         UsageError: there are such images and they are not to be left out, or no others.
         BatchclfError: the output or the truth is not there, or cannot be read.
     """
-    found = open_output(output)
-    source, classes = open_truth(truth, found), classes_of(found)
-    depth = min(DEPTH, found.record.fingerprint.top_k)
-    counted = _Counted(Namer(classes), Tally(depth))
-    counted.add_all(found, source)
-    left_out = list(counted.left_out())
-    if not counted.tally.cells or (left_out and not allow_unmatched):
-        raise UsageError(_refusal(source, classes, counted, left_out))
-    return Score(
-        output=str(output),
-        truth=source.told,
-        labels=classes.origin,
-        num_images=found.listing.num_images,
-        num_done=counted.num_done,
-        left_out=left_out,
-        names=list(counted.names()),
-        figures=counted.tally.figures(classes.labels),
-    )
+    scoring = Scoring(open_output(output), truth)
+    for _ in scoring.lines():
+        pass
+    return scoring.score(allow_unmatched=allow_unmatched)
+
+
+class Scoring:
+    """Compares a job's records with true labels while somebody reads them."""
+
+    def __init__(self, output: Output, truth: str) -> None:
+        """As `score_output`.
+
+        Raises:
+            BatchclfError: the truth is not there, or cannot be read.
+        """
+        self._output = output
+        self._source = open_truth(truth, output)
+        self._classes = classes_of(output)
+        depth = min(DEPTH, output.record.fingerprint.top_k)
+        self._counted = _Counted(Namer(self._classes), Tally(depth))
+
+    @property
+    def labels(self) -> Mapping[int, str]:
+        """Of the model's classes, as far as they are known, by their index."""
+        return self._classes.labels
+
+    def lines(self) -> Iterator[tuple[Entry, Line, int | None]]:
+        """Each image with a record, that record, and the index of its true class, if it has one.
+
+        Raises:
+            EnvironmentFailed: the records cannot be read, or are not those of the images.
+        """
+        for some in chunks(self._output.lines()):
+            names = self._source.of([entry for entry, _ in some])
+            yield from self._counted.add(some, names)
+
+    def score(self, *, allow_unmatched: bool = False) -> Score:
+        """What the records read so far come to.
+
+        Raises:
+            UsageError: as `score_output`.
+        """
+        source, classes, counted = self._source, self._classes, self._counted
+        left_out = list(counted.left_out())
+        if not counted.tally.cells or (left_out and not allow_unmatched):
+            raise UsageError(_refusal(source, classes, counted, left_out))
+        return Score(
+            output=str(self._output.folder),
+            truth=source.told,
+            labels=classes.origin,
+            num_images=self._output.listing.num_images,
+            num_done=counted.num_done,
+            left_out=left_out,
+            names=list(counted.names()),
+            figures=counted.tally.figures(classes.labels),
+        )
 
 
 @dataclass(slots=True)
@@ -99,19 +137,20 @@ class _Counted:
     examples: dict[Name | Missing, bytes] = field(default_factory=dict)
     """The first image with each name that has no class."""
 
-    def add_all(self, output: Output, truth: Truth) -> None:
-        """Count the records of a job."""
-        for some in chunks(output.lines()):
-            entries: list[Entry] = [entry for entry, _ in some]
-            names = truth.of(entries)
-            self.num_done += len(some)
-            self.num_of.update(names)
-            for (entry, line), name in zip(some, names, strict=True):
-                match = None if isinstance(name, str) else self.namer(name)
-                if isinstance(match, Match):
-                    self.tally.add(match.index, line)
-                else:
-                    self.examples.setdefault(name, entry.path)
+    def add(
+        self, some: Sequence[tuple[Entry, Line]], names: Sequence[Name | Missing]
+    ) -> Iterator[tuple[Entry, Line, int | None]]:
+        """Count records of images with these true labels."""
+        self.num_done += len(some)
+        self.num_of.update(names)
+        for (entry, line), name in zip(some, names, strict=True):
+            match = None if isinstance(name, str) else self.namer(name)
+            if isinstance(match, Match):
+                self.tally.add(match.index, line)
+                yield entry, line, match.index
+            else:
+                self.examples.setdefault(name, entry.path)
+                yield entry, line, None
 
     def names(self) -> Iterator[NameFound]:
         """The names that have a class."""

@@ -37,7 +37,7 @@ def replaced(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise EnvironmentFailed(
             f"{target}: cannot be written: {reason(error)}; nothing is there, or what was there "
-            "before; mend it and convert again"
+            "before; mend it and run the same command again"
         ) from error
 
 
