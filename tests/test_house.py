@@ -59,6 +59,8 @@ OUTSIDE = {
     "urllib3": ("images/web.py",),
     "matplotlib": ("tuning/plot.py", "commands/report/charts.py"),
     "jinja2": ("commands/report/page.py",),
+    "prometheus_client": ("cli/metrics.py",),
+    "pynvml": ("cli/metrics.py",),
     "yaml": ("spec/file.py",),
     "ruamel": ("spec/edit.py",),
     "click": ("cli/",),
@@ -221,7 +223,7 @@ def test_a_run_from_a_cached_bundle_imports_no_torch_and_no_onnx(tmp_path: Path)
     assert found & {"torch", "torchvision", "timm", "transformers", "huggingface_hub"} == set()
     assert found & {"onnx", "onnxscript", "safetensors", "ray"} == set()
     assert found & {"pillow_heif", "pillow_jxl", "rawpy"} == set()
-    assert found & {"obstore", "urllib3", "jinja2", "matplotlib"} == set()
+    assert found & {"obstore", "urllib3", "jinja2", "matplotlib", "prometheus_client"} == set()
     assert "filelock" not in found
     readers = {f"batchclf.images.archives.{name}" for name in (*MODULES_OF_KINDS.values(), "index")}
     assert found & readers == set()

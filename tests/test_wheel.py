@@ -61,6 +61,14 @@ def test_one_wheel_holds_the_extension_for_all_pythons_from_3_11(tmp_path: Path)
     assert "-cp311-abi3-linux_" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert EXTENSION in names
+    assert {
+        "batchclf/py.typed",
+        "batchclf/runtime/probe.onnx",
+        "batchclf/spec/job.schema.json",
+        "batchclf/commands/report/templates/report.html.j2",
+        "batchclf/commands/report/templates/report.css",
+        "batchclf/commands/report/templates/report.js",
+    } <= set(names)
     assert not [name for name in names if name.endswith((".c", ".o"))]
     assert resampler_of(wheel, tmp_path / "installed").startswith("native (")
 

@@ -4,6 +4,7 @@ Nothing heavy is imported before it is needed. stdout carries results only; prog
 go to stderr.
 """
 
+import difflib
 import importlib
 import json
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import click
 
 from batchclf import __version__
-from batchclf.cli.streams import open_standard_streams, print_result, say
+from batchclf.cli.streams import log_as, open_standard_streams, print_result, say
 from batchclf.errors import BatchclfError, EnvironmentFailed, Interrupted, WorkerFailed
 from batchclf.system.interrupt import end_as_usual
 
@@ -35,6 +36,7 @@ COMMANDS = {
     "tune": "Find the fastest batch size, streams and workers of a job.",
     "doctor": "Tell what this machine can run, and why not the rest.",
     "schema": "Print the JSON Schema of the job file.",
+    "completion": "Print what makes a shell complete these commands.",
 }
 """Each command's module in this folder, and its line in --help."""
 
@@ -53,6 +55,16 @@ class LazyGroup(click.Group):
         end_as_usual()
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find a command; one that is misspelt is told with the nearest."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], COMMANDS, 1, cutoff=0.5)
+            what = f"did you mean {near[0]!r}?" if near else "`batchclf --help` lists them"
+            ctx.fail(f"No such command {args[0]!r}; {what}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -60,6 +72,7 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a user's error becomes a message and its exit code, no traceback."""
         open_standard_streams()
+        log_as("text")  # a program may call several commands
         try:
             return super().invoke(ctx)
         except BatchclfError as error:
@@ -68,12 +81,12 @@ class LazyGroup(click.Group):
                 answer = {"status": status, "exit_code": error.exit_code, "error": str(error)}
                 with suppress(EnvironmentFailed):  # stderr says more
                     print_result(json.dumps(answer))
-            say(f"batchclf: {error}")
+            say(f"batchclf: {error}", "error", exit_code=error.exit_code)
             for note in getattr(error, "__notes__", ()):
-                say(f"batchclf: {note}")
+                say(f"batchclf: {note}", "error")
             is_bug = error.exit_code == BatchclfError.exit_code
             if is_bug and not isinstance(error, WorkerFailed):  # which says it all in its message
-                say(traceback.format_exc())
+                say(traceback.format_exc(), "error")
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             sys.exit(130)
@@ -83,8 +96,16 @@ def _print_version(context: click.Context, _: click.Parameter, is_asked: bool) -
     if not is_asked:
         return
     from batchclf.images.resampler import resampler_name
+    from batchclf.runtime.providers import PROVIDERS, flavour_problem, installed_flavours
 
-    print_result(f"batchclf, version {__version__}, resampler: {resampler_name()}")
+    lines = [f"batchclf, version {__version__}, resampler: {resampler_name()}"]
+    if (problem := flavour_problem()) is not None:
+        lines.append(f"no provider: {problem}")
+    for flavour, version in installed_flavours().items():
+        own = [one.name for one in PROVIDERS.values() if one.distribution == flavour]
+        names = ", ".join(dict.fromkeys((*own, "cpu")))
+        lines.append(f"{flavour} {version}, providers: {names} (`batchclf doctor` tries them)")
+    print_result("\n".join(lines))
     context.exit()
 
 
@@ -95,7 +116,7 @@ def _print_version(context: click.Context, _: click.Parameter, is_asked: bool) -
     expose_value=False,
     is_eager=True,
     callback=_print_version,
-    help="Show the version, and what resizes images here.",
+    help="Show the version, what resizes images here, and the providers of ONNX Runtime.",
 )
 def main() -> None:
     """Classify folders of images through ONNX Runtime, one record per image.

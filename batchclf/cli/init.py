@@ -8,6 +8,7 @@ from batchclf.cli.streams import say
 from batchclf.errors import UsageError
 
 TEMPLATE = """\
+# yaml-language-server: $schema={schema}
 # A batchclf job. Paths are relative to this file. Check it with `batchclf validate`, run it with
 # `batchclf run`; running it again resumes. `batchclf schema` prints every key.
 
@@ -103,12 +104,19 @@ def command(
       batchclf init jobs/birds.yaml -i ../photos/birds
     """
     import json
+    from importlib.resources import files
+
+    schema = Path(str(files("batchclf.spec") / "job.schema.json")).as_uri()
 
     def quoted(text: str) -> str:
         return json.dumps(text)  # JSON's quotes are YAML's too
 
     text = TEMPLATE.format(
-        input=quoted(input_), output=quoted(output), model=quoted(model), provider=provider
+        schema=schema,
+        input=quoted(input_),
+        output=quoted(output),
+        model=quoted(model),
+        provider=provider,
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,13 @@
 """The options that several commands share: a job file and overrides of its keys."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from batchclf.cli import AS_JSON
 
@@ -28,6 +30,11 @@ _DIRECT = {
     "output": ("-o", "--output", str, "Folder for the results, or address in a bucket."),
 }
 _REPEATABLE = ("input",)
+VALUES = {
+    "provider": ("cpu", "cuda", "openvino"),
+    "precision": ("fp32", "fp16", "bf16", "int8"),
+}
+"""What a shell offers for a key."""
 
 
 def job_options(command: Command) -> Command:
@@ -35,18 +42,43 @@ def job_options(command: Command) -> Command:
     for key, (short, long, kind, text) in reversed(_DIRECT.items()):
         names = [name for name in (short, long) if name]
         several = key in _REPEATABLE
-        command = click.option(*names, f"override_{key}", type=kind, help=text, multiple=several)(
-            command
-        )
+        command = click.option(
+            *names,
+            f"override_{key}",
+            type=kind,
+            help=text,
+            multiple=several,
+            shell_complete=partial(_complete_value, key),
+        )(command)
     command = click.option(
         "--set",
         "sets",
         multiple=True,
         metavar="KEY=VALUE",
+        shell_complete=_complete_key,
         help="Override any key of the job file, such as loader.workers=8; may be repeated.",
     )(command)
     # What cannot be read is told as every other path of the job is, and as JSON where asked for.
     return click.argument("job", type=click.Path(path_type=Path, readable=False))(command)
+
+
+def _complete_value(
+    key: str, ctx: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """What a key may be that has a few values; files and folders for those that are paths."""
+    if key in ("input", "output"):
+        return [CompletionItem(incomplete, type="file" if key == "input" else "dir")]
+    return [CompletionItem(one) for one in VALUES.get(key, ()) if one.startswith(incomplete)]
+
+
+def _complete_key(
+    ctx: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Keys of the job file, dotted; behind `=`, nothing."""
+    from batchclf.spec.file import dotted_keys
+
+    keys = (f"{key}=" for key in dotted_keys())
+    return [CompletionItem(key) for key in keys if key.startswith(incomplete)]
 
 
 def json_option(text: str) -> Callable[[Command], Command]:

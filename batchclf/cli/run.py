@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchclf import STARTED
-from batchclf.cli.options import job_options, json_option, load
-from batchclf.cli.streams import print_result, say
+from batchclf.cli.options import job_options, json_option, load, load_to_look
+from batchclf.cli.streams import LogFormat, print_result, say
+from batchclf.cli.watching import Watching, watching_options
 from batchclf.errors import UsageError
 from batchclf.system.interrupt import StopRequest
 
 if TYPE_CHECKING:
-    from batchclf.engines.display import Display
+    from batchclf.engines.display import RunDisplay
     from batchclf.results.stats import Summary
     from batchclf.spec.job import JobSpec
     from batchclf.spec.options import RunOptions
@@ -38,6 +39,12 @@ if TYPE_CHECKING:
 @click.option(
     "--codes", metavar="CODE,...", help="With --retry-failed: only errors with these codes."
 )
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Only tell what would happen and how long it would take, as `validate --trial` does.",
+)
+@watching_options
 @json_option("Print the summary as one JSON object.")
 def command(
     job: Path,
@@ -48,6 +55,10 @@ def command(
     extend: bool,
     retry_failed: bool,
     codes: str | None,
+    dry_run: bool,
+    log_format: LogFormat,
+    notify: str | None,
+    metrics_port: str | None,
     as_json: bool,
     **direct: Any,
 ) -> None:
@@ -59,43 +70,54 @@ def command(
       batchclf run jobs/cpu.yaml
       batchclf run jobs/cpu.yaml -i photos -o runs/photos -b 16
     """
+    watching = Watching.asked(log_format, notify, metrics_port)
     only = None if codes is None else _parse_codes(codes)
+
+    def options() -> "RunOptions":
+        from batchclf.spec.options import RunOptions
+        from batchclf.spec.shards import choose_shard
+
+        chosen = choose_shard(shard, os.environ)
+        if chosen.why is not None:
+            say(f"batchclf: {chosen.why}")
+        return RunOptions(
+            chosen.shard,
+            overwrite=overwrite,
+            extend=extend,
+            retry_failed=retry_failed,
+            codes=only,
+            limit=limit,
+        )
+
+    if dry_run:
+        from batchclf.cli.validate import preview
+
+        preview(job, load_to_look(job, sets, direct), options(), with_trial=True, as_json=as_json)
+        return
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest().installed(is_last=True))
 
-        def prepare() -> "tuple[JobSpec, RunOptions, Display]":
-            from batchclf.cli.progress import Progress
-            from batchclf.spec.options import RunOptions
-            from batchclf.spec.shards import choose_shard
-
-            chosen = choose_shard(shard, os.environ)
-            if chosen.why is not None:
-                say(f"batchclf: {chosen.why}")
-            options = RunOptions(
-                chosen.shard,
-                overwrite=overwrite,
-                extend=extend,
-                retry_failed=retry_failed,
-                codes=only,
-                limit=limit,
-            )
-            return load(job, sets, direct), options, stack.enter_context(Progress())
+        def prepare() -> "tuple[JobSpec, RunOptions, RunDisplay]":
+            asked, spec = options(), load(job, sets, direct)
+            return spec, asked, watching.display(spec, stack)
 
         from batchclf.engines.local.engine import run_in_worker
 
-        result = run_in_worker(prepare, stop, STARTED, adopts=True)
+        with watching.told_of_errors():
+            result = run_in_worker(prepare, stop, STARTED, adopts=True)
     predictions = result.files.shown(result.files.predictions)
     if not result.was_complete:
         _print_summary(result.summary, predictions)
+    answer = {
+        "status": "complete",
+        "exit_code": 0,
+        "was_complete": result.was_complete,
+        "predictions": predictions,
+        "type": "summary",
+        **asdict(result.summary),
+    }
+    watching.tell(answer, f"complete: {_counts(result.summary)}")
     if as_json:
-        answer = {
-            "status": "complete",
-            "exit_code": 0,
-            "was_complete": result.was_complete,
-            "predictions": predictions,
-            "type": "summary",
-            **asdict(result.summary),
-        }
         print_result(json.dumps(answer), f"the job is complete: {predictions}")
 
 
@@ -107,11 +129,16 @@ def _parse_codes(text: str) -> frozenset[str]:
     return frozenset(codes)
 
 
+def _counts(summary: "Summary") -> str:
+    codes = "".join(f", {count:,} {code}" for code, count in summary.errors_by_code.items())
+    errors = f"{summary.num_errors:,} errors{codes}"
+    return f"{summary.num_images:,} images: {summary.num_ok:,} ok, {errors}"
+
+
 def _print_summary(summary: "Summary", predictions: str) -> None:
     provider, check, part = summary.provider, summary.precision_check, summary.part
     lines = [
-        f"{summary.num_images:,} images: {summary.num_ok:,} ok, {summary.num_errors:,} errors"
-        + "".join(f", {count:,} {code}" for code, count in summary.errors_by_code.items()),
+        _counts(summary),
         f"{summary.images_per_s:,.1f} images/s over {summary.wall_s:.1f} s "
         f"(and {summary.startup_s:.1f} s of start-up), batches of {summary.batch_size}"
         + (f" in parts of {part.num_images}" if part.num_images < summary.batch_size else ""),

@@ -10,6 +10,7 @@ import click
 
 from batchclf.cli.options import json_option
 from batchclf.cli.streams import as_lines, print_result
+from batchclf.cli.words import duration
 
 if TYPE_CHECKING:
     from batchclf.commands.status import Part, Status
@@ -52,7 +53,7 @@ def _lines(status: "Status") -> Iterator[str]:
     yield f"state:   {status.state}" + _where(status.parts)
     yield f"images:  {status.num_done:,}{of}, {status.num_errors:,} errors{codes}"
     if status.images_per_s is not None:
-        yield f"speed:   {_speed(status.images_per_s, status.left_s)}"
+        yield f"speed:   {_speed(status)}"
     if len(status.parts) == 1:
         (part,) = status.parts
         if part.bottleneck is not None:
@@ -92,22 +93,17 @@ def _shards(parts: "Sequence[Part]") -> Iterator[str]:
         if part.state in ("complete", "not begun"):
             continue
         of = "" if part.num_images is None else f" of {part.num_images:,}"
-        speed = "" if part.images_per_s is None else f", {_speed(part.images_per_s, part.left_s)}"
+        speed = "" if part.images_per_s is None else f", {_speed(part)}"
         errors = f", {part.num_errors:,} errors" if part.num_errors else ""
         why = "" if part.error is None else f": {part.error}"
         yield f"{part.shard} {part.state}{_who(part)}: {part.num_done:,}{of}{errors}{speed}{why}"
 
 
-def _speed(images_per_s: float, left_s: float | None) -> str:
-    left = "" if left_s is None else f", {_duration(left_s)} left"
-    return f"{images_per_s:,.1f} images/s{left}"
+def _speed(of: "Status | Part") -> str:
+    now = "" if of.images_per_s_now is None else f", {of.images_per_s_now:,.1f} now"
+    left = "" if of.left_s is None else f", {duration(of.left_s)} left"
+    return f"{of.images_per_s:,.1f} images/s{now}{left}"
 
 
 def _ago(part: "Part") -> str:
-    return _duration(part.seconds_since_news or 0.0)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
+    return duration(part.seconds_since_news or 0.0)

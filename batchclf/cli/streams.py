@@ -1,19 +1,28 @@
 """stdout and stderr, as they may be in a night: closed, full, read by nobody."""
 
+import json
 import os
 import re
 import select
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TextIO
+from datetime import UTC, datetime
+from typing import Literal, TextIO
+
+import click
 
 from batchclf.errors import EnvironmentFailed
 from batchclf.system.text import escaped
 
+LogFormat = Literal["text", "json"]
+Level = Literal["info", "warning", "error"]
+PREFIX = "batchclf: "
+"""Of lines for people, which may stand among those of other programs."""
 STDERR = 2
 PATIENCE_S = 0.2
 """Seconds that whoever reads a pipe or a terminal may take to make room for a line."""
+_log_format: LogFormat = "text"
 
 
 def open_standard_streams() -> None:
@@ -49,13 +58,27 @@ def print_result(text: str, done: str = "") -> None:
         ) from error
 
 
-def say(text: str) -> None:
-    """Text for people, on stderr, made `printable`.
+def log_as(form: LogFormat) -> None:
+    """How this process writes its log from now on."""
+    global _log_format
+    _log_format = form
+
+
+def logs_json() -> bool:
+    """Whether each line of the log is an object of JSON."""
+    return _log_format == "json"
+
+
+def say(text: str, level: Level = "info", **facts: float | str | None) -> None:
+    """A line of the log, on stderr: text for people, made `printable`, or an object of JSON.
+
+    `facts` are for programs, which find them in the object only.
 
     Where nobody makes room for it, it is dropped: a job ends at a signal, and with its own exit
     code, whoever does not read what it says.
     """
-    data = f"{printable(text)}\n".encode(sys.stderr.encoding, "backslashreplace")
+    line = _as_json(text, level, facts) if logs_json() else coloured(printable(text), level)
+    data = f"{line}\n".encode(sys.stderr.encoding, "backslashreplace")
     with unless_gone(sys.stderr):
         sys.stderr.flush()
         for first in range(0, len(data), select.PIPE_BUF):
@@ -63,6 +86,29 @@ def say(text: str) -> None:
                 return
             sys.stderr.buffer.write(data[first : first + select.PIPE_BUF])
             sys.stderr.buffer.flush()
+
+
+def coloured(text: str, level: Level = "info") -> str:
+    """A line for stderr, in the colour of its level on a terminal that shows colours.
+
+    Who wants none sets NO_COLOR (https://no-color.org).
+    """
+    colour = {"info": None, "warning": "yellow", "error": "red"}[_level_of(text, level)]
+    shows = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    if colour is None or not shows or os.environ.get("NO_COLOR"):
+        return text
+    return click.style(text, fg=colour)
+
+
+def _level_of(text: str, level: Level) -> Level:
+    is_warning = text.removeprefix(PREFIX).startswith("WARNING")
+    return "warning" if is_warning and level == "info" else level
+
+
+def _as_json(text: str, level: Level, facts: Mapping[str, float | str | None]) -> str:
+    message, level = text.removeprefix(PREFIX), _level_of(text, level)
+    time = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return json.dumps({"time": time, "level": level, "message": message, **facts})
 
 
 def is_read() -> bool:

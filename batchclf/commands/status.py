@@ -45,7 +45,9 @@ class Part:
     num_errors: int = 0
     errors_by_code: Mapping[str, int] = field(default_factory=dict)
     images_per_s: float | None = None
-    """Of its last 10 s or so; of all its time, where it is complete."""
+    """Since its last run began."""
+    images_per_s_now: float | None = None
+    """Between its last two figures, some 10 s apart; None: it is not at work, or has not two."""
     left_s: float | None = None
     """At that rate."""
     seconds_since_news: float | None = None
@@ -69,6 +71,7 @@ class Status:
     num_errors: int
     errors_by_code: Mapping[str, int]
     images_per_s: float | None
+    images_per_s_now: float | None
     left_s: float | None
     parts: Sequence[Part]
 
@@ -88,6 +91,7 @@ def status_of(output: Path) -> Status:
     for one in parts:
         codes.update(one.errors_by_code)
     rates = [one.images_per_s for one in parts if one.state == "running" and one.images_per_s]
+    rates_now = [one.images_per_s_now for one in parts if one.images_per_s_now is not None]
     listing = open_listing(RunFiles(output))
     num_images = None if listing is None else listing.num_images
     if len(parts) == 1:
@@ -104,6 +108,7 @@ def status_of(output: Path) -> Status:
         num_errors=codes.total(),
         errors_by_code=dict(codes.most_common()),
         images_per_s=rate,
+        images_per_s_now=round(sum(rates_now), 2) if rates_now else None,
         left_s=_seconds_left(num_images, num_done, rate) if rates else None,
         parts=parts,
     )
@@ -145,6 +150,7 @@ def _part(files: RunFiles) -> Part:
         num_errors=sum(codes.values()),
         errors_by_code=codes,
         images_per_s=rate,
+        images_per_s_now=figures.images_per_s_now if state == "running" else None,
         left_s=_seconds_left(record.num_images, num_done, rate) if state == "running" else None,
         seconds_since_news=round(min(ages), 1) if ages and is_running else None,
         bottleneck=last.get("bottleneck"),
@@ -184,6 +190,8 @@ class _Figures:
     """What stats.jsonl says last."""
 
     of_all: Mapping[str, Any] = field(default_factory=dict)
+    images_per_s_now: float | None = None
+    """Between the last two of the job."""
     of_nodes: Mapping[str, float] = field(default_factory=dict)
     """Images per second of each node, where several work on the job."""
     age_s: float | None = None
@@ -194,13 +202,21 @@ def _last_figures(files: RunFiles) -> _Figures:
     with reading(files.stats), suppress(FileNotFoundError), files.stats.open("rb") as file:
         found = os.fstat(file.fileno())
         file.seek(max(0, found.st_size - END_BYTES))
-        lines = _objects(reversed(file.read().splitlines()))
-        of_all = next((line for line in lines if line.get("type") != "node"), None)
-        if of_all is not None:
-            of_nodes = takewhile(lambda line: line.get("type") == "node", lines)
+        lines = list(_objects(reversed(file.read().splitlines())))
+        of_all = [number for number, line in enumerate(lines) if line.get("type") != "node"]
+        if of_all:
+            last = lines[of_all[0]]
+            of_nodes = takewhile(lambda line: line.get("type") == "node", lines[of_all[0] + 1 :])
             rates = {line["node"]: line["images_per_s"] for line in of_nodes}
-            return _Figures(of_all, rates, max(0.0, time.time() - found.st_mtime))
+            now = _rate_between(lines[of_all[1]], last) if len(of_all) > 1 else None
+            return _Figures(last, now, rates, max(0.0, time.time() - found.st_mtime))
     return _Figures()
+
+
+def _rate_between(before: Mapping[str, Any], last: Mapping[str, Any]) -> float | None:
+    """Images per second between two figures of one run; None: they are of two."""
+    seconds, count = last["wall_s"] - before["wall_s"], last["num_new"] - before["num_new"]
+    return round(count / seconds, 2) if seconds > 0 and count >= 0 else None
 
 
 def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:

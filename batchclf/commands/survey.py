@@ -6,7 +6,7 @@ be, as `run` does.
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -18,7 +18,8 @@ from batchclf.images.archives.listing import Archive, Listing, Unlistable, listi
 from batchclf.images.archives.members import Log
 from batchclf.images.source import AnySource, Sources, source_of
 from batchclf.images.store import open_store
-from batchclf.results.records import Failure
+from batchclf.results.records import Entry, Failure, ImageRef
+from batchclf.sessions.sample import spread
 from batchclf.spec.input import shown
 from batchclf.spec.job import JobSpec
 from batchclf.system.alive import alive, watched
@@ -26,6 +27,8 @@ from batchclf.system.children import end_with_parent, how_it_ended, start_servin
 from batchclf.system.interrupt import SIGNALS
 
 BEAT_S = 0.5
+SAMPLE_SIZE = 4096
+"""Images of the sample, or up to twice as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,10 @@ class Survey:
     num_left_out: int
     left_out: str
     """The same in words: how much of which kind."""
+    sample: Sequence[ImageRef]
+    """Some of them, evenly spread, by their numbers in the listing."""
+    located: bool
+    """Whether some may lie in archives."""
 
 
 def survey(job: JobSpec, log: Log) -> Survey:
@@ -68,11 +75,15 @@ def _look_through(source: AnySource, log: Log) -> Survey:
     store = open_store(source)
     store.require_images()
     entries = store.entries(log)
-    num_images = 0
-    for _ in entries:
-        num_images += 1
+    sample, num_images, _ = spread(_lively(entries), SAMPLE_SIZE, lambda: False)
+    return Survey(num_images, entries.num_left_out, str(entries.left_out), sample, entries.located)
+
+
+def _lively(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """The same; each shows that listing goes on."""
+    for entry in entries:
         alive()
-    return Survey(num_images, entries.num_left_out, str(entries.left_out))
+        yield entry
 
 
 # ---- in a process of its own ---------------------------------------------------------------------

@@ -3,7 +3,10 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from batchclf.results.stats import Live
 
 LOGGER = logging.getLogger("batchclf")
 
@@ -19,6 +22,13 @@ class Display(Protocol):
 
     def update(self, num_images: int, num_errors: int) -> None:
         """So many images have a record by now, of which some are errors."""
+
+
+class RunDisplay(Display, Protocol):
+    """Who is shown a whole run."""
+
+    def live(self, live: "Live") -> None:
+        """What is to be seen of it just now; told every second or so, and at its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +69,9 @@ class ProgramDisplay:
         if self._show is not None and progress != self._last:
             self._last = progress
             self._show(progress)
+
+    def live(self, live: "Live") -> None:
+        """Programs read the summary, or stats.jsonl."""
 
 
 class Bar:

@@ -4,7 +4,7 @@ import os
 import time
 from contextlib import closing, nullcontext
 
-from batchclf.engines.display import Bar, Display, ProgramDisplay, ShowProgress
+from batchclf.engines.display import Bar, ProgramDisplay, RunDisplay, ShowProgress
 from batchclf.engines.local.engine import run_in_worker
 from batchclf.run.request import RunResult
 from batchclf.runtime.providers import require_flavour
@@ -40,7 +40,7 @@ def run_job(
     started, stop, bar = time.perf_counter(), StopRequest(), Bar()
     show = (bar if progress else None) if isinstance(progress, bool) else progress
 
-    def prepare() -> tuple[JobSpec, RunOptions, Display]:
+    def prepare() -> tuple[JobSpec, RunOptions, RunDisplay]:
         spec = job if isinstance(job, JobSpec) else load_job(job)
         require_flavour()
         return spec, options or RunOptions(), ProgramDisplay(show)

@@ -166,6 +166,11 @@ class Prefetcher:
                 self._changed.wait()
         return None
 
+    def num_ready(self) -> int:
+        """Batches that are decoded and wait to be handed out."""
+        with self._changed:
+            return sum(pending.num_left == 0 for pending in self._pending)
+
     def release(self, batch: Batch) -> None:
         """Give a batch's pixels back, for another batch to be decoded into."""
         with self._changed:

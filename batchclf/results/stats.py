@@ -64,6 +64,16 @@ class Summary(How, RunStats):
     __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "ignore"}  # `type`
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Live:
+    """What is seen of a run while it goes on."""
+
+    figures: RunStats
+    batch_size: int
+    queue_depth: int | None
+    """Decoded batches that wait for inference; None: other processes have the queue."""
+
+
 _Figures = TypeVar("_Figures", bound=RunStats)
 
 
@@ -125,6 +135,7 @@ class StatsCollector:
     ) -> None:
         self._cpu_seconds = cpu_seconds
         self._cpu_elsewhere: Callable[[], float] = lambda: 0.0
+        self._queue_depth: Callable[[], int] | None = None
         self._peak_rss_mb = peak_rss_mb
         self.members: Callable[[], Mapping[str, RunStats]] = dict
         self._startup_s = 0.0
@@ -174,6 +185,15 @@ class StatsCollector:
     def count_cpu(self, cpu_seconds: Callable[[], float]) -> None:
         """Count the CPU seconds of other processes that work for this run, too."""
         self._cpu_elsewhere = cpu_seconds
+
+    def watch_queue(self, depth: Callable[[], int]) -> None:
+        """Where to ask how many decoded batches wait for inference."""
+        self._queue_depth = depth
+
+    def live(self, batch_size: int) -> Live:
+        """What is to be seen just now."""
+        depth = None if self._queue_depth is None else self._queue_depth()
+        return Live(figures=self.snapshot(), batch_size=batch_size, queue_depth=depth)
 
     def cpu_seconds(self) -> float:
         """CPU seconds used so far, by this process and those that work for it."""

@@ -81,6 +81,7 @@ def classify(work: Work, refs: Iterator[ImageRef], sink: Sink) -> None:
         _flowing(work, refs) as flow,
     ):
         stats.start(time.perf_counter() - batchclf.STARTED, work.num_streams)
+        ticker = Ticker(work)
         for records in flow:
             work.reporter.before_write()
             if records is not None:
@@ -89,11 +90,31 @@ def classify(work: Work, refs: Iterator[ImageRef], sink: Sink) -> None:
                 check_error_limit(task.job, stats, task.num_images)
             sink.tick()
             work.reporter.update(stats.num_images, stats.num_errors)
+            ticker.tick()
+        ticker.tell()
     if stats.num_images < task.num_images:
         stop.raise_if_requested()
         raise BatchclfError(  # cannot happen; an incomplete output must never exit 0
             f"{stats.num_images:,} of {task.num_images:,} records written; run again to resume"
         )
+
+
+class Ticker:
+    """Tells of a run every TICK_S or so."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._next = time.monotonic() + TICK_S
+
+    def tick(self) -> None:
+        """Tell, when it is time."""
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + TICK_S
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell now."""
+        self._work.reporter.live(self._work.stats.live(self._work.plan.batch_size))
 
 
 @contextmanager
@@ -132,6 +153,7 @@ def flowing(work: Work, refs: Iterator[ImageRef]) -> Iterator[Iterator[list[Reco
                     batches.stop()
 
         work.stats.count_cpu(decoding.cpu_seconds)
+        work.stats.watch_queue(batches.num_ready)
         yield flow()
     _warn(work, first.end())
 

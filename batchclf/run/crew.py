@@ -88,13 +88,14 @@ def collect(
         Interrupted: after a signal, with all appended that can be.
         BatchclfError: as `Crew.work`.
     """
-    from batchclf.run.classify import check_error_limit
+    from batchclf.run.classify import Ticker, check_error_limit
 
     crew, task, stats = work.crew, work.plan.task, work.stats
     assert crew is not None
     waiting = {part.first: part for part in found}
     work.reporter.begin(task.num_images, stats.num_images, stats.num_errors)
     stats.start(time.perf_counter() - batchclf.STARTED, work.num_streams)
+    ticker = Ticker(work)
     with work.stop.drained_by_caller():
         for part in crew.work(ranges, folders):
             work.reporter.beat()
@@ -109,6 +110,8 @@ def collect(
             num_more, num_errors = crew.underway()
             done = min(stats.num_images + num_more, task.num_images)
             work.reporter.update(done, stats.num_errors + num_errors)
+            ticker.tick()
+        ticker.tell()
     if waiting or stats.num_images < task.num_images:
         work.stop.raise_if_requested()
         raise BatchclfError(  # cannot happen; an incomplete output must never exit 0

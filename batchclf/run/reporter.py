@@ -3,6 +3,7 @@
 from batchclf.images.archives.listing import Archive
 from batchclf.images.watch import Watch
 from batchclf.results.records import Failure, Stretch
+from batchclf.results.stats import Live
 
 
 class Reporter:
@@ -19,6 +20,9 @@ class Reporter:
 
     def update(self, num_images: int, num_errors: int) -> None:
         """How many images have a record by now, and how many of those are errors."""
+
+    def live(self, live: Live) -> None:
+        """What is to be seen of the run just now; told every second or so, and at its end."""
 
     @property
     def watch(self) -> Watch:

@@ -9,9 +9,12 @@ import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from batchclf.errors import ProviderError, UsageError
-from batchclf.results.records import Precision
+
+if TYPE_CHECKING:  # it imports NumPy, for which `--version` has no time
+    from batchclf.results.records import Precision
 
 FLAVOURS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino")
 """Distributions that own the same Python package; two of them side by side break each other."""
@@ -26,7 +29,7 @@ class Provider:
     extra: str
     """The extra of this package that installs the right ONNX Runtime flavour."""
     distribution: str
-    precisions: tuple[Precision, ...]
+    precisions: "tuple[Precision, ...]"
     """What it runs, fp32 first."""
 
 
@@ -139,7 +142,7 @@ def require_provider(name: str) -> Provider:
     return provider
 
 
-def require_precision(name: str, precision: Precision) -> None:
+def require_precision(name: str, precision: "Precision") -> None:
     """Refuse a precision that the provider cannot run.
 
     Raises:

@@ -3,7 +3,7 @@
 Array shapes: N images, H rows, W columns, C = 3 (RGB).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from hashlib import sha256
 
@@ -20,7 +20,7 @@ from batchclf.images.store import open_input
 from batchclf.images.watch import UNWATCHED, Watch
 from batchclf.models.bundle import digest_of
 from batchclf.models.resolve import ResolvedModel
-from batchclf.results.records import ImageRef, Pixels, refs_of
+from batchclf.results.records import Entry, ImageRef, Pixels, refs_of
 from batchclf.spec.job import JobSpec, auto
 from batchclf.system.machine import usable_cores
 
@@ -87,6 +87,26 @@ class Sample:
                 job.model.preprocess,
             )
         )
+
+
+def spread(
+    entries: Iterable[Entry], size: int, until: Callable[[], bool]
+) -> tuple[list[ImageRef], int, bool]:
+    """About `size` to twice as many of the entries, evenly spread, in memory that does not grow.
+
+    Returns:
+        The sample, the number of entries seen, and whether those are all: `until` ends the listing.
+    """
+    kept: list[ImageRef] = []
+    step, count = 1, 0
+    for count, entry in enumerate(entries, start=1):
+        if (count - 1) % step == 0:
+            kept.append(ImageRef(count - 1, *entry))
+            if len(kept) == 2 * size:
+                kept, step = kept[::2], 2 * step
+        if count % 1024 == 0 and until():
+            return kept, count, False
+    return kept, count, True
 
 
 def evenly_spread(

@@ -8,7 +8,7 @@ and, where there is one, the nearest valid name.
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -363,6 +363,13 @@ def _spec_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(_spec_in, get_args(annotation))), None)
+
+
+def dotted_keys(location: Sequence[str] = ()) -> Iterator[str]:
+    """Every key of a job file, with those that it lies in: `loader.workers`."""
+    for name in _fields_at(location):
+        yield ".".join((*location, name))
+        yield from dotted_keys((*location, name))
 
 
 def _help_for(location: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from batchclf.images.prefetch import Memory, Prefetcher
 from batchclf.images.source import AnySource
 from batchclf.models.resolve import Log, ResolvedModel
 from batchclf.results.files import RunFiles
-from batchclf.results.records import DecodeMode, Entry, ImageRef, Pixels, Record
+from batchclf.results.records import DecodeMode, ImageRef, Pixels, Record
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import RecordWriter
 from batchclf.run.classify import Work, classify
@@ -78,26 +78,6 @@ def job_with(job: JobSpec, settings: Settings) -> JobSpec:
             "errors": ErrorsSpec(),
         }
     )
-
-
-def spread(
-    entries: Iterable[Entry], size: int, until: Callable[[], bool]
-) -> tuple[list[ImageRef], int, bool]:
-    """About `size` to twice as many of the entries, evenly spread, in memory that does not grow.
-
-    Returns:
-        The sample, the number of entries seen, and whether those are all: `until` ends the listing.
-    """
-    kept: list[ImageRef] = []
-    step, count = 1, 0
-    for count, entry in enumerate(entries, start=1):
-        if (count - 1) % step == 0:
-            kept.append(ImageRef(count - 1, *entry))
-            if len(kept) == 2 * size:
-                kept, step = kept[::2], 2 * step
-        if count % 1024 == 0 and until():
-            return kept, count, False
-    return kept, count, True
 
 
 # ---- decoding ------------------------------------------------------------------------------------

@@ -22,11 +22,11 @@ from batchclf.results.records import refs_of
 from batchclf.run.output import hold_output, local_output
 from batchclf.runtime.classifier import open_reference
 from batchclf.sessions.open import settle_provider
-from batchclf.sessions.sample import Sample, evenly_spread
+from batchclf.sessions.sample import Sample, evenly_spread, spread
 from batchclf.spec.job import JobSpec
 from batchclf.system.interrupt import StopRequest
 from batchclf.tuning.budget import Clock, TuneOptions
-from batchclf.tuning.measure import Bench, spread
+from batchclf.tuning.measure import Bench
 from batchclf.tuning.records import Tuned, as_facts, as_line
 from batchclf.tuning.sessions import Sessions
 from batchclf.tuning.stages import Tuning

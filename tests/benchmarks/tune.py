@@ -24,12 +24,12 @@ from batchclf.images.source import source_of
 from batchclf.images.store import open_store
 from batchclf.models.resolve import resolve_model
 from batchclf.runtime.classifier import open_reference
-from batchclf.sessions.sample import sample_input
+from batchclf.sessions.sample import sample_input, spread
 from batchclf.spec.file import load_job
 from batchclf.spec.job import RuntimeSpec
 from batchclf.system.interrupt import StopRequest
 from batchclf.system.machine import usable_cores
-from batchclf.tuning.measure import Bench, run_trial, spread
+from batchclf.tuning.measure import Bench, run_trial
 from batchclf.tuning.records import Prediction, Session, Settings
 from batchclf.tuning.search import PARTS, stream_counts, worker_counts
 from batchclf.tuning.sessions import Sessions

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
 import tracemalloc
@@ -11,7 +12,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 
+from batchclf.cli import main
 from batchclf.commands.report import gallery, pace
 from batchclf.commands.report.confusion import confusions_of
 from batchclf.commands.report.digest import NUM_OF_KIND, Digest
@@ -25,7 +28,6 @@ from batchclf.results.records import Entry, Failure
 from batchclf.scoring.figures import Tally
 from batchclf.scoring.score import score_output
 from tests.commands.hostile import TEXTS, hostile_outcomes, write_hostile
-from tests.conftest import Batchclf
 from tests.faults.poison import poisoned_environment, write_poison
 from tests.outputs import divide, predicted, write_output
 from tests.tiny import DIGITS, run_here, write_tiny_job
@@ -219,7 +221,7 @@ def test_names_that_are_no_utf8_are_shown(template: Path, tmp_path: Path) -> Non
     images = tmp_path / "in"
     images.mkdir()
     source = next(DIGITS.rglob("*.png"))
-    shutil.copy(source, bytes(images) + b"/caf\xe9.png")
+    (images / os.fsdecode(b"caf\xe9.png")).write_bytes(source.read_bytes())
     run_here(write_tiny_job(tmp_path, input=str(images)))
     page = page_of(tmp_path / "out")
     (told,) = [found["title"] for _, found in page.elements if found.get("class") == "path"]
@@ -315,27 +317,27 @@ def test_a_matrix_shows_the_classes_with_most_errors_and_counts_the_others() -> 
 
 
 def test_the_command_writes_a_page_once_and_again_where_it_is_told_to(
-    out: Path, tmp_path: Path, batchclf: Batchclf
+    out: Path, tmp_path: Path
 ) -> None:
     page = tmp_path / "page.html"
-    said = batchclf("report", out, "-o", page)
-    assert said.exit_code == 0, said.stderr
-    assert said.stdout.startswith("images:   5, 1 errors\npictures: 0\n")
-    refused = batchclf("report", out, "-o", page)
+
+    def said(*options: str) -> Result:
+        return CliRunner().invoke(main, ["report", str(out), "-o", str(page), *options])
+
+    done = said()
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.startswith("images:   5, 1 errors\npictures: 0\n")
+    refused = said()
     assert refused.exit_code == 2
     assert "is there; give another path, or --overwrite" in refused.stderr
-    again = batchclf("report", out, "-o", page, "--overwrite", "--json")
-    assert again.json["num_bytes"] == page.stat().st_size
+    again = json.loads(said("--overwrite", "--json").stdout)
+    assert again["num_bytes"] == page.stat().st_size
 
 
 def test_without_its_libraries_the_command_says_what_to_install(
-    out: Path, tmp_path: Path, batchclf: Batchclf
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.util as util\n"
-        "find = util.find_spec\n"
-        "util.find_spec = lambda name, *rest: None if name == 'jinja2' else find(name, *rest)\n"
-    )
-    said = batchclf("report", out, "-o", tmp_path / "page", env={"PYTHONPATH": str(tmp_path)})
-    assert said.exit_code == 2
-    assert "report needs jinja2: pip install 'batchclf[report]'" in said.stderr
+    monkeypatch.setattr("batchclf.cli.report.find_spec", lambda name: None)
+    done = CliRunner().invoke(main, ["report", str(out), "-o", str(tmp_path / "page.html")])
+    assert done.exit_code == 2
+    assert "report needs jinja2: pip install 'batchclf[report]'" in done.stderr

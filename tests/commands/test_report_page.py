@@ -5,7 +5,6 @@ test axe-core (`npm install axe-core`, in the repository's folder or one above i
 """
 
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import pytest
 from batchclf.commands.report.report import report_output
 from batchclf.models.labels import imagenet_labels
 from tests.commands.hostile import write_hostile
-from tests.conftest import PHOTOS, ROOT, command, data
+from tests.conftest import PHOTOS, ROOT, data
 from tests.outputs import predicted, write_output
 from tests.tiny import DIGITS, run_here, write_tiny_job
 
@@ -30,6 +29,13 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not instal
 BY_HAND = pytest.mark.skipif(
     not os.environ.get("BY_HAND"), reason="a million records take minutes: set BY_HAND=1"
 )
+WITH_PEAK = """
+import re, sys
+from batchclf.cli import main
+main(sys.argv[1:], standalone_mode=False)
+print(re.search(r"VmHWM: *\\s(\\d+)", open("/proc/self/status").read())[1])
+"""
+"""Runs a command, and tells its peak memory in KiB; that of a child counts the parent's as well."""
 SIZES_AND_THEMES = [(width, theme) for width in (390, 1280) for theme in ("light", "dark")]
 AXE = next(
     (
@@ -235,9 +241,15 @@ def test_a_million_records_are_a_page_of_10_mb_that_opens_within_2_s(
     out = write_output(template, tmp_path / "out", labels, outcomes, top_k=2, input=str(images))
     del outcomes
     began = time.monotonic()
-    subprocess.run(command("report", out, "-o", tmp_path / "page.html"), check=True)
+    arguments = ("report", out, "-o", tmp_path / "page.html")
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_PEAK, *map(str, arguments)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     took_s = time.monotonic() - began
-    peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    peak_mb = int(done.stdout.split()[-1]) / 1024
     size = (tmp_path / "page.html").stat().st_size
     began = time.monotonic()
     with opened(chromium, tmp_path / "page.html") as page:
@@ -249,4 +261,4 @@ def test_a_million_records_are_a_page_of_10_mb_that_opens_within_2_s(
     )
     assert size < 10_000_000
     assert opened_s < 2
-    assert peak_mb < 400
+    assert peak_mb < 250

@@ -14,6 +14,7 @@ from batchclf.errors import UsageError
 from batchclf.images import resize
 from batchclf.images.resampler import NATIVE, pillow_version, resampler_name
 from batchclf.spec.file import load_job
+from batchclf.spec.options import RunOptions
 from tests.conftest import Batchclf
 from tests.tiny import run_here, write_tiny_job
 
@@ -38,7 +39,7 @@ def test_run_json_says_what_resized(tmp_path: Path) -> None:
 def test_an_exact_job_is_refused_before_its_output_is_touched(tmp_path: Path) -> None:
     job = write_tiny_job(tmp_path)
     with pytest.raises(UsageError, match="does not resize as Pillow does"):
-        check_job(load_job(job), print)
+        check_job(load_job(job), RunOptions(), print)
     with pytest.raises(UsageError, match="does not resize as Pillow does"):
         run_here(job)
     assert not (tmp_path / "out" / "run.json").exists()
@@ -56,8 +57,8 @@ def test_doctor_and_the_version_say_what_resizes(batchclf: Batchclf) -> None:
     assert found["resampler"] == resampler_name()
     assert (found["resampler_problem"] is None) == bool(NATIVE)
     assert f"resizing      {resampler_name()}" in batchclf("doctor").stdout
-    said = batchclf("--version").stdout
-    assert said == f"batchclf, version {found['batchclf']}, resampler: {resampler_name()}\n"
+    said = batchclf("--version").stdout.splitlines()[0]
+    assert said == f"batchclf, version {found['batchclf']}, resampler: {resampler_name()}"
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,10 @@ def test_a_run_longer_than_a_few_seconds_tells_its_progress_where_there_is_no_te
     program += "    module.PLAIN_INTERVAL_S = 0.001\n"
     exit_code, said = finished(job, env=fault(tmp_path, program, "batchclf.cli.progress"))
     assert exit_code == 0, said
-    pattern = r"^batchclf: (\d+)/121 images, (\d) errors, [\d.]+ images/s, (\d+:\d\d:\d\d) left$"
+    pattern = (
+        r"^batchclf: (\d+)/121 images, (\d) errors, [\d.]+ images/s, [\d.]+ now, "
+        r"(\d+:\d\d:\d\d) left(?:, limited by \w+)?$"
+    )
     lines = re.findall(pattern, said, re.MULTILINE)
     assert lines, said
     counts = [int(count) for count, _, _ in lines]

@@ -24,11 +24,11 @@ from batchclf.cli.init import TEMPLATE
 from batchclf.errors import JobFileError
 from batchclf.results.records import Entry, ImageRef, Precision
 from batchclf.runtime.providers import installed_flavours
+from batchclf.sessions.sample import spread
 from batchclf.spec import edit
 from batchclf.spec.edit import require_editable, write_settings
 from batchclf.spec.file import load_job
 from batchclf.tuning.advice import disk_note, judge
-from batchclf.tuning.measure import spread
 from batchclf.tuning.records import (
     DecodeLimit,
     InferLimit,
@@ -545,7 +545,9 @@ ODD_FILES = {
 }
 SHIPPED = {
     **{path.name: path.read_text() for path in JOBS},
-    "init": TEMPLATE.format(input='"a"', output='"b"', model='"resnet50"', provider="cpu"),
+    "init": TEMPLATE.format(
+        schema="job.schema.json", input='"a"', output='"b"', model='"resnet50"', provider="cpu"
+    ),
 }
 SETTINGS: dict[str, int | str] = {
     "batch_size": 48,

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 from batchclf.engines.local.process import Workers
 
 if TYPE_CHECKING:
-    from batchclf.engines.display import Display
+    from batchclf.engines.display import RunDisplay
     from batchclf.run.request import RunResult
     from batchclf.spec.job import JobSpec
     from batchclf.spec.options import RunOptions
     from batchclf.system.interrupt import StopRequest
 
-Prepare = Callable[[], "tuple[JobSpec, RunOptions, Display]"]
+Prepare = Callable[[], "tuple[JobSpec, RunOptions, RunDisplay]"]
 """What to run, and who is shown it; called once the worker has been started."""
 
 

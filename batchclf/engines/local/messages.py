@@ -31,7 +31,7 @@ class ServeSetup:
 
 Message = tuple[str, object]
 """A word and what goes with it: `log` text, `begin` (images, done,
-errors), `guilty` (path or Stretch, Failure),
+errors), `live` Live, `guilty` (path or Stretch, Failure),
 `listing` Archive or None, `unlistable` (Archive, Failure);
 of a crew `opened` (Opened, streams), `committed` (Attempt, Committed), `figures` RunStats; and
 as the last one `result` RunResult, `error` BatchclfError, or `bug`, a traceback as text."""

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import cast
 
-from batchclf.engines.display import Display
+from batchclf.engines.display import RunDisplay
 from batchclf.engines.local.messages import Message, Setup
 from batchclf.engines.local.process import Workers
 from batchclf.engines.local.sender import Sender
@@ -16,6 +16,7 @@ from batchclf.results.files import RunFiles
 from batchclf.results.lock import Lease
 from batchclf.results.mirror import Mirror
 from batchclf.results.run_record import mark_ended
+from batchclf.results.stats import Live
 from batchclf.run.kept import keep_for_run
 from batchclf.run.output import hold_output
 from batchclf.run.recovery import Beginning, Death, Recovery
@@ -33,10 +34,11 @@ class Supervisor(Watcher):
     """Runs one job in a worker, and in others after it."""
 
     def __init__(
-        self, workers: Workers, display: Display, stop: StopRequest, started: float
+        self, workers: Workers, display: RunDisplay, stop: StopRequest, started: float
     ) -> None:
         """`started`: time.perf_counter() from which start-up counts."""
         super().__init__(workers, display, stop)
+        self._display: RunDisplay = display
         self._started = started
         self._num_images = 0
         """What this worker works on; 0: it has not begun."""
@@ -120,6 +122,9 @@ class Supervisor(Watcher):
 
     def _heard(self, message: Message) -> Result | Death | None:
         word, what = message
+        if word == "live":
+            self._display.live(cast(Live, what))
+            return None
         if word != "begin":
             return super()._heard(message)
         num_images, num_done, num_errors = cast(tuple[int, int, int], what)

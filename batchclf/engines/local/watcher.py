@@ -31,6 +31,8 @@ BUSY_SHARE = 0.5
 """Of one core: a worker that uses more of it is busy."""
 BUSY_FACTOR = 10
 """How much longer than an idle one a busy worker may go without progress."""
+_FIGURES = ("live", "figures")
+"""Words that come every second, whether there is progress or not."""
 _FORWARDED = {counts_as: number for number, counts_as in STOP_SIGNALS.items()}
 
 
@@ -116,7 +118,8 @@ class Watcher:
         while True:
             message = worker.receive(TICK_S)
             if message is not None:
-                pulse.beat()
+                if message[0] not in _FIGURES:
+                    pulse.beat()
                 ending = self._heard(message)
                 if ending is not None:
                     self._look()

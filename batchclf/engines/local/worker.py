@@ -22,7 +22,7 @@ from batchclf.images.archives.listing import Archive
 from batchclf.results.lock import LEASE_S
 from batchclf.results.parts import Committed
 from batchclf.results.records import Failure, Stretch
-from batchclf.results.stats import RunStats
+from batchclf.results.stats import Live, RunStats
 from batchclf.run.duty import Attempt, Inbox, ServeReporter
 from batchclf.system.alive import watched
 from batchclf.system.children import end_with_parent, expendable
@@ -126,6 +126,9 @@ class _Channel(ServeReporter):
 
     def update(self, num_images: int, num_errors: int) -> None:
         self._board.count(num_images, num_errors)
+
+    def live(self, live: Live) -> None:
+        self._send("live", live)
 
     def loading(self, thread: int, index: int | None, step: int) -> None:
         self._board.at(thread, index, step)

@@ -1,0 +1,21 @@
+"""Amounts in words, as people read them."""
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: `1:02:03`; infinite where nothing tells."""
+    if seconds == float("inf"):
+        return "unknown time"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in decimal units: `12.3 MB`."""
+    if num_bytes < 1000:
+        return f"{num_bytes:.0f} bytes"
+    for unit in ("kB", "MB", "GB"):
+        num_bytes /= 1000
+        if num_bytes < 1000:
+            return f"{num_bytes:.1f} {unit}"
+    return f"{num_bytes / 1000:,.1f} TB"
