@@ -33,7 +33,7 @@ WITH_PEAK = """
 import re, sys
 from batchclf.cli import main
 main(sys.argv[1:], standalone_mode=False)
-print(re.search(r"VmHWM: *\\s(\\d+)", open("/proc/self/status").read())[1])
+print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 """
 """Runs a command, and tells its peak memory in KiB; that of a child counts the parent's as well."""
 SIZES_AND_THEMES = [(width, theme) for width in (390, 1280) for theme in ("light", "dark")]
