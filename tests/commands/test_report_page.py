@@ -251,9 +251,9 @@ def test_a_million_records_are_a_page_of_10_mb_that_opens_within_2_s(
     took_s = time.monotonic() - began
     peak_mb = int(done.stdout.split()[-1]) / 1024
     size = (tmp_path / "page.html").stat().st_size
-    began = time.monotonic()
     with opened(chromium, tmp_path / "page.html") as page:
-        opened_s = time.monotonic() - began
+        loaded_ms = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
+        opened_s = loaded_ms / 1000
         assert page.locator("img").count() > 200
     print(
         f"{took_s:.1f} s, {peak_mb:.0f} MB; {size:,} bytes, opened in {opened_s:.2f} s",

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 from PIL import Image
 
+from batchclf.cli import main
 from batchclf.commands import validate
 from batchclf.commands.validate import check_job, disk_warning
 from batchclf.engines import trial as trial_module
@@ -213,7 +215,7 @@ def test_validate_with_a_trial_tells_duration_and_records_and_so_does_a_dry_run(
     images: Path, tmp_path: Path, batchclf: Batchclf
 ) -> None:
     job = write_tiny_job(tmp_path, input=str(images), batch_size=8)
-    said = batchclf("validate", job, "--trial")
+    said = CliRunner().invoke(main, ["validate", str(job), "--trial"])
     assert said.exit_code == 0, said.stderr
     for word in ("images:", "formats:", "model:", "provider:", "trial:", "duration:", "records:"):
         assert f"\n{word}" in f"\n{said.stdout}"
@@ -225,9 +227,13 @@ def test_validate_with_a_trial_tells_duration_and_records_and_so_does_a_dry_run(
 
 
 def test_what_would_end_the_run_ends_the_trial_with_its_exit_code(
-    tmp_path: Path, batchclf: Batchclf
+    tmp_path: Path,
 ) -> None:
     job = write_tiny_job(tmp_path, provider="cuda")
-    assert batchclf("run", job, "--dry-run").exit_code == 4
-    said = batchclf("run", job, "--dry-run", "--overwrite", "--retry-failed", "--json")
-    assert (said.exit_code, json.loads(said.stdout)["status"]) == (2, "failed")
+
+    def said(*options: str) -> Result:
+        return CliRunner().invoke(main, ["run", str(job), "--dry-run", *options])
+
+    assert said().exit_code == 4
+    done = said("--overwrite", "--retry-failed", "--json")
+    assert (done.exit_code, json.loads(done.stdout)["status"]) == (2, "failed")
