@@ -8,13 +8,13 @@ import nbformat
 import pytest
 import yaml
 
-from tests.conftest import ONLY_IN_CI, ROOT
+from tests.conftest import BY_HAND, ROOT
 
 NOTEBOOK = ROOT / "samples" / "tutorial.ipynb"
 
 
 @pytest.mark.slow
-@ONLY_IN_CI
+@BY_HAND
 def test_the_tutorial_runs_with_random_weights_in_the_place_of_a_download(tmp_path: Path) -> None:
     job = yaml.safe_load((ROOT / "jobs" / "cpu.yaml").read_text())
     job["model"] = {"name": "resnet18", "weights": "none"}

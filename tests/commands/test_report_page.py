@@ -19,16 +19,13 @@ import pytest
 from batchclf.commands.report.report import report_output
 from batchclf.models.labels import imagenet_labels
 from tests.commands.hostile import write_hostile
-from tests.conftest import PHOTOS, ROOT, data
+from tests.conftest import BY_HAND, PHOTOS, ROOT, data
 from tests.outputs import predicted, write_output
 from tests.tiny import DIGITS, run_here, write_tiny_job
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-BY_HAND = pytest.mark.skipif(
-    not os.environ.get("BY_HAND"), reason="a million records take minutes: set BY_HAND=1"
-)
 WITH_PEAK = """
 import re, sys
 from batchclf.cli import main

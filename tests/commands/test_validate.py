@@ -20,7 +20,7 @@ from batchclf.images import store as store_module
 from batchclf.results.records import ActiveProvider, PrecisionCheck, Shard
 from batchclf.spec.file import load_job
 from batchclf.spec.options import RunOptions
-from tests.conftest import ONLY_IN_CI, Batchclf, read_records
+from tests.conftest import BY_HAND, Batchclf, read_records
 from tests.faults.poison import poisoned_environment, write_poison
 from tests.tiny import DIGITS, run_here, tiny_model, write_tiny_job
 
@@ -135,6 +135,7 @@ def test_a_trial_that_ends_with_its_images_tells_what_a_run_tells(
     assert found.duration_s(len(records)) > found.startup_s > 0
 
 
+@BY_HAND
 def test_a_trial_ends_after_its_time_and_keeps_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,7 +150,7 @@ def test_a_trial_ends_after_its_time_and_keeps_nothing(
     assert list(tmp_path.glob("batchclf-trial-*")) == []
 
 
-@ONLY_IN_CI
+@BY_HAND
 def test_a_trial_outlives_images_that_crash_their_decoder(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ from batchclf.spec.file import load_job
 from batchclf.spec.job import JobSpec
 from batchclf.spec.options import RunOptions
 from batchclf.system.interrupt import StopRequest
-from tests.conftest import ROOT, Batchclf
+from tests.conftest import BY_HAND, ROOT, Batchclf
 from tests.engines.common import started
 from tests.tiny import SLOW, link_digits, tiny_model, write_tiny_job
 
@@ -120,6 +120,7 @@ def test_a_scrape_and_the_summary_of_a_run_show_the_same_counts(tmp_path: Path) 
     assert found["batchclf_stage_seconds_total", "infer"] <= summary.stage_s.infer
 
 
+@BY_HAND
 def test_a_run_can_be_scraped_while_it_goes_on(tmp_path: Path) -> None:
     images = link_digits(tmp_path / "in", 4000)
     slow = tiny_model(tmp_path, **SLOW)
@@ -318,6 +319,7 @@ def test_what_goes_wrong_with_that_is_a_line_of_the_log_and_the_address_stays_se
     assert "secret" not in refused + gone
 
 
+@BY_HAND
 def test_one_who_is_not_there_fails_no_job(tmp_path: Path, batchclf: Batchclf) -> None:
     url = f"http://127.0.0.1:{free_port()}/"
     said = batchclf("run", write_tiny_job(tmp_path), "--limit", "20", "--notify", url)
