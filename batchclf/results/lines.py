@@ -3,7 +3,7 @@
 import base64
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,33 @@ class Done:
     @property
     def num_images(self) -> int:
         return self.num_ok + self.errors_by_code.total()
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Some records, one after the other, as they are written."""
+
+    data: bytes
+    num_ok: int
+    errors_by_code: Mapping[str, int]
+
+    @property
+    def num_errors(self) -> int:
+        return sum(self.errors_by_code.values())
+
+    @property
+    def num_images(self) -> int:
+        return self.num_ok + self.num_errors
+
+
+def encode(records: Sequence[Record]) -> Lines:
+    """The lines of some records."""
+    failures = [one.outcome for one in records if isinstance(one.outcome, Failure)]
+    return Lines(
+        b"".join(map(encode_record, records)),
+        len(records) - len(failures),
+        Counter(one.code for one in failures),
+    )
 
 
 def encode_record(record: Record) -> bytes:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, TypeVar
 
-from batchclf.results.records import Failure, Record
+from batchclf.results.lines import Lines
 from batchclf.results.run_record import How
 
 BUCKETS_PER_E = 100
@@ -213,7 +213,7 @@ class StatsCollector:
             self._batches.add(infer_s)
 
     def add_write(self, seconds: float) -> None:
-        """Count time spent on writing records, or on waiting for the disk to have them."""
+        """Count time spent on making and writing lines, or on waiting for the disk to have them."""
         self._write_s += seconds
 
     def add_part(self, num_ok: int, errors_by_code: Mapping[str, int]) -> None:
@@ -225,13 +225,9 @@ class StatsCollector:
         """Let times, rates of batches and memory be those of others, by their names, as well."""
         self.members = members
 
-    def add_records(self, records: Sequence[Record]) -> None:
+    def add_lines(self, lines: Lines) -> None:
         """Count records written."""
-        self._num_images += len(records)
-        self._num_new += len(records)
-        for record in records:
-            if isinstance(record.outcome, Failure):
-                self._errors_by_code[record.outcome.code] += 1
+        self.add_part(lines.num_ok, lines.errors_by_code)
 
     def snapshot(self) -> RunStats:
         """The figures so far. `wall_s` and `images_per_s` are of this run, without start-up."""

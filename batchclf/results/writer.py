@@ -8,7 +8,7 @@ notes up to where that is (`Durable` in run_record.py), always after the fact.
 import fcntl
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from errno import EIO
@@ -31,8 +31,8 @@ from batchclf.results.files import (
     temporary_of,
 )
 from batchclf.results.identity import as_written
-from batchclf.results.lines import encode_record, failure_code
-from batchclf.results.records import ImageRef, Record
+from batchclf.results.lines import Lines, failure_code
+from batchclf.results.records import ImageRef
 from batchclf.results.stats import RunStats, Summary
 
 Timed = Callable[[float], None]
@@ -88,14 +88,14 @@ class RecordWriter:
         finally:
             os.close(self._descriptor)
 
-    def write(self, records: Sequence[Record]) -> None:
-        """Write one batch of records; they survive a kill of this process from here on.
+    def write(self, lines: Lines) -> None:
+        """Write some records; they survive a kill of this process from here on.
 
         Raises:
             EnvironmentFailed: disk full, quota, I/O error.
         """
         started = time.perf_counter()
-        self._append(b"".join(map(encode_record, records)))
+        self._append(lines.data)
         self._timed(time.perf_counter() - started)
 
     def copy(self, path: Path, num_bytes: int) -> None:

@@ -1,13 +1,12 @@
 """Records behind those that are there, durable from time to time."""
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from batchclf.errors import ErrorLimitPassed, Interrupted
 from batchclf.results.files import RunFiles
+from batchclf.results.lines import Lines
 from batchclf.results.parts import Committed, find_parts
-from batchclf.results.records import Record
 from batchclf.results.run_record import NOTHING_DURABLE, RunState
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import RecordWriter, append_stats
@@ -45,10 +44,10 @@ class SyncedSink:
         self._next_sync = time.monotonic() + SYNC_S
         self._next_interval = time.monotonic() + INTERVAL_S
 
-    def write(self, records: Sequence[Record]) -> None:
-        """Append one batch of records."""
-        self._writer.write(records)
-        self.num_images += len(records)
+    def write(self, lines: Lines) -> None:
+        """Append the records of one batch."""
+        self._writer.write(lines)
+        self.num_images += lines.num_images
 
     def take(self, path: Path, part: Committed) -> None:
         """Append a part that others have written."""

@@ -13,6 +13,7 @@ from batchclf.errors import BatchclfError, ErrorLimitPassed
 from batchclf.images.ahead import reading_ahead
 from batchclf.images.decode_pool import Workers, open_decoding
 from batchclf.images.prefetch import Decoding, Memory, Prefetcher, noted
+from batchclf.results.lines import Lines, encode
 from batchclf.results.records import ImageRef, Record
 from batchclf.results.stats import StatsCollector
 from batchclf.run.blame import explained
@@ -35,8 +36,8 @@ TICK_S = 1.0
 class Sink(Protocol):
     """Where records go."""
 
-    def write(self, records: Sequence[Record]) -> None:
-        """Take one batch of records, the next in the order of the listing."""
+    def write(self, lines: Lines) -> None:
+        """Take the records of one batch, the next in the order of the listing."""
 
     def tick(self) -> None:
         """Do what is to be done from time to time; called after each batch, and every TICK_S."""
@@ -82,11 +83,11 @@ def classify(work: Work, refs: Iterator[ImageRef], sink: Sink) -> None:
     ):
         stats.start(time.perf_counter() - batchclf.STARTED, work.num_streams)
         ticker = Ticker(work)
-        for records in flow:
+        for lines in flow:
             work.reporter.before_write()
-            if records is not None:
-                sink.write(records)
-                stats.add_records(records)
+            if lines is not None:
+                sink.write(lines)
+                stats.add_lines(lines)
                 check_error_limit(task.job, stats, task.num_images)
             sink.tick()
             work.reporter.update(stats.num_images, stats.num_errors)
@@ -118,18 +119,25 @@ class Ticker:
 
 
 @contextmanager
-def _flowing(work: Work, refs: Iterator[ImageRef]) -> Iterator[Iterator[list[Record] | None]]:
+def _flowing(work: Work, refs: Iterator[ImageRef]) -> Iterator[Iterator[Lines | None]]:
     """The records of each batch, in order, up to a signal; None whenever TICK_S bring none."""
     if work.feeders is None:
         with flowing(work, refs) as flow:
-            yield flow
+            yield (None if records is None else _encoded(records, work.stats) for records in flow)
         return
     yield work.feeders.results(refs, work.stats, work.stop, TICK_S)
 
 
+def _encoded(records: Sequence[Record], stats: StatsCollector) -> Lines:
+    started = time.perf_counter()
+    lines = encode(records)
+    stats.add_write(time.perf_counter() - started)
+    return lines
+
+
 @contextmanager
 def flowing(work: Work, refs: Iterator[ImageRef]) -> Iterator[Iterator[list[Record] | None]]:
-    """The same, of what this process itself classifies."""
+    """The same of what this process itself classifies, as records."""
     first = FirstAnswers()
     with (
         _prefetched(work, refs) as (decoding, batches),

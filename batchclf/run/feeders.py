@@ -1,10 +1,11 @@
-"""A process for each GPU that decodes, infers and ranks; here their records are put in order.
+"""A process for each GPU that decodes, infers and makes lines; here these are put in order.
 
 One interpreter handles only so many images a second, however many GPUs there are. Each process is
 dealt another batch as soon as it gives one back. A thread of its own hears what they say, whatever
 this process is at: one that nobody hears comes to stand still, and looks as if it hung.
 """
 
+import selectors
 import signal
 import subprocess
 import threading
@@ -13,14 +14,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
-from multiprocessing.connection import Connection, wait
 from operator import attrgetter
 
 from batchclf.errors import EnvironmentFailed, ProcessLost
 from batchclf.images.ahead import Depth
-from batchclf.results.records import Failure, ImageRef, Prediction, Record
+from batchclf.results.lines import Lines
+from batchclf.results.records import ImageRef
 from batchclf.results.stats import StatsCollector
-from batchclf.run.feeder import Packed, Share
+from batchclf.run.feeder import Share
 from batchclf.run.plan import Plan
 from batchclf.run.reporter import Reporter
 from batchclf.sessions.open import Opened
@@ -68,11 +69,10 @@ class Feeders:
             ProcessLost: one ended.
             BatchclfError: what opening raised.
         """
-        self._labels = shares[0].plan.task.model.labels
         self._batch_size = shares[0].plan.batch_size
         self._feeders: list[_Feeder] = []
-        self._dealt: deque[tuple[_Feeder, list[ImageRef]]] = deque()
-        """What is not written yet, in order, and whose it is."""
+        self._dealt: deque[tuple[_Feeder, int]] = deque()
+        """Whose each batch is that is not written yet, in order, and how many images it has."""
         self._is_all_dealt = False
         self._is_stopped = False
         self._is_closed = False
@@ -103,7 +103,7 @@ class Feeders:
 
     def results(
         self, refs: Iterator[ImageRef], stats: StatsCollector, stop: StopRequest, tick_s: float
-    ) -> Iterator[list[Record] | None]:
+    ) -> Iterator[Lines | None]:
         """The records of each batch, in order; None whenever `tick_s` seconds bring none.
 
         After a signal, those are the last whose inference had begun.
@@ -121,14 +121,15 @@ class Feeders:
                 raise next(one for one in self._feeders if one.has_ended).problem()
             if not self._dealt:
                 break
-            feeder, batch = self._dealt[0]
+            feeder, num_images = self._dealt[0]
             has_ended = feeder.has_ended  # before it is looked at what came last
             if feeder.come:
                 self._dealt.popleft()
-                packed, times = feeder.come.popleft()
+                lines, times = feeder.come.popleft()
+                assert lines.num_images == num_images, "each image has a record"
                 for decode_wait_s, infer_s in times:
                     stats.add_batch(decode_wait_s, infer_s)
-                yield self._unpacked(batch, packed)
+                yield lines
             elif has_ended and self._is_stopped and feeder.error is None:
                 return
             elif has_ended:
@@ -151,7 +152,7 @@ class Feeders:
         """Give batches to those who lack some; when there are no more, tell all of them."""
         while (feeder := self._next_dealt()) is not None:
             if batch := list(islice(refs, self._batch_size)):
-                self._dealt.append((feeder, batch))
+                self._dealt.append((feeder, len(batch)))
                 feeder.deal(batch)
                 continue
             self._is_all_dealt = True
@@ -186,19 +187,6 @@ class Feeders:
             if feeder.error is not None:
                 raise feeder.error
 
-    def _unpacked(self, refs: Sequence[ImageRef], packed: Sequence[Packed]) -> list[Record]:
-        labels = self._labels
-        return [
-            Record(
-                ref,
-                outcome
-                if isinstance(outcome, Failure)
-                else tuple(Prediction(labels[index], index, score) for index, score in outcome),
-                warnings,
-            )
-            for ref, (outcome, warnings) in zip(refs, packed, strict=True)
-        ]
-
     def close(self) -> None:
         """End the processes, whatever they are at."""
         self._is_closed = True
@@ -212,20 +200,24 @@ class Feeders:
     # ---- in the thread that hears ----------------------------------------------------------------
 
     def _hear(self) -> None:
-        heard = {feeder.connection: feeder for feeder in self._feeders}
         try:
-            while heard and not self._is_closed:
-                for connection in wait(list(heard), TICK_S):
-                    assert isinstance(connection, Connection)
-                    if heard[connection].hear():
-                        with self._news:
-                            self._news.notify_all()
-                    if heard[connection].has_ended:
-                        del heard[connection]
+            with selectors.DefaultSelector() as heard:
+                for feeder in self._feeders:
+                    heard.register(feeder.connection, selectors.EVENT_READ, feeder)
+                while heard.get_map() and not self._is_closed:
+                    for key, _ in heard.select(TICK_S):
+                        self._hear_one(key.data)
+                        if key.data.has_ended:
+                            heard.unregister(key.fileobj)
         except BaseException as error:  # noqa: BLE001 - raised by who waits
             with self._news:
                 for feeder in self._feeders:
                     feeder.error, feeder.has_ended = error, True
+                self._news.notify_all()
+
+    def _hear_one(self, feeder: "_Feeder") -> None:
+        if feeder.hear():
+            with self._news:
                 self._news.notify_all()
 
 
@@ -258,7 +250,7 @@ class _Feeder:
         self._reporter = reporter
         self.gpu = f"GPU {', '.join(map(str, share.plan.task.job.provider.devices or ()))}"
         self._num_dealt = self._num_come = 0
-        self.come: deque[tuple[Sequence[Packed], Sequence[tuple[float, float]]]] = deque()
+        self.come: deque[tuple[Lines, Sequence[tuple[float, float]]]] = deque()
         """Records of batches that are not written yet, in order; and the seconds of some batches.
         """
         self.opened: Opened | None = None
@@ -282,7 +274,7 @@ class _Feeder:
     def deal(self, refs: Sequence[ImageRef]) -> None:
         """Give it a batch."""
         self._num_dealt += 1
-        self.send(refs)
+        self.send([(one.index, one.path, one.location) for one in refs])
 
     @property
     def num_lacking(self) -> int:
@@ -316,9 +308,9 @@ class _Feeder:
                 return False
             case "opened":
                 self.opened, self.num_streams, self.num_ahead = what
-            case "records":
-                packed, times, self.cpu_s = what
-                self.come.append((packed, times))
+            case "lines":
+                lines, times, self.cpu_s = what
+                self.come.append((lines, times))
                 self._num_come += 1
             case "error":
                 self.error = what

@@ -15,10 +15,10 @@ from batchclf.images.prefetch import HostMemory
 from batchclf.images.resize import require_pillow
 from batchclf.images.source import source_of
 from batchclf.images.store import open_store
-from batchclf.results.lines import find_done
+from batchclf.results.lines import Lines, encode, find_done
 from batchclf.results.listing import Listing
 from batchclf.results.parts import Committed, read_part
-from batchclf.results.records import Failure, ImageRef, Record
+from batchclf.results.records import ImageRef, Record
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import RecordWriter
 from batchclf.run.blame import explained, try_suspects
@@ -131,8 +131,9 @@ class _Bench:
             draft = self._drafts[0]
             own, records = records[: draft.num_left], records[draft.num_left :]
             if own:
-                draft.write(own)
-                self._count(own)
+                lines = encode(own)
+                draft.write(lines)
+                self._count(lines)
             if draft.num_left:
                 break
             self._commit(self._drafts.popleft())
@@ -140,10 +141,10 @@ class _Bench:
             self._next_figures = time.monotonic() + TICK_S
             self.reporter.figures(self.work.stats.snapshot())
 
-    def _count(self, records: Sequence[Record]) -> None:
-        self.work.stats.add_records(records)
-        self.num_images += len(records)
-        self.num_errors += sum(isinstance(one.outcome, Failure) for one in records)
+    def _count(self, lines: Lines) -> None:
+        self.work.stats.add_lines(lines)
+        self.num_images += lines.num_images
+        self.num_errors += lines.num_errors
         self.reporter.update(self.num_images, self.num_errors)
 
     def _commit(self, draft: "_Draft") -> None:
@@ -184,18 +185,15 @@ class _Draft:
     def num_left(self) -> int:
         return self.attempt.range.num_images - self.num_images
 
-    def write(self, records: Sequence[Record]) -> None:
+    def write(self, lines: Lines) -> None:
         """Append the next records.
 
         Raises:
             EnvironmentFailed: as `RecordWriter.write`.
         """
-        self._writer.write(records)
-        for record in records:
-            if isinstance(record.outcome, Failure):
-                self._done.errors_by_code[record.outcome.code] += 1
-            else:
-                self._done.num_ok += 1
+        self._writer.write(lines)
+        self._done.num_ok += lines.num_ok
+        self._done.errors_by_code.update(lines.errors_by_code)
 
     def commit(self) -> Committed:
         """Put what is there in its place, for good; what is there then, ours or another's.

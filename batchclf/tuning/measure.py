@@ -22,7 +22,8 @@ from batchclf.images.prefetch import Memory, Prefetcher
 from batchclf.images.source import AnySource
 from batchclf.models.resolve import Log, ResolvedModel
 from batchclf.results.files import RunFiles
-from batchclf.results.records import DecodeMode, ImageRef, Pixels, Record
+from batchclf.results.lines import Lines
+from batchclf.results.records import DecodeMode, ImageRef, Pixels
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import RecordWriter
 from batchclf.run.classify import Work, classify
@@ -217,12 +218,12 @@ class _Window(RecordWriter):
         self.wall_s = 0.0
         self.cpu_s = 0.0
 
-    def write(self, records: Sequence[Record]) -> None:
-        super().write(records)
+    def write(self, lines: Lines) -> None:
+        super().write(lines)
         self._num_batches += 1
         now, cpu_now = time.perf_counter(), self._stats.cpu_seconds()
         if self._first is not None:
-            self.num_images += len(records)
+            self.num_images += lines.num_images
         if self._num_batches % self._num_streams:
             return  # streams answer in bursts, one batch each
         if self._first is None:

@@ -37,6 +37,7 @@ from batchclf.images.source import source_of
 from batchclf.images.store import open_store
 from batchclf.models.resolve import resolve_model
 from batchclf.results.files import RunFiles
+from batchclf.results.lines import encode
 from batchclf.results.listing import drafted, place
 from batchclf.results.records import Prediction, Record
 from batchclf.results.run_record import Durable, write_run
@@ -280,7 +281,7 @@ def write_records(job_file: Path, files: RunFiles, num_done: int) -> None:
     with RecordWriter(files.predictions, 0) as writer:
         refs = listing.refs(0, num_done)
         while some := list(itertools.islice(refs, 1000)):
-            writer.write([Record(ref, outcome) for ref in some])
+            writer.write(encode([Record(ref, outcome) for ref in some]))
     num_images = listing.num_images
     changes = {
         "status": "interrupted",

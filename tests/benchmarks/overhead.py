@@ -1,6 +1,6 @@
 """What the interpreter costs per image: a whole job with a null model and images of 16 pixels.
 
-    python -m tests.benchmarks.overhead [--num-images 20000]
+    python -m tests.benchmarks.overhead [--num-images 20000] [--kinds parts whole fed]
 
 Decoding and inference cost next to nothing here, so what is left is the overhead that all threads
 of a process share through the interpreter lock: reading, prefetching, ranking 1,000 classes,
@@ -14,6 +14,7 @@ is left is the parent's part. Prints a table and, as the last line, the same as 
 """
 
 import argparse
+import itertools
 import json
 import os
 import tempfile
@@ -71,6 +72,7 @@ EDGE = 16
 NUM_CLASSES = 1000
 BATCH_SIZE = 64
 NUM_FILES = 64
+KINDS = ("parts", "whole", "fed")
 CORES_16 = [(16, 2.5), (16, 1.0)]
 """Workers, and milliseconds of decoding a photo: 16 cores could do 6,400 and 16,000 images/s."""
 
@@ -248,6 +250,22 @@ def _cpu_us(call: Callable[[], object], repeats: int) -> float:
     return 1e6 * (time.process_time() - started) / repeats
 
 
+def rows_of(
+    kind: str, folder: Path, decode: DecodeMode, arguments: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """The rows of one of KINDS."""
+    num_images = arguments.num_images
+    if kind == "parts":
+        yield from parts(folder, num_images, decode)
+    elif kind == "whole":
+        given = [(count, 0.0) for count in arguments.workers] + CORES_16
+        for backend, settings in itertools.product(get_args(DecodeBackend), given):
+            yield whole(folder, num_images, decode, *settings, backend)
+    else:
+        for count in arguments.feeders:
+            yield fed(folder, num_images, decode, count)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -255,20 +273,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, usable_cores(), 16])
     parser.add_argument("--feeders", type=int, nargs="+", default=[1, 4], help="processes")
     parser.add_argument("--decodes", nargs="+", default=["exact", "fast"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of rows")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for decode in arguments.decodes:
-            rows += parts(Path(folder), arguments.num_images, decode)
-            for backend in get_args(DecodeBackend):
-                rows += [
-                    whole(Path(folder), arguments.num_images, decode, *given, backend)
-                    for given in [(count, 0.0) for count in arguments.workers] + CORES_16
-                ]
-            rows += [
-                fed(Path(folder), arguments.num_images, decode, count)
-                for count in arguments.feeders
-            ]
+        for decode, kind in itertools.product(arguments.decodes, arguments.kinds):
+            rows += rows_of(kind, Path(folder), decode, arguments)
     for row in [{key: key for key in ("part", "decode", "cpu_us", "images_per_s")}, *rows]:
         print(
             f"{row['part']:>36}{row['decode']:>8}{row['cpu_us']!s:>10}"

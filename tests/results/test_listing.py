@@ -17,7 +17,7 @@ from batchclf.errors import EnvironmentFailed, ResumeRefused
 from batchclf.results import listing
 from batchclf.results.files import RunFiles
 from batchclf.results.identity import Extent
-from batchclf.results.lines import find_done
+from batchclf.results.lines import encode, find_done
 from batchclf.results.listing import drafted, open_listing, place, take_away
 from batchclf.results.records import Entry, ImageRef, Prediction, Record, Shard
 from batchclf.results.writer import RecordWriter
@@ -81,7 +81,7 @@ def test_a_long_listing_and_its_records_are_read_in_little_memory(files: RunFile
     placed(files, names)
     with RecordWriter(files.predictions, 0) as records:
         outcome = (Prediction("cat", 0, 0.5),)
-        records.write([Record(ImageRef(0, name), outcome) for name in names])
+        records.write(encode([Record(ImageRef(0, name), outcome) for name in names]))
     del names
     tracemalloc.start()
     try:

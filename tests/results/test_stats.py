@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batchclf.results.lines import encode
 from batchclf.results.records import Failure, ImageRef, Prediction, Record
 from batchclf.results.stats import Histogram, StatsCollector
 
@@ -69,8 +70,8 @@ def test_an_empty_histogram_and_a_duration_of_zero_are_no_errors() -> None:
 
 def test_counts_are_kept_by_code_and_add_up() -> None:
     stats = collector()
-    stats.add_records([OK, BAD, EMPTY, BAD])
-    stats.add_records([OK])
+    stats.add_lines(encode([OK, BAD, EMPTY, BAD]))
+    stats.add_lines(encode([OK]))
     stats.add_write(0.1)
     stats.add_write(0.2)
     figures = stats.snapshot()
@@ -91,7 +92,7 @@ def test_what_an_earlier_run_wrote_counts_as_done_but_not_as_speed(
     stand_still(monkeypatch, 100.0, 102.0)
     stats = collector()
     stats.resume(90, {"truncated": 10})
-    stats.add_records([OK, BAD])
+    stats.add_lines(encode([OK, BAD]))
     figures = stats.snapshot()
     assert (figures.num_images, figures.num_ok, figures.num_errors) == (102, 91, 11)
     assert figures.wall_s == 2.0

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from batchclf.errors import EnvironmentFailed, ResumeRefused
 from batchclf.results.files import RunFiles, read_lines, temporary_of
 from batchclf.results.identity import Extent
-from batchclf.results.lines import Done, decode_record, encode_record, find_done
+from batchclf.results.lines import Done, decode_record, encode, encode_record, find_done
 from batchclf.results.listing import Listing, open_listing
 from batchclf.results.lock import only_writer
 from batchclf.results.records import Failure, ImageRef, Prediction, Record, Shard
@@ -228,8 +228,8 @@ def test_a_writer_cuts_off_what_is_not_done_and_goes_on_there(tmp_path: Path) ->
     path = tmp_path / "predictions.jsonl"
     path.write_bytes(GOOD + b"torn")
     with RecordWriter(path, len(GOOD)) as records:
-        records.write([record_of(b"b.jpg", ()), record_of(b"c.jpg", ())])
-        records.write([])
+        records.write(encode([record_of(b"b.jpg", ()), record_of(b"c.jpg", ())]))
+        records.write(encode([]))
     lines = path.read_bytes().splitlines()
     assert [json.loads(line)["path"] for line in lines] == ["a.jpg", "b.jpg", "c.jpg"]
 
@@ -237,7 +237,7 @@ def test_a_writer_cuts_off_what_is_not_done_and_goes_on_there(tmp_path: Path) ->
 def test_records_are_in_the_file_as_soon_as_write_returns(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
     with RecordWriter(path, 0) as records:
-        records.write([record_of(b"a.jpg", ())])
+        records.write(encode([record_of(b"a.jpg", ())]))
         assert path.read_bytes() == encode_record(record_of(b"a.jpg", ()))
 
 
@@ -248,7 +248,7 @@ def test_the_time_of_every_write_and_sync_is_told(
     clock = iter(range(100))
     with RecordWriter(tmp_path / "predictions.jsonl", 0, told.append) as records:
         monkeypatch.setattr("batchclf.results.writer.time.perf_counter", clock.__next__)
-        records.write([record_of(b"a.jpg", ())])
+        records.write(encode([record_of(b"a.jpg", ())]))
         records.sync()
         assert told == [1, 1]
     assert told == [1, 1, 1], "the last sync"
@@ -261,7 +261,7 @@ def test_a_write_that_the_system_takes_in_pieces_is_whole(
     write = os.write
     with RecordWriter(path, 0) as records:
         monkeypatch.setattr(os, "write", lambda to, data: write(to, bytes(data[:7])))
-        records.write([record_of(b"a.jpg", ()), record_of(b"b.jpg", ())])
+        records.write(encode([record_of(b"a.jpg", ()), record_of(b"b.jpg", ())]))
     assert path.read_bytes() == b"".join(
         encode_record(record_of(name, ())) for name in (b"a.jpg", b"b.jpg")
     )
@@ -275,12 +275,12 @@ def test_new_records_take_the_places_of_the_failed_ones(files: RunFiles) -> None
     outcomes: list[tuple[Prediction, ...] | Failure] = [(), bad, other, bad]
     old = [Record(ref, outcome) for ref, outcome in zip(refs, outcomes, strict=True)]
     with RecordWriter(files.predictions, 0) as records:
-        records.write(old)
+        records.write(encode(old))
     failed = list(failed_refs(files.predictions, refs, {"io_error"}))
     assert failed == [refs[1], refs[3]]
     new = [Record(ref, (Prediction("cat", 0, 1.0),)) for ref in failed]
     with RecordWriter(files.retry, 0) as records:
-        records.write(new)
+        records.write(encode(new))
     replace_failed(files, {"io_error"}, 4)
     expected = [old[0], new[0], old[2], new[1]]
     assert files.predictions.read_bytes() == b"".join(map(encode_record, expected))
@@ -294,7 +294,7 @@ def test_an_output_that_fails_ends_with_exit_code_5_and_names_the_file(
     def write_while_broken(path: Path, call: str) -> None:
         with RecordWriter(path, 0) as records:
             monkeypatch.setattr(os, call, full)
-            records.write([record_of(b"a.jpg", ())])
+            records.write(encode([record_of(b"a.jpg", ())]))
 
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
@@ -492,7 +492,7 @@ def test_a_file_that_somebody_else_changes_is_noticed_at_the_next_sync(
 ) -> None:
     path = tmp_path / "predictions.jsonl"
     writer = RecordWriter(path, 0)
-    writer.write([record_of(b"a.jpg", ())])
+    writer.write(encode([record_of(b"a.jpg", ())]))
     writer.sync()
     change(path)
     with pytest.raises(EnvironmentFailed, match=what):
