@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import Finished, read_records
 from tests.engines.common import fault
 from tests.gpu_standin.machine import Machine
-from tests.gpu_standin.models import write_convolving
+from tests.gpu_standin.models import NUM_CLASSES, write_convolving
 from tests.tiny import link_digits, write_tiny_job
 
 NUM_IMAGES, BATCH_SIZE, EDGE = 96, 16, 64
@@ -79,15 +79,25 @@ def copies_of_batches(job: Path, after: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("backend", "had_by"), [("threads", "pin"), ("processes", "register")])
-def test_pixels_are_copied_from_page_locked_memory_whatever_decodes(
+def test_a_batch_is_one_copy_each_way_from_page_locked_memory_whatever_decodes(
     machine: Machine, backend: str, had_by: str, tmp_path: Path
 ) -> None:
-    job = write_cuda_job(tmp_path, loader={"backend": backend, "workers": 2})
+    loader = {"backend": backend, "workers": 2}
+    job = write_cuda_job(tmp_path, loader=loader, runtime={"streams": 1})
     done = run(machine, job)
     assert done.exit_code == 0, done.stderr
     assert_one_record_each(job)
-    assert copies_of_batches(job, had_by) == [f"copy async {BATCH}pinned>gpu0 gpu0"]
-    assert trace(job).count("unregister gpu0") == (backend == "processes")
+    lines = trace(job)
+    begun = max(number for number, line in enumerate(lines) if line.startswith(had_by))
+    steps = [line for line in lines[begun:] if line.startswith(("copy", "sync"))]
+    assert steps == NUM_IMAGES // BATCH_SIZE * [
+        f"copy async {BATCH}pinned>gpu0 gpu0",
+        "sync gpu0",
+        *["sync gpu0"] * 2,  # ONNX Runtime's own, at the end of a call
+        f"copy async {BATCH_SIZE * NUM_CLASSES * 4} gpu0>pageable gpu0",
+        "sync gpu0",
+    ]
+    assert lines.count("unregister gpu0") == (backend == "processes")
 
 
 def test_page_locked_memory_that_runs_out_is_told_of_and_ordinary_memory_serves(
@@ -154,19 +164,33 @@ def test_memory_that_runs_out_at_the_start_halves_the_batch(
 @pytest.fixture(scope="module")
 def undisturbed(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The trace of a job that nothing happens to."""
-    job = write_cuda_job(tmp_path_factory.mktemp("undisturbed"))
+    return undisturbed_trace(machine, tmp_path_factory.mktemp("undisturbed"), "fp32")
+
+
+def undisturbed_trace(machine: Machine, folder: Path, precision: str) -> list[str]:
+    """The trace of a job on one GPU at a precision that nothing happens to."""
+    folder.mkdir(exist_ok=True)
+    job = write_cuda_job(folder, precision=precision)
     done = run(machine, job)
     assert done.exit_code == 0, done.stderr
     return trace(job)
 
 
+def num_before_batches(lines: list[str], call: str) -> int:
+    """How many such calls there are until a job's memory for batches is there."""
+    begun = max(number for number, line in enumerate(lines) if line.startswith("pin "))
+    return num_calls(lines[:begun], call)
+
+
+def num_calls(lines: list[str], call: str) -> int:
+    word = {"execute": "engine"}.get(call, call)
+    return sum(line.startswith(word) for line in lines)
+
+
 def middle(lines: list[str], call: str) -> int:
     """The number of such a call half-way through a job's batches."""
-    begun = max(number for number, line in enumerate(lines) if line.startswith("pin "))
-    word = {"execute": "engine"}.get(call, call)
-    before, after = (
-        sum(line.startswith(word) for line in part) for part in (lines[:begun], lines[begun:])
-    )
+    before = num_before_batches(lines, call)
+    after = num_calls(lines, call) - before
     assert after > 1
     return before + after // 2 + 1
 
@@ -220,14 +244,46 @@ def test_a_job_runs_on_the_gpus_that_it_names_and_no_other(
 def test_one_of_several_gpus_that_is_lost_is_used_again_by_another_process(
     machine: Machine, undisturbed: list[str], tmp_path: Path
 ) -> None:
-    begun = max(number for number, line in enumerate(undisturbed) if line.startswith("pin "))
-    num_before = sum(line.startswith("sync") for line in undisturbed[:begun])
+    at = num_before_batches(undisturbed, "sync") + 2
     job = write_cuda_job(tmp_path, provider={"name": "cuda", "devices": [0, 1]})
-    done = run(machine, job, gpus=2, fault=f"sync:700:{num_before + 2}")
+    done = run(machine, job, gpus=2, fault=f"sync:700:{at}")
     assert done.exit_code == 0, done.stderr
     assert done.stderr.count("the worker lost its device (") == 1
     assert "CUDA failure 700" in done.stderr
     assert_one_record_each(job)
+
+
+def test_memory_of_several_gpus_that_runs_out_at_the_start_halves_the_batch_of_all(
+    machine: Machine, tmp_path: Path
+) -> None:
+    provider = {"name": "cuda", "devices": [0, 1]}
+    job = write_cuda_job(tmp_path, provider=provider, batch_size=64)
+    done = run(machine, job, gpus=2, memory_mb=45)
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.count("memory does not suffice for batches of 64 (") == 1
+    assert "going on with 32 in a new session" in done.stderr
+    assert done.json["batch_size"] == 32
+    assert_one_record_each(job)
+
+
+@pytest.mark.parametrize(("precision", "call"), [("fp32", "launch"), ("fp16", "execute")])
+def test_memory_of_one_of_several_gpus_that_runs_out_in_the_middle_halves_the_batch_of_all(
+    machine: Machine, precision: str, call: str, tmp_path: Path
+) -> None:
+    at = num_before_batches(undisturbed_trace(machine, tmp_path / "one", precision), call) + 2
+    provider = {"name": "cuda", "devices": [0, 1]}
+    job = write_cuda_job(tmp_path, provider=provider, precision=precision)
+    done = run(machine, job, gpus=2, fault=f"{call}:2:{at}")
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.count("memory does not suffice for batches of 16 (") == 1
+    assert "going on with 8 in a new session" in done.stderr
+    assert done.json["batch_size"] == 8
+    assert_one_record_each(job)
+    batches = BATCH_SIZE // 2 * EDGE * EDGE * 3
+    copied_to = re.findall(f"copy async {batches} .*>(gpu.) ", "\n".join(trace(job)))
+    assert set(copied_to) == {"gpu0", "gpu1"}
+    engines = {line for line in trace(job) if line.startswith("engine")}
+    assert engines == {"engine t" if precision == "fp16" else "engine p"}
 
 
 def test_gpus_that_are_for_one_process_each_are_left_to_those_that_use_them(
