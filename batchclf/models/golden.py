@@ -20,7 +20,7 @@ from batchclf.models.bundle import GOLDEN_FILE, Bundle, sha256_of
 from batchclf.models.checks import Run, assert_same_scores, tiled
 from batchclf.results.records import Pixels, Precision, Scores
 
-_LARGEST_ERROR: Mapping[Precision, float] = {"fp16": 0.045, "bf16": 0.55, "int8": 0.55}
+LARGEST_ERROR: Mapping[Precision, float] = {"fp16": 0.045, "bf16": 0.55, "int8": 0.55}
 """Length of an image's error over all classes, relative to the length of its scores at fp32, where
 the bundle does not say how sensitive its model is: int8, and what was written before it did.
 Rounding makes less than this (MobileNetV2 in PyTorch's own bf16: 0.4 on a smooth gradient, 0.06 on
@@ -57,7 +57,7 @@ def write_golden(
     arrays: dict[str, Any] = {"pixels_NHWC": pixels_NHWC, "scores_NK": scores_NK}
     if rounded is not None:
         found_NK = _one_by_one(rounded, pixels_NHWC, fixed_batch)
-        arrays["bf16_error_N"] = _errors(found_NK, scores_NK, sees_shift=False)
+        arrays["bf16_error_N"] = errors_of(found_NK, scores_NK, sees_shift=False)
     path = folder / GOLDEN_FILE
     np.savez_compressed(path, **arrays)
     return sha256_of(path)
@@ -177,7 +177,7 @@ def _assert_alike(
         )
     if not np.isfinite(found_NK).all():
         raise ModelError(f"{what}: gives NaN or infinite scores")
-    error_N = _errors(found_NK, expected_NK, sees_shift=sees_shift)
+    error_N = errors_of(found_NK, expected_NK, sees_shift=sees_shift)
     if not (error_N <= largest_N).all():
         worst = (error_N / largest_N).argmax()
         raise ModelError(
@@ -190,17 +190,17 @@ def _assert_alike(
 def _largest_errors(
     own_N: NDArray[np.float64] | None, rounding: Precision, num_images: int
 ) -> NDArray[np.float64]:
-    """What rounding may come to for each image, in the unit of `_errors`."""
+    """What rounding may come to for each image, in the unit of `errors_of`."""
     if rounding == "fp32":
         return np.zeros(num_images)
     if own_N is None or rounding == "int8":
-        return np.full(num_images, _LARGEST_ERROR[rounding])
+        return np.full(num_images, LARGEST_ERROR[rounding])
     likely_N = own_N / (_HALF_STEPS if rounding == "fp16" else 1)
     largest_N: NDArray[np.float64] = np.clip(_SAFETY * likely_N, _LEAST_ERROR[rounding], _WRONG)
     return largest_N
 
 
-def _errors(found_NK: Scores, expected_NK: Scores, *, sees_shift: bool) -> NDArray[np.float64]:
+def errors_of(found_NK: Scores, expected_NK: Scores, *, sees_shift: bool) -> NDArray[np.float64]:
     """Length of each image's error over all classes, relative to that of its expected scores."""
     length_N = np.linalg.norm(_centred(expected_NK), axis=1)
     # An image that the model hardly decides on is measured by those that it is sure of.

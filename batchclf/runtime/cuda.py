@@ -21,6 +21,9 @@ from batchclf.errors import UsageError
 from batchclf.results.records import Pixels, Precision
 
 _TENSOR_CORES = "use_tf32"
+_FIRST_WITH_TF32 = 80
+"""10 times the compute capability of Ampere; those before have tensor cores for fp16 alone."""
+_IDLE = "fp32 leaves the tensor cores unused; precision: fp16 uses them"
 _NO_MEMORY = 2
 """cudaErrorMemoryAllocation."""
 _GRAPH = "enable_cuda_graph"
@@ -67,18 +70,24 @@ def cuda_major() -> int:
     return int(str(build_and_package_info.cuda_version).partition(".")[0])
 
 
-def idle_tensor_cores(options: Mapping[str, str], precision: Precision) -> str | None:
-    """What a session with these options loses by leaving the tensor cores unused; None: nothing."""
-    if _is_on(options, _TENSOR_CORES):
+def idle_tensor_cores(
+    options: Mapping[str, str], precision: Precision, architecture: int
+) -> str | None:
+    """What a session with these options loses by leaving the tensor cores unused; None: nothing.
+
+    `architecture`: 10 times the compute capability of its GPU.
+    """
+    is_on = _is_on(options, _TENSOR_CORES)
+    asked = f"options: {{{_TENSOR_CORES}: {options.get(_TENSOR_CORES)}}}"
+    if precision == "fp32" and architecture < _FIRST_WITH_TF32:
+        in_vain = f"; {asked} changes nothing on this GPU, which has no TF32"
+        return _IDLE + in_vain if is_on else _IDLE
+    if is_on:
         return None
     if precision == "fp32":
-        return (
-            "fp32 leaves the tensor cores unused; precision: fp16 uses them, and so does "
-            f"options: {{{_TENSOR_CORES}: 1}}, with 10 bits of 23"
-        )
+        return f"{_IDLE}, and so does options: {{{_TENSOR_CORES}: 1}}, with 10 bits of 23"
     return (
-        f"options: {{{_TENSOR_CORES}: {options[_TENSOR_CORES]}}} leaves the tensor cores unused at "
-        f"{precision} as well; without it they are used"
+        f"{asked} leaves the tensor cores unused at {precision} as well; without it they are used"
     )
 
 

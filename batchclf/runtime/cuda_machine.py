@@ -38,7 +38,7 @@ def device_name(device: int) -> str:
     return f"{device}: {name.value.decode(errors='replace')}"
 
 
-def _architecture(device: int) -> int:
+def architecture_of(device: int) -> int:
     """10 times the compute capability of a GPU."""
     major, minor = ctypes.c_int(), ctypes.c_int()
     handle = _handle(device)
@@ -115,7 +115,7 @@ def _require_code(provider: Path, devices: Sequence[int]) -> None:
     """Otherwise some kernel fails, at the first batch or later, or is another's that does run."""
     code = code_in(provider)
     for device in devices:
-        architecture = _architecture(device)
+        architecture = architecture_of(device)
         if code is not None and not code.runs_on(architecture):
             has = ", ".join(_capability(one) for one in sorted(code.machine | code.ptx))
             raise ProviderError(

@@ -11,10 +11,13 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _SECTION = b".nv_fatbin"
 _MAGIC = struct.pack("<I", 0xBA55ED50)
-_PTX, _MACHINE_CODE = 1, 2
+PTX, MACHINE_CODE = 1, 2
+"""Kinds of code."""
+Data = mmap.mmap | bytearray
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +34,48 @@ class Code:
         return any(one <= architecture for one in (*same, *self.ptx))
 
 
+class Piece(NamedTuple):
+    """Code for one architecture."""
+
+    kind: int
+    """PTX or MACHINE_CODE, or another."""
+    architecture: int
+    start: int
+    """Where in the library it lies."""
+    stop: int
+
+
 def code_in(library: Path) -> Code | None:
     """What a library has code for; None: it has none, or keeps it otherwise."""
-    found: dict[int, set[int]] = {_PTX: set(), _MACHINE_CODE: set()}
+    found: dict[int, set[int]] = {PTX: set(), MACHINE_CODE: set()}
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
-            begin, end = _section(data)
-            for kind, architecture in _entries(data, begin, end):
-                found.setdefault(kind, set()).add(architecture)
+            for piece in pieces(data):
+                found.setdefault(piece.kind, set()).add(piece.architecture)
         except struct.error:  # it ends before it should
             return None
-    code = Code(frozenset(found[_MACHINE_CODE]), frozenset(found[_PTX]))
+    code = Code(frozenset(found[MACHINE_CODE]), frozenset(found[PTX]))
     return code if code.machine or code.ptx else None
 
 
-def _section(data: mmap.mmap) -> tuple[int, int]:
+def pieces(data: Data) -> Iterator[Piece]:
+    """All code in a library.
+
+    Raises:
+        struct.error: it ends before it should.
+    """
+    at, end = _section(data)
+    while (at := data.find(_MAGIC, at, end)) >= 0:
+        own_size, size = struct.unpack_from("<HQ", data, at + 6)
+        at += own_size
+        last = at + size
+        while at < last:
+            kind, own_size, size, architecture = struct.unpack_from("<H2xIQ12xI", data, at)
+            yield Piece(kind, architecture, at + own_size, at + own_size + size)
+            at += max(1, own_size + size)
+
+
+def _section(data: Data) -> tuple[int, int]:
     """Where the code begins and ends (ELF-64: https://refspecs.linuxfoundation.org/elf)."""
     if data[:4] != b"\x7fELF":
         return 0, 0
@@ -61,16 +91,3 @@ def _section(data: mmap.mmap) -> tuple[int, int]:
         if data[at : at + len(_SECTION) + 1] == _SECTION + b"\0":
             return begin, begin + length
     return 0, 0
-
-
-def _entries(data: mmap.mmap, begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Kind and architecture of each piece of code."""
-    at = begin
-    while (at := data.find(_MAGIC, at, end)) >= 0:
-        own_size, size = struct.unpack_from("<HQ", data, at + 6)
-        at += own_size
-        last = at + size
-        while at < last:
-            kind, own_size, size, architecture = struct.unpack_from("<H2xIQ12xI", data, at)
-            yield kind, architecture
-            at += max(1, own_size + size)

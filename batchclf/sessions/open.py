@@ -7,7 +7,7 @@ from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
-from batchclf.errors import ProviderError, UsageError
+from batchclf.errors import EnvironmentFailed, ProviderError, UsageError
 from batchclf.images.prefetch import HostMemory
 from batchclf.models.bundle import Bundle, cache_folder, digest_of, private_folder
 from batchclf.models.checks import sample_pixels, tiled
@@ -42,7 +42,7 @@ from batchclf.sessions.precision import (
 from batchclf.sessions.sample import Sample
 from batchclf.sessions.together import together
 from batchclf.spec.job import JobSpec, ProviderSpec, auto, gpus_of, runs_on_cpu
-from batchclf.system.apart import Apart, LeftBehind
+from batchclf.system.apart import Apart, Ended, LeftBehind, NotStarted
 from batchclf.system.machine import cpu_name_and_flags, usable_cores
 
 MAX_CPU_STREAMS = 8
@@ -97,14 +97,20 @@ def settle_apart(job: JobSpec, log: Log) -> str | None:
     Raises:
         ProviderError: it does not work, or whoever tries it dies or hangs, and no fall-back is
             allowed.
-        UsageError: as `settle_provider`.
+        EnvironmentFailed: no process is to be had.
+        Exception: as `settle_provider`.
     """
     try:
         with Apart(RELEASE_S) as apart:
             fallback, said = apart.do(SETTLE_S, _settle_and_tell, job)
-    except OSError as error:
+    except NotStarted as error:
+        raise EnvironmentFailed(
+            f"provider {job.provider.name}: its devices are tried in a process of its own, and "
+            f"{error.strerror}; run again to resume"
+        ) from error
+    except (LeftBehind, Ended) as error:
         hangs = isinstance(error, LeftBehind)
-        why = f"takes longer than {SETTLE_S:g} s" if hangs else f"ends the process: {error}"
+        why = f"takes longer than {SETTLE_S:g} s" if hangs else f"fails: {error.strerror}"
         refusal = ProviderError(
             f"provider {job.provider.name}: trying its devices {why}; try them one by one "
             "(provider.devices), and see the kernel's log"
@@ -249,8 +255,10 @@ def _log_cpu_nodes(active: ActiveProvider, log: Log) -> None:
 def _log_idle_units(target: Target, active: ActiveProvider, log: Log) -> None:
     if target.provider.name == "cuda":
         from batchclf.runtime.cuda import idle_tensor_cores
+        from batchclf.runtime.cuda_machine import architecture_of
 
-        if (loss := idle_tensor_cores(active.options, target.precision)) is not None:
+        architecture = architecture_of(target.device_id)
+        if loss := idle_tensor_cores(active.options, target.precision, architecture):
             log(f"provider cuda: {loss}")
 
 

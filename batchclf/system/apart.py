@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from subprocess import Popen, TimeoutExpired
 from typing import ParamSpec, TypeVar
 
-from batchclf.system.children import start_serving
+from batchclf.system.children import how_it_ended, start_serving
 from batchclf.system.interrupt import SIGNALS
 
 TICK_S = 0.05
@@ -26,6 +26,14 @@ _T = TypeVar("_T")
 
 class LeftBehind(OSError):
     """What was asked for is not done in time, and the process that was to do it is left behind."""
+
+
+class NotStarted(OSError):
+    """No process is to be had."""
+
+
+class Ended(OSError):
+    """The process has ended over what it was asked for."""
 
 
 class Apart:
@@ -60,7 +68,8 @@ class Apart:
 
         Raises:
             LeftBehind: it takes longer, or something did before.
-            OSError: no process is to be had, or it died; the next call starts another.
+            NotStarted: no process is to be had.
+            Ended: it died; the next call starts another.
         """
         ends_at = time.monotonic() + seconds
         while not self._turn.acquire(timeout=TICK_S):
@@ -74,9 +83,10 @@ class Apart:
             has_failed, answer = self._connection.recv()
         except (EOFError, ConnectionError) as error:
             process.kill()
+            how = ""
             with suppress(TimeoutExpired):
-                process.wait(END_S)
-            raise OSError(EPIPE, "the process that was to do it has ended") from error
+                how = f": {how_it_ended(process.wait(END_S))}"
+            raise Ended(EPIPE, f"the process that was to do it has ended{how}") from error
         finally:
             self._turn.release()
         if has_failed:
@@ -89,7 +99,10 @@ class Apart:
             if self._process.poll() is None:
                 return self._process
             self._connection.close()
-        self._process, self._connection = start_serving(__name__, held=SIGNALS)
+        try:
+            self._process, self._connection = start_serving(__name__, held=SIGNALS)
+        except OSError as error:
+            raise NotStarted(error.errno, f"no process is to be had: {error.strerror}") from error
         return self._process
 
     def _require_time(self, ends_at: float) -> None:

@@ -107,17 +107,24 @@ class Bench:
         return resolve_variant(resolved.bundle, precision, conversion_of(wanted))
 
     def open(
-        self, model: str, name: str, size: int, *, bind: bool | None = None, **options: str
+        self,
+        model: str,
+        name: str,
+        size: int,
+        *,
+        bind: bool | None = None,
+        path: Path | None = None,
+        **options: str,
     ) -> OnnxClassifier:
-        """A session at one of PRECISIONS for batches of `size`."""
+        """A session at one of PRECISIONS for batches of `size`; `path`: of what is made of it."""
         precision, own = PRECISIONS[name]
         job = self.job(model, precision=precision)
         spec = ProviderSpec.model_validate(
             {"name": self.arguments.provider, "options": {**own, **options}}
         )
         target = targets(spec, job)[0]
-        bundle = self.bundle(model, precision)
-        return open_classifier(bundle.model_path, target, batch_size=size, bind=bind)
+        path = path or self.bundle(model, precision).model_path
+        return open_classifier(path, target, batch_size=size, bind=bind)
 
 
 @cache

@@ -17,13 +17,12 @@ import argparse
 import io
 import shutil
 import site
-import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 WHEELS = (
@@ -35,8 +34,6 @@ WHEELS = (
 CUDA_LIBRARY = "onnxruntime/capi/libonnxruntime_providers_cuda.so"
 UNUSED = ("onnxruntime/capi/libonnxruntime_providers_tensorrt.so",)
 MANYLINUX = ("2_34", "2_28", "2_27", "2_24", "2_17")
-_MAGIC = struct.pack("<I", 0xBA55ED50)
-"""Before a list of machine code for several GPUs, as nvcc writes it ("fat binary")."""
 
 
 # ---- at the desk ---------------------------------------------------------------------------------
@@ -84,36 +81,22 @@ def download(folder: Path, python: str) -> None:
 
 def keep_arch(library: Path, arch: int) -> None:
     """Zero the machine code of a library for all GPUs but those of a compute capability."""
-    code = bytearray(library.read_bytes())
-    entries = list(machine_code(code))
-    archs = sorted({found for found, _, _ in entries})
+    from batchclf.runtime.machine_code import MACHINE_CODE, Code, pieces  # a host has none of it
+
+    data = bytearray(library.read_bytes())
+    found = list(pieces(data))
+    archs = sorted({one.architecture for one in found if one.kind == MACHINE_CODE})
     # Code for an earlier GPU of the same generation runs as well.
-    fitting = [found for found in archs if found // 10 == arch // 10 and found <= arch]
+    fitting = [one for one in archs if Code(frozenset({one}), frozenset()).runs_on(arch)]
     if not fitting:
         raise SystemExit(f"--arch {arch}: the wheel has machine code for {archs} only")
     num_zeroed = 0
-    for found, start, end in entries:
-        if found != fitting[-1]:
-            code[start:end] = bytes(end - start)
-            num_zeroed += end - start
-    library.write_bytes(code)
+    for one in found:
+        if (one.kind, one.architecture) != (MACHINE_CODE, fitting[-1]):
+            data[one.start : one.stop] = bytes(one.stop - one.start)
+            num_zeroed += one.stop - one.start
+    library.write_bytes(data)
     print(f"machine code for {fitting[-1]} kept, {num_zeroed / 2**20:.0f} MiB of {archs} zeroed")
-
-
-def machine_code(code: bytearray) -> Iterator[tuple[int, int, int]]:
-    """Compute capability, start and end of each piece of machine code (or PTX) in a library."""
-    at = -1
-    while (at := code.find(_MAGIC, at + 1)) >= 0:
-        version, header, size = struct.unpack_from("<HHQ", code, at + 4)
-        if (version, header) != (1, 16) or at + header + size > len(code):
-            continue  # the same four bytes by chance
-        piece, end = at + header, at + header + size
-        while piece < end:
-            (start,) = struct.unpack_from("<I", code, piece + 4)
-            (length,) = struct.unpack_from("<Q", code, piece + 8)
-            (arch,) = struct.unpack_from("<I", code, piece + 28)
-            yield arch, piece + start, piece + start + length
-            piece += start + length
 
 
 def copy_checkout(target: Path) -> None:

@@ -5,11 +5,12 @@ Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 
 import itertools
 import json
+import os
 import shutil
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,17 @@ from batchclf.images.prefetch import zeroed_pixels
 from batchclf.images.shared import SharedPixels
 from batchclf.images.source import source_of
 from batchclf.images.store import open_store
-from batchclf.results.records import DecodeBackend, DecodeMode, Pixels, refs_of
+from batchclf.results.records import (
+    DecodeBackend,
+    DecodeMode,
+    Failure,
+    Pixels,
+    Prediction,
+    Scores,
+    refs_of,
+)
+from batchclf.runtime.classifier import OnnxClassifier
+from batchclf.runtime.ranking import rank
 from batchclf.runtime.timing import measure_throughput
 from batchclf.system.interrupt import StopRequest
 from batchclf.system.machine import usable_cores
@@ -36,9 +47,15 @@ from tests.benchmarks.gpu_bench import (
     images,
     log,
     settle,
+    varied,
 )
 
 PHOTO_BYTES = 224 * 224 * 3
+NUM_FIRST = 12
+"""Throughputs that matter more than where answers are ranked."""
+TOP_K = 5
+SAME_SCORE = 1e-3
+Ranked = Sequence[tuple[Prediction, ...] | Failure]
 ROUNDS = 3
 """Of a throughput; the median counts."""
 
@@ -201,8 +218,10 @@ def ablations(model: str, size: int) -> Iterator[Setting]:
 def throughput(bench: Bench) -> Rows:
     """Images per second of inference alone."""
     settle(bench)
-    for setting in settings_of(bench):
-        yield setting.name, partial(throughput_of, bench, setting)
+    settings = list(settings_of(bench))
+    rows = [(one.name, partial(throughput_of, bench, one)) for one in settings]
+    rows.insert(NUM_FIRST, (f"{settings[0].name} ranked", partial(ranked, bench, settings[0])))
+    yield from rows
 
 
 def throughput_of(bench: Bench, setting: Setting) -> Row:
@@ -232,6 +251,94 @@ def throughput_of(bench: Bench, setting: Setting) -> Row:
         "batch_size": setting.size,
         "is_job": setting == Setting(setting.model, setting.precision, setting.size),
     }
+
+
+# ---- softmax and top k, here or there ------------------------------------------------------------
+
+
+def ranked(bench: Bench, setting: Setting) -> Row:
+    """Images per second and CPU time of inference with ranking: as a job does it, or in the graph.
+
+    In the graph, an image's best classes are all that is copied from the device.
+    """
+    bundle = bench.bundle(setting.model, PRECISIONS[setting.precision][0])
+    assert bundle.meta.activation == "softmax", "another one would be another graph"
+    labels = bundle.meta.labels
+    shape = (setting.size, *bundle.meta.preprocess.crop, 3)
+    batch_NHWC = allocate(bench, shape, is_pinned=True)
+    batch_NHWC[:] = varied(bench, setting.model, setting.size)
+    model = with_ranking(bundle.model_path, bench.work / f"ranking-{os.getpid()}.onnx")
+    open_one = partial(bench.open, setting.model, setting.precision, setting.size)
+    plain = [open_one() for _ in range(setting.streams)]
+    inside = [open_one(path=model) for _ in range(setting.streams)]
+
+    def by_host(run: OnnxClassifier, pixels_NHWC: Pixels) -> Ranked:
+        return rank(run(pixels_NHWC), labels, TOP_K, activation="softmax")
+
+    def by_device(run: OnnxClassifier, pixels_NHWC: Pixels) -> Ranked:
+        return predictions(run(pixels_NHWC), labels)
+
+    ways = {
+        "host": [partial(by_host, run) for run in plain],
+        "device": [partial(by_device, run) for run in inside],
+    }
+    agree = same_answers(ways["host"][0](batch_NHWC), ways["device"][0](batch_NHWC))
+    row: Row = {"agree": agree, "model": setting.model, "precision": setting.precision}
+    for way, runs in ways.items():
+        found = [
+            measure_throughput(runs, batch_NHWC, budget_s=bench.arguments.seconds / ROUNDS)
+            for _ in range(ROUNDS)
+        ]
+        row[f"{way}_images_per_s"] = round(statistics.median(one.images_per_s for one in found), 1)
+        row[f"{way}_cpu_us"] = round(
+            1000 * statistics.median(one.cpu_ms_per_image for one in found), 2
+        )
+    return {"images_per_s": row["device_images_per_s"], **row}
+
+
+def with_ranking(model: Path, target: Path) -> Path:
+    """A model with softmax and top k behind its scores: TOP_K scores, then as many indices, NT."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    made = onnx.load(model)
+    (scores,) = made.graph.output
+    made.graph.initializer.append(numpy_helper.from_array(np.array([TOP_K]), "top_k"))
+    made.graph.node.extend(
+        [
+            helper.make_node("Softmax", [scores.name], ["shares"], axis=-1),
+            helper.make_node("TopK", ["shares", "top_k"], ["best", "places"], axis=-1),
+            # As numbers of float32, which are exact up to 16 million.
+            helper.make_node("Cast", ["places"], ["indices"], to=TensorProto.FLOAT),
+            helper.make_node("Concat", ["best", "indices"], ["ranked"], axis=-1),
+        ]
+    )
+    batch = scores.type.tensor_type.shape.dim[0]
+    size = batch.dim_param or batch.dim_value
+    found = helper.make_tensor_value_info("ranked", TensorProto.FLOAT, [size, 2 * TOP_K])
+    scores.CopyFrom(found)
+    onnx.save(made, target)
+    return target
+
+
+def predictions(ranked_NT: Scores, labels: Sequence[str]) -> Ranked:
+    """What a graph that ranks says, as `rank` tells it."""
+    scores_NT, indices_NT = np.hsplit(ranked_NT, 2)
+    return [
+        tuple(Prediction(labels[index], index, score) for index, score in zip(*row, strict=True))
+        for row in zip(indices_NT.astype(np.intp).tolist(), scores_NT.tolist(), strict=True)
+    ]
+
+
+def same_answers(host: Ranked, device: Ranked) -> bool:
+    """Whether both name the same best class for each image, and give it the same score."""
+    return all(
+        not isinstance(one, Failure)
+        and not isinstance(other, Failure)
+        and one[0].index == other[0].index
+        and abs(one[0].score - other[0].score) < SAME_SCORE
+        for one, other in zip(host, device, strict=True)
+    )
 
 
 # ---- decoding ------------------------------------------------------------------------------------

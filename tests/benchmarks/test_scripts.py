@@ -4,7 +4,6 @@ import argparse
 import io
 import itertools
 import json
-import struct
 import subprocess
 import sys
 import tarfile
@@ -15,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from batchclf.runtime.machine_code import MACHINE_CODE, PTX
 from batchclf.runtime.providers import installed_flavours
 from tests.benchmarks import gpu, gpu_bench, gpu_kit, gpu_speeds, stores
 from tests.benchmarks.overhead import BATCH_SIZE, whole
 from tests.conftest import DIGITS_MODEL, ROOT, Batchclf, write_job
+from tests.runtime.fat_library import fat_library
 
 
 def run(module: str, *arguments: str) -> str:
@@ -50,7 +51,7 @@ def test_the_script_for_cuda_machines_goes_through_all_its_steps_on_the_cpu(
     assert list(dict.fromkeys(step for step, _ in found)) == steps
     assert {name for (_, name), row in found.items() if "error" in row} <= {"nvidia-smi"}
     right = [row[key] for row in rows for key in ("agree", "bitwise") if key in row]
-    assert len(right) == 5
+    assert len(right) == 6
     assert all(right)
     assert found["correctness", "digits fp32 placement by profile"]["on_the_cpu"] == []
     kinds = itertools.product(("exact", "fast"), ("threads", "processes"))
@@ -146,22 +147,15 @@ def test_what_a_kit_is_cut_into_is_put_together_on_the_host(tmp_path: Path) -> N
 
 
 def test_machine_code_for_other_gpus_is_zeroed_and_nothing_else(tmp_path: Path) -> None:
-    def piece(arch: int, code: bytes) -> bytes:
-        header = struct.pack("<HHIQ", 2, 0, 64, len(code)) + bytes(12) + struct.pack("<I", arch)
-        return header.ljust(64, b"h") + code
-
-    def library(*pieces: bytes) -> bytes:
-        body = b"".join(pieces)
-        magic = struct.pack("<I", 0xBA55ED50)
-        lists = magic + struct.pack("<HHQ", 1, 16, len(body)) + body
-        return b"text" + magic + b"by chance" + lists + b"rest" + lists
+    def library(code_80: bytes, code_86: bytes, code_90: bytes, ptx: bytes) -> bytes:
+        machine_code = [(80, code_80), (86, code_86), (90, code_90)]
+        some = [(MACHINE_CODE, *one) for one in machine_code]
+        return fat_library(some, [*some, (PTX, 86, ptx)])
 
     path = tmp_path / "library.so"
-    path.write_bytes(library(piece(80, b"A" * 99), piece(86, b"B" * 50), piece(90, b"C" * 70)))
+    path.write_bytes(library(b"A" * 99, b"B" * 50, b"C" * 70, b"P" * 9))
     gpu_kit.keep_arch(path, 89)  # code for 86 runs on it
-    assert path.read_bytes() == library(
-        piece(80, bytes(99)), piece(86, b"B" * 50), piece(90, bytes(70))
-    )
+    assert path.read_bytes() == library(bytes(99), b"B" * 50, bytes(70), bytes(9))
     with pytest.raises(SystemExit, match=r"--arch 100: .* for \[80, 86, 90\] only"):
         gpu_kit.keep_arch(path, 100)
 

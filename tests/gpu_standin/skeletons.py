@@ -1,13 +1,16 @@
 """Models without their weights: what each is made of, which decides where its nodes run.
 
-    python -m tests.gpu_standin.skeletons NAME=MODEL.onnx ...
+    python -m tests.gpu_standin.skeletons [NAME ...]
 
-writes the skeletons of exported models (`batchclf export`) into skeletons.zip.
+exports the models in skeletons.zip anew, and torchvision's NAME as well, and writes their
+skeletons; with torch, in some minutes.
 """
 
+import shutil
 import sys
+import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +24,49 @@ _NARROW = {4096: 128, 3072: 128}
 """Hidden layers of classifiers and transformers: nothing but time depends on how wide they are."""
 
 
-def main(models: Sequence[str]) -> None:
-    with zipfile.ZipFile(SKELETONS, "w", zipfile.ZIP_LZMA) as archive:
-        for name, path in sorted(one.split("=", 1) for one in models):
-            member = zipfile.ZipInfo(f"{name}.onnx")  # of no particular time
-            member.compress_type = zipfile.ZIP_LZMA
-            archive.writestr(member, _without_weights(Path(path)).SerializeToString())
+def main(more: Iterable[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / SKELETONS.name
+        with zipfile.ZipFile(made, "w", zipfile.ZIP_LZMA) as archive:
+            for name in sorted({*names(), *more}):
+                print(name, file=sys.stderr)
+                member = zipfile.ZipInfo(f"{name}.onnx")  # of no particular time
+                member.compress_type = zipfile.ZIP_LZMA
+                archive.writestr(member, exported(name, Path(folder)).SerializeToString())
+        shutil.copy(made, SKELETONS)
+
+
+def exported(name: str, folder: Path) -> onnx.ModelProto:
+    """The skeleton of one of torchvision's models, as it is exported now."""
+    from batchclf.models.export import export_model
+    from batchclf.models.zoo import torchvision
+    from batchclf.runtime.classifier import open_reference
+    from batchclf.spec.job import ModelSpec
+    from tests.sweep import wake
+
+    built = torchvision.build(ModelSpec(name=name, weights="none"))
+    wake(built)  # biases of zeros, as they are before training, are left out
+    export_model(built, folder, batch_size=2, open_reference=open_reference)
+    return _without_weights(folder / "model.onnx")
+
+
+def kept(name: str) -> onnx.ModelProto:
+    """A skeleton as it was exported once."""
+    with zipfile.ZipFile(SKELETONS) as archive:
+        return onnx.load_model_from_string(archive.read(f"{name}.onnx"))
+
+
+def outline(model: onnx.ModelProto) -> list[object]:
+    """What a model is made of, one node after the other, whatever its values are called."""
+    shapes = {one.name: (*one.dims, one.data_type) for one in model.graph.initializer}
+    return [
+        (
+            *(node.domain, node.op_type, len(node.output)),
+            tuple(shapes.get(name) for name in node.input),
+            tuple(sorted(one.SerializeToString() for one in node.attribute)),
+        )
+        for node in model.graph.node
+    ]
 
 
 def names() -> list[str]:
@@ -37,8 +77,7 @@ def names() -> list[str]:
 
 def write_model(name: str, path: Path) -> Path:
     """A model with zeros for its weights: all of them are one hole in a file beside it."""
-    with zipfile.ZipFile(SKELETONS) as archive:
-        model = onnx.load_model_from_string(archive.read(f"{name}.onnx"))
+    model = kept(name)
     hole = path.with_suffix(".zeros")
     weights = [tensor for tensor in model.graph.initializer if _is_weight(tensor)]
     sizes = [4 * int(np.prod(tensor.dims, dtype=np.int64)) for tensor in weights]

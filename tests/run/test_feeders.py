@@ -19,7 +19,7 @@ from batchclf.engines.local.process import Workers
 from batchclf.engines.local.supervisor import Supervisor
 from batchclf.errors import DeviceLost, Interrupted, ProcessLost, UsageError
 from batchclf.results.records import ActiveProvider, ImageRef
-from batchclf.run import ready
+from batchclf.run import feeders, ready
 from batchclf.run.feeder import Share
 from batchclf.run.feeders import Feeders, shares_of
 from batchclf.run.job import run_job
@@ -171,6 +171,34 @@ def test_the_process_that_all_wait_for_is_dealt_batches_beyond_the_bound() -> No
     assert feeders._next_dealt() is slow
     slow.num_lacking = 0
     assert feeders._next_dealt() is None
+
+
+def test_processes_that_read_ahead_of_a_batch_do_not_wait_for_each_other_at_the_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reads more images ahead than the bound has batches for, before its first is whole."""
+    pytest.importorskip("obstore")
+    images(tmp_path / "images", 90)
+    run_here(job(tmp_path, "alone"))
+
+    class Patient(Log):
+        def __init__(self) -> None:
+            super().__init__()
+            self.most, self.since = 0, time.monotonic()
+
+        def update(self, num_images: int, num_errors: int) -> None:
+            if num_images > self.most:
+                self.most, self.since = num_images, time.monotonic()
+            assert time.monotonic() - self.since < 10, f"stands still after {num_images} images"
+
+    with proxied_bucket() as bucket:
+        bucket.put_folder(tmp_path / "images", "images")
+        feed_in_two(monkeypatch)
+        monkeypatch.setattr(feeders, "AS_MANY_AGAIN", 1 / AHEAD)
+        far = job(tmp_path, "far", loader={"workers": 2, "max_seconds": 20})
+        far.write_text(far.read_text().replace(str(tmp_path / "images"), f"s3://{NAME}/images"))
+        run_here(far, log=Patient())
+    assert_same_records(read_records(tmp_path / "far"), read_records(tmp_path / "alone"))
 
 
 class Notes(Log):

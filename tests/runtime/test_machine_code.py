@@ -5,7 +5,8 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
-from batchclf.runtime.machine_code import Code, code_in
+from batchclf.runtime.machine_code import MACHINE_CODE, PTX, Code, code_in, pieces
+from tests.runtime.fat_library import fat_library
 from tests.runtime.test_cuda import for_cuda
 
 CODE = Code(frozenset({75, 80, 86, 90, 120}), frozenset())
@@ -25,6 +26,18 @@ def test_ptx_runs_on_every_later_gpu() -> None:
     code = Code(frozenset({80}), frozenset({90}))
     assert code.runs_on(100)
     assert not code.runs_on(75)
+
+
+def test_code_is_found_in_every_container_of_its_section_and_nowhere_else(tmp_path: Path) -> None:
+    path = tmp_path / "lib.so"
+    first = [(MACHINE_CODE, 80, b"A" * 30), (MACHINE_CODE, 90, b"B" * 7)]
+    path.write_bytes(fat_library(first, [(PTX, 90, b"C")]))
+    assert code_in(path) == Code(frozenset({80, 90}), frozenset({90}))
+    found = bytearray(path.read_bytes())
+    assert [(one.kind, one.architecture, found[one.start : one.stop]) for one in pieces(found)] == [
+        *first,
+        (PTX, 90, b"C"),
+    ]
 
 
 @for_cuda

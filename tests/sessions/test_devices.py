@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from batchclf.errors import ProviderError
+from batchclf.errors import EnvironmentFailed, ProviderError
 from batchclf.models.bundle import Bundle, BundleMeta
 from batchclf.results.records import Preprocess
 from batchclf.runtime.providers import PROVIDERS, compiled_in
@@ -116,11 +116,35 @@ def test_devices_the_trial_of_which_ends_its_process_are_refused_or_fallen_back_
 ) -> None:
     monkeypatch.setattr(opening, "_settle_and_tell", _crash)
     said: list[str] = []
-    with pytest.raises(ProviderError, match="trying its devices ends the process"):
+    with pytest.raises(ProviderError, match=r"trying its devices fails: .* has ended: exit code 3"):
         settle_apart(job(provider={"name": "cuda", "devices": [0, 1]}), said.append)
     assert said == []
     allowed = {"name": "cuda", "devices": [0, 1], "allow_fallback": True}
     fallback = settle_apart(job(provider=allowed), said.append)
     assert fallback is not None
-    assert "ends the process" in fallback
+    assert "has ended: exit code 3" in fallback
     assert "FALLING BACK TO THE CPU" in said[0]
+
+
+def _read_nothing(job: JobSpec) -> NoReturn:
+    raise PermissionError(13, "Permission denied", "libonnxruntime_providers_cuda.so")
+
+
+def test_an_error_of_the_trial_of_devices_is_raised_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(opening, "_settle_and_tell", _read_nothing)
+    allowed = {"name": "cuda", "devices": [0, 1], "allow_fallback": True}
+    with pytest.raises(PermissionError, match="libonnxruntime_providers_cuda"):
+        settle_apart(job(provider=allowed), print)
+
+
+def test_without_a_process_to_try_devices_in_the_environment_has_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*arguments: object, **keys: object) -> NoReturn:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("batchclf.system.apart.start_serving", refused)
+    with pytest.raises(EnvironmentFailed, match="no process is to be had: Resource temporarily"):
+        settle_apart(job(provider={"name": "cuda", "devices": [0, 1]}), print)

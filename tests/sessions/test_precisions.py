@@ -21,7 +21,7 @@ from batchclf.models.resolve import resolve_model
 from batchclf.results.records import Pixels, PrecisionCheck, Scores
 from batchclf.runtime.classifier import open_reference
 from batchclf.runtime.openvino import require_cpu_precision
-from batchclf.runtime.providers import installed_flavours
+from batchclf.runtime.providers import installed_flavours, require_provider
 from batchclf.sessions import open as sessions
 from batchclf.sessions.kept import remembered
 from batchclf.sessions.precision import BUDGET_S, Speed, compare_precisions, measure_speed
@@ -31,15 +31,19 @@ from tests.conftest import DATA, MOBILENET_WEIGHTS, PHOTOS, Batchclf, data, read
 from tests.tiny import DIGITS, write_tiny_job
 
 HAS_OPENVINO = "onnxruntime-openvino" in installed_flavours()
+HERE = "openvino" if HAS_OPENVINO else "cpu"
 LEAST_AGREEMENT = {
     ("cpu", "fp32"): 1.0,
     ("openvino", "fp32"): 1.0,
     ("openvino", "bf16"): 0.975,
     ("openvino", "int8"): 0.97,
     ("cpu", "int8"): 0.96,
+    ("cuda", "fp32"): 1.0,
+    ("cuda", "fp16"): 0.99,
 }
 """Share of 250 photos whose top class must be PyTorch's."""
-CASES = [case for case in LEAST_AGREEMENT if (case[0] == "openvino") == HAS_OPENVINO]
+CASES = [case for case in LEAST_AGREEMENT if case[0] in ("cuda", HERE)]
+"""GPUs are looked for in every environment, which says why there is none."""
 MODEL = {"name": "mobilenet_v2", "weights": str(MOBILENET_WEIGHTS), "labels": "imagenet"}
 
 
@@ -71,11 +75,16 @@ def truth() -> list[int]:
 
 
 def require_possible(provider: str, precision: Any) -> None:
-    if provider == "openvino":
-        try:
+    try:
+        if provider == "openvino":
             require_cpu_precision("CPU", precision, cpu_name_and_flags()[1])
-        except ProviderError as error:
-            pytest.skip(str(error))
+        elif provider == "cuda":
+            require_provider("cuda")
+            from batchclf.runtime.cuda_machine import require_cuda
+
+            require_cuda([0])
+    except ProviderError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize(("provider", "precision"), CASES)
@@ -118,7 +127,7 @@ def test_the_classes_of_250_photos_are_pytorchs_and_the_run_says_how_often(
 # ---- int8, on models of a moment -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("provider", ["openvino" if HAS_OPENVINO else "cpu"])
+@pytest.mark.parametrize("provider", [HERE])
 def test_an_int8_job_converts_its_model_once_and_resumes(
     batchclf: Batchclf, tmp_path: Path, provider: str
 ) -> None:
@@ -276,8 +285,7 @@ def test_a_precision_that_is_slower_than_fp32_is_said_to_be(
 ) -> None:
     monkeypatch.setenv("BATCHCLF_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(sessions, "measure_speed", lambda *_, **__: Speed(speed))
-    provider = "openvino" if HAS_OPENVINO else "cpu"
-    job = load_job(write_job(tmp_path, provider=provider, precision="int8", min_agreement=0))
+    job = load_job(write_job(tmp_path, provider=HERE, precision="int8", min_agreement=0))
     said: list[str] = []
     model = resolve_model(job.model, batch_size=8, open_reference=open_reference, log=said.append)
     wanted = sessions.Wanted(job, model, 8, sample_input(job, model), said.append)
@@ -308,7 +316,7 @@ def test_the_speed_is_measured_once_whatever_the_images_and_on_the_model_as_it_r
             write_tiny_job(
                 tmp_path,
                 input=str(DIGITS / digit),
-                provider="openvino" if HAS_OPENVINO else "cpu",
+                provider=HERE,
                 precision="int8",
                 min_agreement=0,
                 runtime={"threads": 1, "part": 2},

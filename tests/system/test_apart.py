@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from batchclf.system.apart import Apart, LeftBehind
+from batchclf.system.apart import Apart, Ended, LeftBehind
 from tests.engines.common import assert_gone
 
 
@@ -45,6 +45,6 @@ def test_one_that_was_killed_is_replaced_at_the_next_call() -> None:
 
 def test_one_that_dies_at_its_work_is_an_error_of_the_system() -> None:
     with Apart() as apart:
-        with pytest.raises(OSError, match="has ended"):
+        with pytest.raises(Ended, match="has ended: exit code 3"):
             apart.do(30, os._exit, 3)
         assert apart.do(30, os.getpid)
