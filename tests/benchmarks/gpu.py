@@ -206,7 +206,7 @@ def exporting(visit: Visit, ends_at: float) -> Iterator[None]:
 # ---- the table -----------------------------------------------------------------------------------
 
 FIGURES = (
-    *("agree", "top1", "largest", "bitwise", "ran_on", "exit_code"),
+    *("agree", "top1", "largest", "rounding", "bitwise", "ran_on", "exit_code"),
     *("gb_per_s", "stall_ms", "images_per_s", "efficiency", "num_failed", "seconds"),
     *("host_images_per_s", "host_cpu_us", "device_cpu_us"),
 )

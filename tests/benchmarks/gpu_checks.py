@@ -170,16 +170,16 @@ def against_cpu(bench: Bench, model: str, name: str) -> Row:
     scale = float(np.abs(expected_NK).max())
     top1 = float((found_NK.argmax(1) == expected_NK.argmax(1)).mean())
     is_finite = bool(np.isfinite(found_NK).all())
-    error = float(errors_of(found_NK, expected_NK, sees_shift=False).max())
+    rounding = float(errors_of(found_NK, expected_NK, sees_shift=False).max())
     if name == "fp32":
         agree = not refused(found_NK, expected_NK)
     else:
-        agree = is_finite and top1 >= SAME_TOP1 and error <= LARGEST_ERROR["fp16"]
+        agree = is_finite and top1 >= SAME_TOP1 and rounding <= LARGEST_ERROR["fp16"]
     return {
         "agree": agree,
         "top1": round(top1, 4),
         "largest": float(f"{np.abs(found_NK - expected_NK).max() / scale:.3g}"),
-        "error": float(f"{error:.3g}"),
+        "rounding": float(f"{rounding:.3g}"),
         "scale": round(scale, 3),
         "finite": is_finite,
         "nodes": dict(classify.active.nodes),
