@@ -9,14 +9,16 @@ import sys
 import tarfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
+from batchclf.results.records import Scores
 from batchclf.runtime.machine_code import MACHINE_CODE, PTX
 from batchclf.runtime.providers import installed_flavours
-from tests.benchmarks import gpu, gpu_bench, gpu_kit, gpu_speeds, stores
+from tests.benchmarks import gpu, gpu_bench, gpu_checks, gpu_kit, gpu_speeds, stores
 from tests.benchmarks.overhead import BATCH_SIZE, whole
 from tests.conftest import DIGITS_MODEL, ROOT, Batchclf, write_job
 from tests.runtime.fat_library import fat_library
@@ -127,6 +129,27 @@ for name in ("good", "crashes", "better", "hangs", "best"):
     assert [row["name"] for row in rows] == ["good", "crashes", "better", "hangs", "best"]
     problems = [str(row.get("error", ""))[:13] for row in rows]
     assert problems == ["", "ended with -6", "", "killed, since", ""]
+
+
+def test_a_reduced_precision_agrees_in_all_scores_and_not_in_the_top_class_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(0)
+    expected_NK = rng.normal(size=(8, 100)).astype(np.float32)
+    expected_NK[:, 7] = 9
+    rounded_NK = expected_NK * (1 + rng.normal(size=(8, 100), scale=1e-3)).astype(np.float32)
+    others_NK = expected_NK[::-1]
+
+    def row(found_NK: Scores) -> gpu_bench.Row:
+        classify = Mock(return_value=found_NK, active=Mock(nodes={}))
+        bench = cast(gpu_bench.Bench, Mock(open=Mock(return_value=classify)))
+        return gpu_checks.against_cpu(bench, "m", "fp16")
+
+    monkeypatch.setattr(gpu_checks, "cpu_scores", lambda *_: (np.zeros(8), expected_NK))
+    assert row(rounded_NK)["agree"]
+    found = row(others_NK)
+    assert found["top1"] == 1
+    assert not found["agree"]
 
 
 def test_what_a_kit_is_cut_into_is_put_together_on_the_host(tmp_path: Path) -> None:
