@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from batchclf.errors import UsageError
+from batchclf.results.records import Precision
 from batchclf.runtime.classifier import open_classifier
-from batchclf.runtime.cuda import provider_options
+from batchclf.runtime.cuda import idle_tensor_cores, provider_options
 from batchclf.runtime.cuda_machine import _load_problem
 from batchclf.runtime.providers import PROVIDERS, installed_flavours
 from batchclf.runtime.sessions import Target
@@ -36,6 +37,29 @@ def test_fp16_is_let_onto_the_tensor_cores_and_prefers_their_layout() -> None:
 def test_an_option_of_the_users_goes_before_ours() -> None:
     user = {"use_tf32": "1", "prefer_nhwc": "0", "gpu_mem_limit": "1000000000"}
     assert provider_options(0, "fp16", user).items() >= user.items()
+
+
+LEAVES = "fp32 leaves the tensor cores unused; precision: fp16 uses them"
+ADVISED = f"{LEAVES}, and so does options: {{use_tf32: 1}}, with 10 bits of 23"
+IN_VAIN = f"{LEAVES}; options: {{use_tf32: 1}} changes nothing on this GPU, which has no TF32"
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "architecture", "loss"),
+    [
+        ("fp32", {}, 80, ADVISED),
+        ("fp32", {"use_tf32": "1"}, 80, None),
+        ("fp16", {}, 80, None),
+        ("fp32", {}, 75, LEAVES),
+        ("fp32", {"use_tf32": "1"}, 75, IN_VAIN),
+        ("fp16", {}, 75, None),
+    ],
+)
+def test_tf32_is_advised_where_there_is_such_a_thing(
+    precision: Precision, options: dict[str, str], architecture: int, loss: str | None
+) -> None:
+    asked = provider_options(0, precision, options)
+    assert idle_tensor_cores(asked, precision, architecture) == loss
 
 
 @pytest.mark.parametrize("on", ["1", "true", "True"])

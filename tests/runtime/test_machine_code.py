@@ -33,11 +33,10 @@ def test_code_is_found_in_every_container_of_its_section_and_nowhere_else(tmp_pa
     first = [(MACHINE_CODE, 80, b"A" * 30), (MACHINE_CODE, 90, b"B" * 7)]
     path.write_bytes(fat_library(first, [(PTX, 90, b"C")]))
     assert code_in(path) == Code(frozenset({80, 90}), frozenset({90}))
-    found = bytearray(path.read_bytes())
-    assert [(one.kind, one.architecture, found[one.start : one.stop]) for one in pieces(found)] == [
-        *first,
-        (PTX, 90, b"C"),
-    ]
+    data = path.read_bytes()
+    assert [
+        (one.kind, one.architecture, data[one.start : one.stop]) for one in pieces(bytearray(data))
+    ] == [*first, (PTX, 90, b"C")]
 
 
 @for_cuda
