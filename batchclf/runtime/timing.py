@@ -14,8 +14,8 @@ import numpy as np
 
 from batchclf.results.records import Pixels
 
-Run = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
-"""uint8 pixels NHWC to scores NK."""
+Run = Callable[[np.ndarray[Any, Any]], object]
+"""uint8 pixels NHWC to scores NK, or to what is made of them."""
 NUM_WARM_UP = 2
 MIN_CALLS = 3
 MAX_CALLS = 30

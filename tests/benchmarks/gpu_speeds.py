@@ -231,7 +231,7 @@ def throughput_of(bench: Bench, setting: Setting) -> Row:
     pixels_NHWC = allocate(bench, shape, setting.pinned)
     options = dict(setting.options)
     one = partial(bench.open, setting.model, setting.precision, setting.size)
-    runs = [one(bind=setting.bind, **options) for _ in range(setting.streams)]
+    runs = [one(bind=setting.bind, path=None, **options) for _ in range(setting.streams)]
     opened_s = time.perf_counter() - started
     found = [
         measure_throughput(

@@ -259,8 +259,8 @@ def rows_of(
         yield from parts(folder, num_images, decode)
     elif kind == "whole":
         given = [(count, 0.0) for count in arguments.workers] + CORES_16
-        for backend, settings in itertools.product(get_args(DecodeBackend), given):
-            yield whole(folder, num_images, decode, *settings, backend)
+        for backend, (count, outside_ms) in itertools.product(get_args(DecodeBackend), given):
+            yield whole(folder, num_images, decode, count, outside_ms, backend)
     else:
         for count in arguments.feeders:
             yield fed(folder, num_images, decode, count)
