@@ -14,8 +14,10 @@ import numpy as np
 
 from batchclf.results.records import Pixels
 
-Run = Callable[[np.ndarray[Any, Any]], object]
-"""uint8 pixels NHWC to scores NK, or to what is made of them."""
+Run = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+"""uint8 pixels NHWC to scores NK."""
+Timed = Callable[[np.ndarray[Any, Any]], object]
+"""The same, or what makes something else of the pixels."""
 NUM_WARM_UP = 2
 MIN_CALLS = 3
 MAX_CALLS = 30
@@ -65,7 +67,7 @@ def measure_latency(run: Run, batch_NHWC: np.ndarray[Any, Any]) -> Latency:
 
 
 def measure_throughput(
-    runs: Sequence[Run],
+    runs: Sequence[Timed],
     batch_NHWC: np.ndarray[Any, Any],
     *,
     num_warm_up: int = NUM_WARM_UP,
@@ -80,7 +82,7 @@ def measure_throughput(
         Exception: what a function raised.
     """
 
-    def work(run: Run) -> tuple[int, float]:
+    def work(run: Timed) -> tuple[int, float]:
         started, count = time.perf_counter(), 0
         while count < min_calls or time.perf_counter() - started < budget_s:
             run(batch_NHWC)
