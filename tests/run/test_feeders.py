@@ -18,6 +18,7 @@ from batchclf.engines.local.board import Board
 from batchclf.engines.local.process import Workers
 from batchclf.engines.local.supervisor import Supervisor
 from batchclf.errors import DeviceLost, Interrupted, ProcessLost, UsageError
+from batchclf.images.ahead import Depth
 from batchclf.results.records import ActiveProvider, ImageRef
 from batchclf.run import feeders, ready
 from batchclf.run.feeder import Share
@@ -207,20 +208,24 @@ class Notes(Log):
     def __init__(self) -> None:
         super().__init__()
         self.seen: set[int] = set()
+        self.by_process = [0, 0]
         self.threads: dict[int, int | None] = {}
         self.began = False
         self.num_written = 0
 
     def loading(self, thread: int, index: int | None, step: int) -> None:
         self.threads[thread] = index
-        if index is not None:
+        if index is not None and index not in self.seen:
             self.seen.add(index)
+            self.by_process[thread // (NUM_WORKERS + Depth().num_reads)] += 1
 
     def wait_for(self, num_images: int) -> None:
-        """Wait until they have loaded so many, and are at none."""
+        """Wait until each has loaded so many, and is at none."""
         ends_at = time.monotonic() + 20
-        while len(self.seen) < num_images or any(one is not None for one in self.threads.values()):
-            assert time.monotonic() < ends_at, f"{len(self.seen)} images are loaded"
+        while min(self.by_process) < num_images or any(
+            one is not None for one in self.threads.values()
+        ):
+            assert time.monotonic() < ends_at, f"{self.by_process} images are loaded"
             time.sleep(0.01)
 
     def update(self, num_images: int, num_errors: int) -> None:
@@ -233,6 +238,7 @@ class Notes(Log):
         """Called when the first records are written."""
 
 
+NUM_WORKERS = 2
 AHEAD = 4 + 16 + 1
 """Batches of 4 that each process is ahead by: there is memory for 4, and 64 are read ahead."""
 
@@ -245,7 +251,7 @@ def test_processes_are_heard_while_records_cannot_be_written(
 
     class Blocked(Notes):
         def when_begun(self) -> None:
-            self.wait_for(2 * 4 * AHEAD)
+            self.wait_for(4 * AHEAD)
 
     loader = {"workers": 2, "backend": "threads"}
     run_here(job(tmp_path, "out", loader=loader), log=Blocked())
@@ -292,7 +298,7 @@ def test_what_processes_have_done_when_a_signal_comes_is_written(
 
     class Stopping(Notes):
         def when_begun(self) -> None:
-            self.wait_for(2 * 4 * AHEAD)
+            self.wait_for(4 * AHEAD)
             stop.signal_number = signal.SIGTERM
 
     spec = load_job(path)
