@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from batchclf.cli.options import json_option
+from batchclf.cli.options import json_option, output_folder
 from batchclf.cli.streams import as_lines, print_result
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ MAX_FOLDERS = 20
 
 
 @click.command("convert")
-@click.argument("output", type=click.Path(path_type=Path, readable=False))
+@click.argument("output")
 @click.option(
     "--to",
     required=True,
@@ -42,7 +42,7 @@ MAX_FOLDERS = 20
 @click.option("--hard-links", is_flag=True, help="folders: hard links instead of symbolic ones.")
 @json_option("Print what was written as one JSON object.")
 def command(
-    output: Path,
+    output: str,
     to: Literal["csv", "parquet", "folders"],
     target: Path,
     overwrite: bool,
@@ -51,10 +51,11 @@ def command(
     hard_links: bool,
     as_json: bool,
 ) -> None:
-    """Write the records in the folder OUTPUT in another form; whole, or not at all.
+    """Write the records in OUTPUT in another form; whole, or not at all.
 
-    In CSV, text that a spreadsheet would take for a formula has an apostrophe before it. In
-    folders, images that failed are in _failed; those in archives or buckets are copied.
+    OUTPUT is a folder, or an address in a bucket. In CSV, text that a spreadsheet would take for a
+    formula has an apostrophe before it. In folders, images that failed are in _failed; those in
+    archives or buckets are copied.
 
     \b
       batchclf convert runs/night --to csv -o night.csv
@@ -78,7 +79,8 @@ def command(
         raise UsageError("--copy, --hard-links: give one of them")
     way: Literal["symlinks", "hard links", "copies"] = "copies" if copy else "symlinks"
     choice = Choice("hard links" if hard_links else way, min_score)
-    converted = convert_output(output, to, target, overwrite=overwrite, choice=choice)
+    with output_folder(output) as folder:
+        converted = convert_output(folder, to, target, overwrite=overwrite, choice=choice)
     text = json.dumps(asdict(converted)) if as_json else as_lines(*_lines(converted))
     print_result(text, f"the records are converted: {converted.path}")
 

@@ -1,30 +1,35 @@
 """`batchclf merge`: join the shards of a job."""
 
-from pathlib import Path
-
 import click
 
-from batchclf.cli.options import json_option
+from batchclf.cli.options import is_address, json_option, output_folder
 from batchclf.cli.streams import as_lines, print_result
 
 
 @click.command("merge")
-@click.argument("output", type=click.Path(path_type=Path, readable=False))
+@click.argument("output")
 @json_option("Print what was joined as one JSON object.")
-def command(output: Path, as_json: bool) -> None:
-    """Join the shards in the folder OUTPUT into one predictions.jsonl, stats.jsonl and run.json.
+def command(output: str, as_json: bool) -> None:
+    """Join the shards in OUTPUT into one predictions.jsonl, stats.jsonl and run.json.
 
-    All shards must be complete and of one job. Their own files stay.
+    OUTPUT is a folder, or an address in a bucket, for which they are fetched and sent. All shards
+    must be complete and of one job. Their own files stay.
 
     \b
       batchclf merge runs/night
     """
     import json
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from batchclf.commands.merge import merge_shards
+    from batchclf.results.files import RunFiles
+    from batchclf.results.mirror import send_merged
 
-    merged = merge_shards(output)
+    with output_folder(output) as folder:
+        merged = merge_shards(folder)
+        if is_address(output):
+            send_merged(output, RunFiles(folder))
+            merged = replace(merged, predictions=f"{output.rstrip('/')}/predictions.jsonl")
     if as_json:
         text = json.dumps(asdict(merged))
     else:

@@ -1,6 +1,7 @@
 """The options that several commands share: a job file and overrides of its keys."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -79,6 +80,33 @@ def _complete_key(
 
     keys = (f"{key}=" for key in dotted_keys())
     return [CompletionItem(key) for key in keys if key.startswith(incomplete)]
+
+
+def is_address(output: str) -> bool:
+    """Whether an output is in a bucket."""
+    return "://" in output
+
+
+@contextmanager
+def output_folder(output: str) -> Iterator[Path]:
+    """The folder of a job's output; what lies in a bucket is fetched, for as long as it is read.
+
+    Raises:
+        BatchclfError: as `fetch_output`.
+    """
+    if not is_address(output):
+        yield Path(output)
+        return
+    from batchclf.errors import BatchclfError
+    from batchclf.results.mirror import fetch_output
+
+    with TemporaryDirectory(prefix="batchclf-") as folder:
+        try:
+            fetch_output(output, Path(folder))
+            yield Path(folder)
+        except BatchclfError as error:
+            error.args = (str(error).replace(folder, output.rstrip("/")), *error.args[1:])
+            raise
 
 
 def json_option(text: str) -> Callable[[Command], Command]:

@@ -2,12 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from batchclf.cli.options import json_option
+from batchclf.cli.options import json_option, output_folder
 from batchclf.cli.streams import as_lines, print_result
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ MAX_LEFT_OUT = 10
 
 
 @click.command("score")
-@click.argument("output", type=click.Path(path_type=Path, readable=False))
+@click.argument("output")
 @click.option(
     "--truth",
     required=True,
@@ -34,8 +33,8 @@ MAX_LEFT_OUT = 10
     help="Leave out images without a true label that is a class of the model.",
 )
 @json_option("Print all figures as one JSON object.")
-def command(output: Path, truth: str, allow_unmatched: bool, as_json: bool) -> None:
-    """Compare the predictions in the folder OUTPUT with true labels.
+def command(output: str, truth: str, allow_unmatched: bool, as_json: bool) -> None:
+    """Compare the predictions in OUTPUT, a folder or an address in a bucket, with true labels.
 
     Images are found by their paths, or else by file names that are unique. A table has the columns
     `path` and `label` (or `index`). Images that failed count as wrong. Intervals are Wilson's, of
@@ -50,7 +49,8 @@ def command(output: Path, truth: str, allow_unmatched: bool, as_json: bool) -> N
 
     from batchclf.scoring.score import score_output
 
-    score = score_output(output, truth, allow_unmatched=allow_unmatched)
+    with output_folder(output) as folder:
+        score = score_output(folder, truth, allow_unmatched=allow_unmatched)
     print_result(json.dumps(asdict(score)) if as_json else as_lines(*_lines(score)))
 
 

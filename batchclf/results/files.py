@@ -17,6 +17,7 @@ from batchclf.results.records import Shard
 from batchclf.system.rename import rename_noreplace
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_IN_USE = (errno.ENOTEMPTY, errno.EBUSY)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -187,7 +188,8 @@ def remove(path: Path) -> None:
 def remove_folder(folder: Path) -> None:
     """Remove a folder of ours with all that is in it, if it is there.
 
-    It loses its name first: from then on nobody puts a file into it, or takes one out of it.
+    It loses its name first: from then on nobody puts a file into it, or takes one out of it. What
+    NFS keeps in it of files that others have open, as `.nfs...`, goes with the next start's call.
 
     Raises:
         EnvironmentFailed: it cannot be removed.
@@ -196,7 +198,12 @@ def remove_folder(folder: Path) -> None:
     try:
         with suppress(FileNotFoundError):
             os.rename(folder, doomed)
-            shutil.rmtree(doomed)
+            try:
+                shutil.rmtree(doomed)
+            except OSError as error:
+                if error.errno not in _IN_USE:
+                    raise
+                shutil.rmtree(doomed, ignore_errors=True)
     except OSError as error:
         raise output_failed(folder, error) from error
 

@@ -19,6 +19,7 @@ from batchclf.errors import ResumeRefused
 from batchclf.results.bucket import AlreadyThere, Bucket
 from batchclf.results.files import RunFiles, output_failed, read_bytes, remove
 from batchclf.results.listing import Listing, open_listing
+from batchclf.results.output import files_of_parts
 from batchclf.results.records import Shard
 from batchclf.results.run_record import Durable, RunRecord, read_run, write_run
 from batchclf.system.cache import cache_root
@@ -26,12 +27,44 @@ from batchclf.system.machine import boot_id
 
 MAX_PART_BYTES = 1 << 25
 _PART = re.compile(r"parts/(\d{8,})\.jsonl")
+_TO_READ = re.compile(r"listing\.nul|(run|stats|predictions)(-\d{5}-of-\d{5})?\.jsonl?")
 
 
 def working_folder(address: str, shard: Shard) -> Path:
     """The folder of this machine in which a job writes what goes to an address."""
     digest = sha256(f"{address.rstrip('/')}{shard.suffix}".encode()).hexdigest()
     return cache_root() / "outputs" / digest[:16]
+
+
+def fetch_output(address: str, folder: Path) -> None:
+    """Bring what a job has sent to an address into a folder of this machine, to be read there.
+
+    Raises:
+        ResumeRefused: parts are missing.
+        EnvironmentFailed: the bucket does not give it, or the folder cannot be written.
+    """
+    bucket = Bucket(address, "output")
+    for name in bucket.names():
+        if _TO_READ.fullmatch(name):
+            bucket.fetch(name, folder / name)
+    listing = open_listing(RunFiles(folder))
+    if listing is None:
+        return
+    for files in files_of_parts(folder):
+        if files.run.exists() and not files.predictions.exists():
+            first, last = files.shard.bounds(listing.num_images)
+            Mirror(bucket, files, overwrite=False).take_parts(first, last)
+
+
+def send_merged(address: str, files: RunFiles) -> None:
+    """Send the files of a whole job that was merged from shards; run.json, as ever, comes last.
+
+    Raises:
+        EnvironmentFailed: the bucket does not take them.
+    """
+    bucket = Bucket(address, "output")
+    for path in (files.predictions, files.stats, files.run):
+        bucket.write(path.name, path)
 
 
 class Mirror:
@@ -84,7 +117,7 @@ class Mirror:
             if self._take_predictions(first, last):
                 return
             record = replace(record, status="interrupted")  # by whoever was to send them
-        self._take_parts(first, last)
+        self.take_parts(first, last)
         # Parts are whole, and here: as good as synced since this machine was started.
         durable = Durable(self._num_bytes, self._num_images, boot_id())
         write_run(files, replace(record, durable=durable))
@@ -108,8 +141,13 @@ class Mirror:
         self._num_images = last - first
         return True
 
-    def _take_parts(self, first: int, last: int) -> None:
-        """The parts, which follow each other from the first image on, as predictions.jsonl."""
+    def take_parts(self, first: int, last: int) -> None:
+        """Bring the parts, which follow each other from the first image on, as predictions.jsonl.
+
+        Raises:
+            ResumeRefused: one is missing.
+            EnvironmentFailed: the bucket does not give one, or the file cannot be written.
+        """
         path = self._files.predictions
         try:
             with path.open("wb") as file:

@@ -137,7 +137,7 @@ class StatsCollector:
         self._cpu_elsewhere: Callable[[], float] = lambda: 0.0
         self._queue_depth: Callable[[], int] | None = None
         self._peak_rss_mb = peak_rss_mb
-        self.members: Callable[[], Mapping[str, RunStats]] = dict
+        self._members: Callable[[], Mapping[str, RunStats]] = dict
         self._startup_s = 0.0
         self._list_s = 0.0
         self._started = math.nan
@@ -223,7 +223,11 @@ class StatsCollector:
 
     def count_members(self, members: Callable[[], Mapping[str, RunStats]]) -> None:
         """Let times, rates of batches and memory be those of others, by their names, as well."""
-        self.members = members
+        self._members = members
+
+    def members(self) -> Mapping[str, RunStats]:
+        """The figures of these others."""
+        return self._members()
 
     def add_lines(self, lines: Lines) -> None:
         """Count records written."""
@@ -258,7 +262,7 @@ class StatsCollector:
             cpu_s=round(self.cpu_seconds(), 2),
             peak_rss_mb=round(self._peak_rss_mb(), 1),
         )
-        if not (members := list(self.members().values())):
+        if not (members := list(self._members().values())):
             return own
         found = together(members)
         return replace(

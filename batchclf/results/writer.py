@@ -40,6 +40,10 @@ Timed = Callable[[float], None]
 COPY_BYTES = 1 << 20
 
 
+def untimed(seconds: float) -> None:
+    """A `Timed` where nobody asks."""
+
+
 class RecordWriter:
     """Appends records to a file cut back to `num_bytes_kept`; use as a context manager.
 
@@ -51,7 +55,7 @@ class RecordWriter:
         self,
         path: Path,
         num_bytes_kept: int = 0,
-        timed: Timed = lambda seconds: None,
+        timed: Timed = untimed,
         num_bytes_durable: int = 0,
     ) -> None:
         self._path = path

@@ -6,7 +6,7 @@ from pathlib import Path
 from batchclf.errors import ErrorLimitPassed, Interrupted
 from batchclf.results.files import RunFiles
 from batchclf.results.lines import Lines
-from batchclf.results.parts import Committed, find_parts
+from batchclf.results.parts import Committed, Folders, find_parts
 from batchclf.results.run_record import NOTHING_DURABLE, RunState
 from batchclf.results.stats import StatsCollector
 from batchclf.results.writer import RecordWriter, append_stats
@@ -92,8 +92,10 @@ def append(begun: Begun, todo: Append, state: RunState) -> None:
     durable = NOTHING_DURABLE if previous is None else previous.durable
     before_write()
     with RecordWriter(
-        files.predictions, todo.done.num_bytes, stats.add_write, durable.num_bytes
+        files.predictions, todo.kept.num_bytes, stats.add_write, durable.num_bytes
     ) as writer:
+        for part in todo.kept.parts:
+            writer.copy(Folders(files.parts, files.parts).path(part.first), part.num_bytes)
         sink = SyncedSink(files, writer, stats, state, todo.done.num_images)
         sink.sync()
         if work is None:

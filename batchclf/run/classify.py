@@ -226,13 +226,23 @@ def check_error_limit(job: JobSpec, stats: StatsCollector, num_images: int) -> N
     Raises:
         ErrorLimitPassed: more than `errors.max`.
     """
+    if passes_error_limit(job, stats.num_errors, num_images):
+        raise error_limit_passed(job, stats.num_images, stats.num_errors)
+
+
+def passes_error_limit(job: JobSpec, num_errors: int, num_images: int) -> bool:
+    """Whether so many failures, in a job of so many images, are too many."""
     limit = job.errors.max
     if limit is None:
-        return
+        return False
     # Not as a float: 29% of 100 would be fewer than 29.
     allowed = Fraction(limit.rstrip("%")) / 100 * num_images if isinstance(limit, str) else limit
-    if stats.num_errors > allowed:
-        raise ErrorLimitPassed(
-            f"{stats.num_errors:,} of {stats.num_images:,} images failed; errors.max is {limit}. "
-            f"The reasons are in the records in {job.output}; raise errors.max to resume"
-        )
+    return num_errors > allowed
+
+
+def error_limit_passed(job: JobSpec, num_done: int, num_errors: int) -> ErrorLimitPassed:
+    """The error that a job in which too many images failed ends with."""
+    return ErrorLimitPassed(
+        f"{num_errors:,} of {num_done:,} images failed; errors.max is {job.errors.max}. "
+        f"The reasons are in the records in {job.output}; raise errors.max to resume"
+    )

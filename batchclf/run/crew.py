@@ -16,6 +16,7 @@ from batchclf.results.files import RunFiles
 from batchclf.results.listing import Listing
 from batchclf.results.parts import Committed, Folders
 from batchclf.results.stats import RunStats
+from batchclf.run.landmarks import Witness
 from batchclf.run.ranges import Ranges
 from batchclf.sessions.open import Opened
 from batchclf.spec.job import JobSpec
@@ -43,6 +44,7 @@ class Order:
     beat: Callable[[], None]
     """Called some times a second: nothing hangs."""
     stop: StopRequest
+    witness: Witness
 
 
 class Crew(Protocol):
@@ -69,6 +71,9 @@ class Crew(Protocol):
     def figures(self) -> Mapping[str, RunStats]:
         """The figures of each node."""
 
+    def stop(self) -> None:
+        """Have `work` end as after a signal."""
+
     def close(self) -> None:
         """End all, whatever they are at; what they have not committed is gone."""
 
@@ -84,15 +89,16 @@ def collect(
     `found` are parts that were committed before, beyond what the sink has.
 
     Raises:
-        ErrorLimitPassed: after the part that passed `errors.max`.
+        ErrorLimitPassed: with the records that passed `errors.max`, in parts or not yet in any.
         Interrupted: after a signal, with all appended that can be.
         BatchclfError: as `Crew.work`.
     """
-    from batchclf.run.classify import Ticker, check_error_limit
+    from batchclf.run.classify import Ticker, error_limit_passed, passes_error_limit
 
     crew, task, stats = work.crew, work.plan.task, work.stats
     assert crew is not None
     waiting = {part.first: part for part in found}
+    limit_passed = None
     work.reporter.begin(task.num_images, stats.num_images, stats.num_errors)
     stats.start(time.perf_counter() - batchclf.STARTED, work.num_streams)
     ticker = Ticker(work)
@@ -105,13 +111,17 @@ def collect(
                 stats.add_part(part.num_ok, part.errors_by_code)
             while (following := waiting.pop(ranges.origin + sink.num_images, None)) is not None:
                 sink.take(folders.path(following.first), following)
-            check_error_limit(task.job, stats, task.num_images)
             sink.tick()
             num_more, num_errors = crew.underway()
-            done = min(stats.num_images + num_more, task.num_images)
-            work.reporter.update(done, stats.num_errors + num_errors)
+            seen = min(stats.num_images + num_more, task.num_images), stats.num_errors + num_errors
+            work.reporter.update(*seen)
+            if limit_passed is None and passes_error_limit(task.job, seen[1], task.num_images):
+                limit_passed = error_limit_passed(task.job, *seen)
+                crew.stop()  # so that the records that tell of the errors are there
             ticker.tick()
         ticker.tell()
+    if limit_passed is not None:
+        raise limit_passed
     if waiting or stats.num_images < task.num_images:
         work.stop.raise_if_requested()
         raise BatchclfError(  # cannot happen; an incomplete output must never exit 0

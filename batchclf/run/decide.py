@@ -11,7 +11,7 @@ from batchclf.results.listing import Listing
 from batchclf.results.stats import Summary
 from batchclf.results.writer import last_summary
 from batchclf.run.look import Found
-from batchclf.run.resume import resume
+from batchclf.run.resume import Kept, resume
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,12 @@ class Nothing:
 class Append:
     """The images behind those that are done."""
 
-    done: Done
+    kept: Kept
+
+    @property
+    def done(self) -> Done:
+        """All records that are kept."""
+        return self.kept.done
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,27 +56,30 @@ def decide(found: Found, listing: Listing) -> Todo:
     run, record = found.run, found.record
     options, log = run.options, run.reporter.log
     run.reporter.before_write()
-    done = Done() if options.overwrite else resume(run.files, record, listing, log)
+    kept = Kept(Done()) if options.overwrite else resume(run.files, record, listing, log)
+    done = kept.done
     num_left = found.num_images(listing) - done.num_images
     if options.retry_failed:
-        if codes := _retryable(done, num_left, options.codes):
+        if codes := _retryable(kept, num_left, options.codes):
             return Replace(done, codes)
         _tell_that_none_is_retried(done, options.codes, log)
-    if num_left == 0 and record is not None and record.status == "complete":
+    is_whole = num_left == 0 and not kept.parts
+    if is_whole and record is not None and record.status == "complete":
         summary = last_summary(run.files)
         if summary is not None:
             return Nothing(summary)
-    return Append(done)
+    return Append(kept)
 
 
-def _retryable(done: Done, num_left: int, codes: frozenset[str] | None) -> Counter[str]:
+def _retryable(kept: Kept, num_left: int, codes: frozenset[str] | None) -> Counter[str]:
     """How many records of which error `--retry-failed` would try again."""
-    if num_left:
+    num_images = kept.done.num_images + num_left
+    if num_left := num_left + sum(part.num_images for part in kept.parts):
         raise UsageError(
-            f"--retry-failed: {done.num_images:,} of {done.num_images + num_left:,} images have a "
-            "record; finish the job first, by running it without --retry-failed"
+            f"--retry-failed: {num_images - num_left:,} of {num_images:,} images have a record; "
+            "finish the job first, by running it without --retry-failed"
         )
-    there = done.errors_by_code
+    there = kept.done.errors_by_code
     return there if codes is None else Counter({code: there[code] for code in codes & there.keys()})
 
 

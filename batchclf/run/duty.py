@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from batchclf.results.listing import Listing
 from batchclf.results.parts import Committed, Folders
+from batchclf.results.records import ImageRef
 from batchclf.results.stats import RunStats
 from batchclf.run.ranges import Range
 from batchclf.run.reporter import Reporter
@@ -26,6 +27,23 @@ class Attempt:
     folders: Folders
     draft: Path
     """Nobody else's."""
+    is_confirmed: bool = False
+    """Whether the images that it found to be missing are so elsewhere, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """An attempt that is complete, and found many images to be missing: are they, elsewhere?"""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Landmark:
+    """An image of the input, and how large its file is where the job was started."""
+
+    ref: ImageRef
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +57,8 @@ class Duty:
     placed: Path
     """Where it will be."""
     num_images: int
+    landmarks: tuple[Landmark, ...] = ()
+    """What the input must hold here as well."""
 
 
 class ServeReporter(Reporter):
@@ -49,6 +69,9 @@ class ServeReporter(Reporter):
 
     def committed(self, attempt: Attempt, part: Committed) -> None:
         """A range is done, by this process or by another that was faster."""
+
+    def doubts(self, doubt: Doubt) -> None:
+        """A range is done, and is to be committed once it is confirmed."""
 
     def figures(self, figures: RunStats) -> None:
         """How it does, every few seconds."""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from functools import cache, partial
 
 from batchclf.errors import ResumeRefused
 from batchclf.images.decode import PIXELS_RECIPE
@@ -60,8 +61,11 @@ def others_of(files: RunFiles, *, starts_anew: bool = False) -> Mapping[str, Run
         ResumeRefused: one is damaged, of another version of batchclf, or of another division.
     """
     found: dict[str, RunRecord] = {}
+    num_merged = cache(partial(_num_merged, RunFiles(files.folder)))
     for other in files.of_others():
-        if not starts_anew and _is_merged(files, other):
+        counts = sorted((files.shard.count, other.shard.count))
+        is_one_whole = counts[0] == 1 < counts[1]
+        if not starts_anew and is_one_whole and num_merged() == counts[1]:
             continue
         if other.shard.count != files.shard.count:
             raise ResumeRefused(
@@ -73,13 +77,10 @@ def others_of(files: RunFiles, *, starts_anew: bool = False) -> Mapping[str, Run
     return found
 
 
-def _is_merged(files: RunFiles, other: RunFiles) -> bool:
-    """Whether one of them is a whole job merged from shards, and the other such a shard."""
-    whole, shard = sorted((files, other), key=lambda one: one.shard.count)
-    if whole.shard.count > 1 or shard.shard.count == 1:
-        return False
+def _num_merged(whole: RunFiles) -> int | None:
+    """Of how many shards a whole job was merged; None: it was not, or has not begun."""
     record = read_run(whole)
-    return record is not None and record.num_merged == shard.shard.count
+    return None if record is None else record.num_merged
 
 
 def require_same_job(files: RunFiles, identity: Identity, before: Mapping[str, Identity]) -> None:

@@ -15,6 +15,7 @@ from batchclf.run.decide import Append, Replace
 from batchclf.run.facts import finished, gone_on, is_same_retry, record_of, retried
 from batchclf.run.feeders import Feeders, shares_of
 from batchclf.run.identity import fingerprint_of
+from batchclf.run.landmarks import Witness
 from batchclf.run.look import Found
 from batchclf.run.plan import Plan, Task, make_plan
 from batchclf.run.recovery import Recovery
@@ -116,7 +117,7 @@ def _open(found: Found, plan: Plan, listing: Listing, stats: StatsCollector) -> 
         used=converted_digest(found.record),
     )
     if run.hire is not None:
-        crew = run.hire(_order(run, wanted, listing, task.num_images))
+        crew = run.hire(_order(found, wanted, listing, task.num_images))
         stats.count_members(crew.figures)
         return Work(plan, crew.opened, stats, run.reporter, run.stop, crew=crew)
     fallback = found.settle()
@@ -128,9 +129,9 @@ def _open(found: Found, plan: Plan, listing: Listing, stats: StatsCollector) -> 
     return Work(plan, opened, stats, run.reporter, run.stop)
 
 
-def _order(run: Run, wanted: Wanted, listing: Listing, num_images: int) -> Order:
+def _order(found: Found, wanted: Wanted, listing: Listing, num_images: int) -> Order:
     """What a crew is told; a model at another precision is made here, once for all."""
-    job, bundle, variant = wanted.job, wanted.model.bundle, None
+    run, job, bundle, variant = found.run, wanted.job, wanted.model.bundle, None
     if (precision := needed_variant(job.provider.name, job.precision)) is not None:
         variant = (precision, resolve_variant(bundle, precision, conversion_of(wanted)))
     return Order(
@@ -143,4 +144,5 @@ def _order(run: Run, wanted: Wanted, listing: Listing, num_images: int) -> Order
         log=run.reporter.log,
         beat=run.reporter.beat,
         stop=run.stop,
+        witness=Witness(found.store(), listing, run.files),
     )

@@ -1,6 +1,8 @@
 """What of this very job is already written, and can be relied on."""
 
-from contextlib import ExitStack
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from batchclf.errors import ResumeRefused
 from batchclf.models.bundle import Bundle
@@ -8,30 +10,47 @@ from batchclf.models.resolve import Log
 from batchclf.results.files import RunFiles
 from batchclf.results.lines import Done, find_done
 from batchclf.results.listing import Listing
-from batchclf.results.parts import Folders, find_parts
+from batchclf.results.parts import Committed, find_parts
 from batchclf.results.run_record import RunRecord
-from batchclf.results.writer import RecordWriter, cut_surplus
+from batchclf.results.writer import cut_surplus
 
 
-def resume(files: RunFiles, record: RunRecord | None, listing: Listing, log: Log) -> Done:
-    """The records that are there, and are to stay: a prefix of the shard.
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The records that are there, and are to stay: a prefix of the shard."""
+
+    done: Done
+    """All of them."""
+    parts: tuple[Committed, ...] = ()
+    """The last of them, which are to be appended to the others."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of those that stand in the file already."""
+        return self.done.num_bytes - sum(part.num_bytes for part in self.parts)
+
+
+def resume(files: RunFiles, record: RunRecord | None, listing: Listing, log: Log) -> Kept:
+    """What is there of a shard.
 
     After a crash of the machine that is what was noted as durable: what lies behind it may be
     anything, even records of an earlier run. After a crash of a process it is every whole record.
 
-    What stands after the last image's record is cut off.
+    What stands after the last image's record is cut off. Parts that follow the records are counted
+    in, whatever the engine is now.
 
     Raises:
         ResumeRefused: records that no run.json tells of.
         EnvironmentFailed: the records cannot be read, or cut.
     """
     if record is None:
-        if files.predictions.exists():
-            raise ResumeRefused(
-                f"output: {files.predictions} is there, but no {files.run.name} says which job "
-                "wrote it; give another output, or --overwrite"
-            )
-        return Done()
+        for path in (files.predictions, files.parts):
+            if os.path.exists(path):
+                raise ResumeRefused(
+                    f"output: {path} is there, but no {files.run.name} says which job wrote it; "
+                    "give another output, or --overwrite"
+                )
+        return Kept(Done())
     first, last = files.shard.bounds(listing.num_images)
     durable = record.durable
     # --retry-failed begins with all records, made durable, and puts others in their place at once.
@@ -44,6 +63,7 @@ def resume(files: RunFiles, record: RunRecord | None, listing: Listing, log: Log
             f"{files.predictions}: {durable.num_images:,} records had been safe on disk, but "
             f"only {done.num_images:,} are there and whole; the others are made again"
         )
+    parts: tuple[Committed, ...] = ()
     if done.num_images == last - first:
         if num_surplus := cut_surplus(files.predictions, done.num_bytes):
             log(
@@ -51,30 +71,23 @@ def resume(files: RunFiles, record: RunRecord | None, listing: Listing, log: Log
                 "last image; they are cut off"
             )
     else:
-        _take_parts(files, listing, done)
-        if done.num_images:
-            log(f"resuming after {done.num_images:,} of {last - first:,} images")
-    return done
-
-
-def _take_parts(files: RunFiles, listing: Listing, done: Done) -> None:
-    """Append the parts that follow what is `done`, and count them in: whatever the engine is now.
-
-    Raises:
-        EnvironmentFailed: they cannot be read, or not be appended.
-    """
-    first, _ = files.shard.bounds(listing.num_images)
-    with ExitStack() as stack:
-        writer = None
-        for part in find_parts(files, listing, first + done.num_images):
-            if part.first != first + done.num_images:
-                return
-            if writer is None:
-                writer = stack.enter_context(RecordWriter(files.predictions, done.num_bytes))
-            writer.copy(Folders(files.parts, files.parts).path(part.first), part.num_bytes)
+        parts = tuple(_following(files, listing, first + done.num_images))
+        for part in parts:
             done.num_bytes += part.num_bytes
             done.num_ok += part.num_ok
             done.errors_by_code += part.errors_by_code
+        if done.num_images:
+            log(f"resuming after {done.num_images:,} of {last - first:,} images")
+    return Kept(done, parts)
+
+
+def _following(files: RunFiles, listing: Listing, position: int) -> Iterator[Committed]:
+    """The parts from image `position` on, up to the first one that is not there."""
+    for part in find_parts(files, listing, position):
+        if part.first != position:
+            return
+        yield part
+        position = part.stop
 
 
 def require_same_converted(record: RunRecord | None, done: Done, bundle: Bundle) -> None:

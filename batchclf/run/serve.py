@@ -15,15 +15,15 @@ from batchclf.images.prefetch import HostMemory
 from batchclf.images.resize import require_pillow
 from batchclf.images.source import source_of
 from batchclf.images.store import open_store
-from batchclf.results.lines import Lines, encode, find_done
+from batchclf.results.lines import Lines, encode
 from batchclf.results.listing import Listing
-from batchclf.results.parts import Committed, read_part
 from batchclf.results.records import ImageRef, Record
 from batchclf.results.stats import StatsCollector
-from batchclf.results.writer import RecordWriter
 from batchclf.run.blame import explained, try_suspects
 from batchclf.run.classify import TICK_S, Work, flowing
-from batchclf.run.duty import Attempt, Duty, Inbox, ServeReporter
+from batchclf.run.draft import Draft
+from batchclf.run.duty import Attempt, Doubt, Duty, Inbox, ServeReporter
+from batchclf.run.landmarks import require_landmarks
 from batchclf.run.plan import Task, make_plan
 from batchclf.run.recovery import Recovery
 from batchclf.run.request import Run
@@ -57,6 +57,7 @@ def serve(
     fallback = settle_provider(duty.job, reporter.log)
     store = open_store(source_of(duty.job))
     store.require_listed(list(duty.listing.entries(0, NUM_TRIED)))
+    require_landmarks(store, duty.landmarks)
     task = Task(duty.job, store.source, duty.model, duty.num_images)
     if recovery.suspects or recovery.readers:
         while (attempt := inbox.take(0.0)) is not None:
@@ -98,7 +99,7 @@ class _Bench:
     num_images: int
     """Records written by this process, and by those whose place it took."""
     num_errors: int = 0
-    _drafts: "deque[_Draft]" = field(default_factory=deque, init=False)
+    _drafts: deque[Draft] = field(default_factory=deque, init=False)
     """Of ranges whose images went in, and whose records are not all there."""
     _next_figures: float = field(default=0.0, init=False)
 
@@ -120,7 +121,7 @@ class _Bench:
             attempt = self.pending.popleft() if self.pending else self.inbox.take(WAIT_S)
             if attempt is None:
                 return
-            draft = _Draft(attempt, self.listing, self.work.stats)
+            draft = Draft(attempt, self.listing, self.work.stats.add_write)
             self._drafts.append(draft)
             yield from attempt.range.refs(self.listing, draft.num_images)
 
@@ -147,7 +148,11 @@ class _Bench:
         self.num_errors += lines.num_errors
         self.reporter.update(self.num_images, self.num_errors)
 
-    def _commit(self, draft: "_Draft") -> None:
+    def _commit(self, draft: Draft) -> None:
+        if draft.is_doubtful:
+            draft.give_up()
+            self.reporter.doubts(Doubt(draft.attempt))
+            return
         part = draft.commit()
         self.reporter.figures(self.work.stats.snapshot())
         self.reporter.committed(draft.attempt, part)
@@ -158,58 +163,3 @@ class _Bench:
             self._commit(self._drafts.popleft())
         for draft in self._drafts:
             draft.give_up()
-
-
-class _Draft:
-    """The records of one range, until they are committed."""
-
-    def __init__(self, attempt: Attempt, listing: Listing, stats: StatsCollector) -> None:
-        """An earlier process may have written some.
-
-        Raises:
-            EnvironmentFailed: the draft cannot be read or written.
-        """
-        self.attempt = attempt
-        self._listing = listing
-        self._done = find_done(attempt.draft, self._paths())
-        self._writer = RecordWriter(attempt.draft, self._done.num_bytes, stats.add_write)
-
-    def _paths(self) -> Iterator[bytes]:
-        return (ref.path for ref in self.attempt.range.refs(self._listing))
-
-    @property
-    def num_images(self) -> int:
-        return self._done.num_images
-
-    @property
-    def num_left(self) -> int:
-        return self.attempt.range.num_images - self.num_images
-
-    def write(self, lines: Lines) -> None:
-        """Append the next records.
-
-        Raises:
-            EnvironmentFailed: as `RecordWriter.write`.
-        """
-        self._writer.write(lines)
-        self._done.num_ok += lines.num_ok
-        self._done.errors_by_code.update(lines.errors_by_code)
-
-    def commit(self) -> Committed:
-        """Put what is there in its place, for good; what is there then, ours or another's.
-
-        Raises:
-            EnvironmentFailed: the disk does not take it, or another start of the job came.
-        """
-        attempt, done = self.attempt, self._done
-        first = attempt.range.first
-        with self._writer:
-            num_bytes = self._writer.num_bytes
-        if attempt.folders.commit(attempt.draft, first):
-            return Committed(first, num_bytes, done.num_ok, done.errors_by_code)
-        return read_part(attempt.folders, first, self._paths())
-
-    def give_up(self) -> None:
-        """Leave it; the folder that it lies in is taken away by the next start of the job."""
-        with self._writer:
-            pass

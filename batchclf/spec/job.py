@@ -512,7 +512,7 @@ def _address(value: str) -> str:
 
 _OF_RAY = (
     *("address", "workers", "num_cpus", "num_gpus", "resources", "max_retries", "runtime_env"),
-    "allow_fewer",
+    *("allow_fewer", "wait_for_nodes"),
 )
 """Keys of an engine that go with ray only."""
 Amount = Annotated[float, Field(gt=0, le=MAX_COUNT), BeforeValidator(_as_float)]
@@ -570,6 +570,14 @@ class EngineSpec(_Spec):
     allow_fewer: bool = Field(
         False,
         description="ray only: go on without nodes where the job cannot run; otherwise it ends.",
+    )
+    wait_for_nodes: Annotated[float, Field(ge=0, le=86_400), BeforeValidator(_as_float)] | None = (
+        Field(
+            None,
+            description="ray only: seconds that a node with what a worker takes is waited for, as "
+            "an autoscaler may start one; default 300 where there are none to work on at all, else "
+            "0.",
+        )
     )
 
     @model_validator(mode="after")

@@ -87,6 +87,7 @@ class Field:
     nodes: dict[int, Node] = field(default_factory=dict)
     is_cut: set[int] = field(default_factory=set)
     driver: "subprocess.Popen[bytes] | None" = None
+    frozen: psutil.Process | None = None
 
     def keep_up(self) -> None:
         """Start again what has ended: a node, the driver."""
@@ -127,26 +128,42 @@ class Field:
             ip("-n", self.names[number], "link", "set", "eth0", "up")
         self.is_cut.clear()
 
-    def freeze_worker(self) -> psutil.Process | None:
+    def freeze_worker(self) -> None:
         workers = [one for node in self.nodes.values() for one in node.workers()]
-        if not workers:
-            return None
-        frozen = self.rng.choice(workers)
-        frozen.suspend()
-        self.report.add("num_frozen")
-        return frozen
+        if workers:
+            self.frozen = self.rng.choice(workers)
+            self.frozen.suspend()
+            self.report.add("num_frozen")
 
-    def kill_driver(self) -> None:
-        assert self.driver is not None
+    def thaw(self) -> None:
+        if self.frozen is not None:
+            with suppress(psutil.NoSuchProcess):
+                self.frozen.resume()
+            self.frozen = None
+
+    def end_driver(self) -> None:
+        if self.driver is None:
+            return
         with suppress(ProcessLookupError):
             os.killpg(self.driver.pid, signal.SIGKILL)
         self.driver.wait()
+
+    def restart_driver(self) -> None:
+        self.end_driver()
         self.report.add("num_drivers_killed")
         self.start_driver()
 
 
 def disturb(field: Field, seconds: float) -> int | None:
     """Disturb the job until it ends, or the time is over; its exit code, if it has ended."""
+    try:
+        return _disturb(field, seconds)
+    finally:
+        field.mend_links()
+        field.thaw()
+
+
+def _disturb(field: Field, seconds: float) -> int | None:
     began = time.monotonic()
     kills = (KILL_S * number for number in itertools.count(1))
     plan = sorted(
@@ -155,7 +172,6 @@ def disturb(field: Field, seconds: float) -> int | None:
             *((at * seconds / 300, what) for at, what in OTHERS),
         ]
     )
-    frozen = None
     for at, what in plan:
         while time.monotonic() - began < at:
             assert field.driver is not None
@@ -171,12 +187,11 @@ def disturb(field: Field, seconds: float) -> int | None:
             case "mend":
                 field.mend_links()
             case "freeze":
-                frozen = field.freeze_worker()
-            case "thaw" if frozen is not None and frozen.is_running():
-                frozen.resume()
+                field.freeze_worker()
+            case "thaw":
+                field.thaw()
             case "driver":
-                field.kill_driver()
-    field.mend_links()
+                field.restart_driver()
     return None
 
 
@@ -213,21 +228,29 @@ def check(folder: Path, seed: int, seconds: float) -> Report:
         field = Field(cluster, spaces, job, env, random.Random(seed), report)
         field.keep_up()
         ends_at = time.monotonic() + seconds
-        while time.monotonic() < ends_at:
-            shutil.rmtree(folder / "out", ignore_errors=True)
-            began = time.monotonic()
-            field.start_driver()
-            code = disturb(field, ends_at - time.monotonic())
-            assert field.driver is not None
-            code = finished(field) if code is None else code
-            report.add("num_jobs")
-            report.largest("longest_job_s", time.monotonic() - began)
-            said = (folder / "said").read_text()[-2000:]
-            report.check(code == 0, f"ended with {code}: {said}")
-            predictions = folder / "out" / "predictions.jsonl"
-            found = predictions.read_bytes() if predictions.exists() else b""
-            report.check(found == expected, f"other records: {differences(found, expected)}")
+        try:
+            while time.monotonic() < ends_at:
+                run_one_job(field, ends_at, expected)
+        finally:
+            field.end_driver()
     return report
+
+
+def run_one_job(field: Field, ends_at: float, expected: bytes) -> None:
+    """A job, disturbed until then, and compared with the local run."""
+    folder, report = field.job.parent, field.report
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    began = time.monotonic()
+    field.start_driver()
+    code = disturb(field, ends_at - time.monotonic())
+    code = finished(field) if code is None else code
+    report.add("num_jobs")
+    report.largest("longest_job_s", time.monotonic() - began)
+    said = (folder / "said").read_text()[-2000:]
+    report.check(code == 0, f"ended with {code}: {said}")
+    predictions = folder / "out" / "predictions.jsonl"
+    found = predictions.read_bytes() if predictions.exists() else b""
+    report.check(found == expected, f"other records: {differences(found, expected)}")
 
 
 def finished(field: Field) -> int:
@@ -238,7 +261,7 @@ def finished(field: Field) -> int:
         field.keep_up()
         time.sleep(0.5)
     if code is None:
-        field.kill_driver()
+        field.end_driver()
         return -1
     return code
 

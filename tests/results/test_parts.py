@@ -158,3 +158,27 @@ def test_starting_anew_and_a_complete_job_take_the_parts_of_their_shard_away(
     remove_leftovers(files, is_complete=True)
     assert sorted(os.listdir(files.folder)) == [other.parts.name]
     remove_folder(folders.parts)
+
+
+def test_a_folder_that_nfs_keeps_files_in_for_others_is_left_to_the_next_start(
+    files: RunFiles, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There a file that is open elsewhere is renamed when it is removed, and its folder stays."""
+    (folders.drafts / "token").write_text("x")
+    (folders.drafts / "open").write_text("x")
+    unlink, is_open = os.unlink, True
+
+    def unlink_as_nfs(name: str, *, dir_fd: int | None = None) -> None:
+        if is_open and "open" in os.fspath(name):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        unlink(name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", unlink_as_nfs)
+    remove_folder(folders.drafts)
+    assert not folders.drafts.exists()
+    (left,) = files.old_drafts()
+    assert os.listdir(left) == ["open"]
+    remove_leftovers(files, is_complete=False)
+    is_open = False
+    remove_leftovers(files, is_complete=False)
+    assert list(files.old_drafts()) == []

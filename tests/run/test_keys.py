@@ -620,6 +620,7 @@ SEEN_ELSEWHERE = (
     "stall_timeout",
     *("engine.name", "engine.address", "engine.workers", "engine.num_cpus", "engine.num_gpus"),
     *("engine.resources", "engine.max_retries", "engine.runtime_env", "engine.allow_fewer"),
+    "engine.wait_for_nodes",
 )
 """Keys of the process above the run: the tests below; and where it goes: tests/engines/ray/."""
 

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 
 from batchclf import __version__
 from batchclf.cli import main
-from batchclf.errors import Interrupted, ResumeRefused, UsageError
+from batchclf.errors import Interrupted, ProviderError, ResumeRefused, UsageError
 from batchclf.results.records import Shard
 from batchclf.run import facts, identity
 from batchclf.run.job import run_job
@@ -995,11 +995,13 @@ def test_a_kill_at_any_call_on_the_output_is_mended_by_the_same_command(
     assert all(record["status"] == "ok" for record in records)
 
 
-def test_a_job_goes_on_from_the_parts_that_several_workers_have_committed(tmp_path: Path) -> None:
-    images = link_digits(tmp_path / "images", 60)
-    job = write_tiny_job(tmp_path, input=str(images), batch_size=4)
+def job_with_parts(folder: Path) -> tuple[Path, bytes]:
+    """A job with 10 records in their file and others in parts; and all as they are to be."""
+    images = link_digits(folder / "images", 60)
+    job = write_tiny_job(folder, input=str(images), batch_size=4)
     run_here(job)
-    out, whole = tmp_path / "out", (tmp_path / "out" / "predictions.jsonl").read_bytes()
+    out = folder / "out"
+    whole = (out / "predictions.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
     (out / "parts").mkdir()
     for first, stop in ((10, 20), (20, 24), (30, 40)):
@@ -1009,9 +1011,45 @@ def test_a_job_goes_on_from_the_parts_that_several_workers_have_committed(tmp_pa
     durable = {**record["durable"], "num_images": 10, "num_bytes": len(b"".join(lines[:10]))}
     changed = {**record, "status": "interrupted", "durable": durable}
     (out / "run.json").write_text(json.dumps(changed))
+    return job, whole
+
+
+def test_a_job_goes_on_from_the_parts_that_several_workers_have_committed(tmp_path: Path) -> None:
+    job, whole = job_with_parts(tmp_path)
     log = Log()
     result = run_here(job, log=log)
     assert "resuming after 24 of 60 images" in log.lines
     assert (result.summary.num_images, result.summary.num_new) == (60, 36)
+    assert (tmp_path / "out" / "predictions.jsonl").read_bytes() == whole
+    assert not (tmp_path / "out" / "parts").exists()
+
+
+def test_parts_are_appended_only_once_the_job_is_known_to_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, _ = job_with_parts(tmp_path)
+    predictions = tmp_path / "out" / "predictions.jsonl"
+    before = predictions.read_bytes()
+    with pytest.raises(UsageError, match="--retry-failed: 10 of 60 images have a record; finish"):
+        run_here(job, RunOptions(retry_failed=True))
+
+    def refuse(*args: object) -> None:
+        raise ProviderError("it does not run here")
+
+    monkeypatch.setattr("batchclf.run.job.make_ready", refuse)
+    with pytest.raises(ProviderError):
+        run_here(job)
+    assert predictions.read_bytes() == before
+    assert len(os.listdir(tmp_path / "out" / "parts")) == 3
+
+
+def test_parts_that_no_run_json_tells_of_are_not_taken_for_this_jobs(tmp_path: Path) -> None:
+    job, whole = job_with_parts(tmp_path)
+    out = tmp_path / "out"
+    for name in ("run.json", "predictions.jsonl"):
+        (out / name).unlink()
+    with pytest.raises(ResumeRefused, match=r"parts is there, but no run\.json says which job"):
+        run_here(job)
+    assert len(os.listdir(out / "parts")) == 3
+    run_here(job, RunOptions(overwrite=True))
     assert (out / "predictions.jsonl").read_bytes() == whole
-    assert not (out / "parts").exists()

@@ -68,6 +68,7 @@ WHOLE: Mapping[str, Any] = {
         "max_retries": 0,
         "runtime_env": {"env_vars": {"A": "b"}},
         "allow_fewer": True,
+        "wait_for_nodes": 600,
     },
 }
 ALL_KEYS: Mapping[str, object] = {
@@ -124,6 +125,7 @@ ALL_KEYS: Mapping[str, object] = {
     "engine.max_retries": 9,
     "engine.runtime_env": {"pip": ["x"]},
     "engine.allow_fewer": True,
+    "engine.wait_for_nodes": 7.5,
 }
 """Every key of the job file with a value that is not its default."""
 

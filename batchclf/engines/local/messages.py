@@ -30,8 +30,8 @@ class ServeSetup:
 
 
 Message = tuple[str, object]
-"""A word and what goes with it: `log` text, `begin` (images, done,
-errors), `live` Live, `guilty` (path or Stretch, Failure),
-`listing` Archive or None, `unlistable` (Archive, Failure);
-of a crew `opened` (Opened, streams), `committed` (Attempt, Committed), `figures` RunStats; and
-as the last one `result` RunResult, `error` BatchclfError, or `bug`, a traceback as text."""
+"""A word and what goes with it: `log` text, `begin` (images, done, errors), `live` Live,
+`guilty` (path or Stretch, Failure), `listing` Archive or None, `unlistable` (Archive, Failure); of
+a crew `opened` (Opened, streams), `committed` (Attempt, Committed), `doubtful` Doubt, `figures`
+RunStats; and as the last one `result` RunResult, `error` BatchclfError, or `bug`, a traceback as
+text."""

@@ -106,7 +106,8 @@ class WorkerProcess:
                 f"the job's process cannot be started: {error}; run the same command later"
             ) from error
         self.has_hung_up = False
-        self._is_left_behind = False
+        self.is_left_behind = False
+        """It was killed, and is stuck in the kernel."""
 
     def send(self, setup: "Setup | ServeSetup | Attempt | None") -> None:
         """Tell it what to do; one that is dead already is found out later."""
@@ -153,9 +154,9 @@ class WorkerProcess:
     def kill(self) -> None:
         """End it, whatever it is at, and the processes that it started with it."""
         self._process.kill()
-        if not self._is_left_behind:
+        if not self.is_left_behind:
             try:
                 self._process.wait(KILL_S)
             except subprocess.TimeoutExpired:  # stuck in the kernel: waiting again would not help
-                self._is_left_behind = True
+                self.is_left_behind = True
         self._connection.close()

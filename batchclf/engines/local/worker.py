@@ -23,7 +23,7 @@ from batchclf.results.lock import LEASE_S
 from batchclf.results.parts import Committed
 from batchclf.results.records import Failure, Stretch
 from batchclf.results.stats import Live, RunStats
-from batchclf.run.duty import Attempt, Inbox, ServeReporter
+from batchclf.run.duty import Attempt, Doubt, Inbox, ServeReporter
 from batchclf.system.alive import watched
 from batchclf.system.children import end_with_parent, expendable
 from batchclf.system.interrupt import StopRequest
@@ -150,6 +150,9 @@ class _Channel(ServeReporter):
 
     def committed(self, attempt: Attempt, part: Committed) -> None:
         self._send("committed", (attempt, part))
+
+    def doubts(self, doubt: Doubt) -> None:
+        self._send("doubtful", doubt)
 
     def figures(self, figures: RunStats) -> None:
         self._send("figures", figures)

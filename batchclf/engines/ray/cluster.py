@@ -4,8 +4,8 @@ import math
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,9 @@ class Need:
             if amount
         }
 
+    def __str__(self) -> str:
+        return ", ".join(f"{amount:g} {name}" for name, amount in self.bundle.items())
+
     def room_on(self, node: Node) -> int:
         """How many workers a node can have at once."""
         return min(
@@ -56,36 +59,42 @@ class Need:
         )
 
 
-@contextmanager
-def connected(engine: EngineSpec) -> Iterator[None]:
-    """Within, this process is a driver of the cluster.
+class Connection:
+    """This process as a driver of a cluster, until it is closed."""
 
-    Raises:
-        UsageError: Ray is not installed.
-        EnvironmentFailed: there is no cluster at the address, or it is of another version.
-    """
-    try:
-        import ray
-    except ModuleNotFoundError:
-        raise UsageError(
-            "engine: ray is not installed: pip install 'batchclf[ray]', or use engine local"
-        ) from None
-    _require_reachable(engine.address)
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if engine.address == "local":
-        options["include_dashboard"] = False
-    if engine.runtime_env:
-        options["runtime_env"] = engine.runtime_env
-    # Ray tells stdout of each node that ends, with pages of its state; the crew tells it in a line.
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    def __init__(self, engine: EngineSpec) -> None:
+        """Connect.
+
+        Raises:
+            UsageError: Ray is not installed.
+            EnvironmentFailed: there is no cluster at the address, or it is of another version.
+        """
         try:
-            ray.init(engine.address, namespace="batchclf", **options)
-        except (ray.exceptions.RayError, RuntimeError, OSError, ValueError) as error:
-            raise EnvironmentFailed(f"engine: {_why_not(engine.address, error)}") from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
+            import ray
+        except ModuleNotFoundError:
+            raise UsageError(
+                "engine: ray is not installed: pip install 'batchclf[ray]', or use engine local"
+            ) from None
+        _require_reachable(engine.address)
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        if engine.address == "local":
+            options["include_dashboard"] = False
+        if engine.runtime_env:
+            options["runtime_env"] = engine.runtime_env
+        with ExitStack() as stack:
+            # Ray tells stdout of each node that ends, with pages of its state; here it is a line.
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(nowhere))
+            try:
+                ray.init(engine.address, namespace="batchclf", **options)
+            except (ray.exceptions.RayError, RuntimeError, OSError, ValueError) as error:
+                raise EnvironmentFailed(f"engine: {_why_not(engine.address, error)}") from error
+            stack.callback(ray.shutdown)
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        """Leave the cluster."""
+        self._stack.close()
 
 
 def _require_reachable(address: str) -> None:
@@ -139,6 +148,20 @@ def nodes() -> list[Node]:
     return sorted(found, key=lambda node: node.name)
 
 
+def gpus_of(job: JobSpec) -> float:
+    """GPUs that each worker of a job takes.
+
+    Raises:
+        UsageError: none, where the provider needs one.
+    """
+    num_gpus = job.engine.num_gpus
+    if num_gpus is None:
+        return 1.0 if job.provider.name == "cuda" else 0.0
+    if job.provider.name == "cuda" and num_gpus == 0:
+        raise UsageError("engine.num_gpus: 0, but provider cuda needs one for each worker")
+    return num_gpus
+
+
 def need_of(job: JobSpec, there: Sequence[Node]) -> Need:
     """What each worker of a job takes, by the job or by what the nodes have.
 
@@ -146,12 +169,7 @@ def need_of(job: JobSpec, there: Sequence[Node]) -> Need:
         ProviderError: GPUs are needed, and no node has one.
         UsageError: no node has what the job asks for.
     """
-    engine = job.engine
-    num_gpus = engine.num_gpus
-    if num_gpus is None:
-        num_gpus = 1.0 if job.provider.name == "cuda" else 0.0
-    if job.provider.name == "cuda" and num_gpus == 0:
-        raise UsageError("engine.num_gpus: 0, but provider cuda needs one for each worker")
+    engine, num_gpus = job.engine, gpus_of(job)
     fitting = [one for one in there if one.total.get("GPU", 0.0) >= num_gpus]
     if not fitting:
         raise ProviderError(
@@ -165,10 +183,55 @@ def need_of(job: JobSpec, there: Sequence[Node]) -> Need:
     need = Need(num_cpus, num_gpus, engine.resources)
     if not any(need.room_on(one) for one in there):
         raise UsageError(
-            f"engine: each worker takes {need.bundle}, and no node of the cluster has as much "
+            f"engine: each worker takes {need}, and no node of the cluster has as much "
             f"(found: {_told(there)}); ask for less with engine.num_cpus or engine.resources"
         )
     return need
+
+
+def least_need(job: JobSpec) -> Need:
+    """What a node must have at least; the more it has, the more a worker may take.
+
+    Raises:
+        UsageError: as `gpus_of`.
+    """
+    return Need(job.engine.num_cpus or 1.0, gpus_of(job), job.engine.resources)
+
+
+class Demand:
+    """What an autoscaler is asked for, where a cluster has one: it remembers the last word."""
+
+    def __init__(self) -> None:
+        self._asked: tuple[Need, int] | None = None
+
+    def ask(self, need: Need, num_workers: int) -> None:
+        """Ask for nodes with room for so many workers in all."""
+        if self._asked != (need, num_workers):
+            self._asked = need, num_workers
+            self._request([need.bundle] * num_workers)
+
+    def take_back(self) -> None:
+        """Ask for no more: else the nodes would stay for ever."""
+        if self._asked is not None:
+            self._asked = None
+            self._request([])
+
+    def _request(self, bundles: list[dict[str, float]]) -> None:
+        from ray.autoscaler.sdk import request_resources
+        from ray.exceptions import RayError
+
+        with suppress(RayError, RuntimeError):  # the cluster is gone, which is told otherwise
+            request_resources(bundles=bundles)
+
+
+def free_of(need: Need) -> str:
+    """What the cluster has of what a worker takes, and how much of it nobody uses, for people."""
+    import ray
+
+    free, total = ray.available_resources(), ray.cluster_resources()
+    return ", ".join(
+        f"{free.get(name, 0.0):g} of {total.get(name, 0.0):g} {name}" for name in need.bundle
+    )
 
 
 def _share(num_gpus: float) -> Callable[[Node], float]:

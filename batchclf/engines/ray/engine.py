@@ -1,9 +1,8 @@
 """Where a job's run turns to the cluster."""
 
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from batchclf.engines.ray.cluster import connected
+from batchclf.engines.ray.cluster import Connection
 from batchclf.run.crew import Order
 
 if TYPE_CHECKING:
@@ -16,13 +15,15 @@ def hire(order: Order) -> "RayCrew":
     Raises:
         UsageError: Ray is not installed, or the job asks for what no node has.
         ProviderError: GPUs are needed and there are none, or the provider does not work on a node.
-        EnvironmentFailed: there is no cluster, or the output is not on storage that all reach.
+        EnvironmentFailed: there is no cluster, or input or output are not what all nodes reach.
     """
-    with ExitStack() as stack:
-        stack.enter_context(connected(order.job.engine))
-        from batchclf.engines.ray.crew import RayCrew  # late: it imports Ray
+    connection = Connection(order.job.engine)
+    from batchclf.engines.ray.crew import RayCrew  # late: it imports Ray
 
-        crew = stack.enter_context(RayCrew(order))
+    crew = RayCrew(order, connection)
+    try:
         crew.gather()
-        crew.keep(stack.pop_all())
+    except BaseException:
+        crew.close()
+        raise
     return crew

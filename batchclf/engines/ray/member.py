@@ -4,6 +4,7 @@ import io
 import os
 import platform
 import tarfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,13 @@ if TYPE_CHECKING:
     from batchclf.engines.ray.station import Look, Station
     from batchclf.results.parts import Committed
     from batchclf.results.stats import RunStats
-    from batchclf.run.duty import Attempt
+    from batchclf.run.duty import Attempt, Doubt, Landmark
     from batchclf.sessions.open import Opened
     from batchclf.spec.job import JobSpec
 
 TOKEN = "token"  # noqa: S105 - a file's name
+ARRIVE_S = 5.0
+"""What one machine writes may take so long to be seen by another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,8 @@ class Errand:
     """Of what the bundle's files are packed in."""
     num_cpus: float
     num_gpus: float
+    landmarks: "tuple[Landmark, ...]"
+    """Images that the driver saw."""
 
 
 class Member:
@@ -66,12 +71,20 @@ class Member:
         bundle = open_bundle(_unpacked(packed, errand.digest))
         model = ResolvedModel(bundle, bundle.meta.labels, bundle.meta.preprocess)
         job = _suited(errand.job, errand.num_cpus, errand.num_gpus)
-        duty = Duty(job, model, errand.listing, errand.placed, errand.num_images)
-        self._station = Station(duty)
+        self._station = Station(
+            Duty(
+                job=job,
+                model=model,
+                listing=errand.listing,
+                placed=errand.placed,
+                num_images=errand.num_images,
+                landmarks=errand.landmarks,
+            )
+        )
         return self._station.opened()
 
-    def do(self, attempt: "Attempt") -> "tuple[Committed | None, Look | None]":
-        """Classify a range; None: it was given up. And how it does.
+    def do(self, attempt: "Attempt") -> "tuple[Committed | Doubt | None, Look | None]":
+        """Classify a range, as `Station.do`. And how it does.
 
         Raises:
             BatchclfError: what ended the worker.
@@ -115,14 +128,19 @@ def _show_token(errand: Errand) -> None:
     """
     from batchclf.errors import EnvironmentFailed
 
-    try:
-        found = (errand.drafts / TOKEN).read_text()
-        if found == errand.token:
-            (errand.drafts / f"{TOKEN}.{errand.answer}").write_text(found)
-            return
-        why = "another file is there"
-    except OSError as error:
-        why = error.strerror or str(error)
+    ends_at = time.monotonic() + ARRIVE_S
+    while True:
+        try:
+            found = (errand.drafts / TOKEN).read_text()
+            if found == errand.token:
+                (errand.drafts / f"{TOKEN}.{errand.answer}").write_text(found)
+                return
+            why = "another file is there"
+        except OSError as error:
+            why = error.strerror or str(error)
+        if time.monotonic() > ends_at:
+            break
+        time.sleep(0.2)
     raise EnvironmentFailed(
         f"output: {errand.drafts.parent}: is not the folder that the driver writes to ({why}); "
         "engine ray needs an output, and an input, on storage that all nodes reach by one path"
@@ -144,14 +162,14 @@ def _unpacked(packed: bytes, digest: str) -> Path:
     folder = cache_root() / "sent" / digest[:32]
     try:
         private_folder(folder.parent)
-        if not folder.exists():
+        if not os.path.exists(folder):
             with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
                 with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
                     archive.extractall(Path(temporary) / "bundle", filter="data")
                 try:
                     os.rename(Path(temporary) / "bundle", folder)
                 except OSError:
-                    if not folder.exists():  # else another worker was faster
+                    if not os.path.exists(folder):  # else another worker was faster
                         raise
     except OSError as error:
         raise EnvironmentFailed(

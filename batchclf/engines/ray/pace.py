@@ -18,7 +18,7 @@ class Pace:
         self._least = 2 * batch_size
         """Fewer would leave a stream idle."""
         self._size = 4 * self._least
-        self._images_per_s: float | None = None
+        self.images_per_s: float | None = None
         self._since = time.monotonic()
 
     def begins(self) -> None:
@@ -29,13 +29,13 @@ class Pace:
         """A range was committed; the next one is at work already."""
         now = time.monotonic()
         speed = num_images / max(now - self._since, 1e-3)
-        before = self._images_per_s
-        self._images_per_s = speed if before is None else (before + speed) / 2
+        before = self.images_per_s
+        self.images_per_s = speed if before is None else (before + speed) / 2
         self._since = now
 
     def size(self, num_left: int, num_workers: int) -> int:
         """Images of its next range, of all that nobody has."""
-        if self._images_per_s is not None:
-            self._size = min(MAX_GROWTH * self._size, int(self._images_per_s * RANGE_S))
+        if self.images_per_s is not None:
+            self._size = min(MAX_GROWTH * self._size, int(self.images_per_s * RANGE_S))
         share = math.ceil(num_left / (SHARES * num_workers))
         return max(self._least, min(self._size, share))

@@ -3,21 +3,24 @@
 So an image that crashes its decoder costs that image, here as there.
 """
 
+import os
 import signal
 import threading
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from batchclf.engines.local.messages import Message, ServeSetup
 from batchclf.engines.local.process import Workers
 from batchclf.engines.local.watcher import Result, Watcher
-from batchclf.errors import BatchclfError
+from batchclf.errors import BatchclfError, EnvironmentFailed
 from batchclf.results.parts import Committed
 from batchclf.results.stats import RunStats
-from batchclf.run.duty import Attempt, Duty
+from batchclf.run.draft import Draft
+from batchclf.run.duty import Attempt, Doubt, Duty
 from batchclf.run.recovery import Death, Recovery
 from batchclf.system.interrupt import StopRequest
 
@@ -73,7 +76,7 @@ class Station:
         self._duty = duty
         self._watching: _Watching | None = None
         self._lock = threading.Lock()
-        self._done: dict[Path, Future[Committed | None]] = {}
+        self._done: dict[Path, Future[Committed | Doubt | None]] = {}
         self._new: deque[Attempt] = deque()
         self._opened: Future[tuple[Opened, int]] = Future()
         self._end: BaseException | None = None
@@ -89,13 +92,15 @@ class Station:
         """
         return self._opened.result()
 
-    def do(self, attempt: Attempt) -> Committed | None:
+    def do(self, attempt: Attempt) -> Committed | Doubt | None:
         """Have a range classified, and wait until it is committed; None: it was given up.
+
+        A doubt is to be answered by the same attempt, confirmed, or by none.
 
         Raises:
             BatchclfError: what ended the worker.
         """
-        future: Future[Committed | None] = Future()
+        future: Future[Committed | Doubt | None] = Future()
         with self._lock:
             if not self._has_ended:
                 self._done[attempt.draft] = future
@@ -126,7 +131,11 @@ class Station:
                 self._watching = _Watching(workers, self._journal, self._stop, self._duty, self)
                 self._watching.run()
         except BaseException as found:  # noqa: BLE001 - raised by who waits for it
-            error = None if self._stop.signal_number is not None else found
+            error = found
+        if self._stop.signal_number is not None:
+            error = None
+            if self._watching is not None:
+                self._watching.commit_what_is_left()
         with self._lock:
             self._has_ended, self._end = True, error
             waiting = list(self._done.values())
@@ -150,12 +159,12 @@ class Station:
         """Ranges that came since."""
         return [self._new.popleft() for _ in range(len(self._new))]
 
-    def has_done(self, attempt: Attempt, part: Committed) -> None:
-        """A range is committed."""
+    def has_done(self, attempt: Attempt, found: Committed | Doubt) -> None:
+        """A range is committed, or is to be confirmed first."""
         with self._lock:
             future = self._done.pop(attempt.draft, None)
         if future is not None:
-            future.set_result(part)
+            future.set_result(found)
 
 
 class _Watching(Watcher):
@@ -190,6 +199,20 @@ class _Watching(Watcher):
             lines,
         )
 
+    def commit_what_is_left(self) -> None:
+        """After a signal: commit what the process, which has ended, wrote and had no time to."""
+        if self._workers.current.is_left_behind:  # it may write once more
+            return
+        listing = replace(self._duty.listing, path=self._duty.placed)
+        for attempt in list(self._attempts.values()):
+            with suppress(EnvironmentFailed):  # these images are done again after the next start
+                if os.path.exists(attempt.draft):
+                    draft = Draft(attempt, listing)
+                    if draft.num_images and not draft.is_doubtful:
+                        self._has_committed(attempt, draft.commit())
+                    else:
+                        draft.give_up()
+
     def _setup(self, recovery: Recovery) -> ServeSetup:
         self._is_open = False
         return ServeSetup(self._duty, recovery, tuple(self._attempts.values()))
@@ -211,13 +234,19 @@ class _Watching(Watcher):
                 self._is_open = True
                 self._station.has_opened(cast("tuple[Opened, int]", what))
             case "committed":
-                attempt, part = cast(tuple[Attempt, Committed], what)
-                self._attempts.pop(attempt.draft, None)
-                self._num_committed += part.num_images
-                self._num_errors += part.errors_by_code.total()
-                self._station.has_done(attempt, part)
+                self._has_committed(*cast(tuple[Attempt, Committed], what))
+            case "doubtful":
+                doubt = cast(Doubt, what)
+                self._attempts.pop(doubt.attempt.draft, None)
+                self._station.has_done(doubt.attempt, doubt)
             case "figures":
                 self._figures = cast(RunStats, what)
             case _:
                 return super()._heard(message)
         return None
+
+    def _has_committed(self, attempt: Attempt, part: Committed) -> None:
+        self._attempts.pop(attempt.draft, None)
+        self._num_committed += part.num_images
+        self._num_errors += part.errors_by_code.total()
+        self._station.has_done(attempt, part)

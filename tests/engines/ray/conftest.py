@@ -1,12 +1,15 @@
 """One cluster for all tests of engine ray: starting its nodes takes most of their time."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tests.engines.ray.cluster import QUICK, Cluster, cluster
 from tests.faults.poison import poisoned_environment
+
+collect_ignore = [] if find_spec("ray") else ["test_dealing.py"]
 
 
 @pytest.fixture(scope="session")

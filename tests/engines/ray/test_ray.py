@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,8 +28,10 @@ from tests.engines.common import (
     summary_of,
     write_job,
 )
-from tests.engines.ray.cluster import Cluster, free_port
+from tests.engines.ray.cluster import QUICK, Cluster, cluster, free_port
+from tests.engines.ray.test_station import SLOW
 from tests.engines.test_supervisor import poison
+from tests.tiny import link_digits
 
 pytestmark = pytest.mark.skipif(
     find_spec("ray") is None, reason="Ray is not installed: the extra `ray`"
@@ -264,6 +267,186 @@ def test_a_signal_commits_what_is_in_flight_within_8_seconds_and_the_local_engin
     assert len(read_records(out)) == 800
 
 
+@BY_HAND
+def test_what_is_written_in_a_long_batch_when_a_signal_comes_is_kept(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    path = fault(tmp_path, SLOW, "batchclf.runtime.ranking")["PYTHONPATH"]
+    env = {"env_vars": {"PYTHONPATH": os.pathsep.join([path, os.environ["PYTHONPATH"]])}}
+    job, out = write_ray_job(tmp_path, 400, engine={"runtime_env": env}), tmp_path / "out"
+    with started(job) as run:
+        run.wait_until((tmp_path / "fault" / "waiting").exists)
+        time.sleep(2)
+        began = time.monotonic()
+        run.process.send_signal(signal.SIGTERM)
+        assert run.end() == 128 + signal.SIGTERM
+        assert time.monotonic() - began < 8
+    kept = sum(one.read_bytes().count(b"\n") for one in (out / "parts").iterdir())
+    assert kept >= 2 * 4 * 4, "four batches of each of two workers"
+    code, said = finished(job, "--set", "engine=local")
+    assert code == 0, said
+    assert lines_of(out) == lines_of(tmp_path / "undisturbed")
+
+
+@BY_HAND
+def test_a_node_that_loses_a_mount_below_the_input_records_nothing_of_it(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount")
+    (tmp_path / "images").mkdir()
+    mounted = link_digits(tmp_path / "images" / "mounted", 2000)
+    job = write_ray_job(tmp_path)
+    node = ray_cluster.add(through=("unshare", "--mount"))
+    try:
+        with started(job) as run:
+            run.wait_until(has_parts(tmp_path / "out", 4))
+            (pid, *_) = [one.pid for one in node.members() if one.name() == "raylet"]
+            over = ("mount", "-t", "tmpfs", "none", str(mounted))
+            subprocess.run(["nsenter", "-t", str(pid), "-m", *over], check=True)
+            run.wait_to_say("is the input still mounted on this node?")
+            assert run.end() == 0, run.stderr
+            said = run.stderr
+    finally:
+        ray_cluster.remove(node)
+    assert "going on without this node" in said
+    assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
+
+
+@BY_HAND
+def test_images_that_are_removed_while_the_job_runs_are_recorded_as_missing(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    job = write_ray_job(tmp_path)
+    gone = sorted((tmp_path / "images").iterdir())[300:350]
+    with started(job) as run:
+        run.wait_until(has_parts(tmp_path / "out", 1))
+        for path in gone:
+            path.unlink()
+        assert run.end() == 0, run.stderr
+    assert_as_undisturbed(tmp_path, but={path.name: "vanished" for path in gone})
+
+
+# ---- nodes that are not there yet, or never ------------------------------------------------------
+
+
+@BY_HAND
+def test_a_cluster_without_nodes_is_waited_for_as_long_as_the_job_says(tmp_path: Path) -> None:
+    with cluster(0) as found:
+        job = write_ray_job(tmp_path, 40, engine={"address": found.address})
+        code, said = finished(job, "--set", "engine.wait_for_nodes=1")
+        assert code == 2, said
+        assert "each worker takes 1 CPU, and no node of the cluster has as much" in said
+        with started(job, env=QUICK) as run:
+            run.wait_to_say("an autoscaler, where the cluster has one, is asked for 1 times 1 CPU")
+            found.add()
+            assert run.end() == 0, run.stderr
+    assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
+
+
+@BY_HAND
+def test_a_busy_cluster_is_waited_for_and_that_is_said(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    first, second = write_ray_job(tmp_path / "first"), write_ray_job(tmp_path / "second", 40)
+    with started(first) as busy:
+        busy.wait_until(has_parts(tmp_path / "first" / "out", 1))
+        with started(second) as run:
+            workers = [one for node in ray_cluster.nodes for one in node.workers()]
+            with suspended(workers):
+                run.wait_to_say("the cluster has 0 of 2 CPU free; what others use is waited for")
+            assert busy.end() == 0, busy.stderr
+            assert run.end() == 0, run.stderr
+
+
+@BY_HAND
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_node_that_fails_late_ends_a_job_that_began_with_it_and_else_is_left_out(
+    ray_cluster: Cluster, tmp_path: Path, is_first: bool
+) -> None:
+    program = """
+def change(module):
+    def fail(*args, **kwargs):
+        from batchclf.errors import ProviderError
+        time.sleep(12)
+        raise ProviderError("its driver is too old")
+    module.settle_provider = fail
+"""
+    env = fault(tmp_path, program, "batchclf.sessions.open")
+    hasty = "def change(module):\n    module.SETTLE_S = 1.0\n"
+    (tmp_path / "hasty").mkdir()
+    hurried = fault(tmp_path / "hasty", hasty, "batchclf.engines.ray.crew")
+    job = write_ray_job(tmp_path, 4000)
+    others = ray_cluster.nodes[1:]
+    nodes = [ray_cluster.add(env=env)] if is_first else []
+    try:
+        with started(job, env=hurried) as run:
+            run.wait_until(has_parts(tmp_path / "out", 1))
+            with suspended([worker for node in others for worker in node.workers()]):
+                if is_first:
+                    assert run.end() == 4, run.stderr
+                else:
+                    nodes.append(ray_cluster.add(env=env))
+                    run.wait_to_say("going on without this node")
+            if not is_first:
+                assert run.end() == 0, run.stderr
+            said = run.stderr
+    finally:
+        for node in nodes:
+            ray_cluster.remove(node)
+    assert "its driver is too old" in said
+    assert ("going on without this node" in said) is not is_first
+    if not is_first:
+        assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
+
+
+@BY_HAND
+def test_a_node_whose_disk_is_full_ends_the_job_naming_it_or_is_left_out(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    full = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o size=4k none {cache}; exec "$@"')
+    node = ray_cluster.add(through=(*full, "sh"), env={"BATCHCLF_CACHE_DIR": str(cache)})
+    try:
+        job = write_ray_job(tmp_path, 60)
+        code, said = finished(job)
+        assert code == 5, said
+        assert re.search(r"node \S+ \(.*\): .*the model cannot be unpacked: No space left", said)
+        code, said = finished(job, "--set", "engine.allow_fewer=true")
+        assert code == 0, said
+        assert "going on without this node: node " in said
+    finally:
+        ray_cluster.remove(node)
+    assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
+
+
+@BY_HAND
+def test_a_worker_that_ray_ends_as_memory_runs_out_is_told_of_and_its_range_done_again(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    memory = psutil.virtual_memory()
+    spare = 1 << 30
+    threshold = (memory.total - memory.available + spare) / memory.total
+    env = {"RAY_memory_monitor_refresh_ms": "50", "RAY_memory_usage_threshold": f"{threshold:.4f}"}
+    node = ray_cluster.add(env=env, num_cpus=2)
+    try:
+        with started(write_ray_job(tmp_path, 4000)) as run:
+            run.wait_until(lambda: len(node.workers()) == 2)
+            run.wait_until(has_parts(tmp_path / "out", 8))
+            taken = b"\1" * (spare + (1 << 28))
+            run.wait_to_say("a worker was ended by Ray, as memory ran out there")
+            del taken
+            assert run.end() == 0, run.stderr
+    finally:
+        ray_cluster.remove(node)
+    assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
+
+
 # ---- wrong set-ups -------------------------------------------------------------------------------
 
 BROKEN = """
@@ -297,7 +480,7 @@ def test_what_no_node_has_is_refused_with_what_was_found(
     assert "each worker needs 1 GPU, and no node of the cluster offers as much" in said
     code, said, _ = wrong(tmp_path, resources={"fast_disk": 1})
     assert code == 2, said
-    assert "each worker takes {'CPU': 1.0, 'fast_disk': 1.0}, and no node" in said
+    assert "each worker takes 1 CPU, 1 fast_disk, and no node" in said
 
 
 @pytest.mark.skipif(
@@ -311,6 +494,9 @@ def test_a_provider_that_does_not_work_on_a_node_ends_the_job_naming_it(
     assert code == 4, said
     assert re.search(r"^batchclf: node \S+ \(.*\): provider openvino: ", said, re.M)
     assert not (tmp_path / "out" / "run.json").exists()
+    code, said = finished(job, "--provider", "openvino", "--set", "engine.allow_fewer=true")
+    assert code == 4, said
+    assert said.count("going on without this node") == 1, "the other is the last"
 
 
 def test_another_version_on_a_node_ends_the_job_naming_it(

@@ -1,0 +1,212 @@
+"""Which worker is given which range, and who has it when workers are lost; no cluster is needed."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import OutOfMemoryError
+
+from batchclf.engines.ray import dealing, finding, losing
+from batchclf.engines.ray.cluster import Need, Node
+from batchclf.engines.ray.dealing import Dealing
+from batchclf.engines.ray.finding import WORTH_S, Finding
+from batchclf.engines.ray.losing import MAX_FAILURES, Losing
+from batchclf.engines.ray.pace import Pace
+from batchclf.engines.ray.roster import Hand, Roster
+from batchclf.engines.ray.station import Look
+from batchclf.errors import EnvironmentFailed, WorkerFailed
+from batchclf.results.files import RunFiles
+from batchclf.results.listing import Listing
+from batchclf.results.parts import Committed, Folders
+from batchclf.run.ranges import Gaps
+from tests.results.common import placed
+
+NUM_IMAGES = 64
+NODES = [Node(name, name, {"CPU": 2.0}) for name in ("near", "far")]
+
+
+class Actor:
+    """Is asked to do things, and does none."""
+
+    def __init__(self) -> None:
+        self.attempts: list[Any] = []
+        self.do = self
+
+    def options(self, name: str) -> "Actor":
+        return self
+
+    def remote(self, attempt: object) -> object:
+        self.attempts.append(attempt)
+        return object()
+
+
+def hand(node: Node = NODES[0], *, is_first: bool = True) -> Hand:
+    return Hand(node, Actor(), Pace(batch_size=4), is_first, is_open=True)
+
+
+@pytest.fixture
+def listing(tmp_path: Path) -> Listing:
+    return placed(RunFiles(tmp_path), [b"%02d.jpg" % number for number in range(NUM_IMAGES)])
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Folders:
+    return Folders(tmp_path / "parts", tmp_path / "drafts")
+
+
+def spans_of(one: Hand) -> list[tuple[int, int]]:
+    return [(lot.range.first, lot.range.num_images) for lot in one.lots]
+
+
+def test_each_worker_has_two_ranges_and_what_a_lost_one_had_is_dealt_first(
+    listing: Listing, folders: Folders
+) -> None:
+    dealt, ranges = Dealing(), Gaps(listing, [(0, NUM_IMAGES)], 0)
+    one, other = hand(), hand()
+    dealt.deal([one, other], ranges, folders)
+    assert spans_of(one) == [(0, 16), (16, 12)]
+    assert spans_of(other) == [(28, 9), (37, 8)]
+    assert [lot.range.first for lot in dealt.take_back(one)] == [0, 16]
+    assert one.lots == []
+    third = hand()
+    dealt.deal([third], ranges, folders)
+    assert spans_of(third) == [(0, 16), (16, 12)]
+    assert len({attempt.draft for attempt in (*one.actor.attempts, *third.actor.attempts)}) == 4
+
+
+def test_what_a_part_lacks_of_its_range_is_dealt_again(listing: Listing, folders: Folders) -> None:
+    dealt, ranges = Dealing(), Gaps(listing, [(0, 8)], 0)
+    one, other = hand(), hand()
+    dealt.deal([one], ranges, folders)
+    assert dealt.has_done(Committed(0, 100, 5, Counter()), ranges)
+    assert not dealt.has_done(Committed(0, 100, 5, Counter()), ranges), "the other attempt at it"
+    assert dealt.is_busy
+    dealt.deal([other], ranges, folders)
+    assert spans_of(other) == [(5, 3)]
+    assert dealt.has_done(Committed(5, 60, 3, Counter()), ranges)
+    assert not dealt.is_busy
+
+
+def test_a_range_that_two_workers_are_at_counts_once_in_what_is_underway(
+    listing: Listing, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dealing, "DOUBLE_S", 0.0)
+    dealt, ranges, roster = Dealing(), Gaps(listing, [(0, 8)], 0), Roster()
+    roster.hands = [hand(), hand()]
+    for one in roster.hands:
+        dealt.deal([one], ranges, folders)
+        one.look = Look(5, 2, None, ())
+    assert [spans_of(one) for one in roster.hands] == [[(0, 8)], [(0, 8)]]
+    assert roster.underway() == (5, 2)
+    dealt.take_back(roster.hands.pop(0))
+    assert roster.underway() == (5, 2)
+
+
+# ---- nodes ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def order(tmp_path: Path) -> SimpleNamespace:
+    engine = SimpleNamespace(workers="auto", allow_fewer=False, max_retries=2, wait_for_nodes=None)
+    said: list[str] = []
+    return SimpleNamespace(job=SimpleNamespace(engine=engine), log=said.append, said=said)
+
+
+@pytest.fixture
+def found(
+    order: Any, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], tuple[Roster, Finding, Losing]]:
+    """A cluster of two nodes with room for two workers each."""
+    for module in (finding, losing):
+        monkeypatch.setattr(module, "nodes", lambda: NODES)
+    monkeypatch.setattr("ray.kill", lambda actor: None)
+
+    def make() -> tuple[Roster, Finding, Losing]:
+        roster = Roster()
+        looking = Finding(order, roster, folders)
+        looking.need = Need(1.0, 0.0)
+        return roster, looking, Losing(order, roster, looking, Dealing())
+
+    return make
+
+
+def test_a_node_whose_memory_ran_out_has_one_worker_fewer_and_at_least_one(
+    order: Any, found: Callable[[], tuple[Roster, Finding, Losing]]
+) -> None:
+    roster, looking, trouble = found()
+    roster.hands = [hand(), hand()]
+    ended = OutOfMemoryError("killed")
+    trouble.is_gone(roster.hands[0], ended)
+    assert looking.rooms() == {NODES[1]: 2}
+    assert order.said == [
+        "node near: a worker was ended by Ray, as memory ran out there "
+        "(RAY_memory_usage_threshold); 1 go on"
+    ]
+    trouble.has_done(roster.hands[0])
+    for _ in range(MAX_FAILURES):
+        roster.hands = [hand()]
+        trouble.is_gone(roster.hands[0], ended)
+    assert looking.rooms() == {NODES[1]: 2}
+    assert "memory does not suffice for one worker: Ray ended 3 one after the" in order.said[-1]
+    for _ in range(MAX_FAILURES - 1):
+        roster.hands = [hand(NODES[1])]
+        trouble.is_gone(roster.hands[0], ended)
+    roster.hands = [hand(NODES[1])]
+    with pytest.raises(EnvironmentFailed, match="node far: memory does not suffice"):
+        trouble.is_gone(roster.hands[0], ended)
+
+
+def test_a_node_whose_input_is_not_the_drivers_is_given_up_at_once(
+    order: Any, found: Callable[[], tuple[Roster, Finding, Losing]]
+) -> None:
+    roster, looking, trouble = found()
+    roster.hands = [hand(), hand(), hand(NODES[1])]
+    trouble.is_misled(roster.hands[0], EnvironmentFailed("a.jpg is not there"))
+    assert [one.node for one in roster.hands] == [NODES[1]]
+    assert looking.rooms() == {NODES[1]: 1}
+    assert order.said[0] == "going on without this node: node near: a.jpg is not there"
+    with pytest.raises(EnvironmentFailed, match=r"node far: a\.jpg is not there"):
+        trouble.is_misled(roster.hands[0], EnvironmentFailed("a.jpg is not there"))
+
+
+def test_a_range_that_workers_are_lost_with_is_not_tried_for_ever(
+    order: Any,
+    found: Callable[[], tuple[Roster, Finding, Losing]],
+    listing: Listing,
+    folders: Folders,
+) -> None:
+    roster, looking, _ = found()
+    dealt, ranges = Dealing(), Gaps(listing, [(0, 8)], 0)
+    trouble = Losing(order, roster, looking, dealt)
+    for number in range(3):
+        roster.hands = [hand()]
+        dealt.deal(roster.hands, ranges, folders)
+        if number < 2:
+            trouble.lose(roster.hands[0], "died")
+    with pytest.raises(WorkerFailed, match="images 0 to 7: 3 workers were lost with them"):
+        trouble.lose(roster.hands[0], "died")
+
+
+@pytest.mark.parametrize(
+    ("seconds_left", "expected"), [(10 * WORTH_S, 4), (1.5 * WORTH_S, 3), (0.5 * WORTH_S, 2)]
+)
+def test_more_nodes_are_asked_for_while_there_is_work_for_them(
+    found: Callable[[], tuple[Roster, Finding, Losing]],
+    monkeypatch: pytest.MonkeyPatch,
+    seconds_left: float,
+    expected: int,
+) -> None:
+    asked: list[list[dict[str, float]]] = []
+    monkeypatch.setattr(
+        "ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles)
+    )
+    roster, looking, _ = found()
+    roster.hands = [hand(), hand()]
+    for one in roster.hands:
+        one.pace.images_per_s = 50.0
+    looking.ask_for_more(int(100 * seconds_left))
+    looking.close()
+    assert asked == [[{"CPU": 1.0}] * expected, []]

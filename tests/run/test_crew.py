@@ -1,0 +1,79 @@
+"""How a run makes one file of what a crew commits."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from batchclf.errors import ErrorLimitPassed
+from batchclf.results.parts import Committed, Folders
+from batchclf.results.stats import StatsCollector
+from batchclf.run.crew import collect
+from batchclf.run.reporter import Reporter
+from batchclf.spec.job import JobSpec
+from batchclf.system.interrupt import StopRequest
+
+ERRORS = Counter({"corrupt": 4})
+
+
+class FakeCrew:
+    """Has 3 errors in no part yet, and commits them with another only once it is asked to stop."""
+
+    def __init__(self, num_seen: int) -> None:
+        self.is_stopped = False
+        self._num_seen = num_seen
+
+    def work(self, ranges: object, folders: object) -> Iterator[Committed | None]:
+        yield Committed(0, 10, 10, Counter())
+        while not self.is_stopped:
+            yield None
+        yield Committed(10, 10, 0, ERRORS)
+
+    def underway(self) -> tuple[int, int]:
+        return (0, 0) if self.is_stopped else (5, self._num_seen)
+
+    def stop(self) -> None:
+        self.is_stopped = True
+
+
+def job(limit: int | str) -> JobSpec:
+    return JobSpec.model_validate(
+        {"input": "/in", "output": "/out", "model": {"onnx": "/a"}, "errors": {"max": limit}}
+    )
+
+
+def collected(crew: Any, limit: int | str) -> list[int]:
+    """The first images of the parts that were taken, in the order in which they were."""
+    taken: list[int] = []
+    sink = SimpleNamespace(num_images=0, tick=lambda: None)
+
+    def take(path: Path, part: Committed) -> None:
+        taken.append(part.first)
+        sink.num_images += part.num_images
+
+    sink.take = take
+    work = SimpleNamespace(
+        crew=crew,
+        plan=SimpleNamespace(task=SimpleNamespace(job=job(limit), num_images=100), batch_size=4),
+        stats=StatsCollector(lambda: 0.0, lambda: 0.0),
+        reporter=Reporter(),
+        stop=StopRequest(),
+        num_streams=1,
+    )
+    ranges = SimpleNamespace(origin=0)
+    folders = Folders(Path("parts"), Path("drafts"))
+    with pytest.raises(ErrorLimitPassed, match=r"3 of 15 images failed; errors\.max is "):
+        collect(cast(Any, work), cast(Any, ranges), folders, cast(Any, sink), ())
+    return taken
+
+
+@pytest.mark.parametrize("limit", [2, "2%"])
+def test_errors_that_are_in_no_part_yet_count_and_their_records_are_there_when_the_job_ends(
+    limit: int | str,
+) -> None:
+    crew = FakeCrew(num_seen=3)
+    assert collected(crew, limit) == [0, 10]
+    assert crew.is_stopped
