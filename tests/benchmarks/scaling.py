@@ -20,6 +20,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,8 +98,8 @@ class Sleeper:
             time.sleep(max(0.0, ends_at - time.monotonic()))
             attempt.folders.commit(attempt.draft, attempt.range.first)
             self._stats.add_part(attempt.range.num_images, {})
-            part = Committed(attempt.range.first, num_bytes, attempt.range.num_images, {})  # type: ignore[arg-type]
-            return part, self.look()
+            first, num_images = attempt.range.first, attempt.range.num_images
+            return Committed(first, num_bytes, num_images, Counter()), self.look()
 
     def look(self) -> Look:
         return Look(0, 0, self._stats.snapshot(), ())

@@ -48,7 +48,7 @@ def test_shards_in_a_bucket_are_merged_scored_and_converted_there(
         assert json.loads(done.stdout)["num_records"] == len(labels)
         scored = batchclf("score", output, "--truth", truth, "--json")
         assert scored.exit_code == 0, scored.stderr
-        assert json.loads(scored.stdout)["figures"]["top_1"]["share"] == 1.0
+        assert json.loads(scored.stdout)["figures"]["top1"]["value"] == 1.0
 
 
 def test_an_address_where_no_job_has_begun_is_named(server: Server, batchclf: Batchclf) -> None:
