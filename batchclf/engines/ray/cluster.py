@@ -13,6 +13,7 @@ from batchclf.errors import BatchclfError, EnvironmentFailed, ProviderError, Usa
 from batchclf.spec.job import EngineSpec, JobSpec
 
 CONNECT_S = 5.0
+ASK_S = 2.0
 USUAL_CPUS = 4.0
 """Cores of a worker that classifies on them: more of them than that do better as two workers."""
 
@@ -217,11 +218,21 @@ class Demand:
             self._request([])
 
     def _request(self, bundles: list[dict[str, float]]) -> None:
-        from ray.autoscaler.sdk import request_resources
-        from ray.exceptions import RayError
+        import ray
+        from ray.util.client import ray as client
 
-        with suppress(RayError, RuntimeError):  # the cluster is gone, which is told otherwise
-            request_resources(bundles=bundles)
+        with suppress(ray.exceptions.RayError, RuntimeError):  # a lost cluster is told otherwise
+            if client.is_connected():  # only a process of the cluster may ask
+                asked = ray.remote(_request).options(num_cpus=0).remote(bundles)
+                ray.wait([asked], timeout=ASK_S)
+            else:
+                _request(bundles)
+
+
+def _request(bundles: list[dict[str, float]]) -> None:
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=bundles)
 
 
 def free_of(need: Need) -> str:

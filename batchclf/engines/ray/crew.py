@@ -32,6 +32,8 @@ from batchclf.sessions.open import Opened
 
 LOOK_S = 1.0
 """How often each worker is asked how it does."""
+LOOKS_PER_S = 100
+"""But all of them together no more often than that: an answer costs the driver a millisecond."""
 LOST_S = 30.0
 """A worker that has not answered for so long is given up."""
 SETTLE_S = 20.0
@@ -184,13 +186,14 @@ class RayCrew:
             for hand in self._roster.hands:
                 hand.asked_at += gap_s
         self._looked_at = now
+        every_s = max(LOOK_S, len(self._roster.hands) / LOOKS_PER_S)
         for hand in list(self._roster.hands):
             if hand.proof is not None:
                 self._look_for_proof(hand)
             elif hand.is_asked("look"):
                 if now - hand.asked_at > LOST_S:
                     self._losing.lose(hand, f"has not answered for {LOST_S:.0f} s")
-            elif (hand.is_open or hand.is_asked("open")) and now - hand.looks_at > LOOK_S:
+            elif (hand.is_open or hand.is_asked("open")) and now - hand.looks_at > every_s:
                 hand.asked_at = now
                 hand.calls[hand.actor.look.options(name="look").remote()] = ("look", None)
 

@@ -182,12 +182,18 @@ def change(module):
         raise EnvironmentFailed("the disk is full")
     module.RecordWriter.write = write
 """
-    node = ray_cluster.add(env=fault(tmp_path, program, "batchclf.results.writer"))
-    try:
-        code, said = finished(write_ray_job(tmp_path, 4000))
-    finally:
-        ray_cluster.remove(node)
-    assert code == 0, said
+    job, others = write_ray_job(tmp_path), ray_cluster.nodes[1:]
+    env = fault(tmp_path, program, "batchclf.results.writer")
+    with started(job) as run:
+        run.wait_until(has_parts(tmp_path / "out", 1))
+        with suspended([worker for node in others for worker in node.workers()]):
+            node = ray_cluster.add(env=env)
+            try:
+                run.wait_to_say("going on without this node")
+            finally:
+                ray_cluster.remove(node)
+        assert run.end() == 0, run.stderr
+        said = run.stderr
     assert len(re.findall(r"a worker failed: node .*: the disk is full", said)) == 3
     assert said.count("going on without this node") == 1
     assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
@@ -430,7 +436,7 @@ def test_a_worker_that_ray_ends_as_memory_runs_out_is_told_of_and_its_range_done
     ray_cluster: Cluster, tmp_path: Path
 ) -> None:
     memory = psutil.virtual_memory()
-    spare = 1 << 30
+    spare = 3 << 30
     threshold = (memory.total - memory.available + spare) / memory.total
     env = {"RAY_memory_monitor_refresh_ms": "50", "RAY_memory_usage_threshold": f"{threshold:.4f}"}
     node = ray_cluster.add(env=env, num_cpus=2)
