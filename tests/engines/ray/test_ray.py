@@ -436,7 +436,7 @@ def test_a_worker_that_ray_ends_as_memory_runs_out_is_told_of_and_its_range_done
     ray_cluster: Cluster, tmp_path: Path
 ) -> None:
     memory = psutil.virtual_memory()
-    spare = 3 << 30
+    spare = 2 << 30
     threshold = (memory.total - memory.available + spare) / memory.total
     env = {"RAY_memory_monitor_refresh_ms": "50", "RAY_memory_usage_threshold": f"{threshold:.4f}"}
     node = ray_cluster.add(env=env, num_cpus=2)
@@ -444,9 +444,11 @@ def test_a_worker_that_ray_ends_as_memory_runs_out_is_told_of_and_its_range_done
         with started(write_ray_job(tmp_path, 4000)) as run:
             run.wait_until(lambda: len(node.workers()) == 2)
             run.wait_until(has_parts(tmp_path / "out", 8))
-            taken = b"\1" * (spare + (1 << 28))
-            run.wait_to_say("a worker was ended by Ray, as memory ran out there")
-            del taken
+            workers = [one for other in ray_cluster.nodes for one in other.workers()]
+            with suspended(workers):  # so that there is work until then
+                taken = b"\1" * (spare + (1 << 28))
+                run.wait_to_say("a worker was ended by Ray, as memory ran out there")
+                del taken
             assert run.end() == 0, run.stderr
     finally:
         ray_cluster.remove(node)
