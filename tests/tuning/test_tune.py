@@ -183,7 +183,7 @@ def test_a_model_of_one_batch_size_is_tuned_at_that(batchclf: Batchclf, tmp_path
 def test_a_budget_too_short_for_a_trial_says_how_much_is_needed(
     batchclf: Batchclf, tmp_path: Path
 ) -> None:
-    job = write_tiny_job(tmp_path, provider=HERE, preprocess={"resize": 1500, "crop": 1500})
+    job = write_tiny_job(tmp_path, preprocess={"resize": 1500, "crop": 1500})
     done = batchclf("tune", job, "--budget", "1", "--json")
     assert done.exit_code == 2
     assert re.search(r"--budget 1 .*; give (at least )?--budget \d+$", done.json["error"])
