@@ -66,7 +66,10 @@ class Crew(Protocol):
         """
 
     def underway(self) -> tuple[int, int]:
-        """Images that have a record, though not in a part yet; and how many of those are errors."""
+        """Images that have a record, though not in a part yet; and how many of those are errors.
+
+        Not those that are missing: a lost mount is not to pass `errors.max`.
+        """
 
     def figures(self) -> Mapping[str, RunStats]:
         """The figures of each node."""

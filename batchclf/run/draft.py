@@ -1,6 +1,6 @@
 """A range's records while they are written, until they are committed as a part."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from batchclf.results.lines import Lines, find_done
 from batchclf.results.listing import Listing
@@ -12,6 +12,11 @@ MISSING = ("vanished", "not_found")
 """Codes of images that are not there, be it that the folder around them is not."""
 MANY = 10
 """So many of a range, or half of it, are asked about elsewhere."""
+
+
+def num_missing(errors_by_code: Mapping[str, int]) -> int:
+    """Of some errors, those of images that are not there."""
+    return sum(errors_by_code.get(code, 0) for code in MISSING)
 
 
 class Draft:
@@ -42,8 +47,8 @@ class Draft:
     @property
     def is_doubtful(self) -> bool:
         """Whether so many of its images are missing that this may be the fault of this machine."""
-        num_missing = sum(self._done.errors_by_code[code] for code in MISSING)
-        is_much = num_missing >= min(MANY, max(1, self.num_images / 2))
+        missing = num_missing(self._done.errors_by_code)
+        is_much = missing >= min(MANY, max(1, self.num_images / 2))
         return is_much and not self.attempt.is_confirmed
 
     def write(self, lines: Lines) -> None:

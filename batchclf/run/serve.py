@@ -21,7 +21,7 @@ from batchclf.results.records import ImageRef, Record
 from batchclf.results.stats import StatsCollector
 from batchclf.run.blame import explained, try_suspects
 from batchclf.run.classify import TICK_S, Work, flowing
-from batchclf.run.draft import Draft
+from batchclf.run.draft import Draft, num_missing
 from batchclf.run.duty import Attempt, Doubt, Duty, Inbox, ServeReporter
 from batchclf.run.landmarks import require_landmarks
 from batchclf.run.plan import Task, make_plan
@@ -99,6 +99,7 @@ class _Bench:
     num_images: int
     """Records written by this process, and by those whose place it took."""
     num_errors: int = 0
+    """Of these, without missing images: whether they are, is told by what is committed."""
     _drafts: deque[Draft] = field(default_factory=deque, init=False)
     """Of ranges whose images went in, and whose records are not all there."""
     _next_figures: float = field(default=0.0, init=False)
@@ -145,7 +146,7 @@ class _Bench:
     def _count(self, lines: Lines) -> None:
         self.work.stats.add_lines(lines)
         self.num_images += lines.num_images
-        self.num_errors += lines.num_errors
+        self.num_errors += lines.num_errors - num_missing(lines.errors_by_code)
         self.reporter.update(self.num_images, self.num_errors)
 
     def _commit(self, draft: Draft) -> None:

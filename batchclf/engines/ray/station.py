@@ -19,7 +19,7 @@ from batchclf.engines.local.watcher import Result, Watcher
 from batchclf.errors import BatchclfError, EnvironmentFailed
 from batchclf.results.parts import Committed
 from batchclf.results.stats import RunStats
-from batchclf.run.draft import Draft
+from batchclf.run.draft import Draft, num_missing
 from batchclf.run.duty import Attempt, Doubt, Duty
 from batchclf.run.recovery import Death, Recovery
 from batchclf.system.interrupt import StopRequest
@@ -39,7 +39,7 @@ class Look:
     num_underway: int
     """Images with a record that is in no part yet."""
     num_errors: int
-    """Of these."""
+    """Of these; images that are missing count only once they are in a part."""
     figures: RunStats | None
     lines: tuple[str, ...]
     """Said since the last look."""
@@ -248,5 +248,5 @@ class _Watching(Watcher):
     def _has_committed(self, attempt: Attempt, part: Committed) -> None:
         self._attempts.pop(attempt.draft, None)
         self._num_committed += part.num_images
-        self._num_errors += part.errors_by_code.total()
+        self._num_errors += part.errors_by_code.total() - num_missing(part.errors_by_code)
         self._station.has_done(attempt, part)

@@ -302,7 +302,7 @@ def test_a_node_that_loses_a_mount_below_the_input_records_nothing_of_it(
         pytest.skip("only root may mount")
     (tmp_path / "images").mkdir()
     mounted = link_digits(tmp_path / "images" / "mounted", 2000)
-    job = write_ray_job(tmp_path)
+    job = write_ray_job(tmp_path, errors={"max": 0})
     node = ray_cluster.add(through=("unshare", "--mount"))
     try:
         with started(job) as run:

@@ -164,6 +164,8 @@ def test_a_range_whose_images_are_missing_is_committed_only_when_that_is_confirm
         some.mkdir()
         attempt = site.attempt(0, 20)
         assert do(attempt).result(WAIT_S) == Doubt(attempt)
+        seen = one.look()
+        assert (seen.num_underway, seen.num_errors) == (20, 0), "errors.max is not passed by it"
         assert list(site.folders.parts.iterdir()) == []
         assert site.witness.seen(attempt) is None
         some.rmdir()
@@ -173,6 +175,8 @@ def test_a_range_whose_images_are_missing_is_committed_only_when_that_is_confirm
     assert isinstance(part, Committed)
     assert part.errors_by_code == {"vanished": 20}
     assert written(site, 0)[1] == 20
+    seen = one.look()
+    assert (seen.num_underway, seen.num_errors) == (0, 0)
 
 
 def test_a_few_images_that_went_away_are_recorded_at_once(site: Site) -> None:
