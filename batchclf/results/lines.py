@@ -27,6 +27,8 @@ class Done:
     num_bytes: int = 0
     num_ok: int = 0
     errors_by_code: Counter[str] = field(default_factory=Counter)
+    last: str | None = None
+    """What became of the last one: `ok`, or a code."""
 
     @property
     def num_images(self) -> int:
@@ -173,6 +175,7 @@ def find_done(predictions: Path, paths: Iterable[bytes], max_bytes: int | None =
         if outcome is None or (max_bytes is not None and done.num_bytes + len(line) > max_bytes):
             break
         done.num_bytes += len(line)
+        done.last = outcome
         if outcome == "ok":
             done.num_ok += 1
         else:

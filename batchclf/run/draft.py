@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from batchclf.results.lines import Lines, find_done
+from batchclf.results.lines import Lines, failure_code, find_done
 from batchclf.results.listing import Listing
 from batchclf.results.parts import Committed, read_part
 from batchclf.results.writer import RecordWriter, Timed, untimed
@@ -46,10 +46,13 @@ class Draft:
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether so many of its images are missing that this may be the fault of this machine."""
+        """Whether its images may be missing by the fault of this machine.
+
+        So many are, or the last one is: then all that follow may be, as after a mount was lost.
+        """
         missing = num_missing(self._done.errors_by_code)
         is_much = missing >= min(MANY, max(1, self.num_images / 2))
-        return is_much and not self.attempt.is_confirmed
+        return (is_much or self._done.last in MISSING) and not self.attempt.is_confirmed
 
     def write(self, lines: Lines) -> None:
         """Append the next records.
@@ -60,6 +63,8 @@ class Draft:
         self._writer.write(lines)
         self._done.num_ok += lines.num_ok
         self._done.errors_by_code.update(lines.errors_by_code)
+        last = lines.data.splitlines()[-1] if lines.num_errors else b""
+        self._done.last = failure_code(last) or "ok"
 
     def commit(self) -> Committed:
         """Put what is there in its place, for good; what is there then, ours or another's.

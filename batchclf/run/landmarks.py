@@ -25,7 +25,7 @@ NUM_LANDMARKS = 32
 WITHIN = 100_000
 """Of so many first images: a listing of a billion would take minutes to go through."""
 NUM_ASKED = 10
-"""Missing images of a range that are looked for elsewhere."""
+"""Missing images of a range that are looked for elsewhere, evenly spread, the last among them."""
 
 
 def landmarks_of(store: Store, listing: Listing) -> tuple[Landmark, ...]:
@@ -101,8 +101,11 @@ class Witness:
 
     def _missing(self, attempt: Attempt) -> list[ImageRef]:
         listing = replace(self.listing, path=self.files.listing)
-        refs = failed_refs(attempt.draft, attempt.range.refs(listing), MISSING)
-        return list(islice((ref for ref in refs if not self.store.lies_far(ref)), NUM_ASKED))
+        failed = failed_refs(attempt.draft, attempt.range.refs(listing), MISSING)
+        refs = [ref for ref in failed if not self.store.lies_far(ref)]
+        last = len(refs) - 1
+        spread = sorted({number * last // (NUM_ASKED - 1) for number in range(NUM_ASKED)})
+        return [refs[number] for number in spread] if refs else []
 
 
 def _size(store: Store, ref: ImageRef) -> int | None:

@@ -21,8 +21,9 @@ from batchclf.images.source import source_of
 from batchclf.images.store import open_store
 from batchclf.models.resolve import resolve_model
 from batchclf.results.files import RunFiles
+from batchclf.results.lines import encode_record
 from batchclf.results.parts import Committed, Folders
-from batchclf.results.records import ImageRef
+from batchclf.results.records import Failure, ImageRef, Record
 from batchclf.run.duty import Attempt, Doubt, Duty, Landmark
 from batchclf.run.landmarks import NUM_LANDMARKS, Witness, require_landmarks
 from batchclf.run.ranges import Range
@@ -187,6 +188,30 @@ def test_a_few_images_that_went_away_are_recorded_at_once(site: Site) -> None:
         part = do(site.attempt(0, 40)).result(WAIT_S)
     assert isinstance(part, Committed)
     assert part.errors_by_code == {"vanished": 3}
+
+
+def test_a_range_that_ends_with_a_missing_image_is_asked_about_as_where_a_mount_was_just_lost(
+    site: Site,
+) -> None:
+    with station_of(site.duty) as (one, do):
+        assert one.opened()
+        sorted((site.images / "some").iterdir())[-1].unlink()
+        attempt = site.attempt(0, 40)
+        assert do(attempt).result(WAIT_S) == Doubt(attempt)
+
+
+@pytest.mark.parametrize("there", [12, 19])
+def test_missing_images_from_all_over_a_range_are_looked_for(site: Site, there: int) -> None:
+    paths = sorted((site.images / "some").iterdir())
+    attempt = site.attempt(0, 20)
+    lines = (
+        encode_record(Record(ref, Failure("vanished", "it is not there")))
+        for ref in attempt.range.refs(site.duty.listing)
+    )
+    attempt.draft.write_bytes(b"".join(lines))
+    for number in {*range(20)} - {there}:
+        paths[number].unlink()
+    assert site.witness.seen(attempt) == str(paths[there])
 
 
 def test_a_worker_that_finds_another_input_than_the_driver_does_not_open(site: Site) -> None:
