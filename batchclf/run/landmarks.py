@@ -72,6 +72,10 @@ class Witness:
         """Some images, as they were at the start."""
         return landmarks_of(self.store, self.listing)
 
+    def landmarks_left(self) -> tuple[Landmark, ...]:
+        """Those that are from here what they were: what others are to see that begin now."""
+        return tuple(one for one in self.landmarks if _size(self.store, one.ref) == one.num_bytes)
+
     def seen(self, attempt: Attempt) -> str | None:
         """One of the images that an attempt found to be missing, and that is there from here.
 

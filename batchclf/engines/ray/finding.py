@@ -232,7 +232,8 @@ class Finding:
                     f"runs {name} {versions[name]}, and the driver {version}: install the same "
                     "on all nodes, or give engine.runtime_env"
                 )
-        errand = replace(self._errand, answer=hand.answer)
+        landmarks = self._order.witness.landmarks_left()
+        errand = replace(self._errand, answer=hand.answer, landmarks=landmarks)
         call = hand.actor.open.options(name="open the sessions").remote(errand, self._packed)
         hand.calls[call] = ("open", None)
         hand.looks_at = 0.0

@@ -155,6 +155,11 @@ class Station:
         if not self._opened.done():
             self._opened.set_result(found)
 
+    @property
+    def has_been_open(self) -> bool:
+        """Whether a process of this worker was ready once."""
+        return self._opened.done()
+
     def new(self) -> list[Attempt]:
         """Ranges that came since."""
         return [self._new.popleft() for _ in range(len(self._new))]
@@ -215,7 +220,11 @@ class _Watching(Watcher):
 
     def _setup(self, recovery: Recovery) -> ServeSetup:
         self._is_open = False
-        return ServeSetup(self._duty, recovery, tuple(self._attempts.values()))
+        duty = self._duty
+        if self._station.has_been_open:
+            # The input was the driver's; what was removed since is told image by image.
+            duty = replace(duty, landmarks=())
+        return ServeSetup(duty, recovery, tuple(self._attempts.values()))
 
     def _look(self) -> None:
         self._board.renewed()

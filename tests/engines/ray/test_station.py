@@ -224,6 +224,24 @@ def test_a_worker_that_finds_another_input_than_the_driver_does_not_open(site: S
         one.opened()
 
 
+def test_what_is_removed_while_a_worker_is_open_ends_neither_its_next_process_nor_another_worker(
+    site: Site,
+) -> None:
+    with station_of(site.duty) as (one, do):
+        assert one.opened()
+        for path in sorted((site.images / "some").iterdir())[:3]:
+            path.unlink()
+        assert one._watching is not None
+        one._watching._workers.current._process.kill()
+        part = do(site.attempt(0, 40)).result(WAIT_S)
+    assert isinstance(part, Committed)
+    assert part.errors_by_code == {"vanished": 3}
+    left = site.witness.landmarks_left()
+    assert len(left) == NUM_LANDMARKS - 3
+    with station_of(replace(site.duty, landmarks=left)) as (other, _):
+        assert other.opened()
+
+
 # ---- what the driver sees ------------------------------------------------------------------------
 
 
