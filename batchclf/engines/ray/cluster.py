@@ -54,8 +54,12 @@ class Need:
 
     def room_on(self, node: Node) -> int:
         """How many workers a node can have at once."""
+        return self.room_in(node.total)
+
+    def room_in(self, resources: Mapping[str, float]) -> int:
+        """How many workers some resources are enough for."""
         return min(
-            math.floor(node.total.get(name, 0.0) / amount + 1e-9)
+            math.floor(resources.get(name, 0.0) / amount + 1e-9)
             for name, amount in self.bundle.items()
         )
 
@@ -233,6 +237,20 @@ def _request(bundles: list[dict[str, float]]) -> None:
     from ray.autoscaler.sdk import request_resources
 
     request_resources(bundles=bundles)
+
+
+def idle_nodes(need: Need) -> set[str] | None:
+    """The ids of nodes on which what a worker takes is used by nobody; None: that is not told.
+
+    It is not told through Ray's client.
+    """
+    from ray._private.state import available_resources_per_node
+    from ray.util.client import ray as client
+
+    if client.is_connected():
+        return None
+    found = available_resources_per_node()
+    return {node_id for node_id, free in found.items() if need.room_in(free)}
 
 
 def free_of(need: Need) -> str:

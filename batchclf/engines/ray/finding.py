@@ -19,7 +19,16 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from batchclf import __version__
-from batchclf.engines.ray.cluster import Demand, Need, Node, free_of, least_need, need_of, nodes
+from batchclf.engines.ray.cluster import (
+    Demand,
+    Need,
+    Node,
+    free_of,
+    idle_nodes,
+    least_need,
+    need_of,
+    nodes,
+)
 from batchclf.engines.ray.dealing import NUM_AHEAD
 from batchclf.engines.ray.member import ARRIVE_S, TOKEN, Errand, Member
 from batchclf.engines.ray.pace import Pace
@@ -61,6 +70,10 @@ class Finding:
         self.found: list[tuple[str, Opened, int]] = []
         """What those opened that the job begins with."""
         self.has_begun = False
+        self._left_at: dict[str, float] = {}
+        """When a worker was last given up for being waited for, by its node."""
+        self._hello_s = START_S
+        """How long a worker is waited for where another node has room."""
         self._grown_at = 0.0
         self._asked_at = 0.0
         self._said_at = -math.inf
@@ -166,11 +179,47 @@ class Finding:
         self._grown_at = time.monotonic()
         most, hands = self._engine.workers, self._roster.hands
         rooms = self.rooms()
+        if rooms and most != "auto":  # else all of them are filled
+            rooms = self._best_first(rooms)
         while any(room > 0 for room in rooms.values()):
             for node in rooms:  # in turns, so that few workers are on many nodes
                 if rooms[node] > 0 and (most == "auto" or len(hands) < most):
                     hands.append(self._started(node))
                 rooms[node] -= 1
+
+    def _best_first(self, rooms: Mapping[Node, int]) -> dict[Node, int]:
+        """The same in the order in which to try them, once those that wait in vain have moved."""
+        idle = idle_nodes(self.need)
+
+        def is_busy(node: Node) -> bool:
+            return idle is not None and node.id not in idle
+
+        order = sorted(rooms, key=lambda node: (is_busy(node), self._left_at.get(node.id, 0.0)))
+        left = {node: rooms[node] for node in order}
+        before = time.monotonic() - self._hello_s
+        late = [one for one in self._roster.hands if one.is_asked("hello")]
+        late = [one for one in late if one.started_at < before]
+        if idle is not None:  # where it is idle, a worker is being started, if slowly
+            late = [one for one in late if is_busy(one.node)]
+        self._move(late, [node for node in order if not is_busy(node)], left)
+        return left
+
+    def _move(self, late: list[Hand], goals: list[Node], rooms: dict[Node, int]) -> None:
+        """Try workers on other nodes, as far as these have room: others may use theirs for long."""
+        waited_s = self._hello_s
+        for hand in late:
+            others = (node for node in goals if rooms[node] > 0 and node.id != hand.node.id)
+            if (goal := next(others, None)) is None:
+                continue
+            self._roster.drop(hand)
+            self._left_at[hand.node.id] = time.monotonic()
+            self._roster.hands.append(self._started(goal))
+            rooms[goal] -= 1
+            self._hello_s = 2 * waited_s  # starting may be slow everywhere
+            self._order.log(
+                f"node {hand.node.name}: no worker was started in {waited_s:g} s, as others may "
+                f"use the node; one is tried on node {goal.name} instead"
+            )
 
     def look_again(self) -> None:
         """Have `grow` look at the cluster at once."""

@@ -12,7 +12,7 @@ from ray.exceptions import OutOfMemoryError
 from batchclf.engines.ray import dealing, finding, losing
 from batchclf.engines.ray.cluster import Need, Node
 from batchclf.engines.ray.dealing import Dealing
-from batchclf.engines.ray.finding import WORTH_S, Finding
+from batchclf.engines.ray.finding import START_S, WORTH_S, Finding
 from batchclf.engines.ray.losing import MAX_FAILURES, Losing
 from batchclf.engines.ray.pace import Pace
 from batchclf.engines.ray.roster import Hand, Roster
@@ -210,3 +210,54 @@ def test_more_nodes_are_asked_for_while_there_is_work_for_them(
     looking.ask_for_more(int(100 * seconds_left))
     looking.close()
     assert asked == [[{"CPU": 1.0}] * expected, []]
+
+
+# ---- nodes that others use -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_wanted(
+    order: Any,
+    found: Callable[[], tuple[Roster, Finding, Losing]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[set[str] | None], list[Hand]]:
+    """Has one worker looked for, where some nodes are idle; those that are waited for then."""
+    order.job.engine.workers = 1
+    roster, looking, _ = found()
+
+    def started(self: Finding, node: Node) -> Hand:
+        one = Hand(node, Actor(), Pace(batch_size=4), is_first=True)
+        one.calls[object()] = ("hello", None)
+        return one
+
+    def grown(idle: set[str] | None) -> list[Hand]:
+        monkeypatch.setattr(finding, "idle_nodes", lambda need: idle)
+        looking.look_again()
+        looking.grow()
+        return roster.hands
+
+    monkeypatch.setattr(Finding, "_started", started)
+    return grown
+
+
+def test_few_workers_are_started_on_nodes_that_nobody_uses(
+    one_wanted: Callable[[set[str] | None], list[Hand]],
+) -> None:
+    (waiting,) = one_wanted({"far"})
+    assert waiting.node is NODES[1]
+
+
+@pytest.mark.parametrize("idle", [{"far"}, None])
+def test_a_worker_that_a_busy_node_does_not_start_is_tried_on_another(
+    order: Any, one_wanted: Callable[[set[str] | None], list[Hand]], idle: set[str] | None
+) -> None:
+    (waiting,) = one_wanted({"near"})
+    assert waiting.node is NODES[0]
+    assert one_wanted(idle) == [waiting], "it has just been asked for"
+    waiting.started_at -= START_S
+    assert one_wanted({"near", "far"}) == [waiting], "it is being started"
+    (moved,) = one_wanted(idle)
+    assert moved.node is NODES[1]
+    assert "one is tried on node far instead" in order.said[-1]
+    moved.started_at -= START_S
+    assert one_wanted({"near"}) == [moved], "it may be as slow to start there"

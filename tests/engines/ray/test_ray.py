@@ -368,6 +368,22 @@ def test_a_busy_cluster_is_waited_for_and_that_is_said(
 
 
 @BY_HAND
+def test_a_job_of_one_worker_takes_the_node_that_another_leaves_idle(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    first = write_ray_job(tmp_path / "first", engine={"workers": 1})
+    second = write_ray_job(tmp_path / "second", 40, engine={"workers": 1})
+    with started(first) as busy:
+        busy.wait_until(has_parts(tmp_path / "first" / "out", 1))
+        with suspended([one for node in ray_cluster.nodes for one in node.workers()]):
+            code, said = finished(second)
+            assert code == 0, said
+        assert busy.end() == 0, busy.stderr
+
+
+@BY_HAND
 @pytest.mark.parametrize("is_first", [False, True])
 def test_a_node_that_fails_late_ends_a_job_that_began_with_it_and_else_is_left_out(
     ray_cluster: Cluster, tmp_path: Path, is_first: bool
