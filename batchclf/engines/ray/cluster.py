@@ -4,6 +4,7 @@ import math
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from batchclf.spec.job import EngineSpec, JobSpec
 
 CONNECT_S = 5.0
 ASK_S = 2.0
+REPEAT_S = 30.0
+"""How often an autoscaler is asked for the same again."""
 USUAL_CPUS = 4.0
 """Cores of a worker that classifies on them: more of them than that do better as two workers."""
 
@@ -204,16 +207,29 @@ def least_need(job: JobSpec) -> Need:
 
 
 class Demand:
-    """What an autoscaler is asked for, where a cluster has one: it remembers the last word."""
+    """What an autoscaler is asked for, where a cluster has one: it remembers the last word.
 
-    def __init__(self) -> None:
+    Anybody's: the end of another job takes back what this one asked for, so it is asked for again.
+    """
+
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self._log = log
         self._asked: tuple[Need, int] | None = None
+        self._asked_at = 0.0
+        self._sent: Any = None
+        """What was asked for last through Ray's client, unless it is known to have arrived."""
 
     def ask(self, need: Need, num_workers: int) -> None:
         """Ask for nodes with room for so many workers in all."""
-        if self._asked != (need, num_workers):
-            self._asked = need, num_workers
-            self._request([need.bundle] * num_workers)
+        if self._asked == (need, num_workers) and time.monotonic() - self._asked_at < REPEAT_S:
+            return
+        self._asked, self._asked_at = (need, num_workers), time.monotonic()
+        self._request([need.bundle] * num_workers)
+
+    def repeat(self) -> None:
+        """Ask again for what was asked for, if that is some time ago."""
+        if self._asked is not None:
+            self.ask(*self._asked)
 
     def take_back(self) -> None:
         """Ask for no more: else the nodes would stay for ever."""
@@ -221,16 +237,36 @@ class Demand:
             self._asked = None
             self._request([])
 
+    def close(self, patience_s: float) -> None:
+        """Ask for no more, and see to it that this arrives."""
+        self.take_back()
+        self._settle(patience_s)
+
     def _request(self, bundles: list[dict[str, float]]) -> None:
         import ray
         from ray.util.client import ray as client
 
-        with suppress(ray.exceptions.RayError, RuntimeError):  # a lost cluster is told otherwise
+        self._settle(ASK_S)  # else the later word might come first
+        # A lost cluster is told otherwise.
+        with suppress(ray.exceptions.RayError, RuntimeError, OSError):
             if client.is_connected():  # only a process of the cluster may ask
-                asked = ray.remote(_request).options(num_cpus=0).remote(bundles)
-                ray.wait([asked], timeout=ASK_S)
+                self._sent = ray.remote(_request).options(num_cpus=0).remote(bundles)
             else:
                 _request(bundles)
+
+    def _settle(self, patience_s: float) -> None:
+        import ray
+
+        if self._sent is None:
+            return
+        sent, self._sent = self._sent, None
+        try:
+            ray.get(sent, timeout=patience_s)
+        except (ray.exceptions.RayError, RuntimeError, OSError) as error:
+            self._log(
+                "engine: what an autoscaler was to be asked for did not arrive within "
+                f"{patience_s:g} s: {error}; nodes may not come, or not go"
+            )
 
 
 def _request(bundles: list[dict[str, float]]) -> None:

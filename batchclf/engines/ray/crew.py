@@ -66,10 +66,10 @@ class RayCrew:
 
     def close(self) -> None:
         """End all, whatever they are at; what they have not committed is gone."""
+        self._finding.close()
         self._roster.close()
         with suppress(EnvironmentFailed):  # the next start of the job removes it
             remove_folder(self.folders.drafts)
-        self._finding.close()
         self._connection.close()
 
     def gather(self) -> None:
@@ -248,6 +248,7 @@ class RayCrew:
         ends_at = time.monotonic() + STOP_S
         for hand in self._roster.hands:
             hand.actor.stop.remote()
+        self._finding.end()
         while time.monotonic() < ends_at and any(
             hand.is_asked("do") for hand in self._roster.hands
         ):

@@ -46,6 +46,8 @@ SAY_S = 30.0
 """How often it is said what is waited for."""
 START_S = 10.0
 """Workers that take longer than that to be started are waited for, and that is said."""
+CLOSE_S, HASTY_S = 10.0, 1.0
+"""How long what is said to an autoscaler may take to arrive, at the end and after a signal."""
 NODES_S = 300.0
 """How long a cluster without any node to work on is waited for: an autoscaler may start some."""
 TICK_S = 0.2
@@ -62,7 +64,7 @@ class Finding:
         self._roster = roster
         self._folders = folders
         self._token = secrets.token_hex(16)
-        self._demand = Demand()
+        self._demand = Demand(order.log)
         self.bad: set[str] = set()
         """Nodes where the job does not run."""
         self.crowded: Counter[str] = Counter()
@@ -177,6 +179,7 @@ class Finding:
         if time.monotonic() - self._grown_at < GROW_S:
             return
         self._grown_at = time.monotonic()
+        self._demand.repeat()
         most, hands = self._engine.workers, self._roster.hands
         rooms = self.rooms()
         if rooms and most != "auto":  # else all of them are filled
@@ -308,9 +311,14 @@ class Finding:
         else:
             self.found.append((f"node {hand.node.name}", *found))
 
-    def close(self) -> None:
-        """Ask for no more nodes."""
+    def end(self) -> None:
+        """Ask for no more nodes, so that they can go while the last of the work is done."""
         self._demand.take_back()
+
+    def close(self) -> None:
+        """As `end`, and wait until that has arrived."""
+        is_stopped = self._order.stop.signal_number is not None
+        self._demand.close(HASTY_S if is_stopped else CLOSE_S)
 
 
 def _packed_model(order: Order) -> bytes:

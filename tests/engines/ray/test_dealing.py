@@ -7,10 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError
+from ray.util.client import ray as client
 
 from batchclf.engines.ray import dealing, finding, losing
-from batchclf.engines.ray.cluster import Need, Node
+from batchclf.engines.ray.cluster import ASK_S, REPEAT_S, Demand, Need, Node
 from batchclf.engines.ray.dealing import Dealing
 from batchclf.engines.ray.finding import START_S, WORTH_S, Finding
 from batchclf.engines.ray.losing import MAX_FAILURES, Losing
@@ -22,6 +23,7 @@ from batchclf.results.files import RunFiles
 from batchclf.results.listing import Listing
 from batchclf.results.parts import Committed, Folders
 from batchclf.run.ranges import Gaps
+from batchclf.system.interrupt import StopRequest
 from tests.results.common import placed
 
 NUM_IMAGES = 64
@@ -112,7 +114,8 @@ def test_a_range_that_two_workers_are_at_counts_once_in_what_is_underway(
 def order(tmp_path: Path) -> SimpleNamespace:
     engine = SimpleNamespace(workers="auto", allow_fewer=False, max_retries=2, wait_for_nodes=None)
     said: list[str] = []
-    return SimpleNamespace(job=SimpleNamespace(engine=engine), log=said.append, said=said)
+    job = SimpleNamespace(engine=engine)
+    return SimpleNamespace(job=job, log=said.append, said=said, stop=StopRequest())
 
 
 @pytest.fixture
@@ -261,3 +264,55 @@ def test_a_worker_that_a_busy_node_does_not_start_is_tried_on_another(
     assert "one is tried on node far instead" in order.said[-1]
     moved.started_at -= START_S
     assert one_wanted({"near"}) == [moved], "it may be as slow to start there"
+
+
+# ---- an autoscaler -------------------------------------------------------------------------------
+
+
+def test_what_an_autoscaler_was_asked_for_is_repeated_until_it_is_taken_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[list[dict[str, float]]] = []
+    monkeypatch.setattr(
+        "ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles)
+    )
+    demand = Demand(print)
+    demand.ask(Need(2.0, 0.0), 1)
+    demand.repeat()
+    assert asked == [[{"CPU": 2.0}]]
+    demand._asked_at -= REPEAT_S
+    demand.repeat()
+    assert asked == [[{"CPU": 2.0}]] * 2, "the end of another job has wiped it"
+    demand.take_back()
+    demand._asked_at -= REPEAT_S
+    demand.repeat()
+    demand.close(1.0)
+    assert asked == [[{"CPU": 2.0}], [{"CPU": 2.0}], []]
+
+
+def test_what_does_not_arrive_through_rays_client_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[list[dict[str, float]]] = []
+    waited: list[float] = []
+
+    def late(call: object, timeout: float) -> None:
+        waited.append(timeout)
+        raise GetTimeoutError("not ready")
+
+    class Task:
+        def options(self, num_cpus: float) -> "Task":
+            return self
+
+        def remote(self, bundles: list[dict[str, float]]) -> object:
+            sent.append(bundles)
+            return object()
+
+    monkeypatch.setattr(client, "is_connected", lambda: True)
+    monkeypatch.setattr("ray.remote", lambda function: Task())
+    monkeypatch.setattr("ray.get", late)
+    said: list[str] = []
+    demand = Demand(said.append)
+    demand.ask(Need(2.0, 0.0), 1)
+    assert (sent, waited) == ([[{"CPU": 2.0}]], [])
+    demand.close(7.0)
+    assert (sent, waited) == ([[{"CPU": 2.0}], []], [ASK_S, 7.0])
+    assert "did not arrive within 7 s: not ready; nodes may not come, or not go" in said[-1]

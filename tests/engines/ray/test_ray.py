@@ -109,6 +109,7 @@ def test_a_driver_outside_of_the_cluster_reaches_it_through_rays_client(
     job = write_ray_job(tmp_path, 60, engine={"address": address})
     code, said = finished(job)
     assert code == 0, said
+    assert "did not arrive" not in said, "what an autoscaler was asked for"
     assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
 
 
