@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ class Sleeper:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._stats = StatsCollector(lambda: 0.0, lambda: 0.0)
+        self._looks = count(1)
 
     def hello(self) -> dict[str, str]:
         return {"batchclf": __version__, "Python": platform.python_version()}
@@ -104,7 +106,7 @@ class Sleeper:
             return Committed(first, num_bytes, num_images, Counter()), self.look()
 
     def look(self) -> Look:
-        return Look(0, 0, self._stats.snapshot(), ())
+        return Look(0, 0, self._stats.snapshot(), (), next(self._looks))
 
     def stop(self) -> None:
         """Nothing: jobs here come to their end."""

@@ -206,7 +206,7 @@ class RayCrew:
     def _has_looked(self, hand: Hand, look: Look | None) -> None:
         hand.looks_at = time.monotonic()
         if look is not None:
-            hand.look = look
+            hand.has_looked(look)
             for line in look.lines:
                 if not self._finding.has_begun:  # what all say at the start, once
                     if line in self._said:

@@ -62,6 +62,11 @@ class Hand:
         """How much of the kind it has not answered."""
         return sum(what == for_what for what, _ in self.calls.values())
 
+    def has_looked(self, look: Look) -> None:
+        """It says how it does; an earlier answer that comes late counts what is in parts by now."""
+        if self.look is None or look.number > self.look.number:
+            self.look = look
+
 
 class Roster:
     """All workers of a job."""

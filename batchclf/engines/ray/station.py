@@ -43,6 +43,8 @@ class Look:
     figures: RunStats | None
     lines: tuple[str, ...]
     """Said since the last look."""
+    number: int
+    """Counts up: answers of several threads may arrive in another order."""
 
 
 class Journal:
@@ -75,6 +77,8 @@ class Station:
         self._stop = StopRequest()
         self._duty = duty
         self._watching: _Watching | None = None
+        self._num_looks = 0
+        self._look_lock = threading.Lock()
         self._lock = threading.Lock()
         self._done: dict[Path, Future[Committed | Doubt | None]] = {}
         self._new: deque[Attempt] = deque()
@@ -113,10 +117,12 @@ class Station:
 
     def look(self) -> Look:
         """How it does now."""
-        watching = self._watching
-        if watching is None:
-            return Look(0, 0, None, self._journal.taken())
-        return watching.seen(self._journal.taken())
+        with self._look_lock:
+            self._num_looks += 1
+            watching, lines = self._watching, self._journal.taken()
+            if watching is None:
+                return Look(0, 0, None, lines, self._num_looks)
+            return watching.seen(lines, self._num_looks)
 
     def stop(self) -> None:
         """Have what is in flight committed, and all else given up."""
@@ -195,13 +201,14 @@ class _Watching(Watcher):
         """
         self._run(self._duty.job)
 
-    def seen(self, lines: tuple[str, ...]) -> Look:
+    def seen(self, lines: tuple[str, ...], number: int) -> Look:
         """What can be seen of it now."""
         return Look(
             max(0, self._board.num_images - self._num_committed),
             max(0, self._board.num_errors - self._num_errors),
             self._figures,
             lines,
+            number,
         )
 
     def commit_what_is_left(self) -> None:

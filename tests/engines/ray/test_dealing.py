@@ -100,11 +100,22 @@ def test_a_range_that_two_workers_are_at_counts_once_in_what_is_underway(
     roster.hands = [hand(), hand()]
     for one in roster.hands:
         dealt.deal([one], ranges, folders)
-        one.look = Look(5, 2, None, ())
+        one.look = Look(5, 2, None, (), 1)
     assert [spans_of(one) for one in roster.hands] == [[(0, 8)], [(0, 8)]]
     assert roster.underway() == (5, 2)
     dealt.take_back(roster.hands.pop(0))
     assert roster.underway() == (5, 2)
+
+
+def test_an_answer_that_a_later_one_has_overtaken_counts_nothing_twice(
+    listing: Listing, folders: Folders
+) -> None:
+    dealt, ranges, roster = Dealing(), Gaps(listing, [(0, NUM_IMAGES)], 0), Roster()
+    roster.hands = [hand()]
+    dealt.deal(roster.hands, ranges, folders)
+    for look in (Look(5, 2, None, (), 1), Look(1, 0, None, (), 3), Look(5, 2, None, (), 2)):
+        roster.hands[0].has_looked(look)
+    assert roster.underway() == (1, 0)
 
 
 # ---- nodes ---------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def test_a_range_whose_images_are_missing_is_committed_only_when_that_is_confirm
     assert part.errors_by_code == {"vanished": 20}
     assert written(site, 0)[1] == 20
     seen = one.look()
-    assert (seen.num_underway, seen.num_errors) == (0, 0)
+    assert (seen.num_underway, seen.num_errors, seen.number) == (0, 0, 2)
 
 
 def test_a_few_images_that_went_away_are_recorded_at_once(site: Site) -> None:
