@@ -187,7 +187,8 @@ def need_of(job: JobSpec, there: Sequence[Node]) -> Need:
         )
     num_cpus = engine.num_cpus
     if num_cpus is None:
-        num_cpus = min(map(_share(num_gpus), fitting), default=1.0)
+        shares = filter(None, map(_share(num_gpus), fitting))
+        num_cpus = min(shares, default=1.0)
     need = Need(num_cpus, num_gpus, engine.resources)
     if not any(need.room_on(one) for one in there):
         raise UsageError(
@@ -304,7 +305,7 @@ def _share(num_gpus: float) -> Callable[[Node], float]:
         cpus = node.total.get("CPU", 0.0)
         if num_gpus:
             return max(1.0, math.floor(cpus * num_gpus / node.total["GPU"]))
-        return min(USUAL_CPUS, math.floor(cpus)) or math.inf
+        return min(USUAL_CPUS, math.floor(cpus))
 
     return share
 

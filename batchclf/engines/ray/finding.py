@@ -103,8 +103,14 @@ class Finding:
             try:
                 return need_of(job, there)
             except (ProviderError, UsageError) as lacking:
-                if time.monotonic() - began >= (patience_s := self._patience_s(there)):
+                patience_s = self._patience_s(there)
+                if not patience_s:
                     raise
+                if time.monotonic() - began >= patience_s:
+                    raise EnvironmentFailed(
+                        f"{lacking}. Waited for nodes for {patience_s:g} s "
+                        "(engine.wait_for_nodes); run the same command when there are some"
+                    ) from lacking
                 count = 1 if self._engine.workers == "auto" else self._engine.workers
                 self._demand.ask(least, count)
                 self._say(

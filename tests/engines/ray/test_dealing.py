@@ -18,12 +18,13 @@ from batchclf.engines.ray.losing import MAX_FAILURES, Losing
 from batchclf.engines.ray.pace import Pace
 from batchclf.engines.ray.roster import Hand, Roster
 from batchclf.engines.ray.station import Look
-from batchclf.errors import EnvironmentFailed, WorkerFailed
+from batchclf.errors import BatchclfError, EnvironmentFailed, UsageError, WorkerFailed
 from batchclf.results.files import RunFiles
 from batchclf.results.listing import Listing
 from batchclf.results.parts import Committed, Folders
 from batchclf.run.ranges import Gaps
 from batchclf.system.interrupt import StopRequest
+from tests.engines.ray.test_shares import job
 from tests.results.common import placed
 
 NUM_IMAGES = 64
@@ -327,3 +328,22 @@ def test_what_does_not_arrive_through_rays_client_is_said(monkeypatch: pytest.Mo
     demand.close(7.0)
     assert (sent, waited) == ([[{"CPU": 2.0}], []], [ASK_S, 7.0])
     assert "did not arrive within 7 s: not ready; nodes may not come, or not go" in said[-1]
+
+
+@pytest.mark.parametrize(
+    ("wait_s", "expected"), [(0.3, EnvironmentFailed), (0.0, UsageError), (None, UsageError)]
+)
+def test_nodes_that_were_waited_for_in_vain_are_the_environments_failure(
+    order: Any,
+    found: Callable[[], tuple[Roster, Finding, Losing]],
+    monkeypatch: pytest.MonkeyPatch,
+    wait_s: float | None,
+    expected: type[BatchclfError],
+) -> None:
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: None)
+    order.job = job(num_cpus=9, wait_for_nodes=wait_s)
+    order.beat = lambda: None
+    _, looking, _ = found()
+    with pytest.raises(expected, match="each worker takes 9 CPU, and no node of the") as raised:
+        looking.prepare()
+    assert raised.type is expected

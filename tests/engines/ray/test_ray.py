@@ -342,7 +342,7 @@ def test_a_cluster_without_nodes_is_waited_for_as_long_as_the_job_says(tmp_path:
     with cluster(0) as found:
         job = write_ray_job(tmp_path, 40, engine={"address": found.address})
         code, said = finished(job, "--set", "engine.wait_for_nodes=1")
-        assert code == 2, said
+        assert code == 5, said
         assert "each worker takes 1 CPU, and no node of the cluster has as much" in said
         with started(job, env=QUICK) as run:
             run.wait_to_say("an autoscaler, where the cluster has one, is asked for 1 times 1 CPU")

@@ -60,6 +60,8 @@ def test_what_no_node_has_is_refused() -> None:
         need_of(job("cuda", num_gpus=0), [node(CPU=8, GPU=1)])
     with pytest.raises(UsageError, match=r"found: name: 8 CPU"):
         need_of(job(num_cpus=9), [node(CPU=8)])
+    with pytest.raises(UsageError, match="each worker takes 1 CPU, and no node"):
+        need_of(job(), [node(CPU=0), node(CPU=0.5)])
 
 
 def test_ranges_grow_to_seconds_of_work_and_shrink_where_little_is_left(
