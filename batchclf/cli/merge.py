@@ -2,7 +2,7 @@
 
 import click
 
-from batchclf.cli.options import is_address, json_option, output_folder
+from batchclf.cli.options import json_option, output_folder
 from batchclf.cli.streams import as_lines, print_result
 
 
@@ -24,6 +24,7 @@ def command(output: str, as_json: bool) -> None:
     from batchclf.commands.merge import merge_shards
     from batchclf.results.files import RunFiles
     from batchclf.results.mirror import send_merged
+    from batchclf.spec.input import is_address
 
     with output_folder(output) as folder:
         merged = merge_shards(folder)

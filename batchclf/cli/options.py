@@ -82,31 +82,22 @@ def _complete_key(
     return [CompletionItem(key) for key in keys if key.startswith(incomplete)]
 
 
-def is_address(output: str) -> bool:
-    """Whether an output is in a bucket."""
-    return "://" in output
-
-
 @contextmanager
 def output_folder(output: str) -> Iterator[Path]:
     """The folder of a job's output; what lies in a bucket is fetched, for as long as it is read.
 
     Raises:
-        BatchclfError: as `fetch_output`.
+        BatchclfError: as `fetched_output`.
     """
+    from batchclf.spec.input import is_address
+
     if not is_address(output):
         yield Path(output)
         return
-    from batchclf.errors import BatchclfError
-    from batchclf.results.mirror import fetch_output
+    from batchclf.results.mirror import fetched_output
 
-    with TemporaryDirectory(prefix="batchclf-") as folder:
-        try:
-            fetch_output(output, Path(folder))
-            yield Path(folder)
-        except BatchclfError as error:
-            error.args = (str(error).replace(folder, output.rstrip("/")), *error.args[1:])
-            raise
+    with fetched_output(output) as folder:
+        yield folder
 
 
 def json_option(text: str) -> Callable[[Command], Command]:

@@ -9,25 +9,27 @@ have been another machine's.
 """
 
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from hashlib import sha256
 from itertools import islice, pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from batchclf.errors import ResumeRefused
+from batchclf.errors import BatchclfError, EnvironmentFailed, ResumeRefused
 from batchclf.results.bucket import AlreadyThere, Bucket
 from batchclf.results.files import RunFiles, output_failed, read_bytes, remove
 from batchclf.results.listing import Listing, open_listing
 from batchclf.results.output import files_of_parts
 from batchclf.results.records import Shard
 from batchclf.results.run_record import Durable, RunRecord, read_run, write_run
-from batchclf.system.cache import cache_root
+from batchclf.system.cache import VARIABLE, cache_root
 from batchclf.system.machine import boot_id
 
 MAX_PART_BYTES = 1 << 25
 _PART = re.compile(r"parts/(\d{8,})\.jsonl")
-_TO_READ = re.compile(r"listing\.nul|(run|stats|predictions)(-\d{5}-of-\d{5})?\.jsonl?")
+_TO_READ = re.compile(r"listing\.nul|(run|stats)(-\d{5}-of-\d{5})?\.jsonl?")
 
 
 def working_folder(address: str, shard: Shard) -> Path:
@@ -36,13 +38,35 @@ def working_folder(address: str, shard: Shard) -> Path:
     return cache_root() / "outputs" / digest[:16]
 
 
-def fetch_output(address: str, folder: Path) -> None:
-    """Bring what a job has sent to an address into a folder of this machine, to be read there.
+@contextmanager
+def fetched_output(address: str) -> Iterator[Path]:
+    """What a job has sent to an address, in a folder of this machine for as long as it is read.
+
+    Not below /tmp, which often is memory.
 
     Raises:
         ResumeRefused: parts are missing.
         EnvironmentFailed: the bucket does not give it, or the folder cannot be written.
     """
+    root = cache_root() / "fetched"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = TemporaryDirectory(dir=root)
+    except OSError as error:
+        raise EnvironmentFailed(
+            f"{root}: cannot be written: {error.strerror or error}; set {VARIABLE} to a folder "
+            "with room"
+        ) from error
+    with temporary as folder:
+        try:
+            _fetch_output(address, Path(folder))
+            yield Path(folder)
+        except BatchclfError as error:
+            error.args = (str(error).replace(folder, address.rstrip("/")), *error.args[1:])
+            raise
+
+
+def _fetch_output(address: str, folder: Path) -> None:
     bucket = Bucket(address, "output")
     for name in bucket.names():
         if _TO_READ.fullmatch(name):
@@ -50,10 +74,13 @@ def fetch_output(address: str, folder: Path) -> None:
     listing = open_listing(RunFiles(folder))
     if listing is None:
         return
-    for files in files_of_parts(folder):
-        if files.run.exists() and not files.predictions.exists():
-            first, last = files.shard.bounds(listing.num_images)
-            Mirror(bucket, files, overwrite=False).take_parts(first, last)
+    read = files_of_parts(folder)
+    for files in (RunFiles(folder), *RunFiles(folder).of_others()):
+        record = read_run(files)
+        # Shards beside what they were merged to: they may be merged once more.
+        if record is not None and (files in read or record.status == "complete"):
+            bounds = files.shard.bounds(listing.num_images)
+            Mirror(bucket, files, overwrite=False).take_records(record, *bounds)
 
 
 def send_merged(address: str, files: RunFiles) -> None:
@@ -113,15 +140,28 @@ class Mirror:
             return
         self._num_retries = len(record.retries)
         first, last = files.shard.bounds(listing.num_images)
+        if self.take_records(record, first, last):
+            return
         if record.status == "complete":
-            if self._take_predictions(first, last):
-                return
             record = replace(record, status="interrupted")  # by whoever was to send them
-        self.take_parts(first, last)
         # Parts are whole, and here: as good as synced since this machine was started.
         durable = Durable(self._num_bytes, self._num_images, boot_id())
         write_run(files, replace(record, durable=durable))
         self._pulled_run = read_bytes(files.run)
+
+    def take_records(self, record: RunRecord, first: int, last: int) -> bool:
+        """Bring the records that are there, as predictions.jsonl; whether that was in the bucket.
+
+        One that is there though the job is not complete is an earlier run's, from before images
+        were added.
+
+        Raises:
+            ResumeRefused, EnvironmentFailed: as `_take_parts`.
+        """
+        if record.status == "complete" and self._take_predictions(first, last):
+            return True
+        self._take_parts(first, last)
+        return False
 
     def _fetch(self, path: Path) -> bool:
         """Bring a file here; whether the bucket has it."""
@@ -141,7 +181,7 @@ class Mirror:
         self._num_images = last - first
         return True
 
-    def take_parts(self, first: int, last: int) -> None:
+    def _take_parts(self, first: int, last: int) -> None:
         """Bring the parts, which follow each other from the first image on, as predictions.jsonl.
 
         Raises:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from batchclf.cli.options import output_folder
 from tests.buckets import Server, running_server
 from tests.conftest import Batchclf
 from tests.tiny import write_tiny_job
@@ -55,3 +56,33 @@ def test_an_address_where_no_job_has_begun_is_named(server: Server, batchclf: Ba
     done = batchclf("score", "s3://bucket/nothing", "--truth", "truth.csv")
     assert done.exit_code == 2, done.stderr
     assert "output: s3://bucket/nothing: no job has begun there" in done.stderr
+
+
+def test_records_of_an_earlier_run_are_not_taken_for_those_of_one_that_is_not_complete(
+    server: Server, batchclf: Batchclf, tmp_path: Path
+) -> None:
+    job = write_tiny_job(tmp_path, output="s3://bucket/more")
+    assert batchclf("run", job).exit_code == 0
+    found = server.objects("more/")
+    record = {**json.loads(found["run.json"]), "status": "interrupted"}
+    earlier = found["predictions.jsonl"].splitlines(keepends=True)[:3]
+    replaced = {"run.json": json.dumps(record).encode(), "predictions.jsonl": b"".join(earlier)}
+    for name, data in replaced.items():
+        server.client.put_object(Bucket="bucket", Key=f"more/{name}", Body=data)
+    csv = tmp_path / "more.csv"
+    done = batchclf("convert", "s3://bucket/more", "--to", "csv", "-o", csv, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert (
+        json.loads(done.stdout)["num_records"] == len(found["predictions.jsonl"].splitlines()) > 3
+    )
+
+
+def test_what_is_fetched_lies_in_the_cache_as_long_as_it_is_read(
+    server: Server, batchclf: Batchclf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert batchclf("run", write_tiny_job(tmp_path, output="s3://bucket/here")).exit_code == 0
+    monkeypatch.setenv("BATCHCLF_CACHE_DIR", str(tmp_path / "cache"))
+    with output_folder("s3://bucket/here") as folder:
+        assert folder.parent == tmp_path / "cache" / "fetched"
+        assert (folder / "predictions.jsonl").exists()
+    assert not folder.exists()
