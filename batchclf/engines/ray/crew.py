@@ -107,7 +107,8 @@ class RayCrew:
 
     def _turn(self) -> Iterator[Committed]:
         """Hear what workers answer, for a moment; the parts that were committed meanwhile."""
-        self._finding.grow()
+        if not self._is_to_stop:
+            self._finding.grow()
         asked = self._roster.asked()
         if not asked:
             time.sleep(TICK_S)
@@ -120,20 +121,18 @@ class RayCrew:
                     part = self._heard(hand, call)
                     if part is not None:
                         yield part
-        self._look()
+        if not self._is_to_stop:
+            self._look()
 
     def _heard(self, hand: Hand, call: Any) -> Committed | None:
         what, lot = hand.calls.pop(call)
         try:
             answer: Any = ray.get(call)
-        except RayTaskError as error:
-            self._losing.has_failed(hand, _cause(error))
-            return None
         except RayError as error:
-            self._losing.is_gone(hand, error)
+            self._is_lost(hand, error)
             return None
         match what:
-            case "hello":
+            case "hello" if not self._is_to_stop:
                 self._greet(hand, answer)
             case "open":
                 hand.proof = answer, time.monotonic()
@@ -152,6 +151,14 @@ class RayCrew:
                     return found
         return None
 
+    def _is_lost(self, hand: Hand, error: RayError) -> None:
+        if self._is_to_stop:  # what the job ends with is why it is to stop
+            self._roster.drop(hand)
+        elif isinstance(error, RayTaskError):
+            self._losing.has_failed(hand, _cause(error))
+        else:
+            self._losing.is_gone(hand, error)
+
     def _greet(self, hand: Hand, versions: Mapping[str, str]) -> None:
         try:
             self._finding.greet(hand, versions)
@@ -164,8 +171,8 @@ class RayCrew:
         Raises:
             EnvironmentFailed: most of the input has gone.
         """
-        if lot not in hand.lots:
-            return  # another was faster
+        if lot not in hand.lots or self._is_to_stop:
+            return  # another was faster; or the range is done after the next start
         witness = self._order.witness
         witness.require_input()
         if (seen := witness.seen(doubt.attempt)) is None:

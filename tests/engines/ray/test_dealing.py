@@ -1,17 +1,19 @@
 """Which worker is given which range, and who has it when workers are lost; no cluster is needed."""
 
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from ray.exceptions import GetTimeoutError, OutOfMemoryError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayTaskError
 from ray.util.client import ray as client
 
 from batchclf.engines.ray import dealing, finding, losing
 from batchclf.engines.ray.cluster import ASK_S, REPEAT_S, Demand, Need, Node
+from batchclf.engines.ray.crew import RayCrew
 from batchclf.engines.ray.dealing import Dealing
 from batchclf.engines.ray.finding import START_S, WORTH_S, Finding
 from batchclf.engines.ray.losing import MAX_FAILURES, Losing
@@ -22,6 +24,7 @@ from batchclf.errors import BatchclfError, EnvironmentFailed, UsageError, Worker
 from batchclf.results.files import RunFiles
 from batchclf.results.listing import Listing
 from batchclf.results.parts import Committed, Folders
+from batchclf.run.duty import Doubt
 from batchclf.run.ranges import Gaps
 from batchclf.system.interrupt import StopRequest
 from tests.engines.ray.test_shares import job
@@ -37,6 +40,7 @@ class Actor:
     def __init__(self) -> None:
         self.attempts: list[Any] = []
         self.do = self
+        self.stop = SimpleNamespace(remote=lambda: None)
 
     def options(self, name: str) -> "Actor":
         return self
@@ -347,3 +351,50 @@ def test_nodes_that_were_waited_for_in_vain_are_the_environments_failure(
     with pytest.raises(expected, match="each worker takes 9 CPU, and no node of the") as raised:
         looking.prepare()
     assert raised.type is expected
+
+
+# ---- a job that is to end ------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("found")
+def test_a_crew_that_drains_hires_nobody_asks_about_nothing_and_drops_what_fails(
+    order: Any, listing: Listing, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order.job.engine.workers, order.files, order.witness = 2, RunFiles(tmp_path), None
+    crew = RayCrew(order, cast(Any, None))
+    hands = crew._roster.hands = [hand(), hand(NODES[1])]
+    for one in hands:
+        one.looks_at = math.inf
+    asked: list[list[dict[str, float]]] = []
+    crew._finding.need = Need(1.0, 0.0)
+    monkeypatch.setattr(
+        "ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles)
+    )
+    crew._finding._demand.ask(crew._finding.need, 2)
+    monkeypatch.setattr(finding, "idle_nodes", lambda need: {"near", "far"})
+    monkeypatch.setattr(Finding, "_started", lambda self, node: pytest.fail("it hires"))
+    monkeypatch.setattr("ray.wait", lambda calls, **keys: ([], calls))
+    work = crew.work(Gaps(listing, [(0, NUM_IMAGES)], 0), folders)
+    assert next(work) is None
+    answers: Iterator[Any] = iter(
+        [
+            RayTaskError("do", "", EnvironmentFailed("the disk is full")),
+            *((Doubt(attempt), None) for attempt in hands[1].actor.attempts),
+        ]
+    )
+
+    def get(call: object) -> object:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("ray.wait", lambda calls, **keys: (calls[:1], calls[1:]))
+    monkeypatch.setattr("ray.get", get)
+    monkeypatch.setattr(finding, "GROW_S", 0.0)
+    crew.stop()
+    assert list(work) == []
+    assert [one.node for one in crew._roster.hands] == [NODES[1]]
+    assert next(answers, None) is None, "all were heard"
+    assert asked == [[{"CPU": 1.0}] * 2, []]
+    assert order.said == []
