@@ -1,6 +1,7 @@
 """Which worker is given which range, and who has it when workers are lost; no cluster is needed."""
 
 import math
+import platform
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayTaskError
 from ray.util.client import ray as client
 
+from batchclf import __version__
 from batchclf.engines.ray import dealing, finding, losing
 from batchclf.engines.ray.cluster import ASK_S, REPEAT_S, Demand, Need, Node
 from batchclf.engines.ray.crew import RayCrew
 from batchclf.engines.ray.dealing import Dealing
 from batchclf.engines.ray.finding import START_S, WORTH_S, Finding
 from batchclf.engines.ray.losing import MAX_FAILURES, Losing
+from batchclf.engines.ray.member import Errand
 from batchclf.engines.ray.pace import Pace
 from batchclf.engines.ray.roster import Hand, Roster
 from batchclf.engines.ray.station import Look
@@ -24,7 +27,8 @@ from batchclf.errors import BatchclfError, EnvironmentFailed, UsageError, Worker
 from batchclf.results.files import RunFiles
 from batchclf.results.listing import Listing
 from batchclf.results.parts import Committed, Folders
-from batchclf.run.duty import Doubt
+from batchclf.results.records import ImageRef
+from batchclf.run.duty import Doubt, Landmark
 from batchclf.run.ranges import Gaps
 from batchclf.system.interrupt import StopRequest
 from tests.engines.ray.test_shares import job
@@ -39,13 +43,13 @@ class Actor:
 
     def __init__(self) -> None:
         self.attempts: list[Any] = []
-        self.do = self
+        self.do = self.open = self
         self.stop = SimpleNamespace(remote=lambda: None)
 
     def options(self, name: str) -> "Actor":
         return self
 
-    def remote(self, attempt: object) -> object:
+    def remote(self, attempt: object, *more: object) -> object:
         self.attempts.append(attempt)
         return object()
 
@@ -189,6 +193,20 @@ def test_a_node_whose_input_is_not_the_drivers_is_given_up_at_once(
     assert order.said[0] == "going on without this node: node near: a.jpg is not there"
     with pytest.raises(EnvironmentFailed, match=r"node far: a\.jpg is not there"):
         trouble.is_misled(roster.hands[0], EnvironmentFailed("a.jpg is not there"))
+
+
+def test_a_worker_that_begins_late_is_to_see_the_landmarks_that_are_there_by_then(
+    order: Any, found: Callable[[], tuple[Roster, Finding, Losing]]
+) -> None:
+    left = (Landmark(ImageRef(0, b"a.jpg"), 7),)
+    order.witness = SimpleNamespace(landmarks_left=lambda: left)
+    _, looking, _ = found()
+    gone = (*left, Landmark(ImageRef(1, b"b.jpg"), 8))
+    looking._errand = cast(Any, Errand)(*(None,) * 10, landmarks=gone)
+    looking._packed = b""
+    late = hand()
+    looking.greet(late, {"batchclf": __version__, "Python": platform.python_version()})
+    assert late.actor.attempts[0].landmarks == left
 
 
 def test_a_range_that_workers_are_lost_with_is_not_tried_for_ever(
