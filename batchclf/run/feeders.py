@@ -74,6 +74,8 @@ class Feeders:
         self._dealt: deque[tuple[_Feeder, int]] = deque()
         """Whose each batch is that is not written yet, in order, and how many images it has."""
         self._is_all_dealt = False
+        self._ended: _Feeder | None = None
+        """The one that ended before all was dealt: nobody is dealt anything since."""
         self._is_stopped = False
         self._is_closed = False
         self._news = threading.Condition()
@@ -117,9 +119,9 @@ class Feeders:
             if stop.signal_number is not None:
                 self._stop(stop.signal_number)
             self._deal(refs)
-            if not self._dealt and not self._is_all_dealt:
-                raise next(one for one in self._feeders if one.has_ended).problem()
             if not self._dealt:
+                if self._ended is not None and not self._is_all_dealt:
+                    raise self._ended.problem()
                 break
             feeder, num_images = self._dealt[0]
             has_ended = feeder.has_ended  # before it is looked at what came last
@@ -149,15 +151,25 @@ class Feeders:
             )
 
     def _deal(self, refs: Iterator[ImageRef]) -> None:
-        """Give batches to those who lack some; when there are no more, tell all of them."""
+        """Give batches to those who lack some; when there are no more, tell all of them.
+
+        Once one has ended there are none for the others either: they finish what they have.
+        """
         while (feeder := self._next_dealt()) is not None:
             if batch := list(islice(refs, self._batch_size)):
                 self._dealt.append((feeder, len(batch)))
                 feeder.deal(batch)
                 continue
             self._is_all_dealt = True
-            for one in self._feeders:
-                one.send([])
+            self._tell_all([])
+        if self._ended is None and not self._is_all_dealt:
+            self._ended = next((one for one in self._feeders if one.has_ended), None)
+            if self._ended is not None:
+                self._tell_all([])
+
+    def _tell_all(self, what: object) -> None:
+        for feeder in self._feeders:
+            feeder.send(what)
 
     def _next_dealt(self) -> "_Feeder | None":
         """Who lacks batches most, as long as what is not written yet fits into its bound.
@@ -176,8 +188,7 @@ class Feeders:
         """Have them finish what they are inferring, and end."""
         if not self._is_stopped:
             self._is_stopped = self._is_all_dealt = True
-            for feeder in self._feeders:
-                feeder.send(signal_number)
+            self._tell_all(signal_number)
 
     def _hear_out(self) -> None:
         """Wait for what they say once there is no more to do."""
