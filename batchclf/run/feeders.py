@@ -21,7 +21,7 @@ from batchclf.images.ahead import Depth
 from batchclf.results.lines import Lines
 from batchclf.results.records import ImageRef
 from batchclf.results.stats import StatsCollector
-from batchclf.run.feeder import Share
+from batchclf.run.feeder import Share, Spent
 from batchclf.run.plan import Plan
 from batchclf.run.reporter import Reporter
 from batchclf.sessions.open import Opened
@@ -127,9 +127,10 @@ class Feeders:
             has_ended = feeder.has_ended  # before it is looked at what came last
             if feeder.come:
                 self._dealt.popleft()
-                lines, times = feeder.come.popleft()
+                lines, spent = feeder.come.popleft()
                 assert lines.num_images == num_images, "each image has a record"
-                for decode_wait_s, infer_s in times:
+                stats.add_lines_elsewhere(spent.lines_s, len(self._feeders))
+                for decode_wait_s, infer_s in spent.batches:
                     stats.add_batch(decode_wait_s, infer_s)
                 yield lines
             elif has_ended and self._is_stopped and feeder.error is None:
@@ -261,9 +262,8 @@ class _Feeder:
         self._reporter = reporter
         self.gpu = f"GPU {', '.join(map(str, share.plan.task.job.provider.devices or ()))}"
         self._num_dealt = self._num_come = 0
-        self.come: deque[tuple[Lines, Sequence[tuple[float, float]]]] = deque()
-        """Records of batches that are not written yet, in order; and the seconds of some batches.
-        """
+        self.come: deque[tuple[Lines, Spent]] = deque()
+        """Records of batches that are not written yet, in order; and what was spent meanwhile."""
         self.opened: Opened | None = None
         """Without its classifiers."""
         self.num_streams = self.num_ahead = 0
@@ -320,8 +320,9 @@ class _Feeder:
             case "opened":
                 self.opened, self.num_streams, self.num_ahead = what
             case "lines":
-                lines, times, self.cpu_s = what
-                self.come.append((lines, times))
+                lines, spent = what
+                self.cpu_s = spent.cpu_s
+                self.come.append((lines, spent))
                 self._num_come += 1
             case "error":
                 self.error = what

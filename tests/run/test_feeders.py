@@ -105,6 +105,28 @@ def test_two_processes_write_what_one_writes(
         assert feeder._process.returncode is not None
 
 
+SLOW_LINES = """
+def change(module):
+    really_encode = module.encode
+
+    def encode(records):
+        time.sleep(0.1)
+        return really_encode(records)
+
+    module.encode = encode
+"""
+
+
+def test_the_time_that_processes_take_to_make_lines_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link_digits(tmp_path / "images", 40)
+    feed_in_two(monkeypatch)
+    for name, value in fault(tmp_path, SLOW_LINES, "batchclf.run.classify").items():
+        monkeypatch.setenv(name, value)
+    assert run_here(job(tmp_path, "out")).summary.stage_s.write > 10 * 0.1
+
+
 def test_images_of_a_bucket_are_read_ahead_of_small_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
