@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import islice
 from operator import attrgetter
 
@@ -37,6 +37,8 @@ END_S = 5.0
 """Seconds that a process may take to end."""
 TICK_S = 1.0
 _HELD = (*SIGNALS, signal.SIGUSR1)
+_VALUES = attrgetter(*(one.name for one in fields(ImageRef)))
+"""Of an image, as `Dealt` has them."""
 
 
 def shares_of(plan: Plan, sample: Iterable[ImageRef], used: str | None) -> list[Share]:
@@ -285,7 +287,7 @@ class _Feeder:
     def deal(self, refs: Sequence[ImageRef]) -> None:
         """Give it a batch."""
         self._num_dealt += 1
-        self.send([(one.index, one.path, one.location) for one in refs])
+        self.send(list(map(_VALUES, refs)))
 
     @property
     def num_lacking(self) -> int:
