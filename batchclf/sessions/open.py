@@ -364,10 +364,14 @@ def _open_target(bundle: Bundle, target: Target, size: int | None) -> list[OnnxC
 
 
 def _rounding(target: Target) -> Precision:
-    """The precision to expect of a session: TF32, where the user asks for it, rounds as fp16."""
-    tf32 = target.options.get("use_tf32", "0").lower()
-    is_tf32 = target.provider.name == "cuda" and tf32 in ("1", "true")
-    return "fp16" if is_tf32 and target.precision == "fp32" else target.precision
+    """The precision to expect of a session: TF32, where it is had and asked for, rounds as fp16."""
+    if target.provider.name == "cuda" and target.precision == "fp32":
+        from batchclf.runtime.cuda import asks_for_tf32, has_tf32
+        from batchclf.runtime.cuda_machine import architecture_of
+
+        if asks_for_tf32(target.options) and has_tf32(architecture_of(target.device_id)):
+            return "fp16"
+    return target.precision
 
 
 def _compile_cache(bundle: Bundle, target: Target, size: int | None) -> Path:

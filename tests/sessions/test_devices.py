@@ -8,7 +8,7 @@ import pytest
 
 from batchclf.errors import EnvironmentFailed, ProviderError
 from batchclf.models.bundle import Bundle, BundleMeta
-from batchclf.results.records import Preprocess
+from batchclf.results.records import Precision, Preprocess
 from batchclf.runtime.providers import PROVIDERS, compiled_in
 from batchclf.runtime.sessions import Target
 from batchclf.sessions import open as opening
@@ -72,10 +72,15 @@ def test_options_reach_the_provider_as_text() -> None:
     assert target.options == {"a": "1", "b": "true", "c": "false", "d": "0.5", "e": "text"}
 
 
-def test_tf32_is_expected_to_round_where_it_was_asked_for() -> None:
+@pytest.mark.parametrize(("architecture", "rounding"), [(75, "fp32"), (80, "fp16"), (90, "fp16")])
+def test_tf32_is_expected_to_round_where_it_was_asked_for_and_there_is_such_a_thing(
+    architecture: int, rounding: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batchclf.runtime.cuda_machine.architecture_of", lambda _: architecture)
     cuda = PROVIDERS["cuda"]
     assert _rounding(Target(cuda)) == "fp32"
-    assert _rounding(Target(cuda, options={"use_tf32": "1"})) == "fp16"
+    assert _rounding(Target(cuda, options={"use_tf32": "1"})) == rounding
+    assert _rounding(Target(cuda, precision="fp16", options={"use_tf32": "1"})) == "fp16"
     assert _rounding(Target(PROVIDERS["openvino"], precision="bf16")) == "bf16"
 
 
