@@ -41,7 +41,7 @@ from batchclf.sessions.precision import (
 )
 from batchclf.sessions.sample import Sample
 from batchclf.sessions.together import together
-from batchclf.spec.job import JobSpec, ProviderSpec, auto, gpus_of, runs_on_cpu
+from batchclf.spec.job import JobSpec, ProviderSpec, auto, gpus_of, has_processes, runs_on_cpu
 from batchclf.system.apart import Apart, Ended, LeftBehind, NotStarted
 from batchclf.system.machine import cpu_name_and_flags, usable_cores
 
@@ -68,6 +68,15 @@ class Opened:
     """What the batches lie in, as the device likes it best."""
     precision_check: PrecisionCheck | None
     """Of the device that agrees least; None at fp32."""
+
+
+def settle_job(job: JobSpec, log: Log) -> str | None:
+    """Prove a job's provider before any other work: several GPUs are for processes to come.
+
+    Returns, raises: as `settle_provider` or `settle_apart`.
+    """
+    settle = settle_apart if has_processes(job.provider) else settle_provider
+    return settle(job, log)
 
 
 def settle_provider(job: JobSpec, log: Log) -> str | None:

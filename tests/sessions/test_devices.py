@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from batchclf.commands import validate
 from batchclf.errors import EnvironmentFailed, ProviderError
 from batchclf.models.bundle import Bundle, BundleMeta
 from batchclf.results.records import Precision, Preprocess
@@ -153,3 +154,15 @@ def test_without_a_process_to_try_devices_in_the_environment_has_failed(
     monkeypatch.setattr("batchclf.system.apart.start_serving", refused)
     with pytest.raises(EnvironmentFailed, match="no process is to be had: Resource temporarily"):
         settle_apart(job(provider={"name": "cuda", "devices": [0, 1]}), print)
+
+
+@pytest.mark.parametrize(("devices", "where"), [([1], "here"), ([0, 1], "apart")])
+def test_several_gpus_are_tried_in_a_process_of_their_own_by_validate_as_well(
+    devices: list[int], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(opening, "settle_provider", lambda *_: tried.append("here"))
+    monkeypatch.setattr(opening, "settle_apart", lambda *_: tried.append("apart"))
+    said = validate._provider(job(provider={"name": "cuda", "devices": devices}), print)
+    assert tried == [where]
+    assert said.startswith("CUDAExecutionProvider of ")
