@@ -12,7 +12,7 @@ from batchclf.models.resolve import Log, check_model
 from batchclf.results.records import ImageRef
 from batchclf.run.output import require_separate_output
 from batchclf.runtime.providers import PROVIDERS, installed_flavours
-from batchclf.sessions.open import settle_provider
+from batchclf.sessions.open import settle_job
 from batchclf.sessions.sample import evenly_spread
 from batchclf.spec.job import JobSpec
 from batchclf.spec.options import RunOptions
@@ -109,7 +109,7 @@ def _provider(job: JobSpec, log: Log) -> str:
     if job.engine.name == "ray":
         return f"{job.provider.name}, which each worker proves on its node before the job begins"
     require_pillow(job.loader.decode)
-    fallback = settle_provider(job, log)
+    fallback = settle_job(job, log)
     provider = PROVIDERS["cpu" if fallback is not None else job.provider.name]
     flavours = ", ".join(f"{name} {version}" for name, version in installed_flavours().items())
     return f"{provider.execution_provider} of {flavours}"

@@ -25,7 +25,11 @@ MobileNetV2 and photos of 0.1 to 12 megapixels on 2 cores: the one that costs mo
 
 @dataclass(frozen=True, slots=True)
 class StageSeconds:
-    """Wall seconds per stage; `decode_wait` and `infer` are summed over the streams."""
+    """Wall seconds per stage.
+
+    `decode_wait` and `infer` are summed over the streams, `write` over the processes that make
+    lines.
+    """
 
     list: float = 0.0
     decode_wait: float = 0.0
@@ -148,6 +152,8 @@ class StatsCollector:
         self._decode_wait_s = 0.0
         self._infer_s = 0.0
         self._write_s = 0.0
+        self._elsewhere_s = 0.0
+        self._num_elsewhere = 1
         self._num_batches = 0
         self._num_streams = 1
         self._batches = Histogram()
@@ -216,6 +222,11 @@ class StatsCollector:
         """Count time spent on making and writing lines, or on waiting for the disk to have them."""
         self._write_s += seconds
 
+    def add_lines_elsewhere(self, seconds: float, num_processes: int) -> None:
+        """Count time that one of so many other processes spent on making lines."""
+        self._elsewhere_s += seconds
+        self._num_elsewhere = num_processes
+
     def add_part(self, num_ok: int, errors_by_code: Mapping[str, int]) -> None:
         """Count records that others have written for this run."""
         self.resume(num_ok, errors_by_code)
@@ -242,7 +253,7 @@ class StatsCollector:
                 list=round(self._list_s, 4),
                 decode_wait=round(self._decode_wait_s, 4),
                 infer=round(self._infer_s, 4),
-                write=round(self._write_s, 4),
+                write=round(self._write_s + self._elsewhere_s, 4),
             )
             batch_ms = {f"p{p}": self._batches.percentile_ms(p) for p in (50, 95, 99)}
         bottleneck, bottleneck_why = self._bottleneck(stages, wall_s)
@@ -286,7 +297,7 @@ class StatsCollector:
             return "decode", "no batch was inferred"
         if self._num_batches < SETTLED * self._num_streams:
             return self._longest(stages)
-        writing = stages.write / wall_s
+        writing = self._writing_s / wall_s
         inferring = stages.infer / self._num_streams / wall_s
         waiting = stages.decode_wait / streams_s
         if writing > max(0.5, inferring):
@@ -295,13 +306,18 @@ class StatsCollector:
             return "decode", f"streams waited for pixels {waiting:.0%} of the time"
         return "infer", f"streams waited for pixels only {waiting:.0%} of the time"
 
+    @property
+    def _writing_s(self) -> float:
+        """Of this process, or of one of the others, which make lines meanwhile."""
+        return max(self._write_s, self._elsewhere_s / self._num_elsewhere)
+
     def _longest(self, stages: StageSeconds) -> tuple[str, str]:
         """The same of a job whose stages came one after the other, more or less."""
         num_working = min(self._num_batches, self._num_streams)
         seconds = {
             "decode": stages.decode_wait / num_working,
             "infer": stages.infer / num_working,
-            "write": stages.write,
+            "write": self._writing_s,
         }
         longest = max(seconds, key=lambda stage: seconds[stage])
         return longest, (

@@ -123,12 +123,13 @@ def _flowing(work: Work, refs: Iterator[ImageRef]) -> Iterator[Iterator[Lines | 
     """The records of each batch, in order, up to a signal; None whenever TICK_S bring none."""
     if work.feeders is None:
         with flowing(work, refs) as flow:
-            yield (None if records is None else _encoded(records, work.stats) for records in flow)
+            yield (None if records is None else encoded(records, work.stats) for records in flow)
         return
     yield work.feeders.results(refs, work.stats, work.stop, TICK_S)
 
 
-def _encoded(records: Sequence[Record], stats: StatsCollector) -> Lines:
+def encoded(records: Sequence[Record], stats: StatsCollector) -> Lines:
+    """The lines of some records, counted among what writing takes."""
     started = time.perf_counter()
     lines = encode(records)
     stats.add_write(time.perf_counter() - started)

@@ -1,4 +1,4 @@
-"""The process of one of several GPUs: it decodes, infers and ranks what feeders.py deals to it."""
+"""The process of one of several GPUs: what feeders.py deals to it, it makes lines of."""
 
 import os
 import queue
@@ -6,7 +6,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import starmap
@@ -16,11 +16,10 @@ from typing import NamedTuple
 from batchclf.errors import BatchclfError
 from batchclf.images.ahead import Depth
 from batchclf.images.prefetch import HostMemory
-from batchclf.results.lines import encode
 from batchclf.results.records import ImageRef
 from batchclf.results.stats import StatsCollector
 from batchclf.run.blame import explained
-from batchclf.run.classify import Work, flowing, num_batches_of
+from batchclf.run.classify import Work, encoded, flowing, num_batches_of
 from batchclf.run.plan import Plan
 from batchclf.run.reporter import Reporter
 from batchclf.sessions.open import Wanted, open_devices, settle_provider
@@ -83,7 +82,7 @@ def _serve(share: Share, connection: Connection, channel: "_Channel") -> None:
     with explained(task, opened.part.num_images), flowing(work, refs) as flow:
         for records in flow:
             if records is not None:
-                channel.say("lines", (encode(records), stats.taken(), stats.cpu_seconds()))
+                channel.say("lines", (encoded(records, stats), stats.taken()))
 
 
 @contextmanager
@@ -130,8 +129,19 @@ def _refs(connection: Connection, stop: StopRequest) -> Iterator[ImageRef]:
         yield from starmap(ImageRef, dealt)
 
 
+class Spent(NamedTuple):
+    """What a process spent since it last told of it."""
+
+    batches: Sequence[tuple[float, float]]
+    """Of each that was inferred, as of `StatsCollector.add_batch`."""
+    lines_s: float
+    """Seconds of making lines."""
+    cpu_s: float
+    """CPU seconds, of all the time so far."""
+
+
 class _Times(StatsCollector):
-    """Seconds of batches, for the parent to count."""
+    """Seconds of batches and lines, for the parent to count."""
 
     def __init__(self) -> None:
         super().__init__(cpu_seconds, peak_rss_mb)
@@ -140,9 +150,11 @@ class _Times(StatsCollector):
     def add_batch(self, decode_wait_s: float, infer_s: float) -> None:
         self._times.append((decode_wait_s, infer_s))
 
-    def taken(self) -> list[tuple[float, float]]:
+    def taken(self) -> Spent:
         """Those that were not taken yet."""
-        return [self._times.popleft() for _ in range(len(self._times))]
+        batches = [self._times.popleft() for _ in range(len(self._times))]
+        lines_s, self._write_s = self._write_s, 0.0
+        return Spent(batches, lines_s, self.cpu_seconds())
 
 
 class _Channel(Reporter):

@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import islice
 from operator import attrgetter
 
@@ -21,7 +21,7 @@ from batchclf.images.ahead import Depth
 from batchclf.results.lines import Lines
 from batchclf.results.records import ImageRef
 from batchclf.results.stats import StatsCollector
-from batchclf.run.feeder import Share
+from batchclf.run.feeder import Share, Spent
 from batchclf.run.plan import Plan
 from batchclf.run.reporter import Reporter
 from batchclf.sessions.open import Opened
@@ -37,6 +37,8 @@ END_S = 5.0
 """Seconds that a process may take to end."""
 TICK_S = 1.0
 _HELD = (*SIGNALS, signal.SIGUSR1)
+_VALUES = attrgetter(*(one.name for one in fields(ImageRef)))
+"""Of an image, as `Dealt` has them."""
 
 
 def shares_of(plan: Plan, sample: Iterable[ImageRef], used: str | None) -> list[Share]:
@@ -74,6 +76,8 @@ class Feeders:
         self._dealt: deque[tuple[_Feeder, int]] = deque()
         """Whose each batch is that is not written yet, in order, and how many images it has."""
         self._is_all_dealt = False
+        self._ended: _Feeder | None = None
+        """The one that ended before all was dealt: nobody is dealt anything since."""
         self._is_stopped = False
         self._is_closed = False
         self._news = threading.Condition()
@@ -117,17 +121,18 @@ class Feeders:
             if stop.signal_number is not None:
                 self._stop(stop.signal_number)
             self._deal(refs)
-            if not self._dealt and not self._is_all_dealt:
-                raise next(one for one in self._feeders if one.has_ended).problem()
             if not self._dealt:
+                if self._ended is not None and not self._is_all_dealt:
+                    raise self._ended.problem()
                 break
             feeder, num_images = self._dealt[0]
             has_ended = feeder.has_ended  # before it is looked at what came last
             if feeder.come:
                 self._dealt.popleft()
-                lines, times = feeder.come.popleft()
+                lines, spent = feeder.come.popleft()
                 assert lines.num_images == num_images, "each image has a record"
-                for decode_wait_s, infer_s in times:
+                stats.add_lines_elsewhere(spent.lines_s, len(self._feeders))
+                for decode_wait_s, infer_s in spent.batches:
                     stats.add_batch(decode_wait_s, infer_s)
                 yield lines
             elif has_ended and self._is_stopped and feeder.error is None:
@@ -149,15 +154,25 @@ class Feeders:
             )
 
     def _deal(self, refs: Iterator[ImageRef]) -> None:
-        """Give batches to those who lack some; when there are no more, tell all of them."""
+        """Give batches to those who lack some; when there are no more, tell all of them.
+
+        Once one has ended there are none for the others either: they finish what they have.
+        """
         while (feeder := self._next_dealt()) is not None:
             if batch := list(islice(refs, self._batch_size)):
                 self._dealt.append((feeder, len(batch)))
                 feeder.deal(batch)
                 continue
             self._is_all_dealt = True
-            for one in self._feeders:
-                one.send([])
+            self._tell_all([])
+        if self._ended is None and not self._is_all_dealt:
+            self._ended = next((one for one in self._feeders if one.has_ended), None)
+            if self._ended is not None:
+                self._tell_all([])
+
+    def _tell_all(self, what: object) -> None:
+        for feeder in self._feeders:
+            feeder.send(what)
 
     def _next_dealt(self) -> "_Feeder | None":
         """Who lacks batches most, as long as what is not written yet fits into its bound.
@@ -176,8 +191,7 @@ class Feeders:
         """Have them finish what they are inferring, and end."""
         if not self._is_stopped:
             self._is_stopped = self._is_all_dealt = True
-            for feeder in self._feeders:
-                feeder.send(signal_number)
+            self._tell_all(signal_number)
 
     def _hear_out(self) -> None:
         """Wait for what they say once there is no more to do."""
@@ -250,9 +264,8 @@ class _Feeder:
         self._reporter = reporter
         self.gpu = f"GPU {', '.join(map(str, share.plan.task.job.provider.devices or ()))}"
         self._num_dealt = self._num_come = 0
-        self.come: deque[tuple[Lines, Sequence[tuple[float, float]]]] = deque()
-        """Records of batches that are not written yet, in order; and the seconds of some batches.
-        """
+        self.come: deque[tuple[Lines, Spent]] = deque()
+        """Records of batches that are not written yet, in order; and what was spent meanwhile."""
         self.opened: Opened | None = None
         """Without its classifiers."""
         self.num_streams = self.num_ahead = 0
@@ -274,7 +287,7 @@ class _Feeder:
     def deal(self, refs: Sequence[ImageRef]) -> None:
         """Give it a batch."""
         self._num_dealt += 1
-        self.send([(one.index, one.path, one.location) for one in refs])
+        self.send(list(map(_VALUES, refs)))
 
     @property
     def num_lacking(self) -> int:
@@ -309,8 +322,9 @@ class _Feeder:
             case "opened":
                 self.opened, self.num_streams, self.num_ahead = what
             case "lines":
-                lines, times, self.cpu_s = what
-                self.come.append((lines, times))
+                lines, spent = what
+                self.cpu_s = spent.cpu_s
+                self.come.append((lines, spent))
                 self._num_come += 1
             case "error":
                 self.error = what

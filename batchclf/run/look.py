@@ -23,8 +23,7 @@ from batchclf.run.identity import (
 )
 from batchclf.run.request import Run
 from batchclf.runtime.classifier import open_reference
-from batchclf.sessions.open import settle_apart, settle_provider
-from batchclf.spec.job import has_processes
+from batchclf.sessions.open import settle_job
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +77,7 @@ def look(run: Run) -> Found:
     """
     job, files, options = run.job, run.files, run.options
     record = None if options.overwrite else read_run(files)
-    settle_here = settle_apart if has_processes(job.provider) else settle_provider
-    settle = cache(partial(settle_here, job, run.reporter.log))
+    settle = cache(partial(settle_job, job, run.reporter.log))
     store = cache(partial(_open_store, run))
     if record is None or not record.is_finished:  # else they may be gone
         if run.hire is None:

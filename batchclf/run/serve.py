@@ -15,12 +15,12 @@ from batchclf.images.prefetch import HostMemory
 from batchclf.images.resize import require_pillow
 from batchclf.images.source import source_of
 from batchclf.images.store import open_store
-from batchclf.results.lines import Lines, encode
+from batchclf.results.lines import Lines
 from batchclf.results.listing import Listing
 from batchclf.results.records import ImageRef, Record
 from batchclf.results.stats import StatsCollector
 from batchclf.run.blame import explained, try_suspects
-from batchclf.run.classify import TICK_S, Work, flowing
+from batchclf.run.classify import TICK_S, Work, encoded, flowing
 from batchclf.run.draft import Draft, num_missing
 from batchclf.run.duty import Attempt, Doubt, Duty, Inbox, ServeReporter
 from batchclf.run.landmarks import require_landmarks
@@ -133,7 +133,7 @@ class _Bench:
             draft = self._drafts[0]
             own, records = records[: draft.num_left], records[draft.num_left :]
             if own:
-                lines = encode(own)
+                lines = encoded(own, self.work.stats)
                 draft.write(lines)
                 self._count(lines)
             if draft.num_left:

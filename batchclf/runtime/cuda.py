@@ -77,9 +77,9 @@ def idle_tensor_cores(
 
     `architecture`: 10 times the compute capability of its GPU.
     """
-    is_on = _is_on(options, _TENSOR_CORES)
+    is_on = asks_for_tf32(options)
     asked = f"options: {{{_TENSOR_CORES}: {options.get(_TENSOR_CORES)}}}"
-    if precision == "fp32" and architecture < _FIRST_WITH_TF32:
+    if precision == "fp32" and not has_tf32(architecture):
         in_vain = f"; {asked} changes nothing on this GPU, which has no TF32"
         return _IDLE + in_vain if is_on else _IDLE
     if is_on:
@@ -89,6 +89,16 @@ def idle_tensor_cores(
     return (
         f"{asked} leaves the tensor cores unused at {precision} as well; without it they are used"
     )
+
+
+def asks_for_tf32(options: Mapping[str, str]) -> bool:
+    """Whether these options let a session at fp32 compute in TF32."""
+    return _is_on(options, _TENSOR_CORES)
+
+
+def has_tf32(architecture: int) -> bool:
+    """Whether there is such a thing; `architecture`: as of `idle_tensor_cores`."""
+    return architecture >= _FIRST_WITH_TF32
 
 
 def refuse_graph(options: Mapping[str, str]) -> None:

@@ -41,7 +41,7 @@ from batchclf.sessions.precision import (
 )
 from batchclf.sessions.sample import Sample
 from batchclf.sessions.together import together
-from batchclf.spec.job import JobSpec, ProviderSpec, auto, gpus_of, runs_on_cpu
+from batchclf.spec.job import JobSpec, ProviderSpec, auto, gpus_of, has_processes, runs_on_cpu
 from batchclf.system.apart import Apart, Ended, LeftBehind, NotStarted
 from batchclf.system.machine import cpu_name_and_flags, usable_cores
 
@@ -68,6 +68,15 @@ class Opened:
     """What the batches lie in, as the device likes it best."""
     precision_check: PrecisionCheck | None
     """Of the device that agrees least; None at fp32."""
+
+
+def settle_job(job: JobSpec, log: Log) -> str | None:
+    """Prove a job's provider before any other work: several GPUs are for processes to come.
+
+    Returns, raises: as `settle_provider` or `settle_apart`.
+    """
+    settle = settle_apart if has_processes(job.provider) else settle_provider
+    return settle(job, log)
 
 
 def settle_provider(job: JobSpec, log: Log) -> str | None:
@@ -364,10 +373,14 @@ def _open_target(bundle: Bundle, target: Target, size: int | None) -> list[OnnxC
 
 
 def _rounding(target: Target) -> Precision:
-    """The precision to expect of a session: TF32, where the user asks for it, rounds as fp16."""
-    tf32 = target.options.get("use_tf32", "0").lower()
-    is_tf32 = target.provider.name == "cuda" and tf32 in ("1", "true")
-    return "fp16" if is_tf32 and target.precision == "fp32" else target.precision
+    """The precision to expect of a session: TF32, where it is had and asked for, rounds as fp16."""
+    if target.provider.name == "cuda" and target.precision == "fp32":
+        from batchclf.runtime.cuda import asks_for_tf32, has_tf32
+        from batchclf.runtime.cuda_machine import architecture_of
+
+        if asks_for_tf32(target.options) and has_tf32(architecture_of(target.device_id)):
+            return "fp16"
+    return target.precision
 
 
 def _compile_cache(bundle: Bundle, target: Target, size: int | None) -> Path:

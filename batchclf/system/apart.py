@@ -77,16 +77,15 @@ class Apart:
         try:
             self._require_time(ends_at)
             process = self._running()
-            self._connection.send((function, args, kwargs))
-            while not self._connection.poll(TICK_S):
-                self._require_time(ends_at)
-            has_failed, answer = self._connection.recv()
-        except (EOFError, ConnectionError) as error:
-            process.kill()
-            how = ""
-            with suppress(TimeoutExpired):
-                how = f": {how_it_ended(process.wait(END_S))}"
-            raise Ended(EPIPE, f"the process that was to do it has ended{how}") from error
+            try:
+                self._connection.send((function, args, kwargs))
+                while not self._connection.poll(TICK_S):
+                    self._require_time(ends_at)
+                has_failed, answer = self._connection.recv()
+            except LeftBehind:
+                raise
+            except (EOFError, OSError) as error:  # before its answer, or in the middle of it
+                raise _ended(process) from error
         finally:
             self._turn.release()
         if has_failed:
@@ -111,6 +110,14 @@ class Apart:
             if self._process is not None:
                 self._process.kill()  # it does no more than the call that it is stuck in
             raise LeftBehind("the file system does not answer")
+
+
+def _ended(process: Popen[bytes]) -> Ended:
+    process.kill()
+    how = ""
+    with suppress(TimeoutExpired):
+        how = f": {how_it_ended(process.wait(END_S))}"
+    return Ended(EPIPE, f"the process that was to do it has ended{how}")
 
 
 def serve(descriptor: int, parent_pid: int) -> None:

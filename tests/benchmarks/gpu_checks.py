@@ -5,6 +5,7 @@ Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB), K classes.
 
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -19,7 +20,7 @@ import numpy as np
 
 from batchclf.errors import BatchclfError
 from batchclf.models.checks import assert_same_scores
-from batchclf.models.golden import LARGEST_ERROR, errors_of
+from batchclf.models.golden import _largest_errors, _read, errors_of
 from batchclf.results.records import Pixels, Scores
 from batchclf.runtime.classifier import open_classifier
 from batchclf.runtime.providers import installed_flavours
@@ -160,10 +161,7 @@ def cpu_scores(bench: Bench, model: str) -> tuple[Pixels, Scores]:
 
 
 def against_cpu(bench: Bench, model: str, name: str) -> Row:
-    """The scores of a precision beside those of the CPU at fp32: all of them, and the top class.
-
-    A reduced one may err as much as a start allows to fp16, as which TF32 rounds.
-    """
+    """The scores of a precision beside those of the CPU at fp32: all of them, and the top class."""
     pixels_NHWC, expected_NK = cpu_scores(bench, model)
     classify = bench.open(model, name, len(pixels_NHWC))
     found_NK = classify(pixels_NHWC)
@@ -171,20 +169,33 @@ def against_cpu(bench: Bench, model: str, name: str) -> Row:
     top1 = float((found_NK.argmax(1) == expected_NK.argmax(1)).mean())
     is_finite = bool(np.isfinite(found_NK).all())
     rounding = float(errors_of(found_NK, expected_NK, sees_shift=False).max())
+    allowed = allowed_rounding(bench, model)
     if name == "fp32":
         agree = not refused(found_NK, expected_NK)
     else:
-        agree = is_finite and top1 >= SAME_TOP1 and rounding <= LARGEST_ERROR["fp16"]
+        agree = is_finite and top1 >= SAME_TOP1 and rounding <= allowed
     return {
         "agree": agree,
         "top1": round(top1, 4),
-        "largest": float(f"{np.abs(found_NK - expected_NK).max() / scale:.3g}"),
-        "rounding": float(f"{rounding:.3g}"),
-        "scale": round(scale, 3),
+        "largest": figure(np.abs(found_NK - expected_NK).max() / scale),
+        "rounding": figure(rounding),
+        "allowed": figure(allowed),
+        "scale": figure(scale),
         "finite": is_finite,
         "nodes": dict(classify.active.nodes),
         "cpu_nodes": classify.active.cpu_nodes,
     }
+
+
+def allowed_rounding(bench: Bench, model: str) -> float:
+    """How much a start allows to fp16, as which TF32 rounds, on one of the model's own images."""
+    _, expected_NK, own_N = _read(bench.resolved(model).bundle)
+    return float(_largest_errors(own_N, "fp16", len(expected_NK)).max())
+
+
+def figure(value: float) -> float | None:
+    """A figure with three digits; None where it is none, which JSON cannot say."""
+    return float(f"{value:.3g}") if math.isfinite(value) else None
 
 
 def refused(found_NK: Scores, expected_NK: Scores) -> bool:
@@ -205,7 +216,7 @@ def bound_or_not(bench: Bench, model: str, name: str) -> Row:
     pairs = [(bound(one), plain(one)) for one in (*halves, *halves[::-1])]
     return {
         "bitwise": all(np.array_equal(*pair) for pair in pairs),
-        "largest": float(max(np.abs(one - other).max() for one, other in pairs)),
+        "largest": figure(max(np.abs(one - other).max() for one, other in pairs)),
     }
 
 
@@ -235,7 +246,7 @@ def padded(bench: Bench, model: str, name: str) -> Row:
     short_NHWC[:5] = pixels_NHWC[-5:]
     short_NK = classify(short_NHWC)[:5]
     largest = float(np.abs(short_NK - full_NK[-5:]).max())
-    return {"bitwise": largest == 0, "largest": largest}
+    return {"bitwise": largest == 0, "largest": figure(largest)}
 
 
 def placement(bench: Bench, model: str, name: str) -> Row:

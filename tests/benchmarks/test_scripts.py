@@ -137,19 +137,31 @@ def test_a_reduced_precision_agrees_in_all_scores_and_not_in_the_top_class_alone
     rng = np.random.default_rng(0)
     expected_NK = rng.normal(size=(8, 100)).astype(np.float32)
     expected_NK[:, 7] = 9
-    rounded_NK = expected_NK * (1 + rng.normal(size=(8, 100), scale=1e-3)).astype(np.float32)
-    others_NK = expected_NK[::-1]
+
+    def rounded_by(share: float) -> Scores:
+        return expected_NK * (1 + rng.normal(size=(8, 100), scale=share)).astype(np.float32)
 
     def row(found_NK: Scores) -> gpu_bench.Row:
-        classify = Mock(return_value=found_NK, active=Mock(nodes={}))
+        classify = Mock(return_value=found_NK, active=Mock(nodes={}, cpu_nodes=[]))
         bench = cast(gpu_bench.Bench, Mock(open=Mock(return_value=classify)))
-        return gpu_checks.against_cpu(bench, "m", "fp16")
+        found = gpu_checks.against_cpu(bench, "m", "fp16")
+        json.dumps(found, allow_nan=False)
+        return found
+
+    def rounded_to_bf16(own_N: list[float] | None) -> None:
+        golden = (None, expected_NK[:2], None if own_N is None else np.array(own_N))
+        monkeypatch.setattr(gpu_checks, "_read", lambda _: golden)
 
     monkeypatch.setattr(gpu_checks, "cpu_scores", lambda *_: (np.zeros(8), expected_NK))
-    assert row(rounded_NK)["agree"]
-    found = row(others_NK)
+    rounded_to_bf16(None)
+    assert row(rounded_by(1e-3))["agree"]
+    assert not row(rounded_by(0.06))["agree"]
+    found = row(expected_NK[::-1])
     assert found["top1"] == 1
     assert not found["agree"]
+    assert not row(np.full_like(expected_NK, np.nan))["agree"]
+    rounded_to_bf16([0.1, 0.4])  # a model as sensitive as that may err by more
+    assert row(rounded_by(0.06))["agree"]
 
 
 def test_what_a_kit_is_cut_into_is_put_together_on_the_host(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tests.gpu_standin.machine import Machine
 from tests.gpu_standin.models import NUM_CLASSES, write_convolving
 from tests.tiny import link_digits, write_tiny_job
 
-NUM_IMAGES, BATCH_SIZE, EDGE = 96, 16, 64
+NUM_IMAGES, BATCH_SIZE, EDGE = 192, 16, 64
 ANY_ANSWER = """
 def change(module):
     if module.__name__ == "batchclf.runtime.probe":
@@ -31,12 +31,21 @@ def change(module):
 
         module.check_golden = run_golden
         module.require_agreement = lambda check, job: None
+    if module.__name__ == "batchclf.run.append":
+        really_classify = module._classify
+
+        def classify(begun, num_done, *more):
+            with (FOLDER.parent / "begun").open("a") as file:
+                print(num_done, file=file)
+            really_classify(begun, num_done, *more)
+
+        module._classify = classify
 """
 
 
-def write_cuda_job(folder: Path, **keys: Any) -> Path:
+def write_cuda_job(folder: Path, num_images: int = NUM_IMAGES, **keys: Any) -> Path:
     if not (folder / "images").exists():
-        link_digits(folder / "images", NUM_IMAGES)
+        link_digits(folder / "images", num_images)
     keys = {"input": str(folder / "images"), "provider": "cuda", "batch_size": BATCH_SIZE, **keys}
     model = {
         "onnx": str(write_convolving(folder / "model.onnx", EDGE)),
@@ -169,10 +178,12 @@ def undisturbed(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> l
     return undisturbed_trace(machine, tmp_path_factory.mktemp("undisturbed"), "fp32")
 
 
-def undisturbed_trace(machine: Machine, folder: Path, precision: str) -> list[str]:
+def undisturbed_trace(
+    machine: Machine, folder: Path, precision: str, num_images: int = NUM_IMAGES
+) -> list[str]:
     """The trace of a job on one GPU at a precision that nothing happens to."""
     folder.mkdir(exist_ok=True)
-    job = write_cuda_job(folder, precision=precision)
+    job = write_cuda_job(folder, num_images, precision=precision)
     done = run(machine, job)
     assert done.exit_code == 0, done.stderr
     return trace(job)
@@ -189,12 +200,23 @@ def num_calls(lines: list[str], call: str) -> int:
     return sum(line.startswith(word) for line in lines)
 
 
-def middle(lines: list[str], call: str) -> int:
-    """The number of such a call half-way through a job's batches."""
+def middle(lines: list[str], call: str, num_images: int = NUM_IMAGES) -> int:
+    """The number of the first such call in a process's seventh batch.
+
+    There is memory for five: so two are given back by then, and their records written.
+    """
     before = num_before_batches(lines, call)
-    after = num_calls(lines, call) - before
-    assert after > 1
-    return before + after // 2 + 1
+    num_each = (num_calls(lines, call) - before) // (num_images // BATCH_SIZE)
+    assert num_each > 0
+    return before + 6 * num_each + 1
+
+
+def assert_gone_on_with(job: Path, num_images: int) -> None:
+    """A second process began with what the first had written, in whole batches, and no third."""
+    first, second = map(int, (job.parent / "begun").read_text().split())
+    assert first == 0
+    assert 2 * BATCH_SIZE <= second < num_images
+    assert second % BATCH_SIZE == 0
 
 
 @pytest.mark.parametrize("call", ["launch", "execute"])
@@ -208,6 +230,7 @@ def test_memory_that_runs_out_in_the_middle_halves_the_batch_and_the_job_goes_on
     assert "memory does not suffice for batches of 16 (" in done.stderr
     assert "going on with 8 in a new session" in done.stderr
     assert_one_record_each(job)
+    assert_gone_on_with(job, NUM_IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +247,7 @@ def test_a_gpu_that_is_lost_in_the_middle_is_used_again_by_another_process(
     assert f"CUDA failure {code}" in done.stderr
     assert done.json["batch_size"] == BATCH_SIZE
     assert_one_record_each(job)
+    assert_gone_on_with(job, NUM_IMAGES)
 
 
 # ---- several GPUs --------------------------------------------------------------------------------
@@ -243,16 +267,17 @@ def test_a_job_runs_on_the_gpus_that_it_names_and_no_other(
     assert done.json["provider"]["device"] == ", ".join(f"{one}: Stand-in" for one in devices)
 
 
-def test_one_of_several_gpus_that_is_lost_is_used_again_by_another_process(
+def test_one_of_several_gpus_that_is_lost_in_the_middle_is_used_again_by_another_process(
     machine: Machine, undisturbed: list[str], tmp_path: Path
 ) -> None:
-    at = num_before_batches(undisturbed, "sync") + 2
-    job = write_cuda_job(tmp_path, provider={"name": "cuda", "devices": [0, 1]})
+    at = middle(undisturbed, "sync")
+    job = write_cuda_job(tmp_path, 2 * NUM_IMAGES, provider={"name": "cuda", "devices": [0, 1]})
     done = run(machine, job, gpus=2, fault=f"sync:700:{at}")
     assert done.exit_code == 0, done.stderr
     assert done.stderr.count("the worker lost its device (") == 1
     assert "CUDA failure 700" in done.stderr
     assert_one_record_each(job)
+    assert_gone_on_with(job, 2 * NUM_IMAGES)
 
 
 def test_memory_of_several_gpus_that_runs_out_at_the_start_halves_the_batch_of_all(
@@ -270,17 +295,22 @@ def test_memory_of_several_gpus_that_runs_out_at_the_start_halves_the_batch_of_a
 
 @pytest.mark.parametrize(("precision", "call"), [("fp32", "launch"), ("fp16", "execute")])
 def test_memory_of_one_of_several_gpus_that_runs_out_in_the_middle_halves_the_batch_of_all(
-    machine: Machine, precision: str, call: str, tmp_path: Path
+    machine: Machine, precision: str, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at = num_before_batches(undisturbed_trace(machine, tmp_path / "one", precision), call) + 2
+    num_images, cache = 2 * NUM_IMAGES, "BATCHCLF_CACHE_DIR"
+    monkeypatch.setenv(cache, str(tmp_path / "cache"))  # whatever is measured once is so twice
+    alone = undisturbed_trace(machine, tmp_path / "one", precision, num_images)
+    monkeypatch.setenv(cache, str(tmp_path / "another cache"))
+    at = middle(alone, call, num_images)
     provider = {"name": "cuda", "devices": [0, 1]}
-    job = write_cuda_job(tmp_path, provider=provider, precision=precision)
+    job = write_cuda_job(tmp_path, num_images, provider=provider, precision=precision)
     done = run(machine, job, gpus=2, fault=f"{call}:2:{at}")
     assert done.exit_code == 0, done.stderr
     assert done.stderr.count("memory does not suffice for batches of 16 (") == 1
     assert "going on with 8 in a new session" in done.stderr
     assert done.json["batch_size"] == 8
     assert_one_record_each(job)
+    assert_gone_on_with(job, num_images)
     batches = BATCH_SIZE // 2 * EDGE * EDGE * 3
     copied_to = re.findall(f"copy async {batches} .*>(gpu.) ", "\n".join(trace(job)))
     assert set(copied_to) == {"gpu0", "gpu1"}

@@ -42,9 +42,7 @@ def test_fp16_convolves_on_the_tensor_cores_and_fp32_only_when_told_to(
     }
 
 
-def test_other_threads_run_while_pixels_and_scores_are_copied(
-    machine: Machine, tmp_path: Path
-) -> None:
+def test_other_threads_run_while_pixels_are_copied(machine: Machine, tmp_path: Path) -> None:
     model = write_convolving(tmp_path / "large.onnx", 224)
     gap_s, took_s = tried(machine, "longest_gap", model, copy_ms=COPY_MS)
     assert took_s > COPY_MS / 1000

@@ -130,6 +130,29 @@ def test_the_bottleneck_is_what_the_others_wait_for(
 
 
 @pytest.mark.parametrize(
+    ("write_s", "elsewhere_s", "expected"),
+    [
+        (1.0, 18.0, "decode"),  # each of three spends 6 s on lines, while it infers for 6.1 s
+        (1.0, 27.0, "write"),
+        (9.0, 3.0, "write"),  # they wait for the one that writes
+    ],
+)
+def test_lines_that_several_processes_make_are_counted_and_compared_with_what_one_can_do(
+    monkeypatch: pytest.MonkeyPatch, write_s: float, elsewhere_s: float, expected: str
+) -> None:
+    stand_still(monkeypatch, 0.0, 10.0)
+    stats = collector(num_streams=3)
+    for _ in range(12):
+        stats.add_batch(11.7 / 12, 18.3 / 12)
+    for _ in range(6):
+        stats.add_lines_elsewhere(elsewhere_s / 6, 3)
+    stats.add_write(write_s)
+    figures = stats.snapshot()
+    assert figures.bottleneck == expected
+    assert figures.stage_s.write == write_s + elsewhere_s
+
+
+@pytest.mark.parametrize(
     ("decode_wait_s", "infer_s", "write_s", "expected"),
     [(0.2, 0.1, 0.01, "decode"), (0.1, 0.2, 0.15, "infer"), (0.1, 0.2, 0.3, "write")],
 )

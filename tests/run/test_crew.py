@@ -1,18 +1,25 @@
 """How a run makes one file of what a crew commits."""
 
-from collections import Counter
-from collections.abc import Iterator
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 
 from batchclf.errors import ErrorLimitPassed
+from batchclf.results.lines import Lines, encode
 from batchclf.results.parts import Committed, Folders
+from batchclf.results.records import ImageRef, Prediction, Record
 from batchclf.results.stats import StatsCollector
+from batchclf.run import classify
+from batchclf.run.classify import Work
 from batchclf.run.crew import collect
 from batchclf.run.reporter import Reporter
+from batchclf.run.serve import _Bench
 from batchclf.spec.job import JobSpec
 from batchclf.system.interrupt import StopRequest
 
@@ -77,3 +84,20 @@ def test_errors_that_are_in_no_part_yet_count_and_their_records_are_there_when_t
     crew = FakeCrew(num_seen=3)
     assert collected(crew, limit) == [0, 10]
     assert crew.is_stopped
+
+
+def test_the_time_that_one_of_a_crew_takes_to_make_lines_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def slow(records: Sequence[Record]) -> Lines:
+        time.sleep(0.05)
+        return encode(records)
+
+    monkeypatch.setattr(classify, "encode", slow)
+    stats = StatsCollector(lambda: 0.0, lambda: 0.0)
+    stats.start(0.0)
+    work = cast(Work, SimpleNamespace(stats=stats))
+    bench = _Bench(work, Mock(), Mock(), Mock(), deque(), 0)
+    bench._drafts.append(Mock(num_left=2))
+    bench.write([Record(ImageRef(0, b"a"), (Prediction("cat", 0, 1.0),))])
+    assert stats.snapshot().stage_s.write >= 0.05

@@ -1,9 +1,9 @@
 """A process for each of several devices: one output in order, and a process that ends is no end."""
 
+import math
 import os
 import pickle
 import signal
-import subprocess
 import threading
 import time
 from collections import deque
@@ -103,6 +103,28 @@ def test_two_processes_write_what_one_writes(
     assert together.summary.batch_ms["p50"] > 0
     for feeder in started[0]._feeders:
         assert feeder._process.returncode is not None
+
+
+SLOW_LINES = """
+def change(module):
+    really_encode = module.encode
+
+    def encode(records):
+        time.sleep(0.1)
+        return really_encode(records)
+
+    module.encode = encode
+"""
+
+
+def test_the_time_that_processes_take_to_make_lines_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link_digits(tmp_path / "images", 40)
+    feed_in_two(monkeypatch)
+    for name, value in fault(tmp_path, SLOW_LINES, "batchclf.run.classify").items():
+        monkeypatch.setenv(name, value)
+    assert run_here(job(tmp_path, "out")).summary.stage_s.write > 10 * 0.1
 
 
 def test_images_of_a_bucket_are_read_ahead_of_small_batches(
@@ -257,36 +279,75 @@ def test_processes_are_heard_while_records_cannot_be_written(
     run_here(job(tmp_path, "out", loader=loader), log=Blocked())
 
 
+class Stopping(Notes):
+    """Stops the second process until the first has loaded all that it is given meanwhile."""
+
+    most = 4 * 2 * 2 * AHEAD
+    """Images that may be dealt and not written."""
+
+    def __init__(self, started: list[Feeders]) -> None:
+        super().__init__()
+        self.started = started
+
+    def when_begun(self) -> None:
+        self.fast, self.slow = self.started[0]._feeders
+        self.slow._process.send_signal(signal.SIGSTOP)
+        threading.Thread(target=self.go_on_later).start()
+
+    def go_on_later(self) -> None:
+        before, ends_at = -1, time.monotonic() + 20
+        while before < len(self.seen) or (before < self.most // 2 and time.monotonic() < ends_at):
+            before = len(self.seen)
+            time.sleep(0.5)
+        self.num_ahead = before - self.num_written
+        self.when_idle()
+        self.slow._process.send_signal(signal.SIGCONT)
+
+    def when_idle(self) -> None:
+        """Called before the second goes on."""
+
+
 def test_one_that_is_slower_holds_up_the_others_only_when_they_are_far_ahead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_images = 600
     link_digits(tmp_path / "images", num_images)
-    started = feed_in_two(monkeypatch)
-    most = 4 * 2 * 2 * AHEAD
-
-    class Stopping(Notes):
-        def when_begun(self) -> None:
-            slow = started[0]._feeders[1]._process
-            slow.send_signal(signal.SIGSTOP)
-            threading.Thread(target=self.go_on_later, args=(slow,)).start()
-
-        def go_on_later(self, slow: "subprocess.Popen[bytes]") -> None:
-            before, ends_at = -1, time.monotonic() + 20
-            while before < len(self.seen) or (before < most // 2 and time.monotonic() < ends_at):
-                before = len(self.seen)
-                time.sleep(0.5)
-            self.num_ahead = before - self.num_written
-            slow.send_signal(signal.SIGCONT)
-
-    log = Stopping()
+    log = Stopping(feed_in_two(monkeypatch))
     loader = {"workers": 2, "backend": "threads"}
     result = run_here(job(tmp_path, "out", loader=loader), log=log)
     assert [line["path"] for line in read_records(tmp_path / "out")] == sorted(
         os.listdir(tmp_path / "images")
     )
     assert result.summary.num_images == num_images
-    assert 4 * AHEAD < log.num_ahead <= most
+    assert 4 * AHEAD < log.num_ahead <= log.most
+
+
+def test_one_that_ends_while_all_wait_for_another_is_told_of_once_that_one_has_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is dealt anything any more, and without more the other would not finish its last."""
+    link_digits(tmp_path / "images", 600)
+
+    class Killing(Stopping):
+        idle_since = math.inf
+
+        def when_idle(self) -> None:
+            self.fast._process.kill()
+            while not self.fast.has_ended:
+                time.sleep(0.01)
+            self.idle_since = time.monotonic()
+
+        def update(self, num_images: int, num_errors: int) -> None:
+            super().update(num_images, num_errors)
+            assert time.monotonic() - self.idle_since < 60, "stands still"
+
+    log = Killing(feed_in_two(monkeypatch))
+    loader = {"workers": 2, "backend": "threads"}
+    with pytest.raises(DeviceLost, match=r"ended: killed by SIGKILL"):
+        run_here(job(tmp_path, "out", loader=loader), log=log)
+    written = (tmp_path / "out" / "predictions.jsonl").read_bytes()
+    # All that the second was given is written, and what the first had done.
+    assert written.count(b"\n") > 4 * 2 * AHEAD
 
 
 def test_what_processes_have_done_when_a_signal_comes_is_written(

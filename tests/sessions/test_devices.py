@@ -6,9 +6,10 @@ from typing import Any, NoReturn
 
 import pytest
 
+from batchclf.commands import validate
 from batchclf.errors import EnvironmentFailed, ProviderError
 from batchclf.models.bundle import Bundle, BundleMeta
-from batchclf.results.records import Preprocess
+from batchclf.results.records import Precision, Preprocess
 from batchclf.runtime.providers import PROVIDERS, compiled_in
 from batchclf.runtime.sessions import Target
 from batchclf.sessions import open as opening
@@ -72,10 +73,15 @@ def test_options_reach_the_provider_as_text() -> None:
     assert target.options == {"a": "1", "b": "true", "c": "false", "d": "0.5", "e": "text"}
 
 
-def test_tf32_is_expected_to_round_where_it_was_asked_for() -> None:
+@pytest.mark.parametrize(("architecture", "rounding"), [(75, "fp32"), (80, "fp16"), (90, "fp16")])
+def test_tf32_is_expected_to_round_where_it_was_asked_for_and_there_is_such_a_thing(
+    architecture: int, rounding: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batchclf.runtime.cuda_machine.architecture_of", lambda _: architecture)
     cuda = PROVIDERS["cuda"]
     assert _rounding(Target(cuda)) == "fp32"
-    assert _rounding(Target(cuda, options={"use_tf32": "1"})) == "fp16"
+    assert _rounding(Target(cuda, options={"use_tf32": "1"})) == rounding
+    assert _rounding(Target(cuda, precision="fp16", options={"use_tf32": "1"})) == "fp16"
     assert _rounding(Target(PROVIDERS["openvino"], precision="bf16")) == "bf16"
 
 
@@ -148,3 +154,15 @@ def test_without_a_process_to_try_devices_in_the_environment_has_failed(
     monkeypatch.setattr("batchclf.system.apart.start_serving", refused)
     with pytest.raises(EnvironmentFailed, match="no process is to be had: Resource temporarily"):
         settle_apart(job(provider={"name": "cuda", "devices": [0, 1]}), print)
+
+
+@pytest.mark.parametrize(("devices", "where"), [([1], "here"), ([0, 1], "apart")])
+def test_several_gpus_are_tried_in_a_process_of_their_own_by_validate_as_well(
+    devices: list[int], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(opening, "settle_provider", lambda *_: tried.append("here"))
+    monkeypatch.setattr(opening, "settle_apart", lambda *_: tried.append("apart"))
+    said = validate._provider(job(provider={"name": "cuda", "devices": devices}), print)
+    assert tried == [where]
+    assert said.startswith("CUDAExecutionProvider of ")

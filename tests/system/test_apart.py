@@ -2,7 +2,10 @@
 
 import os
 import signal
+import struct
 import time
+from multiprocessing.connection import Connection
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -47,4 +50,21 @@ def test_one_that_dies_at_its_work_is_an_error_of_the_system() -> None:
     with Apart() as apart:
         with pytest.raises(Ended, match="has ended: exit code 3"):
             apart.do(30, os._exit, 3)
+        assert apart.do(30, os.getpid)
+
+
+def cut_off() -> None:
+    """Let this process end in the middle of its next answer."""
+
+    def send_some(connection: Connection, answer: object) -> None:
+        os.write(connection.fileno(), struct.pack("!i", 1000) + b"the first of 1000 bytes")
+        os._exit(3)
+
+    patch.object(Connection, "send", send_some).start()
+
+
+def test_one_that_dies_in_the_middle_of_its_answer_is_an_error_of_the_system() -> None:
+    with Apart() as apart:
+        with pytest.raises(Ended, match="has ended: exit code 3"):
+            apart.do(30, cut_off)
         assert apart.do(30, os.getpid)
