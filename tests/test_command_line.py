@@ -34,6 +34,7 @@ def completed(*words: str) -> list[str]:
         "COMP_CWORD": str(len(words)),
     }
     done = CliRunner(env=asked).invoke(main, [], prog_name="batchclf")
+    assert done.exit_code == 0, done.exception
     return [line.partition(",")[2] for line in done.stdout.splitlines()]
 
 
@@ -46,6 +47,7 @@ def completed(*words: str) -> list[str]:
         (("run", "job.yaml", "--set", "loader.w"), ["loader.workers="]),
         (("convert", "out", "--to", ""), ["csv", "parquet", "folders"]),
         (("completion", "f"), ["fish"]),
+        (("rnu", "--overw"), [""]),
     ],
 )
 def test_a_shell_is_offered_what_may_stand_there(

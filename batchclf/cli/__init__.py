@@ -58,8 +58,9 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find a command; one that is misspelt is told with the nearest."""
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+        """Find a command; one that is misspelt is told with the nearest, but to no shell."""
+        is_name = bool(args) and not args[0].startswith("-")
+        if is_name and args[0] not in COMMANDS and not ctx.resilient_parsing:
             near = difflib.get_close_matches(args[0], COMMANDS, 1, cutoff=0.5)
             what = f"did you mean {near[0]!r}?" if near else "`batchclf --help` lists them"
             ctx.fail(f"No such command {args[0]!r}; {what}")

@@ -1,6 +1,7 @@
 """A run's figures for Prometheus: `--metrics-port`."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,10 +30,11 @@ def split_address(text: str) -> tuple[str, int]:
         UsageError: it is neither.
     """
     host, _, port = text.rpartition(":")
-    if not port.isdecimal() or not port.isascii() or int(port) > 65535:
+    if not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
         raise UsageError(
-            f"--metrics-port: found {text!r}; give a port, such as 9464, which this machine alone "
-            "can reach, or HOST:PORT, such as 0.0.0.0:9464, for others to reach it"
+            f"--metrics-port: found {text!r}; give a port from 1 to 65535, such as 9464, which "
+            "this machine alone can reach, or HOST:PORT, such as 0.0.0.0:9464, for others to reach "
+            "it"
         )
     return host.strip("[]") or HERE, int(port)
 
@@ -44,7 +46,7 @@ class Metrics:
         """`gpus`: the numbers of the NVIDIA GPUs that the job runs on.
 
         Raises:
-            EnvironmentFailed: the port is not to be had.
+            EnvironmentFailed: the host or port is not to be had.
         """
         self._shown = shown
         self._run = _Run(gpus)
@@ -53,10 +55,11 @@ class Metrics:
         host, port = address
         try:
             self._server, self._thread = start_http_server(port, host, registry)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # a host that is no name
+            why = getattr(error, "strerror", None) or error
             raise EnvironmentFailed(
-                f"--metrics-port: {host}:{port} cannot be listened on: {error.strerror or error}; "
-                "give another port"
+                f"--metrics-port: {host}:{port} cannot be listened on: {why}; give another host or "
+                "port"
             ) from error
         self.port: int = self._server.server_port
 

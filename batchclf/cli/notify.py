@@ -1,9 +1,10 @@
 """The end of a run told to a web address: `--notify URL`."""
 
 import json
+import re
 import threading
 from collections.abc import Mapping
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from http.client import HTTPConnection, HTTPException, HTTPSConnection, InvalidURL
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -14,6 +15,7 @@ from batchclf.errors import UsageError
 TIMEOUT_S = 10.0
 STOPPED_TIMEOUT_S = 1.0
 """The same after a signal, which leaves little time."""
+_NOT_IN_ADDRESSES = re.compile(r"[\x00-\x20\x7f]")
 
 
 class Webhook:
@@ -26,16 +28,26 @@ class Webhook:
         """Look at the address; nothing is sent.
 
         Raises:
-            UsageError: it is none of http or https.
+            UsageError: it is none of http or https, or none that can be asked.
         """
+        url = url.strip()  # as the end of the line that a secret was read from
         try:
             self._url = urlsplit(url)
             is_usable = self._url.scheme in ("http", "https") and bool(self._url.hostname)
+            is_usable = is_usable and f"{self._url.path}{self._url.query}".isascii()
             self._port = self._url.port
         except ValueError:
             is_usable = False
-        if not is_usable:
-            raise UsageError("--notify: give an address such as https://example.org/hook")
+        if not is_usable or _NOT_IN_ADDRESSES.search(url):
+            raise UsageError(
+                "--notify: give an address such as https://example.org/hook, with blanks and what "
+                "is not ASCII written as %20 and the like"
+            )
+        if "@" in self._url.netloc:
+            raise UsageError(
+                "--notify: user:password@ before the host is not sent; give an address whose path "
+                "or query says who asks, as https://example.org/hook?key=..."
+            )
 
     def tell(self, answer: Mapping[str, Any], *, is_stopped: bool) -> None:
         """Send the summary, for some seconds at most; what goes wrong is a line of the log."""
@@ -45,6 +57,8 @@ class Webhook:
         def post() -> None:
             try:
                 problem = _post(self._url, self._port, json.dumps(answer), seconds)
+            except InvalidURL:  # its text holds the address
+                problem = "its address is not one that can be asked"
             except (OSError, HTTPException, ValueError) as error:
                 problem = str(error) or type(error).__name__
             problems.extend([problem] if problem else [])

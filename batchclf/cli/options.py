@@ -141,9 +141,17 @@ def load_to_look(job: Path, sets: tuple[str, ...], direct: dict[str, Any]) -> "J
     """As `load`, for commands that keep nothing: what can be read once only is in temporary files.
 
     Raises:
-        BatchclfError: as `load`; such a list cannot be read, or holds nothing.
+        BatchclfError: as `load` and `to_look`.
     """
-    spec = load(job, sets, direct)
+    return to_look(load(job, sets, direct))
+
+
+def to_look(spec: "JobSpec") -> "JobSpec":
+    """The job with what can be read once only in temporary files, for as long as the command lasts.
+
+    Raises:
+        BatchclfError: such a list cannot be read, or holds nothing.
+    """
     from batchclf.images.streams import is_stream
     from batchclf.run.kept import keep_lists
     from batchclf.spec.input import places_of

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from batchclf.cli.options import json_option
+from batchclf.cli.options import json_option, output_folder
 from batchclf.cli.streams import as_lines, print_result
 from batchclf.errors import UsageError
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command("report")
-@click.argument("output", type=click.Path(path_type=Path, readable=False))
+@click.argument("output")
 @click.option(
     "-o",
     "--output",
@@ -39,17 +39,17 @@ if TYPE_CHECKING:
 @click.option("--overwrite", is_flag=True, help="Replace the file, where there is one.")
 @json_option("Print what was written as one JSON object.")
 def command(
-    output: Path,
+    output: str,
     target: Path,
     truth: str | None,
     allow_unmatched: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write one HTML page about the job in the folder OUTPUT, also while it runs.
+    """Write one HTML page about the job in OUTPUT, a folder or an address in a bucket.
 
-    The page holds all that it shows, pictures too, and asks nothing of any network: speed over
-    time, classes, scores, a gallery to filter, errors, the job.
+    The job may still run. The page holds all that it shows, pictures too, and asks nothing of any
+    network: speed over time, classes, scores, a gallery to filter, errors, the job.
 
     \b
       batchclf report runs/night -o night.html
@@ -67,9 +67,10 @@ def command(
             )
     from batchclf.commands.report.report import report_output
 
-    reported = report_output(
-        output, target, truth=truth, allow_unmatched=allow_unmatched, overwrite=overwrite
-    )
+    with output_folder(output) as folder:
+        reported = report_output(
+            folder, target, truth=truth, allow_unmatched=allow_unmatched, overwrite=overwrite
+        )
     text = json.dumps(asdict(reported)) if as_json else as_lines(*_lines(reported))
     print_result(text, f"the page is written: {reported.path}")
 

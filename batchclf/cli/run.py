@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchclf import STARTED
-from batchclf.cli.options import job_options, json_option, load, load_to_look
+from batchclf.cli.options import job_options, json_option, load
 from batchclf.cli.streams import LogFormat, print_result, say
 from batchclf.cli.watching import Watching, watching_options
 from batchclf.errors import UsageError
@@ -71,6 +71,8 @@ def command(
       batchclf run jobs/cpu.yaml -i photos -o runs/photos -b 16
     """
     watching = Watching.asked(log_format, notify, metrics_port)
+    if dry_run:
+        _require_dry(retry_failed, extend, watching)
     only = None if codes is None else _parse_codes(codes)
 
     def options() -> "RunOptions":
@@ -92,7 +94,7 @@ def command(
     if dry_run:
         from batchclf.cli.validate import preview
 
-        preview(job, load_to_look(job, sets, direct), options(), with_trial=True, as_json=as_json)
+        preview(job, load(job, sets, direct), options(), trial_by="--dry-run", as_json=as_json)
         return
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest().installed(is_last=True))
@@ -116,9 +118,29 @@ def command(
         "type": "summary",
         **asdict(result.summary),
     }
-    watching.tell(answer, f"complete: {_counts(result.summary)}")
     if as_json:
-        print_result(json.dumps(answer), f"the job is complete: {predictions}")
+        with watching.told_of_errors():
+            print_result(json.dumps(answer), f"the job is complete: {predictions}")
+    watching.tell(answer, f"complete: {_counts(result.summary)}")  # whoever is told may be slow
+
+
+def _require_dry(retry_failed: bool, extend: bool, watching: Watching) -> None:
+    """Refuse what --dry-run would leave out without a word.
+
+    Raises:
+        UsageError: naming it.
+    """
+    for name, is_given in (
+        ("--retry-failed", retry_failed),
+        ("--extend", extend),
+        ("--notify", watching.webhook is not None),
+        ("--metrics-port", watching.metrics is not None),
+    ):
+        if is_given:
+            raise UsageError(
+                f"{name}: --dry-run only tells of a run that begins, or goes on with the images "
+                f"that have no record; leave {name} out, or --dry-run"
+            )
 
 
 def _parse_codes(text: str) -> frozenset[str]:
@@ -136,17 +158,19 @@ def _counts(summary: "Summary") -> str:
 
 
 def _print_summary(summary: "Summary", predictions: str) -> None:
+    from batchclf.results.records import precision_name
+
     provider, check, part = summary.provider, summary.precision_check, summary.part
+    name = precision_name(summary.precision, check)
     lines = [
         _counts(summary),
         f"{summary.images_per_s:,.1f} images/s over {summary.wall_s:.1f} s "
         f"(and {summary.startup_s:.1f} s of start-up), batches of {summary.batch_size}"
         + (f" in parts of {part.num_images}" if part.num_images < summary.batch_size else ""),
-        f"ran on {provider.active} ({provider.device}), {summary.precision}; "
+        f"ran on {provider.active} ({provider.device}), {name}; "
         f"bottleneck: {summary.bottleneck} ({summary.bottleneck_why})",
     ]
     if check is not None:
-        name = summary.precision if summary.precision != "fp32" else "TF32"
         lines.append(
             f"{name} compared with fp32 on {check.num_images} images: same top class on "
             f"{check.top1_agreement:.1%}, largest difference of a score "

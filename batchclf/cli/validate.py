@@ -1,13 +1,13 @@
 """`batchclf validate`: check a job without running it."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from batchclf.cli.options import job_options, json_option, load_to_look
+from batchclf.cli.options import job_options, json_option, load, to_look
 from batchclf.cli.streams import as_lines, print_result, say
 from batchclf.cli.words import duration, size
 
@@ -40,42 +40,99 @@ def command(job: Path, sets: tuple[str, ...], trial: bool, as_json: bool, **dire
     """
     from batchclf.spec.options import RunOptions
 
-    preview(job, load_to_look(job, sets, direct), RunOptions(), with_trial=trial, as_json=as_json)
+    spec = load(job, sets, direct)
+    preview(job, spec, RunOptions(), trial_by="--trial" if trial else None, as_json=as_json)
 
 
 def preview(
-    job: Path, spec: "JobSpec", options: "RunOptions", *, with_trial: bool, as_json: bool
+    job: Path,
+    spec: "JobSpec",
+    options: "RunOptions",
+    *,
+    trial_by: Literal["--trial", "--dry-run"] | None,
+    as_json: bool,
 ) -> None:
-    """Print what a run will do, and what to look at before.
+    """Print what a run will do, and what to look at before; `trial_by`: what asks for a trial.
 
     Raises:
         BatchclfError: what would end the run.
     """
     import json
 
-    from batchclf.commands.validate import check_job, disk_warning
+    from batchclf.commands.validate import check_job
 
-    def log(text: str) -> None:
-        say(f"batchclf: {text}")
+    if trial_by is not None:
+        from batchclf.engines.trial import require_local
 
-    checked, trial = check_job(spec, options, log), None
+        require_local(spec, trial_by)
+    looked = to_look(spec)
+    checked, forecast = check_job(looked, options, _log), None
     warnings = list(checked.warnings)
-    if with_trial:
-        from batchclf.engines.trial import try_job
-
-        trial = try_job(spec, checked.sample, log, located=checked.located)
-        warnings += trial.warnings()
-        full = disk_warning(spec, trial.output_bytes(checked.num_images))
-        if full is not None:
-            warnings = [full, *(one for one in warnings if not one.startswith("output: the disk"))]
+    if trial_by is not None:
+        num_kept = _num_kept(spec, options, warnings) if trial_by == "--dry-run" else 0
+        forecast = _tried(looked, checked, num_kept, warnings)
     if as_json:
-        text = json.dumps(_answer(checked, trial, warnings))
+        text = json.dumps(_answer(checked, forecast, warnings))
     else:
-        text = as_lines(*_lines(spec, checked, trial), *(f"WARNING:  {one}" for one in warnings))
+        lines = _lines(looked, checked, forecast)
+        text = as_lines(*lines, *(f"WARNING:  {one}" for one in warnings))
     print_result(text, f"{job} is valid")
 
 
-def _answer(checked: "Checked", trial: "Trial | None", warnings: list[str]) -> dict[str, Any]:
+def _log(text: str) -> None:
+    say(f"batchclf: {text}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Forecast:
+    """What a trial lets expect of a run."""
+
+    trial: "Trial"
+    num_kept: int
+    """Images that have a record already."""
+    num_left: int
+
+    @property
+    def duration_s(self) -> float:
+        return self.trial.duration_s(self.num_left)
+
+    @property
+    def output_bytes(self) -> int:
+        """Of the records that are to be written."""
+        return self.trial.output_bytes(self.num_left)
+
+
+def _num_kept(spec: "JobSpec", options: "RunOptions", warnings: list[str]) -> int:
+    """How many images have a record in the output.
+
+    Raises:
+        BatchclfError: a run could not go on from there.
+    """
+    from batchclf.run.look import num_recorded
+
+    if isinstance(spec.output, str):
+        warnings.append(
+            f"output: {spec.output} is not looked into: what follows is of a run that begins there"
+        )
+        return 0
+    return num_recorded(spec, options, _log)
+
+
+def _tried(spec: "JobSpec", checked: "Checked", num_kept: int, warnings: list[str]) -> _Forecast:
+    """What a trial tells; what to look at is added to the warnings."""
+    from batchclf.commands.validate import DISK, disk_warning
+    from batchclf.engines.trial import try_job
+
+    trial = try_job(spec, checked.sample, _log, located=checked.located)
+    found = _Forecast(trial, num_kept, max(0, checked.num_images - num_kept))
+    warnings += trial.warnings()
+    full = disk_warning(spec, found.output_bytes)
+    if full is not None:
+        warnings[:] = [full, *(one for one in warnings if not one.startswith(DISK))]
+    return found
+
+
+def _answer(checked: "Checked", forecast: _Forecast | None, warnings: list[str]) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "valid": True,
         "num_images": checked.num_images,
@@ -87,17 +144,19 @@ def _answer(checked: "Checked", trial: "Trial | None", warnings: list[str]) -> d
         "sampled": None if checked.glance is None else asdict(checked.glance),
         "warnings": warnings,
     }
-    if trial is not None:
-        answer["trial"] = asdict(trial) | {
-            "duration_s": round(trial.duration_s(checked.num_images), 1),
-            "output_bytes": trial.output_bytes(checked.num_images),
+    if forecast is not None:
+        answer["trial"] = asdict(forecast.trial) | {
+            "num_kept": forecast.num_kept,
+            "duration_s": round(forecast.duration_s, 1),
+            "output_bytes": forecast.output_bytes,
         }
     return answer
 
 
-def _lines(spec: "JobSpec", checked: "Checked", trial: "Trial | None") -> Iterator[str]:
+def _lines(spec: "JobSpec", checked: "Checked", forecast: _Forecast | None) -> Iterator[str]:
     from batchclf.spec.input import shown
 
+    trial = None if forecast is None else forecast.trial
     yield f"images:   {checked.num_images:,} in {shown(spec.input)}"
     if checked.num_left_out:
         yield f"left out: {checked.left_out}"
@@ -111,8 +170,8 @@ def _lines(spec: "JobSpec", checked: "Checked", trial: "Trial | None") -> Iterat
     yield f"model:    {checked.model if trial is None else _model(trial)}"
     yield f"provider: {checked.provider if trial is None else _provider(trial)}"
     yield f"output:   {spec.output}"
-    if trial is not None:
-        yield from _forecast(checked, trial)
+    if forecast is not None:
+        yield from _forecast_lines(forecast)
 
 
 def _model(trial: "Trial") -> str:
@@ -122,17 +181,23 @@ def _model(trial: "Trial") -> str:
 
 
 def _provider(trial: "Trial") -> str:
+    from batchclf.results.records import precision_name
+
     check, told = trial.precision_check, ""
+    name = precision_name(trial.precision, check)
     if check is not None:
         told = f", the same top class as fp32 on {check.top1_agreement:.1%}"
-    return f"{trial.provider.active} ({trial.provider.device}), {trial.precision}{told}"
+    return f"{trial.provider.active} ({trial.provider.device}), {name}{told}"
 
 
-def _forecast(checked: "Checked", trial: "Trial") -> Iterator[str]:
+def _forecast_lines(forecast: _Forecast) -> Iterator[str]:
+    trial = forecast.trial
     codes = "".join(f", {count:,} {code}" for code, count in trial.errors_by_code.items())
     yield (
         f"trial:    {trial.num_images:,} images, {trial.num_errors:,} errors{codes}; "
         f"{trial.images_per_s:,.1f} images/s"
     )
-    yield f"duration: about {duration(trial.duration_s(checked.num_images))}"
-    yield f"records:  about {size(trial.output_bytes(checked.num_images))}"
+    if forecast.num_kept:
+        yield f"kept:     {forecast.num_kept:,} images have a record already; of the others:"
+    yield f"duration: about {duration(forecast.duration_s)}"
+    yield f"records:  about {size(forecast.output_bytes)}"

@@ -38,7 +38,8 @@ def watching_options(command: Command) -> Command:
             type=click.Choice(["text", "json"]),
             default="text",
             show_default=True,
-            help="json: each line of stderr is an object, with the facts of its message.",
+            help="json: each line of the log is an object, with the facts of its message; a "
+            "mistake in the options, and what libraries print by themselves, stays plain text.",
         ),
     ):
         command = option(command)
@@ -69,9 +70,10 @@ class Watching:
 
             webhook = Webhook(notify)
         if metrics is not None:
-            if find_spec("prometheus_client") is None:
+            missing = [one for one in ("prometheus_client", "pynvml") if find_spec(one) is None]
+            if missing:
                 raise UsageError(
-                    "--metrics-port needs prometheus_client: pip install 'batchclf[metrics]'"
+                    f"--metrics-port needs {' and '.join(missing)}: pip install 'batchclf[metrics]'"
                 )
             from batchclf.cli.metrics import split_address
 
@@ -82,7 +84,7 @@ class Watching:
         """Who is shown the run of this job, until the stack is left.
 
         Raises:
-            EnvironmentFailed: the port for metrics is not to be had.
+            EnvironmentFailed: the host or port for metrics is not to be had.
         """
         from batchclf.cli.progress import Progress
 

@@ -22,6 +22,7 @@ from batchclf.results.listing import open_listing
 from batchclf.results.lock import LEASE_S
 from batchclf.results.output import files_of_parts
 from batchclf.results.run_record import read_run
+from batchclf.results.stats import are_of_one_run
 from batchclf.system.machine import boot_id
 
 State = Literal["complete", "running", "stale", "interrupted", "failed", "not begun"]
@@ -216,7 +217,7 @@ def _last_figures(files: RunFiles) -> _Figures:
 def _rate_between(before: Mapping[str, Any], last: Mapping[str, Any]) -> float | None:
     """Images per second between two figures of one run; None: they are of two."""
     seconds, count = last["wall_s"] - before["wall_s"], last["num_new"] - before["num_new"]
-    return round(count / seconds, 2) if seconds > 0 and count >= 0 else None
+    return round(count / seconds, 2) if are_of_one_run(before, last) and seconds > 0 else None
 
 
 def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Check a job without running it: precision, provider, output, images, model."""
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from batchclf.commands.survey import Survey, survey
 from batchclf.images.glance import Glance, glance
@@ -17,17 +17,20 @@ from batchclf.sessions.sample import evenly_spread
 from batchclf.spec.job import JobSpec
 from batchclf.spec.options import RunOptions
 from batchclf.system.apart import Apart
+from batchclf.system.paths import Usage, disk_of
 
 NUM_GLANCED = 200
 GLANCE_S = 5.0
 """Seconds for reading them."""
 HUNG_S = 60.0
-"""Seconds after which the process that reads them is left behind."""
+"""Seconds after which the process is left behind that reads them, or asks the output's disk."""
 HUGE_PIXELS = 50_000_000
 RECORD_BYTES, RANK_BYTES = 60, 60
 """Of a record about, and of each class in it; a trial tells it better."""
 LEAST_FREE = 0.02
 """Of the output's file system."""
+DISK = "output: the disk of"
+"""How warnings of `disk_warning` begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +97,26 @@ def disk_warning(job: JobSpec, num_bytes: int) -> str | None:
     """What to say where the output's disk has no room for so much; None: it has, or is far."""
     if isinstance(job.output, str):
         return None
-    place = next(one for one in (job.output, *job.output.absolute().parents) if one.exists())
-    usage = shutil.disk_usage(place)
+    try:
+        place, usage = _disk_of(job.output)
+    except OSError as error:
+        return f"{DISK} {job.output} does not tell how much of it is free: {error}"
     if usage.free > num_bytes and usage.free > LEAST_FREE * usage.total:
         return None
     return (
-        f"output: the disk of {place} is nearly full: {usage.free:,} of {usage.total:,} bytes are "
+        f"{DISK} {place} is nearly full: {usage.free:,} of {usage.total:,} bytes are "
         f"free, and the records will take about {num_bytes:,}; make room, or give another output"
     )
+
+
+def _disk_of(path: Path) -> tuple[Path, Usage]:
+    """As `disk_of`, in a process that may be left behind: the disk may be a share that hangs.
+
+    Raises:
+        OSError: as `disk_of`, or it does not answer.
+    """
+    with Apart() as apart:
+        return apart.do(HUNG_S, disk_of, path)
 
 
 def _provider(job: JobSpec, log: Log) -> str:

@@ -22,7 +22,13 @@ from batchclf.models.resolve import Log, ResolvedModel, resolve_model
 from batchclf.results.files import RunFiles, read_lines
 from batchclf.results.lines import parse_record
 from batchclf.results.listing import drafted, place
-from batchclf.results.records import ActiveProvider, Entry, ImageRef, PrecisionCheck
+from batchclf.results.records import (
+    ActiveProvider,
+    Entry,
+    ImageRef,
+    PrecisionCheck,
+    precision_name,
+)
 from batchclf.results.run_record import read_run
 from batchclf.results.stats import Live
 from batchclf.run.identity import identity_of
@@ -75,13 +81,14 @@ class Trial:
     def warnings(self) -> Iterator[str]:
         """What a user should look at before the night."""
         check, num_ok = self.precision_check, self.num_images - self.num_errors
+        name = precision_name(self.precision, check)
         if check is not None and check.top1_agreement < LOW_AGREEMENT:
             yield (
-                f"{self.precision} gives another top class than fp32 on "
+                f"{name} gives another top class than fp32 on "
                 f"{1 - check.top1_agreement:.1%} of {check.num_images} images; is that good enough?"
             )
         if check is not None and check.is_slow:
-            yield f"{self.precision} is {check.speed} times as fast as fp32: use precision fp32"
+            yield f"{name} is {check.speed} times as fast as fp32: use precision fp32"
         if num_ok >= ENOUGH and self.top_share >= ALIKE and len(self.labels) > 1:
             yield (
                 f"{self.top_share:.0%} of {num_ok:,} images got the answer {self.top_label!r}: do "
@@ -94,22 +101,29 @@ class Trial:
             yield f"it falls back to the CPU, as the job allows: {self.provider.fallback}"
 
 
+def require_local(job: JobSpec, option: str) -> None:
+    """Refuse a trial of a job whose engine works elsewhere; `option` asked for it.
+
+    Raises:
+        UsageError: it does.
+    """
+    if job.engine.name != "local":
+        raise UsageError(
+            f"{option}: tries a job on this machine, and engine {job.engine.name} works on others; "
+            f"leave {option} out, or add --set engine=local to try it here"
+        )
+
+
 def try_job(
     job: JobSpec, sample: Sequence[ImageRef], log: Log, *, located: bool, seconds: float = TRIAL_S
 ) -> Trial:
-    """Run a job over a sample of its images for some seconds.
+    """Run a job of this machine over a sample of its images for some seconds.
 
     `located`: whether some of them may lie in archives. The model is built where it is not yet.
 
     Raises:
-        UsageError: the job's engine works elsewhere.
         BatchclfError: whatever would end the run.
     """
-    if job.engine.name != "local":
-        raise UsageError(
-            f"--trial: tries a job on this machine, and engine {job.engine.name} works on others; "
-            "leave --trial out, or add --set engine=local to try it here"
-        )
     model = resolve_model(
         job.model, batch_size=job.batch_size, open_reference=open_reference, log=log
     )

@@ -6,7 +6,9 @@ Array shapes: N images of a batch, H rows, W columns, C = 3 (RGB).
 import io
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from PIL import Image
 
@@ -44,9 +46,11 @@ def thumbnails(
     """
     ends_at = time.monotonic() + limits.max_seconds
     shape = (_AT_ONCE, limits.edge, limits.edge, 3)
-    loader, workers = _loader(job, source, limits.edge), Workers(1, limits.max_seconds / 4)
+    loader = _loader(job, source, limits.edge)
+    workers = Workers(1, limits.max_seconds / 4, partial(_require_time, ends_at))
     left = limits.max_bytes
-    with open_decoding(loader, "processes", workers, Memory(1, shape)) as decoding:
+    opened = open_decoding(loader, "processes", workers, Memory(1, shape))
+    with suppress(_TimeIsUp), opened as decoding:
         (load,), (pixels_NHWC,) = decoding.workers, decoding.batches
         for first in range(0, len(refs), _AT_ONCE):
             some = refs[first : first + _AT_ONCE]
@@ -58,8 +62,16 @@ def thumbnails(
                 if left < 0:
                     return
                 yield ref, found
-            if time.monotonic() > ends_at:
-                return
+            _require_time(ends_at)
+
+
+class _TimeIsUp(Exception):
+    """Ends the waiting for images, however many of them hang."""
+
+
+def _require_time(ends_at: float) -> None:
+    if time.monotonic() > ends_at:
+        raise _TimeIsUp
 
 
 def _loader(job: JobSpec, source: AnySource, edge: int) -> Loader:

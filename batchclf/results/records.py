@@ -207,3 +207,8 @@ class PrecisionCheck:
     def is_slow(self) -> bool:
         """Whether the precision costs time as well as accuracy."""
         return self.speed is not None and self.speed < _SLOW
+
+
+def precision_name(precision: str, check: PrecisionCheck | None) -> str:
+    """What a job's precision is called: fp32 that was compared with fp32 is TF32."""
+    return "TF32" if precision == "fp32" and check is not None else precision

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from batchclf.results.lines import Lines
 from batchclf.results.run_record import How
@@ -76,6 +76,18 @@ class Live:
     batch_size: int
     queue_depth: int | None
     """Decoded batches that wait for inference; None: other processes have the queue."""
+
+
+def are_of_one_run(before: Mapping[str, Any], line: Mapping[str, Any]) -> bool:
+    """Whether two lines of stats.jsonl that follow each other are figures of one run.
+
+    A run that was interrupted early is followed by one whose figures may all be higher.
+    """
+    return (
+        before.get("startup_s") == line.get("startup_s")
+        and before["wall_s"] <= line["wall_s"]
+        and before["num_new"] <= line["num_new"]
+    )
 
 
 _Figures = TypeVar("_Figures", bound=RunStats)

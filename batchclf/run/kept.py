@@ -39,8 +39,11 @@ def keep_for_run(job: JobSpec, options: RunOptions, wait: Wait) -> JobSpec:
 
 
 def input_of(job: JobSpec) -> str:
-    """A job's input as text; a list that is kept is `-` there, wherever this process keeps it."""
-    places = [STDIN if _is_kept(job, place) else place for place in places_of(job.input)]
+    """A job's input as text; a list that is kept, or is to be, is `-` there, wherever that is."""
+    places = [
+        STDIN if is_stream(place) or _is_kept(job, place) else place
+        for place in places_of(job.input)
+    ]
     return as_text(with_places(job.input, tuple(places)))
 
 

@@ -9,7 +9,7 @@ from batchclf.images.lists import NUM_TRIED
 from batchclf.images.resize import require_pillow
 from batchclf.images.source import source_of
 from batchclf.images.store import Store, open_input, open_store
-from batchclf.models.resolve import ResolvedModel, resolve_model
+from batchclf.models.resolve import Log, ResolvedModel, resolve_model
 from batchclf.results.identity import Identity
 from batchclf.results.listing import FileIdentity, Listing, drafted, file_of, open_listing
 from batchclf.results.run_record import RunRecord, read_run
@@ -21,9 +21,14 @@ from batchclf.run.identity import (
     require_same_job,
     require_same_listing,
 )
+from batchclf.run.reporter import Reporter
 from batchclf.run.request import Run
+from batchclf.run.resume import require_told
 from batchclf.runtime.classifier import open_reference
 from batchclf.sessions.open import settle_job
+from batchclf.spec.job import JobSpec
+from batchclf.spec.options import RunOptions
+from batchclf.system.interrupt import StopRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +89,55 @@ def look(run: Run) -> Found:
             require_pillow(job.loader.decode)
             settle()
         store()
-    model = resolve_model(
-        job.model, batch_size=job.batch_size, open_reference=open_reference, log=run.reporter.log
+    found = _found(run, _model(job, run.reporter.log), record, settle, store)
+    _require_own(found)
+    run.reporter.before_write()
+    remove_leftovers(files, is_complete=record is not None and record.status == "complete")
+    return found
+
+
+def num_recorded(job: JobSpec, options: RunOptions, log: Log) -> int:
+    """How many images have a record that a run would keep, and surely so; nothing is changed.
+
+    Raises:
+        BatchclfError: as `look`, but for what concerns the provider or the input.
+    """
+    run = Run(job, options, Reporter(), StopRequest())
+    record = None if options.overwrite else read_run(run.files)
+    found = _found(run, _model(job, log), record, lambda: None, partial(_open_store, run))
+    _require_own(found)
+    if record is not None:
+        return record.num_images if record.status == "complete" else record.durable.num_images
+    if not options.overwrite:
+        require_told(run.files)
+    return 0
+
+
+def _model(job: JobSpec, log: Log) -> ResolvedModel:
+    return resolve_model(
+        job.model, batch_size=job.batch_size, open_reference=open_reference, log=log
     )
+
+
+def _found(
+    run: Run,
+    model: ResolvedModel,
+    record: RunRecord | None,
+    settle: Callable[[], str | None],
+    store: Callable[[], Store],
+) -> Found:
+    """What is there, whosever it is."""
+    files, options = run.files, run.options
     others = others_of(files, starts_anew=options.overwrite)
     is_thrown_away = options.overwrite and not others
     listing = None if is_thrown_away else open_listing(files)
     if options.overwrite and listing is not None:
         run.reporter.log("--overwrite: other shards use the listing, so it stays as it is")
-    identity = identity_of(job, model, options.limit)
+    identity = identity_of(run.job, model, options.limit)
     if record is not None:  # the listing stays as it is, with another setting as well
         links = record.fingerprint.allow_outside_links
         identity = replace(identity, allow_outside_links=links)
-    found = Found(
+    return Found(
         run=run,
         model=model,
         identity=identity,
@@ -107,10 +148,6 @@ def look(run: Run) -> Found:
         settle=settle,
         store=store,
     )
-    _require_own(found)
-    run.reporter.before_write()
-    remove_leftovers(files, is_complete=record is not None and record.status == "complete")
-    return found
 
 
 def _open_store(run: Run) -> Store:

@@ -44,12 +44,7 @@ def resume(files: RunFiles, record: RunRecord | None, listing: Listing, log: Log
         EnvironmentFailed: the records cannot be read, or cut.
     """
     if record is None:
-        for path in (files.predictions, files.parts):
-            if os.path.exists(path):
-                raise ResumeRefused(
-                    f"output: {path} is there, but no {files.run.name} says which job wrote it; "
-                    "give another output, or --overwrite"
-                )
+        require_told(files)
         return Kept(Done())
     first, last = files.shard.bounds(listing.num_images)
     durable = record.durable
@@ -79,6 +74,20 @@ def resume(files: RunFiles, record: RunRecord | None, listing: Listing, log: Log
         if done.num_images:
             log(f"resuming after {done.num_images:,} of {last - first:,} images")
     return Kept(done, parts)
+
+
+def require_told(files: RunFiles) -> None:
+    """Refuse records where there is no run.json.
+
+    Raises:
+        ResumeRefused: there are some.
+    """
+    for path in (files.predictions, files.parts):
+        if os.path.exists(path):
+            raise ResumeRefused(
+                f"output: {path} is there, but no {files.run.name} says which job wrote it; "
+                "give another output, or --overwrite"
+            )
 
 
 def _following(files: RunFiles, listing: Listing, position: int) -> Iterator[Committed]:

@@ -14,7 +14,13 @@ from batchclf.models.checks import sample_pixels, tiled
 from batchclf.models.golden import check_golden
 from batchclf.models.resolve import Log, ResolvedModel, confirm_batch_size
 from batchclf.models.variants import Conversion, needed_variant, resolve_variant
-from batchclf.results.records import ActiveProvider, Part, Precision, PrecisionCheck
+from batchclf.results.records import (
+    ActiveProvider,
+    Part,
+    Precision,
+    PrecisionCheck,
+    precision_name,
+)
 from batchclf.runtime.classifier import (
     OnnxClassifier,
     open_classifier,
@@ -429,7 +435,7 @@ def _check_precision(
     )
     check, _ = remembered("agreement", key, PrecisionCheck, compare)
     check = replace(check, speed=_speed(bundle, reduced, target, classify, part))
-    precision = wanted.job.precision if wanted.job.precision != "fp32" else "TF32"
+    precision = precision_name(wanted.job.precision, check)
     wanted.log(
         f"{precision} compared with fp32 on "
         f"{check.num_images} of the job's images: same top class on {check.top1_agreement:.1%}, "

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from batchclf.errors import PrecisionRefused
-from batchclf.results.records import Activation, Pixels, PrecisionCheck, Scores
+from batchclf.results.records import (
+    Activation,
+    Pixels,
+    PrecisionCheck,
+    Scores,
+    precision_name,
+)
 from batchclf.runtime.ranking import activated
 from batchclf.runtime.timing import least_costs_ms
 from batchclf.spec.job import JobSpec
@@ -26,11 +32,13 @@ def require_agreement(check: PrecisionCheck, job: JobSpec) -> None:
         PrecisionRefused: below `min_agreement`.
     """
     if check.top1_agreement < job.min_agreement:
+        name = precision_name(job.precision, check)
+        instead = "leave options: {use_tf32: 1} out" if name == "TF32" else "use precision fp32"
         raise PrecisionRefused(
-            f"precision: at {job.precision} the top class is that of fp32 on only "
+            f"precision: at {name} the top class is that of fp32 on only "
             f"{check.top1_agreement:.1%} of {check.num_images} of the job's images, and "
             f"min_agreement is {job.min_agreement:.1%} (largest difference of a score: "
-            f"{check.max_score_difference:.2f}); use precision fp32, or lower min_agreement"
+            f"{check.max_score_difference:.2f}); {instead}, or lower min_agreement"
         )
 
 

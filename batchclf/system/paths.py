@@ -2,7 +2,9 @@
 
 import errno
 import os
+import shutil
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +18,25 @@ _MISTAKES = {
 GIT_LFS_POINTER = b"version https://git-lfs"
 """How what Git LFS leaves in the place of a file that it has not fetched begins."""
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Bytes of a file system."""
+
+    total: int
+    free: int
+
+
+def disk_of(path: Path) -> tuple[Path, Usage]:
+    """The nearest folder that is there, of a path that may not be, and its file system's bytes.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    place = next(one for one in (path, *path.absolute().parents) if one.exists())
+    found = shutil.disk_usage(place)
+    return place, Usage(found.total, found.free)
 
 
 def kind_of(path: Path, key: str) -> PathKind:

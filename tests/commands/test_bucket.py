@@ -20,7 +20,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         yield found
 
 
-def test_shards_in_a_bucket_are_merged_scored_and_converted_there(
+def test_shards_in_a_bucket_are_merged_scored_converted_and_reported_there(
     server: Server, batchclf: Batchclf, tmp_path: Path
 ) -> None:
     address = "s3://bucket/night"
@@ -50,6 +50,11 @@ def test_shards_in_a_bucket_are_merged_scored_and_converted_there(
         scored = batchclf("score", output, "--truth", truth, "--json")
         assert scored.exit_code == 0, scored.stderr
         assert json.loads(scored.stdout)["figures"]["top1"]["value"] == 1.0
+        page = tmp_path / "night.html"
+        reported = batchclf("report", output, "-o", page, "--overwrite", "--json")
+        assert reported.exit_code == 0, reported.stderr
+        assert json.loads(reported.stdout)["num_records"] == len(labels)
+        assert f"{len(labels)} images classified" in page.read_text()
 
 
 def test_an_address_where_no_job_has_begun_is_named(server: Server, batchclf: Batchclf) -> None:

@@ -23,7 +23,7 @@ from batchclf.commands.report.pace import pace_of
 from batchclf.commands.report.report import report_output
 from batchclf.errors import UsageError
 from batchclf.results.files import RunFiles
-from batchclf.results.output import Line
+from batchclf.results.output import Line, open_output
 from batchclf.results.records import Entry, Failure
 from batchclf.scoring.figures import Tally
 from batchclf.scoring.score import score_output
@@ -176,6 +176,25 @@ def test_an_image_that_ends_its_decoder_costs_its_own_picture(
     assert "1 images cannot be read any more" in page.text
 
 
+def test_images_that_hang_hold_a_page_up_no_longer_than_all_pictures_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(DIGITS, tmp_path / "in", ignore=lambda folder, names: names[12:])
+    run_here(write_tiny_job(tmp_path, input=str(tmp_path / "in")))
+    for name, value in poisoned_environment().items():
+        monkeypatch.setenv(name, value)
+    for path in (tmp_path / "in").rglob("*.*"):
+        write_poison(path, "hang")
+    monkeypatch.setattr(gallery, "MAX_SECONDS", 2.0)
+    output = open_output(tmp_path / "out")
+    digest = Digest()
+    digest.add_all((entry, line, None) for entry, line in output.lines())
+    found = gallery.pictures_of(output, choose(digest))
+    assert not found.jpegs
+    # Waiting for the first few would have taken longer; then, they had been told to be unreadable.
+    assert "are left out: all may take 4 MB and 2 s" in str(found.why_missing)
+
+
 def test_pictures_keep_to_their_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_here(write_tiny_job(tmp_path))
     monkeypatch.setattr(gallery, "MAX_BYTES", 20_000)
@@ -295,6 +314,33 @@ def test_speed_over_time_is_told_over_all_runs_and_in_so_many_steps(tmp_path: Pa
     assert len(found.steps) <= 2 * pace.MAX_STEPS
     assert found.seconds == 50_000
     assert sum(step.num_images for step in found.steps) == 15_000
+
+
+def test_runs_are_told_apart_though_all_figures_of_the_next_are_higher(
+    template: Path, tmp_path: Path
+) -> None:
+    out = write_output(template, tmp_path / "out", LABELS, OUTCOMES, num_done=2)
+    runs = [(1.0, 5, 30), (2.0, 10, 80), (2.0, 20, 120)]
+    with (out / "stats.jsonl").open("w") as file:
+        for startup_s, wall_s, num_new in runs:
+            stage_s = {"list": 0, "decode_wait": 0, "infer": wall_s, "write": 0}
+            line = {"type": "interval", "wall_s": wall_s, "num_new": num_new, "stage_s": stage_s}
+            line |= {"startup_s": startup_s, "images_per_s": num_new / wall_s}
+            file.write(f"{json.dumps(line | {'bottleneck': 'infer'})}\n")
+    found = pace_of(RunFiles(out))
+    steps = [(step.seconds, step.num_images) for step in found.steps]
+    assert steps == [(5, 30), (10, 80), (10, 40)]
+    page = page_of(out)
+    assert "Speed 6.0 images/s Running time 0:00:25 without start-up" in page.text
+    assert "The model limited its last run" in page.text
+
+
+def test_fp32_that_was_compared_with_fp32_is_called_tf32(template: Path, tmp_path: Path) -> None:
+    out = write_output(template, tmp_path / "out", LABELS, OUTCOMES)
+    run = json.loads((out / "run.json").read_text())
+    check = {"num_images": 5, "top1_agreement": 0.99, "max_score_difference": 0.01, "speed": None}
+    (out / "run.json").write_text(json.dumps(run | {"precision_check": check}))
+    assert "Precision TF32 same top class as fp32 on 99.0 % of 5 images" in page_of(out).text
 
 
 def test_a_matrix_shows_the_classes_with_most_errors_and_counts_the_others() -> None:

@@ -67,6 +67,26 @@ def test_the_nodes_that_work_on_a_job_are_told_with_their_rates(
     assert "node:    one: 20.0 images/s\nnode:    two: 30.0 images/s" in said
 
 
+def test_figures_of_two_runs_tell_no_rate_of_now(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    run = out / "run.json"
+    run.write_text(json.dumps(json.loads(run.read_text()) | {"status": "running"}))
+    lease = {"host": "node-7", "pid": 1, "boot_id": "another"}
+    (out / ".lease.json").write_text(json.dumps(lease))
+    summary = json.loads((out / "stats.jsonl").read_text().splitlines()[-1])
+
+    def rate_now(*startups: float) -> float | None:
+        with (out / "stats.jsonl").open("w") as file:
+            for startup_s, wall_s, num_new in zip(startups, (5, 10), (30, 80), strict=True):
+                line = {"type": "interval", "startup_s": startup_s, "wall_s": wall_s}
+                file.write(f"{json.dumps(summary | line | {'num_new': num_new})}\n")
+        return status_of(out).images_per_s_now
+
+    assert rate_now(1.0, 1.0) == 10.0
+    assert rate_now(1.0, 2.0) is None
+
+
 def test_a_job_at_work_is_seen_from_outside_and_is_stale_once_it_is_killed(tmp_path: Path) -> None:
     images = link_digits(tmp_path / "in", 40_000)
     job = write_tiny_job(tmp_path, input=str(images), model=tiny_model(tmp_path, **SLOW))

@@ -1,6 +1,7 @@
 """Before the night: what a job will do, how long it will take, and what is odd about it."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from batchclf.commands import validate
 from batchclf.commands.validate import check_job, disk_warning
 from batchclf.engines import trial as trial_module
 from batchclf.engines.trial import Trial, try_job
-from batchclf.errors import UsageError
 from batchclf.images import store as store_module
 from batchclf.results.records import ActiveProvider, PrecisionCheck, Shard
+from batchclf.run.kept import input_of
 from batchclf.spec.file import load_job
 from batchclf.spec.options import RunOptions
+from batchclf.system.paths import Usage
 from tests.conftest import BY_HAND, Batchclf, read_records
 from tests.faults.poison import poisoned_environment, write_poison
 from tests.tiny import DIGITS, run_here, tiny_model, write_tiny_job
@@ -96,15 +98,26 @@ def test_a_disk_that_is_nearly_full_is_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = load_job(write_tiny_job(tmp_path, output=str(tmp_path / "not" / "there")))
-    usage = shutil.disk_usage(tmp_path)
-    free = usage._replace(total=10**9, free=10**8)
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: free)
+    free = 10**8
+    monkeypatch.setattr(validate, "_disk_of", lambda path: (tmp_path, Usage(10**9, free)))
     assert disk_warning(job, 10**8 - 1) is None
     warning = disk_warning(job, 10**8)
     assert warning is not None
     assert f"the disk of {tmp_path} is nearly full: 100,000,000 of 1,000,000,000" in warning
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: free._replace(free=10**7))
+    free = 10**7
     assert disk_warning(job, 1) is not None
+
+
+def test_a_disk_that_does_not_tell_its_room_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = load_job(write_tiny_job(tmp_path))
+    assert disk_warning(job, 1) is None
+    too_long = job.model_copy(update={"output": tmp_path / ("x" * 300)})
+    warning = "output: the disk of {} does not tell how much of it is free: "
+    assert (disk_warning(too_long, 1) or "").startswith(warning.format(too_long.output))
+    monkeypatch.setattr(validate, "HUNG_S", 0.0)
+    assert (disk_warning(job, 1) or "").startswith(warning.format(job.output))
 
 
 def test_an_image_that_ends_who_reads_it_is_warned_of(
@@ -199,14 +212,22 @@ def test_what_is_odd_about_the_answers_is_warned_of() -> None:
     assert "int8 gives another top class than fp32 on 5.0% of 200 images" in low
     (slow,) = of(precision_check=PrecisionCheck(200, 0.99, 0.1, speed=0.5))
     assert "int8 is 0.5 times as fast as fp32" in slow
+    (tf32,) = of(precision="fp32", precision_check=PrecisionCheck(200, 0.95, 0.1))
+    assert "TF32 gives another top class than fp32 on 5.0% of 200 images" in tf32
     (errors,) = of(num_errors=10, errors_by_code={"truncated": 10})
     assert "10 of 100 images fail: 10 truncated" in errors
 
 
-def test_a_job_of_other_machines_is_not_tried_here(tmp_path: Path) -> None:
-    job = load_job(write_tiny_job(tmp_path, engine={"name": "ray"}))
-    with pytest.raises(UsageError, match="engine ray works on others"):
-        try_job(job, (), lambda text: None, located=False)
+@pytest.mark.parametrize("command", [("validate", "--trial"), ("run", "--dry-run")])
+def test_a_job_of_other_machines_is_not_tried_here(
+    command: tuple[str, str], tmp_path: Path
+) -> None:
+    job = write_tiny_job(tmp_path, engine={"name": "ray"}, input=str(tmp_path / "not there"))
+    name, option = command
+    done = CliRunner().invoke(main, [name, str(job), option])
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"batchclf: {option}: tries a job on this machine")
+    assert f"leave {option} out" in done.stderr
 
 
 # ---- the commands --------------------------------------------------------------------------------
@@ -238,3 +259,51 @@ def test_what_would_end_the_run_ends_the_trial_with_its_exit_code(
     assert said().exit_code == 4
     done = said("--overwrite", "--retry-failed", "--json")
     assert (done.exit_code, json.loads(done.stdout)["status"]) == (2, "failed")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(["--retry-failed"], ["--extend"], ["--notify", "http://example.org"]),
+        ["--metrics-port", "9464"],
+    ],
+    ids=lambda option: option[0],
+)
+def test_what_a_dry_run_would_leave_out_is_refused(option: list[str], tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["run", str(write_tiny_job(tmp_path)), "--dry-run", *option])
+    assert done.exit_code == 2
+    assert f"leave {option[0]} out, or --dry-run" in done.stderr
+
+
+def test_a_dry_run_takes_off_what_has_a_record_and_refuses_what_the_run_would(
+    images: Path, tmp_path: Path
+) -> None:
+    job = write_tiny_job(tmp_path, input=str(images), batch_size=8)
+    run_here(job, RunOptions(limit=20))
+
+    def said(*options: str) -> Result:
+        return CliRunner().invoke(main, ["run", str(job), "--dry-run", *options])
+
+    def written() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    before = written()
+    told = json.loads(said("--json").stdout)
+    assert told["trial"]["num_kept"] == 20
+    num_left = told["num_images"] - 20
+    size = told["trial"]["bytes_per_image"] * num_left
+    assert told["trial"]["output_bytes"] == pytest.approx(size, abs=1)
+    changed = said("--top-k", "3")
+    assert changed.exit_code == 2
+    assert "holds results of a job that differs" in changed.stderr
+    assert written() == before
+    (tmp_path / "out" / "run.json").unlink()
+    (tmp_path / "out" / "listing.nul").unlink()
+    unknown = said()
+    assert unknown.exit_code == 2
+    assert "but no run.json says which job wrote it" in unknown.stderr
+
+
+def test_a_list_that_can_be_read_once_is_the_same_input_before_it_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "list")
+    assert input_of(load_job(write_tiny_job(tmp_path, input=str(tmp_path / "list")))) == "-"

@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from batchclf.cli import notify
 from batchclf.cli.metrics import Metrics, split_address
 from batchclf.cli.notify import Webhook
 from batchclf.cli.progress import Progress
+from batchclf.cli.watching import Watching
 from batchclf.engines.display import RunDisplay
 from batchclf.engines.local.engine import run_in_worker
 from batchclf.errors import EnvironmentFailed, UsageError
@@ -31,7 +33,7 @@ from batchclf.spec.file import load_job
 from batchclf.spec.job import JobSpec
 from batchclf.spec.options import RunOptions
 from batchclf.system.interrupt import StopRequest
-from tests.conftest import BY_HAND, ROOT, Batchclf
+from tests.conftest import BY_HAND, ROOT, Batchclf, command
 from tests.engines.common import started
 from tests.tiny import SLOW, link_digits, tiny_model, write_tiny_job
 
@@ -182,7 +184,9 @@ def test_without_a_host_this_machine_alone_can_scrape(text: str, address: tuple[
     assert split_address(text) == address
 
 
-@pytest.mark.parametrize("text", ["", "host", "host:", "1.5", "70000", "-1"])
+@pytest.mark.parametrize(
+    "text", ["", "host", "host:", "1.5", "0", "65536", "70000", "-1", "9" * 5000]
+)
 def test_no_port_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--metrics-port: found "):
         split_address(text)
@@ -199,6 +203,23 @@ def test_a_port_that_is_taken_ends_the_run_before_any_work(
     assert said.exit_code == EnvironmentFailed.exit_code
     assert f"--metrics-port: 127.0.0.1:{port} cannot be listened on: " in said.stderr
     assert not (tmp_path / "out" / "predictions.jsonl").exists()
+
+
+def test_a_host_that_is_no_name_is_told_as_one_that_is_not_there_is() -> None:
+    for host in ("a..b", "b" * 70):
+        with Progress() as progress, pytest.raises(EnvironmentFailed, match="another host or port"):
+            Metrics(progress, (host, 9464), ())
+
+
+@pytest.mark.parametrize("name", ["prometheus_client", "pynvml"])
+def test_without_its_libraries_the_option_says_what_to_install(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "batchclf.cli.watching.find_spec", lambda asked: None if asked == name else asked
+    )
+    with pytest.raises(UsageError, match=rf"needs {name}: pip install 'batchclf\[metrics\]'"):
+        Watching.asked("text", None, "9464")
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,6 +327,18 @@ def test_the_summary_or_the_error_of_a_run_is_posted(tmp_path: Path, batchclf: B
     assert "top_k" in second["error"]
 
 
+def test_the_summary_is_printed_before_anybody_is_told(tmp_path: Path) -> None:
+    job, printed = write_tiny_job(tmp_path), tmp_path / "printed"
+    with printed.open("w") as file, listening(delay_s=60) as (url, told):
+        asked = command("run", job, "--limit", "20", "--notify", url, "--json")
+        run = subprocess.Popen(asked, stdout=file, stderr=subprocess.DEVNULL)
+        while not told and run.poll() is None:
+            time.sleep(0.05)
+        answer = printed.read_text()  # whoever is told has not answered yet
+    assert run.wait(60) == 0
+    assert json.loads(answer)["num_images"] == 20
+
+
 def test_what_goes_wrong_with_that_is_a_line_of_the_log_and_the_address_stays_secret(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -339,7 +372,38 @@ def test_one_who_never_answers_is_not_waited_for(
     assert "was not told: " in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("url", ["example.org/hook", "ftp://example.org", "https://", "http://a:b"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("example.org/hook", "ftp://example.org", "https://", "http://a:b"),
+        *("http://a/secret hook", "http://a/secret\tb", "http://a/secret\x1b"),
+        "http://a/secret?\xe9",
+    ],
+)
 def test_no_web_address_is_refused_before_any_work(url: str) -> None:
-    with pytest.raises(UsageError, match="--notify: give an address"):
+    with pytest.raises(UsageError, match="--notify: give an address") as refused:
         Webhook(url)
+    assert "secret" not in str(refused.value)
+
+
+def test_an_address_with_a_password_is_refused_as_that_would_not_be_sent() -> None:
+    with pytest.raises(UsageError, match="--notify: user:password@ ") as refused:
+        Webhook("https://me:secret@example.org/hook")
+    assert "secret" not in str(refused.value)
+
+
+def test_a_line_break_behind_an_address_is_left_out() -> None:
+    with listening() as (url, told):
+        Webhook(f"{url} \n").tell({"status": "complete"}, is_stopped=False)
+    assert [path for path, _, _ in told] == ["/hook?key=secret"]
+
+
+def test_an_address_that_cannot_be_asked_is_not_told(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = Webhook("http://127.0.0.1:1/hook")
+    monkeypatch.setattr(hook, "_url", hook._url._replace(path="/secret hook"))
+    hook.tell({"status": "complete"}, is_stopped=False)
+    told = capfd.readouterr().err
+    assert "--notify: 127.0.0.1 was not told: its address is not one that can be asked" in told
+    assert "secret" not in told

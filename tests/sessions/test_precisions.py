@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from batchclf import load_job
-from batchclf.errors import ProviderError
+from batchclf.errors import PrecisionRefused, ProviderError
 from batchclf.models.checks import Run
 from batchclf.models.resolve import resolve_model
 from batchclf.results.records import Pixels, PrecisionCheck, Scores
@@ -24,8 +24,15 @@ from batchclf.runtime.openvino import require_cpu_precision
 from batchclf.runtime.providers import installed_flavours, require_provider
 from batchclf.sessions import open as sessions
 from batchclf.sessions.kept import remembered
-from batchclf.sessions.precision import BUDGET_S, Speed, compare_precisions, measure_speed
+from batchclf.sessions.precision import (
+    BUDGET_S,
+    Speed,
+    compare_precisions,
+    measure_speed,
+    require_agreement,
+)
 from batchclf.sessions.sample import sample_input
+from batchclf.spec.job import JobSpec
 from batchclf.system.machine import cpu_name_and_flags
 from tests.conftest import DATA, MOBILENET_WEIGHTS, PHOTOS, Batchclf, data, read_records, write_job
 from tests.tiny import DIGITS, write_tiny_job
@@ -220,6 +227,12 @@ def test_a_sample_of_which_nothing_decodes_ends_with_2(batchclf: Batchclf, tmp_p
     done = batchclf("run", write_job(tmp_path, input=str(images), precision="int8"))
     assert done.exit_code == 2
     assert "not one of the 1 images sampled can be decoded" in done.stderr
+
+
+def test_too_little_agreement_of_tf32_names_the_option_that_asked_for_it() -> None:
+    keys = {"input": "in", "output": "out", "model": {"name": "resnet18"}, "min_agreement": 1}
+    with pytest.raises(PrecisionRefused, match=r"at TF32 .*leave options: \{use_tf32: 1\} out"):
+        require_agreement(PrecisionCheck(5, 0.4, 0.0), JobSpec.model_validate(keys))
 
 
 def test_images_with_answers_that_are_no_numbers_do_not_agree() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 
 from batchclf.results.files import RunFiles, read_lines
+from batchclf.results.stats import are_of_one_run
 
 MAX_STEPS = 400
 """That are kept; when there are more, neighbours become one."""
@@ -55,6 +56,11 @@ class Pace:
         """That it ran for, without start-up."""
         return sum(step.seconds for step in self.steps)
 
+    @property
+    def images_per_s(self) -> float:
+        """Over all of them."""
+        return sum(step.num_images for step in self.steps) / self.seconds
+
 
 def pace_of(files: RunFiles) -> Pace:
     """The steps that a shard's stats.jsonl tells.
@@ -76,8 +82,7 @@ def pace_of(files: RunFiles) -> Pace:
 def _steps(files: RunFiles) -> Iterator[Step]:
     nothing: dict[str, Any] = {"wall_s": 0.0, "num_new": 0, "stage_s": {}}
     for before, line in pairwise((nothing, *_figures(files))):
-        is_same_run = line["wall_s"] >= before["wall_s"] and line["num_new"] >= before["num_new"]
-        step = _between(before if is_same_run else nothing, line)
+        step = _between(before if are_of_one_run(before, line) else nothing, line)
         if step.seconds > 0:
             yield step
 

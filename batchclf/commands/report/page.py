@@ -24,6 +24,7 @@ from batchclf.commands.report.digest import ClassCount, Digest
 from batchclf.commands.report.gallery import Card, Pictures
 from batchclf.commands.report.pace import Pace
 from batchclf.commands.status import Status
+from batchclf.results.records import precision_name
 from batchclf.results.run_record import RunRecord, now
 from batchclf.scoring.figures import ClassScore, Share
 from batchclf.scoring.score import Score
@@ -35,12 +36,12 @@ MAX_TEXT = 160
 """Characters of a name, a label or a message."""
 MAX_CLASSES = 1000
 _ADVICE = {
-    "decode": "Reading and decoding images is what limits it: <code>batchclf tune</code> finds the "
-    "best number of workers, and <code>loader.decode: fast</code> reads large JPEGs at a fraction "
-    "of the cost.",
-    "infer": "The model is what limits it: <code>batchclf tune</code> finds the best batch size "
+    "decode": "Reading and decoding images limited its last run: <code>batchclf tune</code> finds "
+    "the best number of workers, and <code>loader.decode: fast</code> reads large JPEGs at a "
+    "fraction of the cost.",
+    "infer": "The model limited its last run: <code>batchclf tune</code> finds the best batch size "
     "and streams, and a reduced <code>precision</code> is checked against fp32 before it is used.",
-    "write": "Writing records is what limits it: give an <code>output</code> on a faster disk.",
+    "write": "Writing records limited its last run: give an <code>output</code> on a faster disk.",
 }
 
 
@@ -87,12 +88,14 @@ def page_html(page: Page) -> bytes:
             style_hash=_hash(style),
             script_hash=_hash(script),
             charts=_charts(page),
+            images_per_s=_images_per_s(page),
             advice=Markup(_ADVICE.get(_bottleneck(page) or "", "")),  # noqa: S704 - our own text
             rows=(rows := list(_rows(page)))[:MAX_CLASSES],
             num_rows=len(rows),
             most=max((row.count.num_images for row in rows if row.count), default=1),
             gallery_labels=_gallery_labels(page.cards),
             confusions=None if page.score is None else confusions_of(page.score.figures),
+            precision=precision_name(page.record.precision, page.record.precision_check),
             job=_job(page.record),
             written_at=now(),
             version=__version__,
@@ -162,8 +165,15 @@ def _charts(page: Page) -> dict[str, Markup]:
     return {name: Markup(svg) for name, svg in found.items()}  # noqa: S704 - no text of others
 
 
+def _images_per_s(page: Page) -> float | None:
+    """Over all runs, as it is drawn; of shards, that of those at work together."""
+    if len(page.status.parts) == len(page.paces) == 1:
+        return page.paces[0].images_per_s
+    return page.status.images_per_s
+
+
 def _bottleneck(page: Page) -> str | None:
-    """Of the job, or of most of its shards."""
+    """Of the last run of the job, or of most of its shards."""
     named = Counter(part.bottleneck for part in page.status.parts if part.bottleneck is not None)
     return named.most_common(1)[0][0] if named else None
 
