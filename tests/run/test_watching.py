@@ -302,11 +302,13 @@ def listening(status: int = 200, delay_s: float = 0.0) -> Iterator[tuple[str, li
     server = HTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/hook?key=secret", told
-    is_over.set()
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/hook?key=secret", told
+    finally:
+        is_over.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def test_the_summary_or_the_error_of_a_run_is_posted(tmp_path: Path, batchclf: Batchclf) -> None:
