@@ -7,6 +7,7 @@ input, results/bucket.py keeps an output.
 
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ MISSING = (
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 """Answers of servers (statuses of HTTP) that may be others a little later."""
 MAX_WHY_CHARS = 300
+_IMPORTING = threading.Lock()
+"""The library's parts import each other: threads that begin at once saw one that was half there."""
 Kind = Literal["denied", "missing", "changed", "exists", "bad_name", "failed"]
 """`exists`: it was to be created; `bad_name`: no path can be named as an object that is there."""
 _KINDS: Final[dict[int, Kind]] = {
@@ -74,8 +77,10 @@ def open_store(
             something or holds what is none of its values.
     """
     try:
-        from obstore.exceptions import BaseError
-        from obstore.store import from_url
+        with _IMPORTING:
+            import obstore  # noqa: F401 - whole, before its parts are used
+            from obstore.exceptions import BaseError
+            from obstore.store import from_url
     except ImportError:
         raise UsageError(f"{key}: {address}: {MISSING}") from None
     try:

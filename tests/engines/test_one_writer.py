@@ -46,7 +46,7 @@ def assert_refused(run: Run) -> None:
 
 
 def test_a_job_whose_lease_is_taken_away_writes_no_more(tmp_path: Path) -> None:
-    job = write_job(tmp_path, 200, slow=True)
+    job = write_job(tmp_path, 800, slow=True)
     with started(job, env=fault(tmp_path, HASTY, LOCK)) as run:
         run.wait_until(has_records(tmp_path / "out"))
         take_over(tmp_path / "out")
@@ -66,7 +66,7 @@ def test_a_job_whose_lease_is_taken_away_writes_no_more(tmp_path: Path) -> None:
 def test_a_job_that_stood_still_looks_whether_the_output_is_its_own_before_it_writes(
     tmp_path: Path,
 ) -> None:
-    job = write_job(tmp_path, 200, slow=True)
+    job = write_job(tmp_path, 800, slow=True)
     with started(job, env=fault(tmp_path, HASTY, LOCK)) as run:
         run.wait_until(has_records(tmp_path / "out"))
         os.killpg(run.process.pid, signal.SIGSTOP)
