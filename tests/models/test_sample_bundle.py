@@ -16,6 +16,11 @@ def test_the_bundle_of_the_samples_answers_as_a_fresh_export(
 ) -> None:
     pytest.importorskip("torch")
     assert batchclf("export", JOB, tmp_path / "fresh").exit_code == 0
+    said = [
+        json.loads((bundle / "model.json").read_text()) for bundle in (BUNDLE, tmp_path / "fresh")
+    ]
+    for key in ("name", "labels", "preprocess", "activation"):
+        assert said[0][key] == said[1][key]
     answers = []
     for bundle in (BUNDLE, tmp_path / "fresh"):
         out = tmp_path / f"of-{bundle.name}"
@@ -28,15 +33,3 @@ def test_the_bundle_of_the_samples_answers_as_a_fresh_export(
         best = [record["predictions"][0] for record in (shipped, fresh)]
         assert best[0]["label"] == best[1]["label"]
         assert best[0]["score"] == pytest.approx(best[1]["score"], abs=1e-5)
-
-
-def test_the_bundle_of_the_samples_says_the_same_of_its_model(
-    batchclf: Batchclf, tmp_path: Path
-) -> None:
-    pytest.importorskip("torch")
-    assert batchclf("export", JOB, tmp_path / "fresh").exit_code == 0
-    said = [
-        json.loads((bundle / "model.json").read_text()) for bundle in (BUNDLE, tmp_path / "fresh")
-    ]
-    for key in ("labels", "preprocess", "num_classes"):
-        assert said[0].get(key) == said[1].get(key)
