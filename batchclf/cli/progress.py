@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from batchclf.cli.streams import PREFIX, coloured, is_read, logs_json, printable, say, unless_gone
-from batchclf.cli.words import duration
+from batchclf.system.words import duration
 
 if TYPE_CHECKING:
     from batchclf.results.stats import Live, RunStats

@@ -10,7 +10,7 @@ import click
 
 from batchclf.cli.options import json_option
 from batchclf.cli.streams import as_lines, print_result
-from batchclf.cli.words import duration
+from batchclf.system.words import duration
 
 if TYPE_CHECKING:
     from batchclf.commands.status import Part, Status

@@ -9,7 +9,7 @@ import click
 
 from batchclf.cli.options import job_options, json_option, load, to_look
 from batchclf.cli.streams import as_lines, print_result, say
-from batchclf.cli.words import duration, size
+from batchclf.system.words import duration, size
 
 if TYPE_CHECKING:
     from batchclf.commands.validate import Checked

@@ -31,6 +31,7 @@ from batchclf.scoring.score import Score
 from batchclf.spec.input import shown
 from batchclf.spec.job import recorded_job
 from batchclf.system.text import escaped
+from batchclf.system.words import duration
 
 MAX_TEXT = 160
 """Characters of a name, a label or a message."""
@@ -142,9 +143,7 @@ def _text(value: object) -> str:
 
 
 def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if seconds >= 10 else f"{seconds:.1f} s"
+    return duration(seconds) if seconds >= 10 else f"{seconds:.1f} s"
 
 
 def _interval(one: Share) -> str:
