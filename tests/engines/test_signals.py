@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from batchclf.engines.local import process, sender, supervisor, watcher
 from batchclf.errors import Interrupted
 from batchclf.results.files import RunFiles
 from batchclf.results.lock import RENEW_S, only_writer
@@ -408,3 +409,8 @@ def test_nothing_outlives_a_killed_parent_even_in_an_endless_loop(
         assert_gone(members[1:])
     with only_writer(RunFiles(tmp_path / "out")):
         pass
+
+
+def test_what_a_stopped_run_may_wait_for_adds_up_to_the_eight_seconds_that_are_promised() -> None:
+    drained_s = watcher.DRAIN_S + process.KILL_S
+    assert drained_s + supervisor.MARK_STOPPED_S + sender.LAST_STOPPED_S <= 8

@@ -12,7 +12,7 @@ from tests.gpu_standin.machine import Machine
 from tests.gpu_standin.models import write_convolving
 
 PROBE = ROOT / "batchclf" / "runtime" / "probe.onnx"
-COPY_MS = 100
+COPY_MS = 300
 
 
 def tried(machine: Machine, name: str, *arguments: object, **knobs: object) -> Any:
@@ -46,7 +46,7 @@ def test_other_threads_run_while_pixels_are_copied(machine: Machine, tmp_path: P
     model = write_convolving(tmp_path / "large.onnx", 224)
     gap_s, took_s = tried(machine, "longest_gap", model, copy_ms=COPY_MS)
     assert took_s > COPY_MS / 1000
-    assert gap_s < COPY_MS / 10 / 1000
+    assert gap_s < took_s / 2, "a copy that held the interpreter would be one gap"
 
 
 def test_memory_that_is_refused_to_be_page_locked_leaves_no_error_behind(machine: Machine) -> None:

@@ -6,7 +6,6 @@ import pty
 import shutil
 import subprocess
 import termios
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -431,9 +430,7 @@ def test_a_provider_that_is_not_here_ends_with_4_before_any_work(
     execution_provider = {"cuda": "CUDAExecutionProvider", "openvino": "OpenVINOExecutionProvider"}
     if execution_provider[name] in onnxruntime.get_available_providers():
         pytest.skip(f"{name} is compiled into the ONNX Runtime here")
-    started = time.monotonic()
     done = batchclf("run", write_job(tmp_path), "--provider", name, "--json")
-    assert time.monotonic() - started < 10
     assert done.exit_code == done.json["exit_code"] == 4
     assert execution_provider[name] in done.stderr
     assert "pip install" in done.stderr

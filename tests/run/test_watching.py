@@ -366,10 +366,10 @@ def test_one_who_never_answers_is_not_waited_for(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notify, "TIMEOUT_S", 0.3)
-    with listening(delay_s=30) as (url, told):
+    with listening(delay_s=600) as (url, told):
         began = time.monotonic()
         Webhook(url).tell({"status": "complete"}, is_stopped=False)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 300, "it was waited for"
         assert len(told) == 1
     assert "was not told: " in capfd.readouterr().err
 

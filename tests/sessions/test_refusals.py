@@ -10,10 +10,10 @@ import ctypes.util
 import importlib.metadata
 import json
 import os
+import resource
 import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ from tests.conftest import ROOT, Batchclf, command, write_job
 from tests.gpu_standin.machine import CUDA_PACKAGES, environment_without, made_driver
 from tests.tiny import write_tiny_job
 
-WITHIN_S = 10.0
+WITHIN_CPU_S = 10.0
+"""Of the refused command and what it starts: by the clock, others at work would count as well."""
+HANGS_S = 100.0
 FLAVOURS = installed_flavours()
 CUDA_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -47,6 +49,12 @@ gpu_environment = needs("onnxruntime-gpu", "gpu")
 openvino_environment = needs("onnxruntime-openvino", "openvino")
 
 
+def children_cpu_s() -> float:
+    """CPU seconds of all processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def refused(
     folder: Path,
     provider: str | Mapping[str, Any],
@@ -60,19 +68,18 @@ def refused(
     job = write_job(folder, provider=provider, **keys)
     surroundings = {key: value for key, value in os.environ.items() if key != CUDA_VISIBLE}
     cache = folder / "cache"
-    started = time.monotonic()
+    before_s = children_cpu_s()
     done = subprocess.run(
         [os.fspath(python), *command("run", job, "--json")[1:]],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env={**surroundings, "BATCHCLF_CACHE_DIR": str(cache), **(env or {})},
-        timeout=10 * WITHIN_S,
+        timeout=HANGS_S,
         check=False,
     )
-    took_s = time.monotonic() - started
     assert done.returncode == exit_code, done.stderr
-    assert took_s < WITHIN_S
+    assert children_cpu_s() - before_s < WITHIN_CPU_S
     (line,) = done.stdout.splitlines()
     answer: dict[str, Any] = json.loads(line)
     message: str = answer.pop("error")

@@ -32,8 +32,8 @@ def test_what_takes_too_long_is_left_behind_and_nothing_more_is_waited_for() -> 
             apart.do(0.2, time.sleep, 1000)
         began = time.monotonic()
         with pytest.raises(LeftBehind):
-            apart.do(30, os.getpid)
-        assert time.monotonic() - began < 30
+            apart.do(600, os.getpid)
+        assert time.monotonic() - began < 300, "it was waited for"
     assert_gone([process])
 
 
