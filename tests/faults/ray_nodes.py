@@ -1,10 +1,11 @@
 """A job on a Ray cluster of 4 nodes, each in a network namespace, of which no node lives for long.
 
-    python -m tests.faults.ray_nodes --seed 1 --seconds 300
+    python -m tests.faults.ray_nodes --seed 1 --seconds 300 [--images PHOTOS]
 
 Every 20 s a node is killed and started again; meanwhile the link of one is cut and restored, a
 worker is frozen, and the driver is killed and started again. Of 20,000 images 5 end or hold up the
-process that decodes them. What the job writes must be the bytes of a local run. Needs root.
+process that decodes them; the images are a folder's, linked again and again, or else the sample
+digits. What the job writes must be the bytes of a local run. Needs root.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from tests.conftest import ROOT, command
 from tests.engines.ray.cluster import QUICK, Cluster, Node
 from tests.faults.poison import poisoned_environment, write_poison
 from tests.faults.report import Report
-from tests.tiny import link_digits, tiny_model, write_tiny_job
+from tests.links import link_images
+from tests.tiny import DIGITS, tiny_model, write_tiny_job
 
 NUM_NODES = 4
 NUM_IMAGES = 20_000
@@ -203,10 +205,10 @@ OTHERS = (
 """What else is done, and when, of 300 s."""
 
 
-def check(folder: Path, seed: int, seconds: float) -> Report:
+def check(folder: Path, originals: Path, seed: int, seconds: float) -> Report:
     """Jobs one after the other until the time is over, each compared with the local run."""
     report = Report(f"ray-nodes, seed {seed}")
-    images = link_digits(folder / "images", NUM_IMAGES)
+    images = link_images(originals, folder / "images", NUM_IMAGES)
     names = sorted(images.iterdir())
     for number, kind in POISON.items():
         names[number].unlink()
@@ -278,12 +280,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.ray_nodes")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--images", type=Path, default=DIGITS)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(
         prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
     ) as folder:
         (Path(folder) / "ray").mkdir()
-        report = check(Path(folder), asked.seed, asked.seconds)
+        report = check(Path(folder), asked.images, asked.seed, asked.seconds)
         report.print()
     sys.exit(report.exit_code)
 
