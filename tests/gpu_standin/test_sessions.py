@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import BY_HAND, ROOT
 from tests.gpu_standin.machine import Machine
 from tests.gpu_standin.models import write_convolving
 
@@ -133,7 +133,7 @@ def test_a_bias_costs_an_addition_unless_there_is_none_or_it_is_fused(
     assert trace.read_text().splitlines().count("bias") == num_additions
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=BY_HAND)])
 def test_no_node_of_any_torchvision_family_is_left_on_the_cpu(
     machine: Machine, precision: str, tmp_path: Path
 ) -> None:
