@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from batchclf.spec.job import JobSpec
     from batchclf.spec.options import RunOptions
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 __all__ = [
     "load_job",
     "run_job",

@@ -1,4 +1,4 @@
-"""What a release is made of: workflows and forms as GitHub takes them."""
+"""What a release is made of: its version, the changes, workflows and forms as GitHub takes them."""
 
 import re
 import subprocess
@@ -8,10 +8,47 @@ from pathlib import Path
 import pytest
 import yaml
 
+from batchclf import __version__
 from tests.conftest import ROOT
 
 GITHUB = ROOT / ".github"
 SCHEMAS = {"workflows": "vendor.github-workflows", "CITATION.cff": "vendor.citation-file-format"}
+CHANGES = (ROOT / "CHANGELOG.md").read_text()
+KINDS = ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")
+"""The kinds of changes of https://keepachangelog.com/en/1.1.0/, in its order."""
+
+
+def releases() -> dict[str, str]:
+    """What has changed in each release, the newest first, by the heading of it."""
+    parts = re.split(r"^## (.+)\n", CHANGES, flags=re.M)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_the_newest_release_of_the_changelog_is_this_version_with_its_date() -> None:
+    unreleased, newest, *earlier = releases()
+    assert unreleased == "[Unreleased]"
+    assert newest.startswith(f"[{__version__}] - ")
+    for heading in (newest, *earlier):
+        assert re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", heading)
+
+
+def test_the_changelog_tells_changes_by_kind() -> None:
+    for heading, changes in releases().items():
+        kinds = re.findall(r"^### (.+)$", changes, re.M)
+        assert kinds == [kind for kind in KINDS if kind in kinds], heading
+        first_change = changes.find("\n- ")
+        assert first_change < 0 or 0 <= changes.find("### ") < first_change, heading
+
+
+def test_the_version_is_written_in_one_place() -> None:
+    setup = (ROOT / "setup.cfg").read_text()
+    assert "\nversion = attr: batchclf.__version__\n" in setup
+    elsewhere = [
+        path.name
+        for path in (ROOT / "setup.py", ROOT / "pyproject.toml", GITHUB / "CITATION.cff")
+        if __version__ in path.read_text()
+    ]
+    assert elsewhere == []
 
 
 @pytest.mark.parametrize("kind", SCHEMAS)

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from batchclf import __version__
 from batchclf.results.files import RunFiles
 from batchclf.results.parts import Folders
 from batchclf.runtime.providers import PROVIDERS, compiled_in
@@ -532,7 +533,8 @@ def test_another_version_on_a_node_ends_the_job_naming_it(
     path = os.pathsep.join([str(tmp_path / "other"), os.environ["PYTHONPATH"]])
     code, said, _ = wrong(tmp_path, runtime_env={"env_vars": {"PYTHONPATH": path}})
     assert code == 5, said
-    assert "runs batchclf 0.0.1, and the driver 0.1.0: install the same on all nodes" in said
+    told = f"runs batchclf 0.0.1, and the driver {__version__}: install the same on all nodes"
+    assert told in said
     assert "node " in said
 
 
