@@ -1,15 +1,20 @@
 """What a release is made of: its version, the changes, workflows and forms as GitHub takes them."""
 
+import os
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from batchclf import __version__
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Batchclf
+from tests.test_wheel import PYTHONS
 
 GITHUB = ROOT / ".github"
 SCHEMAS = {"workflows": "vendor.github-workflows", "CITATION.cff": "vendor.citation-file-format"}
@@ -66,9 +71,68 @@ def test_a_file_for_github_is_of_its_published_schema(kind: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
+def jobs(workflow: str) -> dict[str, Any]:
+    """The jobs of a workflow by name."""
+    found: dict[str, Any] = yaml.safe_load((GITHUB / "workflows" / workflow).read_text())["jobs"]
+    return found
+
+
+def scripts(workflow: str) -> str:
+    """All that a workflow's jobs run in a shell."""
+    steps = [step for job in jobs(workflow).values() for step in job.get("steps", ())]
+    return "\n".join(step["run"] for step in steps if "run" in step)
+
+
+def test_what_the_workflows_run_and_call_is_there() -> None:
+    for workflow in ("test.yml", "release.yml"):
+        paths = re.findall(r"(?<![\w/.$-])\.?[\w-]+/[\w./-]+\w", scripts(workflow))
+        called = [job["uses"] for job in jobs(workflow).values() if "uses" in job]
+        assert paths + called
+        assert [one for one in (*paths, *called) if not (ROOT / one).exists()] == []
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert ".ci/run" in scripts("test.yml")
+
+
+def test_a_tag_that_is_not_the_version_is_no_release() -> None:
+    (check,) = re.findall(r"^test .+$", scripts("release.yml"), re.M)
+    for tag, code in ((f"v{__version__}", 0), ("v0.0.1", 1)):
+        env = {**os.environ, "GITHUB_REF_NAME": tag}
+        assert (
+            subprocess.run(["bash", "-c", check], cwd=ROOT, env=env, check=False).returncode == code
+        )
+
+
+def test_nothing_is_published_that_was_not_tested() -> None:
+    found = jobs("release.yml")
+    assert set(found["publish"]["needs"]) == set(found) - {"publish", "images"}
+    assert found["images"]["needs"] == "publish"
+
+
+def test_the_quick_start_is_tried_on_every_python_that_setup_cfg_names() -> None:
+    setup = (ROOT / "setup.cfg").read_text()
+    named = re.findall(r"Programming Language :: Python :: (3\.\d+)$", setup, re.M)
+    assert jobs("test.yml")["pythons"]["strategy"]["matrix"]["python"] == named
+    assert tuple(named) == PYTHONS
+    typed = scripts("test.yml").splitlines()[-1].replace("| bash -eux", "")
+    line = subprocess.run(
+        ["bash", "-c", typed], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert line.stdout.count("\n") == 1
+    assert "'.[cpu]'" in line.stdout
+
+
+def test_a_wheel_that_was_built_is_tried_by_a_command_that_works(
+    batchclf: Batchclf, tmp_path: Path
+) -> None:
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]
+    name, *arguments = shlex.split(told["test-command"].replace("{project}", str(ROOT)))
+    assert name == "batchclf"
+    assert batchclf(*arguments, "-o", tmp_path / "out").exit_code == 0
+    assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 300
+
+
 def test_a_release_builds_every_image_of_the_dockerfile() -> None:
-    workflow = yaml.safe_load((GITHUB / "workflows" / "release.yml").read_text())
-    targets = workflow["jobs"]["images"]["strategy"]["matrix"]["target"]
+    targets = jobs("release.yml")["images"]["strategy"]["matrix"]["target"]
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert set(targets) <= set(re.findall(r"^FROM .+ AS ([a-z]+)$", dockerfile, re.M))
     assert set(targets) == {"cpu", "gpu", "openvino"}
