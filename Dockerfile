@@ -1,7 +1,8 @@
 # Three images, one target each: cpu, gpu, openvino. How to build and run them: docs/containers.md.
 
-# A Debian image with Python 3.11 or later and its venv module.
-ARG PYTHON_IMAGE=python:3.12-slim
+# A Debian image with Python 3.11 or later and its venv module. Where builds must be the same to the
+# byte, name it by digest: --build-arg PYTHON_IMAGE=python@sha256:...
+ARG PYTHON_IMAGE=python:3.12.13-slim-trixie
 # What lies in /bundle: nothing (none), or the model of JOB (export; see the stage model-export).
 ARG MODEL=none
 
@@ -119,7 +120,7 @@ RUN set -eu; \
     else \
         . /etc/os-release; \
         echo "$PRETTY_NAME has no package intel-opencl-icd: an image for Intel CPUs only." \
-             "For Intel GPUs: --build-arg PYTHON_IMAGE=python:3.12-slim-bookworm" >&2; \
+             "For Intel GPUs: --build-arg PYTHON_IMAGE=python:3.12.13-slim-bookworm" >&2; \
         [ "$INTEL_GPU" = auto ]; \
     fi; \
     rm -rf /var/cache/apt/* /var/lib/apt/lists/*

@@ -1,11 +1,17 @@
 """What the Dockerfile and the pinned requirements say, without building anything."""
 
 import configparser
+import itertools
 import json
+import os
 import re
+import shlex
+import shutil
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from packaging.markers import Marker
@@ -13,14 +19,25 @@ from packaging.requirements import Requirement
 
 from batchclf.runtime.providers import FLAVOURS
 from tests.conftest import ROOT
+from tests.test_docs import is_accepted
 
 PINS = ROOT / ".docker"
 TARGETS = {"cpu": "onnxruntime", "gpu": "onnxruntime-gpu", "openvino": "onnxruntime-openvino"}
 """Each target, and the ONNX Runtime that its image holds."""
 EXTRAS = {"cpu": ("cpu",), "gpu": ("gpu",), "openvino": ("openvino",), "export": ("cpu", "export")}
 """Each file of pinned requirements, and the extras of setup.cfg that it pins."""
-PYTHONS = ("3.11", "3.12", "3.13")
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
 GUIDE = (ROOT / "docs" / "containers.md").read_text()
+TOLD = [
+    line
+    for page in (GUIDE, (ROOT / ".github" / "SECURITY.md").read_text())
+    for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+"""The commands of the pages that a container engine runs."""
+BUILDS = [line for line in TOLD if line.startswith("docker build ")]
+RUNS = [line for line in TOLD if line.startswith("docker run ")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +54,7 @@ class Stage:
 
 def stages() -> dict[str, Stage]:
     """The Dockerfile's stages by name; a step that goes on over several lines is one."""
-    text = re.sub(r"^\s*#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    text = re.sub(r"^\s*#.*\n", "", DOCKERFILE, flags=re.MULTILINE)
     steps = [line.split(None, 1) for line in text.replace("\\\n", " ").splitlines() if line.strip()]
     found: dict[str, Stage] = {}
     for word, rest in steps:
@@ -207,7 +224,13 @@ def test_only_the_python_image_is_foreign() -> None:
     foreign = {stage.base for stage in STAGES.values()} - set(STAGES)
     assert foreign == {"${PYTHON_IMAGE}", "scratch", "model-${MODEL}"}
     assert {"model-none", "model-export"} <= set(STAGES)
-    assert "\nARG PYTHON_IMAGE=python:3.12-slim\n" in (ROOT / "Dockerfile").read_text()
+    named = set(re.findall(r"PYTHON_IMAGE=(python:\S+?)[\s\"]", DOCKERFILE + GUIDE))
+    assert {suite for one in named for suite in re.findall(r"-slim-(\w+)$", one)} == {
+        "trixie",
+        "bookworm",
+    }
+    (version,) = {one.rpartition("-slim-")[0] for one in named}
+    assert re.fullmatch(r"python:3\.\d+\.\d+", version), "a tag that moves"
 
 
 def test_what_is_copied_from_the_repository_is_there_and_let_in() -> None:
@@ -225,3 +248,53 @@ def test_what_is_copied_from_the_repository_is_there_and_let_in() -> None:
     for source in set(copied) - {"."}:
         assert (ROOT / source).exists(), source
         assert source.split("/")[0] in let_in
+
+
+# ---- the commands of the pages -------------------------------------------------------------------
+
+
+def values(line: str, option: str) -> list[str]:
+    """What a command line gives to an option, each time."""
+    words = shlex.split(line)
+    return [value for word, value in itertools.pairwise(words) if word == option]
+
+
+@pytest.mark.parametrize("line", BUILDS)
+def test_an_image_of_the_pages_is_built_from_what_is_there(line: str) -> None:
+    (target,), (tag,) = values(line, "--target"), values(line, "-t")
+    assert target in TARGETS
+    assert tag == f"batchclf:{target}"
+    given = dict(value.split("=", 1) for value in values(line, "--build-arg"))
+    assert set(given) <= set(re.findall(r"^ARG (\w+)=", DOCKERFILE, re.M))
+    assert f"model-{given.get('MODEL', 'none')}" in STAGES
+    assert (ROOT / given.get("JOB", "jobs/sample.yaml")).is_file()
+
+
+@pytest.mark.parametrize("line", RUNS)
+def test_a_container_of_the_pages_runs_an_image_that_they_build(line: str) -> None:
+    options, image, arguments = re.split(r"(batchclf:\w+) +", line)
+    assert image in {values(build, "-t")[0] for build in BUILDS}
+    assert values(options, "-v") == ["$PWD:/data"]
+    command, *words = shlex.split(arguments)
+    assert is_accepted(command, words)
+    assert words[0] == "job.yaml" or (ROOT / words[0]).is_file()
+    if "/bundle" in arguments:
+        assert any("MODEL=export" in build and image in build for build in BUILDS)
+
+
+def test_the_pages_build_and_run_every_target() -> None:
+    assert {values(line, "--target")[0] for line in BUILDS} == set(TARGETS)
+    assert all(any(f"batchclf:{target} run" in line for line in RUNS) for target in TARGETS)
+    assert set(TOLD) == {*BUILDS, *RUNS}
+
+
+@pytest.mark.skipif(not shutil.which("docker"), reason="docker's client parses its options")
+@pytest.mark.parametrize("line", [*BUILDS, *RUNS, "docker run --gpu all batchclf:gpu"])
+def test_docker_knows_every_option_of_the_pages(line: str, tmp_path: Path) -> None:
+    """Its client parses them before it finds that there is no engine."""
+    nowhere = {**os.environ, "DOCKER_HOST": f"unix://{tmp_path}/none"}
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, env=nowhere, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert ("unknown flag" in done.stderr) == (line not in TOLD), done.stderr
