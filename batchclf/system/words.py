@@ -10,6 +10,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
+def images(num: int) -> str:
+    """A number of images: `1 image`, `1,227 images`."""
+    return "1 image" if num == 1 else f"{num:,} images"
+
+
 def size(num_bytes: float) -> str:
     """Bytes in decimal units: `12.3 MB`."""
     if num_bytes < 1000:

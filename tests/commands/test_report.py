@@ -97,7 +97,7 @@ def test_a_page_tells_counts_classes_and_errors_with_their_examples(out: Path) -
     page = page_of(out)
     assert "5 images classified" in page.text
     assert "4 with a prediction Errors 1 20.0 %" in page.text
-    assert "truncated : 1 images b/broken.jpg : ends after 10 of 20 bytes" in page.text
+    assert "truncated : 1 image b/broken.jpg : ends after 10 of 20 bytes" in page.text
     assert "cat 3 0.631" in page.text
     assert "Was it right?" not in page.text
 
@@ -173,7 +173,7 @@ def test_an_image_that_ends_its_decoder_costs_its_own_picture(
     page = page_of(tmp_path / "out")
     num_pictures = sum(tag == "img" for tag, _ in page.elements)
     assert num_pictures == len(page.cards()) - 1
-    assert "1 images cannot be read any more" in page.text
+    assert "1 image cannot be read any more" in page.text
 
 
 def test_images_that_hang_hold_a_page_up_no_longer_than_all_pictures_may_take(

@@ -106,6 +106,11 @@ def test_nothing_is_logged_asked_for_or_wider_than_the_window(
         )
         assert beyond == []
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        margins = page.evaluate(
+            "[...document.querySelectorAll('h1, section, footer p')].map(one =>"
+            " one.getBoundingClientRect()).map(one => Math.min(one.left, innerWidth - one.right))"
+        )
+        assert min(margins) >= 12
         charts = page.locator("figure svg")
         assert charts.count() >= 2
         for text in charts.locator("text").all():
@@ -219,8 +224,16 @@ def test_without_scripts_all_is_shown(report: Path, chromium: Any) -> None:
         assert page.locator("#filters:visible, #theme:visible, #more:visible").count() == 0
 
 
+def pages_cpu_s(chromium: Any) -> float:
+    """The CPU time of all processes that show pages, until now."""
+    session = chromium.new_browser_cdp_session()
+    processes = session.send("SystemInfo.getProcessInfo")["processInfo"]
+    session.detach()
+    return sum(one["cpuTime"] for one in processes if one["type"] == "renderer")
+
+
 @BY_HAND
-def test_a_million_records_are_a_page_of_10_mb_that_opens_within_2_s(
+def test_a_million_records_are_a_page_of_10_mb_that_opens_with_2_s_of_cpu_time(
     template: Path, tmp_path: Path, chromium: Any
 ) -> None:
     labels = imagenet_labels()
@@ -248,14 +261,14 @@ def test_a_million_records_are_a_page_of_10_mb_that_opens_within_2_s(
     took_s = time.monotonic() - began
     peak_mb = int(done.stdout.split()[-1]) / 1024
     size = (tmp_path / "page.html").stat().st_size
+    before_s = pages_cpu_s(chromium)
     with opened(chromium, tmp_path / "page.html") as page:
-        loaded_ms = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
-        opened_s = loaded_ms / 1000
+        opened_cpu_s = pages_cpu_s(chromium) - before_s
         assert page.locator("img").count() > 200
     print(
-        f"{took_s:.1f} s, {peak_mb:.0f} MB; {size:,} bytes, opened in {opened_s:.2f} s",
+        f"{took_s:.1f} s, {peak_mb:.0f} MB; {size:,} bytes, opened in {opened_cpu_s:.2f} s of CPU",
         file=sys.stderr,
     )
     assert size < 10_000_000
-    assert opened_s < 2
+    assert opened_cpu_s < 2
     assert peak_mb < 250

@@ -10,6 +10,7 @@ from batchclf.images.thumbnails import Limits, thumbnails
 from batchclf.results.output import Output
 from batchclf.results.records import Failure
 from batchclf.spec.job import recorded_job
+from batchclf.system.words import images
 
 MAX_CARDS = 240
 MAX_BYTES = 4_000_000
@@ -71,11 +72,11 @@ def pictures_of(output: Output, cards: Sequence[Card]) -> Pictures:
         return Pictures(jpegs, f"The images cannot be read here. {error}")
     pictures = Pictures(jpegs)
     if failed:
-        why = f"{len(failed):,} images cannot be read any more: {failed[0].message}."
+        why = f"{images(len(failed))} cannot be read any more: {failed[0].message}."
         return replace(pictures, why_missing=why)
     if len(jpegs) < len(refs):
         why = (
-            f"Pictures of {len(refs) - len(jpegs):,} images are left out: all may take "
+            f"Pictures of {images(len(refs) - len(jpegs))} are left out: all may take "
             f"{MAX_BYTES // 10**6} MB and {MAX_SECONDS:.0f} s."
         )
         return replace(pictures, why_missing=why)

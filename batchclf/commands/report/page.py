@@ -31,7 +31,7 @@ from batchclf.scoring.score import Score
 from batchclf.spec.input import shown
 from batchclf.spec.job import recorded_job
 from batchclf.system.text import escaped
-from batchclf.system.words import duration
+from batchclf.system.words import duration, images
 
 MAX_TEXT = 160
 """Characters of a name, a label or a message."""
@@ -127,6 +127,7 @@ def _environment() -> Environment:
     environment.filters |= {
         "text": _text,
         "count": "{:,}".format,
+        "images": images,
         "percent": lambda share: f"{100 * share:.1f} %",
         "score": "{:.3f}".format,
         "duration": _duration,
