@@ -1,12 +1,14 @@
 """Every command, job and key of the README and of the guide works as it stands there."""
 
 import importlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -205,6 +207,52 @@ def headings(page: Path) -> set[str]:
     """What links to the sections of a page end with."""
     found = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
     return {re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in found}
+
+
+# ---- figures and pictures ------------------------------------------------------------------------
+
+PEERS = {
+    "batchclf, fp32": "batchclf cpu fp32",
+    "A loop, one image at a time": "tutorial loop",
+    "torch's DataLoader, ONNX Runtime": "DataLoader + ONNX Runtime",
+    "OpenVINO's own queue, batch 8": "OpenVINO async f32, batch 8",
+}
+"""The rows of the README's table that were measured, and what the results call them."""
+
+
+def measured(name: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """A file of results of MobileNetV2, and its rows by contestant."""
+    found = json.loads((ROOT / "tests" / "benchmarks" / "results" / name).read_text())
+    rows = {row["contestant"]: row for row in found["rows"] if row["model"] == "mobilenet_v2"}
+    return found, rows
+
+
+def test_the_figures_of_the_readme_are_those_that_were_measured() -> None:
+    why = " ".join(README.partition("## Why not a loop?")[2].partition("\n## ")[0].split())
+    found, rows = measured("throughput-all-peers.json")
+    for name, contestant in PEERS.items():
+        row = rows[contestant]
+        assert f"| {name} | {row['images_per_s']:.1f} | {row['peak_mb']:,} MB |" in why
+    assert f"{found['num_images']:,} photos" in why
+    machine = found["machine"]
+    told = f"{machine['usable_cores']} cores of an {machine['cpu']} on {found['date']};"
+    assert told in why
+    later, rows = measured("throughput.json")
+    speeds = [rows[f"batchclf cpu {one}"]["images_per_s"] for one in ("fp32", "int8")]
+    peer = rows["OpenVINO async f32, batch 1"]["images_per_s"]
+    assert (
+        f"beside OpenVINO's {peer:.1f} images/s (batch 1) on {later['date']}:"
+        f" fp32 {speeds[0]:.1f}, int8 {speeds[1]:.1f}."
+    ) in why
+
+
+def test_the_pictures_are_small_have_words_for_who_does_not_see_them_and_are_all_shown() -> None:
+    shown = {target: words for words, target in re.findall(r"!\[([^]]*)\]\(([^)]+)\)", README)}
+    pictures = sorted((DOCS / "pictures").iterdir())
+    assert sorted(shown) == [one.relative_to(ROOT).as_posix() for one in pictures]
+    assert all(shown.values())
+    assert sum(one.stat().st_size for one in pictures) < 300_000
+    assert "<script" not in (DOCS / "pictures" / "terminal.svg").read_text()
 
 
 def test_the_readme_is_short() -> None:

@@ -154,12 +154,12 @@ TOOLS_PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH
 def interpreter(version: str) -> str:
     """A Python of this version on this machine, or a skip."""
     of_pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    found = [shutil.which(f"python{version}"), *of_pyenv.glob(f"{version}.*/bin/python")]
+    found = [f"python{version}", *map(str, of_pyenv.glob(f"{version}.*/bin/python"))]
     program = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
-    for python in filter(None, found):
+    for python in filter(shutil.which, found):
         done = subprocess.run([python, "-c", program], capture_output=True, text=True, check=False)
         if done.stdout.strip() == version:
-            return str(python)
+            return python
     pytest.skip(f"there is no Python {version} on this machine")
 
 

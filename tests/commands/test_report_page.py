@@ -229,7 +229,7 @@ def pages_cpu_s(chromium: Any) -> float:
     session = chromium.new_browser_cdp_session()
     processes = session.send("SystemInfo.getProcessInfo")["processInfo"]
     session.detach()
-    return sum(one["cpuTime"] for one in processes if one["type"] == "renderer")
+    return sum(float(one["cpuTime"]) for one in processes if one["type"] == "renderer")
 
 
 @BY_HAND
