@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 from batchclf import __version__
 from batchclf.cli import COMMANDS, main
 from batchclf.runtime.providers import installed_flavours
-from batchclf.spec.file import dotted_keys, load_job
+from batchclf.spec.explain import dotted_keys
+from batchclf.spec.file import load_job
 from tests.conftest import ROOT, command
 from tests.tiny import write_tiny_job
 
@@ -111,12 +112,53 @@ def test_what_is_misspelt_is_told_with_what_was_meant(
     assert suggested in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (("run",), "`batchclf init job.yaml` writes one"),
+        (("status",), "give the folder that a job writes to"),
+        (("run", "job.yaml", "-i", *(f"photos/{n:04}.jpg" for n in range(500))), "in quotes"),
+    ],
+)
+def test_arguments_that_lack_or_are_too_many_are_told_with_what_to_give(
+    arguments: tuple[str, ...], advice: str
+) -> None:
+    done = said(*arguments)
+    assert done.exit_code == 2
+    assert advice in done.stderr
+    assert len(done.stderr) < 600
+
+
+@pytest.mark.parametrize("command", ["status", "score", "convert", "report"])
+def test_a_job_file_in_the_place_of_its_output_is_told_with_that_output(
+    command: str, tmp_path: Path
+) -> None:
+    job = write_tiny_job(tmp_path)
+    needed = {
+        "score": ("--truth", "x"),
+        "convert": ("--to", "csv", "-o", "x"),
+        "report": ("-o", "x"),
+    }
+    done = said(command, job, *needed.get(command, ()))
+    assert done.exit_code == 2
+    assert f"{job} is a file; the job in it writes to {tmp_path / 'out'}: give that" in done.stderr
+
+
 def test_the_version_is_told_with_flavour_providers_and_resampler() -> None:
     first, *others = said("--version").stdout.splitlines()
     assert first.startswith(f"batchclf, version {__version__}, resampler: ")
     (flavour, version), *_ = installed_flavours().items()
     assert others[0].startswith(f"{flavour} {version}, providers: ")
     assert "cpu" in others[0]
+
+
+def test_a_version_that_cannot_be_printed_ends_with_5_and_no_traceback() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command("--version"), stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 5
+    assert b"Traceback" not in done.stderr
 
 
 # ---- colours -------------------------------------------------------------------------------------

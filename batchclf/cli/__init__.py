@@ -41,6 +41,14 @@ COMMANDS = {
 """Each command's module in this folder, and its line in --help."""
 
 
+ARGUMENTS = {
+    "JOB": "give a job file; `batchclf init job.yaml` writes one",
+    "OUTPUT": "give the folder that a job writes to, its `output`",
+    "FOLDER": "give the folder to write the bundle into",
+}
+"""What to give where an argument is missing."""
+
+
 class LazyGroup(click.Group):
     """Imports a command's module only when that command is asked for."""
 
@@ -76,6 +84,16 @@ class LazyGroup(click.Group):
         log_as("text")  # a program may call several commands
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            raise _with_advice(error) from None
+        except ImportError as error:
+            say(traceback.format_exc(), "error")
+            say(
+                f"batchclf: {error}: a package of this environment is broken, or of a version that "
+                "batchclf does not work with; `pip check` names such",
+                "error",
+            )
+            sys.exit(BatchclfError.exit_code)
         except BatchclfError as error:
             if ctx.obj == AS_JSON:
                 status = "interrupted" if isinstance(error, Interrupted) else "failed"
@@ -93,6 +111,20 @@ class LazyGroup(click.Group):
             sys.exit(130)
 
 
+def _with_advice(error: click.UsageError) -> click.UsageError:
+    """What click says of a command line, cut to what is read, with what to do about it."""
+    if isinstance(error, click.MissingParameter) and error.param is not None:
+        name = error.param.human_readable_name
+        if name not in ARGUMENTS:
+            return error
+        return click.UsageError(f"Missing argument {name!r}: {ARGUMENTS[name]}.", error.ctx)
+    if "unexpected extra argument" not in error.message:
+        return error
+    shown = error.message if len(error.message) < 200 else f"{error.message[:197]}...)"
+    advice = "a pattern is given in quotes, for the shell not to expand it: -i 'photos/*.jpg'"
+    return click.UsageError(f"{shown}; {advice}", error.ctx)
+
+
 def _print_version(context: click.Context, _: click.Parameter, is_asked: bool) -> None:
     if not is_asked:
         return
@@ -106,7 +138,11 @@ def _print_version(context: click.Context, _: click.Parameter, is_asked: bool) -
         own = [one.name for one in PROVIDERS.values() if one.distribution == flavour]
         names = ", ".join(dict.fromkeys((*own, "cpu")))
         lines.append(f"{flavour} {version}, providers: {names} (`batchclf doctor` tries them)")
-    print_result("\n".join(lines))
+    try:
+        print_result("\n".join(lines))
+    except EnvironmentFailed as error:  # no command is begun yet that would tell it
+        say(f"batchclf: {error}", "error")
+        context.exit(error.exit_code)
     context.exit()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from batchclf.cli.streams import say
-from batchclf.errors import UsageError
+from batchclf.errors import EnvironmentFailed, UsageError
 
 TEMPLATE = """\
 # yaml-language-server: $schema={schema}
@@ -125,6 +125,8 @@ def command(
     except FileExistsError:
         raise UsageError(f"{path}: is there already; --overwrite replaces it") from None
     except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
+        raise EnvironmentFailed(
+            f"{path}: cannot be written: {error.strerror}; give another path: batchclf init PATH"
+        ) from None
     done = f"batchclf: wrote {path}; next: batchclf validate {path}"
     say(done)

@@ -1,5 +1,6 @@
 """The options that several commands share: a job file and overrides of its keys."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,6 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from batchclf.cli import AS_JSON
+from batchclf.errors import BatchclfError, UsageError
 
 if TYPE_CHECKING:
     from batchclf.spec.job import JobSpec
@@ -76,7 +78,7 @@ def _complete_key(
     ctx: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """Keys of the job file, dotted; behind `=`, nothing."""
-    from batchclf.spec.file import dotted_keys
+    from batchclf.spec.explain import dotted_keys
 
     keys = (f"{key}=" for key in dotted_keys())
     return [CompletionItem(key) for key in keys if key.startswith(incomplete)]
@@ -87,17 +89,35 @@ def output_folder(output: str) -> Iterator[Path]:
     """The folder of a job's output; what lies in a bucket is fetched, for as long as it is read.
 
     Raises:
-        BatchclfError: as `fetched_output`.
+        BatchclfError: as `fetched_output`; it is a file.
     """
     from batchclf.spec.input import is_address
 
     if not is_address(output):
+        require_no_file(Path(output))
         yield Path(output)
         return
     from batchclf.results.mirror import fetched_output
 
     with fetched_output(output) as folder:
         yield folder
+
+
+def require_no_file(output: Path) -> None:
+    """Refuse a file, most often the job's own, where the folder that a job writes to is asked for.
+
+    Raises:
+        UsageError: with that folder, where the file is a job that names it.
+    """
+    if not os.path.isfile(output):
+        return
+    from batchclf.spec.file import load_job
+
+    try:
+        advice = f"the job in it writes to {load_job(output).output}: give that"
+    except BatchclfError:  # it is no job file
+        advice = "give the folder a job writes to"
+    raise UsageError(f"output: {output} is a file; {advice}")
 
 
 def json_option(text: str) -> Callable[[Command], Command]:

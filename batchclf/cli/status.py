@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from batchclf.cli.options import json_option
+from batchclf.cli.options import json_option, require_no_file
 from batchclf.cli.streams import as_lines, print_result
 from batchclf.system.words import duration
 
@@ -34,6 +34,7 @@ def command(output: Path, watch: bool, as_json: bool) -> None:
 
     from batchclf.commands.status import status_of
 
+    require_no_file(output)
     while True:
         status = status_of(output)
         if as_json:

@@ -32,6 +32,7 @@ from batchclf.spec.job import JobSpec
 
 Settings = Mapping[str, int | str]
 """Keys of a job file, dotted and at most two deep, and their values."""
+_BY_HAND = "leave --apply out and write the settings into the file yourself"
 _BOM = "\ufeff"
 _PARTS = re.compile(r"(.*?^---[ \t]*\n)?(.*?)(^\.\.\.\s.*)?", re.DOTALL | re.MULTILINE)
 """What precedes the document, which may be comments, the document, and what follows it."""
@@ -81,7 +82,7 @@ def _edited(path: Path, settings: Settings) -> Iterator[Path]:
             _require_the_same(path, read_data(copy) == expected, before, after)
             yield copy
     except OSError as error:
-        raise JobFileError(f"{path}: cannot be written: {error.strerror}") from error
+        raise JobFileError(f"{path}: cannot be written: {error.strerror}; {_BY_HAND}") from error
 
 
 def _require_the_same(path: Path, is_expected: bool, before: str, after: str) -> None:
@@ -89,8 +90,7 @@ def _require_the_same(path: Path, is_expected: bool, before: str, after: str) ->
     if lost or not is_expected:
         what = f"losing `{lost[0]}`" if lost else "changing more of it"
         raise JobFileError(
-            f"{path}: cannot be edited without {what}; move comments out of braces, or leave "
-            "--apply out and write the settings into the file yourself"
+            f"{path}: cannot be edited without {what}; move comments out of braces, or {_BY_HAND}"
         )
 
 
@@ -155,7 +155,8 @@ def _with_settings(path: Path, text: str, changes: Settings) -> str:
     try:
         root = yaml.load(body)
     except YAMLError as error:
-        raise JobFileError(f"{path}: cannot be edited: {' '.join(str(error).split())}") from None
+        told = " ".join(str(error).split())
+        raise JobFileError(f"{path}: cannot be edited: {told}; {_BY_HAND}") from None
     steps = dict(reversed(list(_steps(root))))  # the first of each decides
     offset = steps.get(CommentedSeq, 0)
     yaml.indent(mapping=steps.get(CommentedMap, 2), sequence=offset + 2, offset=offset)

@@ -5,23 +5,20 @@ current folder. Every error names the file (and line), the key, what was found, 
 and, where there is one, the nearest valid name.
 """
 
-import difflib
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
 from batchclf.errors import JobFileError
-from batchclf.spec.input import STDIN, TAGS, is_address
+from batchclf.spec.explain import Document, describe, shortened, yaml_problem
+from batchclf.spec.input import STDIN, is_address
 from batchclf.spec.job import JobSpec, is_weights_path
-from batchclf.system.paths import require_readable
+from batchclf.system.paths import nearest, require_readable
 
 MAX_JOB_FILE_BYTES = 1_000_000
 MAX_DEPTH = 20
@@ -29,7 +26,6 @@ MAX_NODES = 10_000
 """Keys, values and lists: reading them costs 30 us each, and a job has a few dozen."""
 MAX_SCALAR_CHARS = 8192
 """A path has 4,096 bytes at most; long numbers in base 60 take quadratic time to read."""
-MAX_SHOWN_CHARS = 300
 MAX_PROBLEMS = 20
 """As many are told at once: a file of junk has one a line."""
 PATH_KEYS = (
@@ -41,12 +37,6 @@ FOLDER_PREFIX = "hf/"
 NAMED_KEYS = ("provider", "engine")
 """Keys that take either a plain name or a mapping with `name` in it."""
 
-_CONTRADICTIONS = (
-    *("one_source", "foreign_key", "provider_key", "engine_key", "not_with_ray", "std"),
-    "secret",
-)
-"""Kinds of errors that are not about one value alone."""
-
 # ---- reading -------------------------------------------------------------------------------------
 
 
@@ -57,15 +47,6 @@ class Override:
     key: str
     value: object
     option: str
-
-
-@dataclass(slots=True)
-class _Document:
-    """A parsed file: its plain data, and where each dotted key was written."""
-
-    name: str
-    data: dict[str, Any]
-    origins: dict[str, str] = field(default_factory=dict)
 
 
 def load_job(
@@ -91,7 +72,7 @@ def load_job(
         return JobSpec.model_validate(document.data)
     except ValidationError as error:
         details = error.errors(include_url=False)
-        lines = [_describe(detail, document) for detail in details[:MAX_PROBLEMS]]
+        lines = [describe(detail, document) for detail in details[:MAX_PROBLEMS]]
         if len(details) > MAX_PROBLEMS:
             lines.append(f"{document.name}: and {len(details) - MAX_PROBLEMS:,} more problems")
         raise JobFileError("\n".join(dict.fromkeys(lines))) from None
@@ -115,16 +96,17 @@ def parse_set(text: str) -> Override:
     key, equals, value = text.partition("=")
     option = f"--set {shortened(text)}"
     if not equals or not key.strip():
-        raise JobFileError(f"{option}: found no `=`; write --set key=value, such as top_k=3")
+        found = "no key before the `=`" if equals else "no `=`"
+        raise JobFileError(f"{option}: found {found}; write --set key=value, such as top_k=3")
     if key.count(".") >= MAX_DEPTH:
         raise JobFileError(f"{option}: nested deeper than {MAX_DEPTH} levels")
     try:
         return Override(key.strip(), yaml.load(value, _JobLoader), option)  # noqa: S506
     except _NOT_YAML as error:
-        raise JobFileError(f"{option}: the value is not YAML: {shortened(str(error))}") from None
+        raise JobFileError(f"{option}: the value is not YAML: {yaml_problem(str(error))}") from None
 
 
-def _resolve_paths(document: _Document, base: Path) -> None:
+def _resolve_paths(document: Document, base: Path) -> None:
     """Make the path-valued keys absolute, in place; values of a wrong type are left to pydantic."""
     for key in PATH_KEYS:
         *parents, leaf = key.split(".")
@@ -179,7 +161,7 @@ def _is_folder(value: str, base: Path) -> bool:
         return False
 
 
-def _apply(document: _Document, override: Override) -> None:
+def _apply(document: Document, override: Override) -> None:
     *parents, leaf = override.key.split(".")
     node = document.data
     for depth, parent in enumerate(parents, start=1):
@@ -254,15 +236,21 @@ class _JobLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _parse(path: Path) -> _Document:
+def _parse(path: Path) -> Document:
     name = str(path)
     require_readable(path, "JOB")
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_JOB_FILE_BYTES + 1)
+    except IsADirectoryError:
+        raise JobFileError(
+            f"{name}: is a folder; a job is a YAML file: "
+            f"`batchclf init job.yaml -i {name}` writes one"
+        ) from None
     except OSError as error:
         raise JobFileError(
             f"{name}: cannot be read: {error.strerror}; `batchclf init {name}` writes one to start"
+            f"{nearest(path)}"
         ) from None
     if len(raw) > MAX_JOB_FILE_BYTES:
         raise JobFileError(f"{name}: larger than 1 MB; a job file is a page of YAML")
@@ -285,7 +273,7 @@ def _parse(path: Path) -> _Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        problem = shortened(" ".join(filter(None, (error.context, error.problem))))
+        problem = yaml_problem(" ".join(filter(None, (error.context, error.problem))))
         raise JobFileError(f"{name}{line}: not a valid job file: {problem}") from None
     except _NOT_YAML as error:
         raise JobFileError(f"{name}: not a valid job file: {shortened(str(error))}") from None
@@ -294,7 +282,7 @@ def _parse(path: Path) -> _Document:
         raise JobFileError(
             f"{name}: found {found}; a job file is a mapping with input, output, model"
         )
-    return _Document(name, {str(key): value for key, value in data.items()}, _origins(name, node))
+    return Document(name, {str(key): value for key, value in data.items()}, _origins(name, node))
 
 
 def _origins(name: str, node: yaml.Node, prefix: str = "") -> dict[str, str]:
@@ -306,93 +294,3 @@ def _origins(name: str, node: yaml.Node, prefix: str = "") -> dict[str, str]:
             found[key] = f"{name}:{key_node.start_mark.line + 1}"
             found |= _origins(name, value_node, f"{key}.")
     return found
-
-
-# ---- explaining ----------------------------------------------------------------------------------
-
-
-def _describe(detail: ErrorDetails, document: _Document) -> str:
-    """One validation error as a line: where, key, what was found, what is allowed."""
-    location = [str(part) for part in detail["loc"] if part not in TAGS]
-    key = shortened(".".join(location))
-    origin, written = _written(location, document)
-    if detail["type"] == "extra_forbidden":
-        allowed = _keys_at(location[:-1])
-        hint = _nearest(location[-1], allowed)
-        return f"{origin}: unknown key `{key}`{hint}; keys here: {', '.join(allowed)}"
-    if detail["type"] == "missing":
-        return f"{document.name}: the key `{key}` is missing: {_help_for(location)}"
-    allowed_text = detail["msg"].removeprefix("Input should be ")
-    if detail["type"] == "model_type":
-        allowed_text = f"a mapping with {', '.join(_keys_at(location))}"
-    if detail["type"] in _CONTRADICTIONS:
-        return f"{origin}: {written or key}: allowed: {allowed_text}"
-    hint = ""
-    if detail["type"] == "literal_error" and isinstance(detail["input"], str):
-        hint = _nearest(detail["input"], re.findall(r"'([^']+)'", allowed_text))
-    return (
-        f"{origin}: {written or key}: found {_show(detail['input'])}; allowed: {allowed_text}{hint}"
-    )
-
-
-def _written(location: list[str], document: _Document) -> tuple[str, str]:
-    """Origin and dotted key of the innermost part of `location` that the user wrote."""
-    for length in range(len(location), 0, -1):
-        key = ".".join(location[:length])
-        if key in document.origins:
-            return document.origins[key], shortened(key)
-    return document.name, ""
-
-
-def _keys_at(location: Sequence[str]) -> list[str]:
-    return list(_fields_at(location))
-
-
-def _fields_at(location: Sequence[str]) -> Mapping[str, FieldInfo]:
-    spec: type[BaseModel] = JobSpec
-    for part in location:
-        info = spec.model_fields.get(part)
-        inner = None if info is None else _spec_in(info.annotation)
-        if inner is None:
-            return {}
-        spec = inner
-    return spec.model_fields
-
-
-def _spec_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_spec_in, get_args(annotation))), None)
-
-
-def dotted_keys(location: Sequence[str] = ()) -> Iterator[str]:
-    """Every key of a job file, with those that it lies in: `loader.workers`."""
-    for name in _fields_at(location):
-        yield ".".join((*location, name))
-        yield from dotted_keys((*location, name))
-
-
-def _help_for(location: Sequence[str]) -> str:
-    info = _fields_at(location[:-1]).get(location[-1])
-    if info is None:
-        return "required"
-    spec = _spec_in(info.annotation)
-    return info.description or (spec.__doc__ if spec else None) or "required"
-
-
-def _nearest(found: str, allowed: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(found, allowed, n=1, cutoff=0.5)
-    return f"; did you mean `{matches[0]}`?" if matches else ""
-
-
-def _show(value: object) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # a whole number of thousands of digits
-        return f"a {type(value).__name__} too long to show"
-    return shortened(text, 80)
-
-
-def shortened(text: str, length: int = MAX_SHOWN_CHARS) -> str:
-    """The beginning of a text, for a message: whoever wrote it may have made it huge."""
-    return text if len(text) <= length else f"{text[: length - 3]}..."

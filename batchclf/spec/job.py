@@ -80,12 +80,18 @@ def _edge_or_size(value: object) -> object:
 
 
 def _per_channel(value: object) -> object:
-    numbers = value if isinstance(value, list | tuple) else ()
+    numbers = value if isinstance(value, list | tuple) else (value,)
     if len(numbers) in (1, 3) and all(
         type(v) in (int, float) and math.isfinite(v) for v in numbers
     ):
         return tuple(float(v) for v in numbers) * (3 // len(numbers))
     raise PydanticCustomError("per_channel", "three numbers, one per channel, or one for all")
+
+
+def _per_channel_schema(least: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    number: dict[str, JsonValue] = {"type": "number", **least, "maximum": 3}
+    several: dict[str, JsonValue] = {"type": "array", "items": number, "minItems": 1, "maxItems": 3}
+    return {"anyOf": [number, several]}
 
 
 def is_weights_path(value: str) -> bool:
@@ -168,26 +174,12 @@ EdgeOrSize = Annotated[
 PerChannel = Annotated[
     tuple[float, float, float],
     BeforeValidator(_per_channel),
-    WithJsonSchema(
-        {
-            "type": "array",
-            "items": {"type": "number", "minimum": -3, "maximum": 3},
-            "minItems": 1,
-            "maxItems": 3,
-        }
-    ),
+    WithJsonSchema(_per_channel_schema({"minimum": -3})),
 ]
 PerChannelAboveZero = Annotated[
     tuple[float, float, float],
     BeforeValidator(_per_channel),
-    WithJsonSchema(
-        {
-            "type": "array",
-            "items": {"type": "number", "exclusiveMinimum": 0, "maximum": 3},
-            "minItems": 1,
-            "maxItems": 3,
-        }
-    ),
+    WithJsonSchema(_per_channel_schema({"exclusiveMinimum": 0})),
 ]
 DeviceId = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 ProviderOption = Annotated[str | int | float | bool, BeforeValidator(_provider_option)]

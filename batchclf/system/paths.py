@@ -1,10 +1,12 @@
 """Paths that a user named: what is there, or why that cannot even be looked at."""
 
+import difflib
 import errno
 import os
 import shutil
 import stat
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +20,8 @@ _MISTAKES = {
 GIT_LFS_POINTER = b"version https://git-lfs"
 """How what Git LFS leaves in the place of a file that it has not fetched begins."""
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
+_MAX_NAMES = 10_000
+"""Of a folder are looked through for one that is spelt much as another: for milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,38 @@ def refusal(
     return EnvironmentFailed(f"{text}mend what it lies on, and run again")
 
 
+def unread(path: Path, error: OSError) -> str:
+    """Why a file that the job names is not read, and what to do about it; no sentence of its own.
+
+    As in `{key}: {path}: cannot be read: {unread(path, error)}`.
+    """
+    match error.errno:
+        case errno.ENOENT:
+            advice = f"name one that is there{nearest(path)}"
+        case errno.EISDIR:
+            advice = "it is a folder: name the file in it"
+        case errno.ENOTDIR:
+            advice = "what its path leads through is a file"
+        case errno.EACCES | errno.EPERM:
+            advice = "let this user read it, and enter the folders above it"
+        case _:
+            advice = "mend what it lies on, and run again"
+    return f"{error.strerror or error}; {advice}"
+
+
 def reason(error: OSError) -> str:
     """The system's words for an error, and its name."""
     code = errno.errorcode.get(error.errno, "") if error.errno else ""
     return f"{error.strerror} ({code})" if code else str(error)
+
+
+def nearest(path: Path) -> str:
+    """`; did you mean PATH?`: what is there and is spelt most like what is not; else nothing."""
+    try:
+        with os.scandir(path.parent) as entries:
+            seen = (entry.name for entry in islice(entries, _MAX_NAMES))
+            names = [name for name in seen if name != path.name]
+    except OSError:  # the folder is not there either: that is what the caller tells
+        return ""
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.7)
+    return f"; did you mean {path.with_name(near[0])}?" if near else ""

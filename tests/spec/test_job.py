@@ -206,6 +206,36 @@ WRONG_FILES: dict[str, tuple[bytes | None, tuple[str, ...]]] = {
     ),
     "two documents": (HEAD + b"---\n" + HEAD, ("job.yaml:4", "another document")),
     "not YAML": (HEAD + b"top_k: [1\nx: }\n", ("job.yaml:5", "not a valid job file")),
+    "tabs": (b"input: i\noutput: o\nmodel:\n\tname: x\n", ("job.yaml:4", "not with tabs")),
+    "no space after a colon": (
+        b"input:i\noutput: o\nmodel: {name: resnet18}\n",
+        ("job.yaml:2", "write `key: value`, with a space after the colon"),
+    ),
+    "a template that nobody filled in": (
+        b"input: {{ folder }}\noutput: o\n",
+        ("job.yaml:1", "fill the template in"),
+    ),
+    "a Windows path in double quotes": (
+        b'input: "D:\\images"\noutput: o\nmodel: {name: resnet18}\n',
+        ("job.yaml:1", "write the path in single quotes"),
+    ),
+    "a sign that begins no value": (HEAD + b"top_k: @5\n", ("job.yaml:4", "in quotes")),
+    "a GPU as people call it": (HEAD + b"provider: gpu\n", ("job.yaml:4", "mean `cuda`?")),
+    "a precision as PyTorch calls it": (HEAD + b"precision: float16\n", ("mean `fp16`?",)),
+    "a provider in capitals": (HEAD + b"provider: OpenVINO\n", ("mean `openvino`?",)),
+    "a key of which several begin so": (
+        HEAD + b"provider: {name: openvino, device: GPU}\n",
+        ("job.yaml:4", "did you mean `device_type` or `devices`?"),
+    ),
+    "a number in quotes": (
+        HEAD + b"batch_size: '16'\n",
+        ("job.yaml:4", "batch_size", "found '16'", "without quotes"),
+    ),
+    "a name instead of a mapping": (
+        b"input: i\noutput: o\nmodel: resnet18\n",
+        ("job.yaml:3", "model", "write {name: 'resnet18'}"),
+    ),
+    "a limit instead of a mapping": (HEAD + b"errors: 2%\n", ("write {max: '2%'}",)),
     "no keys": (b"{}\n", ("`input` is missing", "`output` is missing", "`model` is missing")),
     "two models": (
         b"input: i\noutput: o\nmodel: {name: resnet18, onnx: a.onnx}\n",
@@ -278,6 +308,22 @@ def test_a_wrong_job_file_ends_with_2_and_a_message_that_says_where_and_what(
         assert text in done.stderr
     assert {path.name for path in tmp_path.iterdir()} <= {"job.yaml"}
     assert not (ROOT / "pwned").exists()
+
+
+def test_a_folder_given_as_the_job_is_told_how_it_becomes_one(
+    batchclf: Batchclf, tmp_path: Path
+) -> None:
+    refused = batchclf("run", tmp_path)
+    assert refused.exit_code == 2
+    assert f"{tmp_path}: is a folder" in refused.stderr
+    assert f"`batchclf init job.yaml -i {tmp_path}` writes one" in refused.stderr
+
+
+def test_a_job_file_that_is_not_there_is_told_with_the_nearest_that_is(
+    batchclf: Batchclf, tmp_path: Path
+) -> None:
+    job = write(tmp_path, dict(MINIMAL))
+    assert f"did you mean {job}?" in batchclf("run", tmp_path / "jbo.yaml").stderr
 
 
 @pytest.mark.parametrize("command", ["run", "validate"])
@@ -551,7 +597,7 @@ def test_mean_and_std_of_pixels_in_0_to_255_are_refused_with_what_to_write(
 
 
 def test_one_number_of_mean_and_std_is_that_of_every_channel(tmp_path: Path) -> None:
-    preprocess = {"resize": 28, "mean": [0.1307], "std": [0.3081]}
+    preprocess = {"resize": 28, "mean": [0.1307], "std": 0.3081}
     job = load_job(write(tmp_path, {**MINIMAL, "model": {"onnx": "a", "preprocess": preprocess}}))
     assert job.model.preprocess is not None
     assert job.model.preprocess.mean == (0.1307,) * 3
