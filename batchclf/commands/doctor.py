@@ -4,7 +4,7 @@ import platform
 from dataclasses import dataclass, field
 
 from batchclf import __version__
-from batchclf.errors import BatchclfError, UsageError
+from batchclf.errors import BatchclfError, ProviderError, UsageError
 from batchclf.images.resampler import WHY_NOT, resampler_name
 from batchclf.images.resize import require_pillow
 from batchclf.models.bundle import cache_folder, list_cache, versions_of
@@ -102,6 +102,10 @@ def _provider_state(name: str) -> ProviderState:
     provider = PROVIDERS[name]
     if problem := flavour_problem():  # nothing, or two in each other's way: not to be imported
         return ProviderState(provider.execution_provider, False, False, problem)
+    try:
+        is_compiled_in = provider.execution_provider in compiled_in()
+    except ProviderError as error:
+        return ProviderState(provider.execution_provider, False, False, str(error))
     from batchclf.runtime.probe import require_working
     from batchclf.runtime.sessions import Target
 
@@ -109,12 +113,7 @@ def _provider_state(name: str) -> ProviderState:
         require_working([Target(require_provider(name))])
     except BatchclfError as error:
         problem = str(error)
-    return ProviderState(
-        provider.execution_provider,
-        compiled_in=provider.execution_provider in compiled_in(),
-        opens=problem is None,
-        problem=problem,
-    )
+    return ProviderState(provider.execution_provider, is_compiled_in, problem is None, problem)
 
 
 def _resampler_problem() -> str | None:

@@ -26,7 +26,7 @@ from batchclf.models.onnx_guard import check_onnx
 from batchclf.results.records import Activation, Preprocess
 from batchclf.system import cache
 from batchclf.system.alive import alive
-from batchclf.system.paths import kind_of
+from batchclf.system.paths import kind_of, nearest, unread
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -133,10 +133,15 @@ def _read_meta(folder: Path) -> BundleMeta:
     except FileNotFoundError:
         raise ModelError(
             f"{folder}: no model bundle there ({META_FILE} is missing); "
-            "`batchclf export JOB.yaml FOLDER` writes one"
+            f"`batchclf export JOB.yaml FOLDER` writes one{nearest(folder)}"
+        ) from None
+    except NotADirectoryError:
+        raise ModelError(
+            f"model.bundle: {folder}: is a file; a bundle is a folder that `batchclf export` "
+            "wrote, and an ONNX file of your own goes under model.onnx"
         ) from None
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ModelError(f"{path}: cannot be read: {unread(path, error)}") from None
     if len(text) > MAX_META_BYTES:
         raise ModelError(f"{path}: larger than {MAX_META_BYTES:,} bytes; {_AGAIN}")
     try:
@@ -182,7 +187,8 @@ def write_bundle(target: Path, build: Callable[[Path], BundleMeta]) -> Bundle:
             _sync(target.parent)
     except OSError as error:
         raise EnvironmentFailed(
-            f"{target}: the model bundle cannot be written: {error.strerror or error}"
+            f"{target}: the model bundle cannot be written: {error.strerror or error}; "
+            "give another folder"
         ) from error
     return Bundle(target, meta)
 
@@ -315,13 +321,13 @@ def cache_folder() -> Path:
 def list_cache() -> tuple[int, int, bool]:
     """Number of cached bundles, their bytes, and whether the cache can be written."""
     folder = cache_folder()
-    files = [path for path in folder.glob("*/*") if path.is_file()]
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    return (
-        sum(path.name == META_FILE for path in files),
-        sum(path.stat().st_size for path in files),
-        os.access(nearest, os.W_OK),
-    )
+    try:
+        files = [path for path in folder.glob("*/*") if path.is_file()]
+        num_bytes = sum(path.stat().st_size for path in files)
+        around = next(path for path in (folder, *folder.parents) if path.exists())
+    except PermissionError:  # of another user's home folder, say
+        return 0, 0, False
+    return sum(path.name == META_FILE for path in files), num_bytes, os.access(around, os.W_OK)
 
 
 def cached_folder(request: Mapping[str, object]) -> Path:

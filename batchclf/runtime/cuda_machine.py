@@ -27,6 +27,7 @@ from batchclf.runtime.machine_code import code_in
 _NO_DEVICE = 100
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 """Attributes of a GPU."""
+_LOOK = "see what `nvidia-smi` says"
 _INSTALL = "pip install 'batchclf[gpu]'"
 
 
@@ -34,7 +35,9 @@ def device_name(device: int) -> str:
     """Number and name of a GPU, such as `0: NVIDIA H100 80GB HBM3`."""
     name = ctypes.create_string_buffer(256)
     if _driver().cuDeviceGetName(name, len(name), _handle(device)):
-        raise ProviderError(f"provider cuda: the driver does not tell the name of GPU {device}")
+        raise ProviderError(
+            f"provider cuda: the driver does not tell the name of GPU {device}; {_LOOK}"
+        )
     return f"{device}: {name.value.decode(errors='replace')}"
 
 
@@ -44,14 +47,18 @@ def architecture_of(device: int) -> int:
     handle = _handle(device)
     for value, attribute in ((major, _CAPABILITY_MAJOR), (minor, _CAPABILITY_MINOR)):
         if _driver().cuDeviceGetAttribute(ctypes.byref(value), attribute, handle):
-            raise ProviderError(f"provider cuda: the driver does not tell what GPU {device} is")
+            raise ProviderError(
+                f"provider cuda: the driver does not tell what GPU {device} is; {_LOOK}"
+            )
     return 10 * major.value + minor.value
 
 
 def _handle(device: int) -> ctypes.c_int:
     handle = ctypes.c_int()
     if code := _driver().cuDeviceGet(ctypes.byref(handle), device):
-        raise ProviderError(f"provider cuda: the driver does not give GPU {device} (error {code})")
+        raise ProviderError(
+            f"provider cuda: the driver does not give GPU {device} (error {code}); {_LOOK}"
+        )
     return handle
 
 
@@ -79,7 +86,9 @@ def _require_devices(devices: Sequence[int]) -> None:
     driver = _driver()
     version = ctypes.c_int()
     if code := driver.cuDriverGetVersion(ctypes.byref(version)):
-        raise ProviderError(f"provider cuda: the NVIDIA driver does not answer (error {code})")
+        raise ProviderError(
+            f"provider cuda: the NVIDIA driver does not answer (error {code}); {_LOOK}"
+        )
     has = f"{version.value // 1000}.{version.value % 1000 // 10}"
     if version.value // 1000 < cuda_major():
         raise ProviderError(

@@ -6,6 +6,7 @@ really runs on is proven in sessions.py.
 """
 
 import importlib.metadata
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,9 +117,20 @@ def require_flavour() -> None:
 
 
 def compiled_in() -> list[str]:
-    """Execution providers that the installed ONNX Runtime was built with; they need not work."""
-    import onnxruntime
+    """Execution providers that the installed ONNX Runtime was built with; they need not work.
 
+    Raises:
+        ProviderError: it cannot be imported, as where a library is missing that it needs.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        names = " and ".join(f"{name} {one}" for name, one in installed_flavours().items())
+        raise ProviderError(
+            f"{names or 'ONNX Runtime'} is installed and cannot be imported: {error}; install the "
+            "library that is missing, or the package again: pip install --force-reinstall "
+            f"{' '.join(installed_flavours()) or 'onnxruntime'}"
+        ) from error
     return list(onnxruntime.get_available_providers())
 
 
@@ -126,7 +138,8 @@ def require_provider(name: str) -> Provider:
     """The provider called `name`, if the installed ONNX Runtime has it compiled in.
 
     Raises:
-        ProviderError: no flavour, two flavours, or one without this provider.
+        ProviderError: no flavour, two flavours, one that cannot be imported, or one without this
+            provider.
     """
     provider = PROVIDERS[name]
     if problem := flavour_problem():
@@ -137,9 +150,18 @@ def require_provider(name: str) -> Provider:
         raise ProviderError(
             f"provider {name}: the installed {flavour} {version} has no "
             f"{provider.execution_provider} (it has {', '.join(available)}); "
-            f"in an environment of its own: pip install 'batchclf[{provider.extra}]'"
+            f"in an environment of its own: pip install 'batchclf[{provider.extra}]{_origin()}'"
         )
     return provider
+
+
+def _origin() -> str:
+    """` @ URL`, where this package came from a place of its own and no index (PEP 610)."""
+    try:
+        origin = importlib.metadata.distribution("batchclf").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return "" if origin is None else f" @ {json.loads(origin)['url']}"
 
 
 def require_precision(name: str, precision: "Precision") -> None:

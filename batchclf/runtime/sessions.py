@@ -278,7 +278,10 @@ def not_accepted(model: Path, message: str) -> ModelError:
             f"take a newer ONNX Runtime, or convert it: onnx.save(onnx.version_converter."
             f"convert_version(onnx.load(FILE), {found[3]}), OTHER_FILE)"
         )
-    return ModelError(f"{model}: ONNX Runtime does not accept it: {last_sentence(message)}")
+    return ModelError(
+        f"{model}: ONNX Runtime does not accept it: {last_sentence(message)}; "
+        "export it again, with standard operators"
+    )
 
 
 def _cause(said: str, target: Target) -> str:

@@ -9,7 +9,8 @@ import pytest
 
 from batchclf.runtime.providers import PROVIDERS
 from batchclf.system.machine import cgroup_cpu_quota
-from tests.conftest import Batchclf
+from tests.conftest import ROOT, Batchclf
+from tests.tiny import write_tiny_job
 
 
 def test_doctor_reports_the_working_provider_and_why_the_others_do_not(batchclf: Batchclf) -> None:
@@ -33,6 +34,41 @@ def test_doctor_reports_the_working_provider_and_why_the_others_do_not(batchclf:
             assert f"batchclf[{extra}]" in state["problem"]
     assert found["packages"]["torch"]
     assert found["can_export"]
+
+
+def test_an_onnx_runtime_that_cannot_be_imported_is_told_and_ends_a_run_with_4(
+    batchclf: Batchclf, tmp_path: Path
+) -> None:
+    broken = tmp_path / "first" / "onnxruntime" / "__init__.py"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("raise ImportError('libfoo.so.1: cannot open shared object file')")
+    env = {"PYTHONPATH": f"{tmp_path / 'first'}:{ROOT}"}
+    found = batchclf("doctor", "--json", env=env).json["providers"]["cpu"]
+    assert not found["opens"]
+    assert "cannot be imported: libfoo.so.1" in found["problem"]
+    refused = batchclf("run", write_tiny_job(tmp_path), env=env)
+    assert refused.exit_code == 4
+    assert "libfoo.so.1" in refused.stderr
+    assert "pip install --force-reinstall onnxruntime" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_doctor_tells_of_a_model_cache_that_this_user_may_not_look_at(tmp_path: Path) -> None:
+    hidden = tmp_path / "hidden"
+    (hidden / "bundles").mkdir(parents=True)
+    hidden.chmod(0)
+    code = """
+import os, sys
+from batchclf.models.bundle import list_cache
+if os.getuid() == 0:
+    os.setuid(65534)
+print(list_cache())
+"""
+    env = {**os.environ, "BATCHCLF_CACHE_DIR": str(hidden)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    hidden.chmod(0o700)
+    assert done.stdout == "(0, 0, False)\n", done.stderr
 
 
 def test_doctor_counts_the_cores_it_may_use(batchclf: Batchclf) -> None:

@@ -1,6 +1,7 @@
 """Which providers may run: installed, compiled in, and the only flavour of its package."""
 
 import importlib.metadata
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,22 @@ def test_two_flavours_in_different_folders_are_told_from_each_other_and_one_is_t
     assert "for provider cuda pip uninstall -y onnxruntime;" in message
     assert "mv /a/onnxruntime /a/onnxruntime-1.99.0.dist-info ASIDE/" in message
     assert "mv /b/onnxruntime /b/onnxruntime_gpu-1.99.0.dist-info ASIDE/" in message
+
+
+def test_another_environment_gets_the_package_from_where_this_one_did(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    installed = tmp_path / "batchclf-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Name: batchclf\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ProviderError, match=r"pip install 'batchclf\[gpu\]'$"):
+        require_provider("cuda")
+    origin = {"dir_info": {"editable": True}, "url": "file:///home/me/clone"}
+    (installed / "direct_url.json").write_text(json.dumps(origin))
+    with pytest.raises(ProviderError, match=r"'batchclf\[gpu\] @ file:///home/me/clone'$"):
+        require_provider("cuda")
 
 
 @pytest.mark.parametrize(("name", "extra"), [("cuda", "gpu"), ("openvino", "openvino")])

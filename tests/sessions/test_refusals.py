@@ -108,7 +108,7 @@ def test_a_provider_of_another_flavour_is_refused_with_what_installs_it(
     message = refused(tmp_path, provider)
     assert f"the installed {flavour} {FLAVOURS[flavour]} has no {missing}Execution" in message
     assert "CPUExecutionProvider" in message
-    assert f"in an environment of its own: pip install 'batchclf[{extra}]'" in message
+    assert f"in an environment of its own: pip install 'batchclf[{extra}]" in message
 
 
 @pytest.mark.parametrize("provider", ["cpu", {"name": "cuda", "allow_fallback": True}])
@@ -494,9 +494,9 @@ def test_an_option_that_openvino_knows_is_passed_on_and_stands_in_the_run(
 # ---- the fall-back that a job allows -------------------------------------------------------------
 
 FALLBACKS = [
-    pytest.param("cuda", "pip install 'batchclf[gpu]'", marks=cpu_environment),
+    pytest.param("cuda", "pip install 'batchclf[gpu]", marks=cpu_environment),
     pytest.param("cuda", "no NVIDIA driver here", marks=[gpu_environment, without_driver]),
-    pytest.param("cuda", "pip install 'batchclf[gpu]'", marks=openvino_environment),
+    pytest.param("cuda", "pip install 'batchclf[gpu]", marks=openvino_environment),
     pytest.param("openvino", "device NPU is not available", marks=openvino_environment),
 ]
 

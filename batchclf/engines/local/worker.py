@@ -17,13 +17,14 @@ import batchclf
 from batchclf.engines.local.board import Board
 from batchclf.engines.local.messages import Message, ServeSetup, Setup
 from batchclf.engines.local.signals import DUMP_SIGNAL, STOP_SIGNALS
-from batchclf.errors import BatchclfError, DeviceLost
+from batchclf.errors import BatchclfError, DeviceLost, ProviderError
 from batchclf.images.archives.listing import Archive
 from batchclf.results.lock import LEASE_S
 from batchclf.results.parts import Committed
 from batchclf.results.records import Failure, Stretch
 from batchclf.results.stats import Live, RunStats
 from batchclf.run.duty import Attempt, Doubt, Inbox, ServeReporter
+from batchclf.runtime.providers import compiled_in
 from batchclf.system.alive import watched
 from batchclf.system.children import end_with_parent, expendable
 from batchclf.system.interrupt import StopRequest
@@ -50,21 +51,24 @@ def serve(socket_descriptor: int, board_descriptor: int, parent_pid: int) -> Non
         except EOFError:
             return
         channel = _Channel(connection, Board(board_descriptor))
-        connection.send(("bug", problem) if problem else _run(setup, channel))
+        connection.send(problem or _run(setup, channel))
     # Native libraries have crashed while being taken down, and there is nothing left to do.
     sys.stderr.flush()
     os._exit(0)
 
 
-def _import_pipeline() -> str | None:
-    """Import what takes long while the parent does so too; the traceback where that fails.
+def _import_pipeline() -> Message | None:
+    """Import what takes long while the parent does so too; what to tell where that fails.
 
     Nothing is printed: the parent may find the reason by itself, and can say it better.
     """
     try:
+        compiled_in()
         import batchclf.run.job  # noqa: F401
+    except ProviderError as error:
+        return "error", error
     except Exception:  # noqa: BLE001 - the parent tells of it
-        return traceback.format_exc()
+        return "bug", traceback.format_exc()
     finally:
         gc.enable()  # it is off from the very first import on (process.py)
     return None
