@@ -127,4 +127,6 @@ def open_session(path: Path, *, threads: int, folded: Path | None = None) -> ort
     try:
         return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     except (RuntimeError, ValueError, ort_errors.Fail, ort_errors.InvalidGraph) as error:
-        raise ModelError(f"{path.name}: ONNX Runtime does not accept it: {error}") from error
+        raise ModelError(
+            f"{path.name}: ONNX Runtime does not accept it: {error}; export it again"
+        ) from error

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from batchclf.errors import ModelError
-from batchclf.system.paths import GIT_LFS_POINTER
+from batchclf.system.paths import GIT_LFS_POINTER, nearest
 
 LOADING = "torch.load({!r}, map_location='cpu', weights_only=False)"
 """What the user is told to load a file of their own with, whatever a trainer left in it."""
@@ -70,7 +70,7 @@ def read_checkpoint(path: Path) -> Any:
     """
     what = f"model.weights: {path}"
     if not path.is_file():
-        raise ModelError(f"{what}: no such file")
+        raise ModelError(f"{what}: no such file; name one that is there{nearest(path)}")
     try:
         with path.open("rb") as file:
             beginning = file.read(1024)

@@ -64,7 +64,9 @@ def assert_same_scores(
             f"{what}: gives scores of shape {found_NK.shape}, expected {expected_NK.shape}"
         )
     if not np.isfinite(expected_NK).all():
-        raise ModelError(f"{what}: the source model itself gives NaN or infinite scores")
+        raise ModelError(
+            f"{what}: the source model itself gives NaN or infinite scores; are its weights whole?"
+        )
     scale = max(1.0, float(np.abs(expected_NK).max(initial=0)))
     slack = HALF_SLACK if is_half else 1
     if np.allclose(found_NK, expected_NK, rtol=RTOL * slack, atol=ATOL * scale * slack):

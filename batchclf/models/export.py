@@ -155,7 +155,8 @@ def _export(module: nn.Module, path: Path, *, example: Tensor) -> None:
     except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
         cause = _innermost(error)  # the exporter wraps it in pages of advice to its own authors
         raise ModelError(
-            f"the model cannot be exported to ONNX: {type(cause).__name__}: {first_line(cause)}"
+            f"the model cannot be exported to ONNX: {type(cause).__name__}: {first_line(cause)}; "
+            "where you have it as an ONNX file, give that as model.onnx"
         ) from error
     assert program is not None
     num_bytes = sum(p.numel() * p.element_size() for p in module.parameters())

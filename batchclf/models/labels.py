@@ -4,6 +4,7 @@ from importlib import resources
 from pathlib import Path
 
 from batchclf.errors import ModelError
+from batchclf.system.paths import unread
 
 MAX_LABELS_BYTES = 64_000_000
 """A million long names, twice over."""
@@ -40,7 +41,9 @@ def read_labels(path: Path) -> tuple[str, ...]:
             )
         text = raw.decode("utf-8-sig")
     except OSError as error:
-        raise ModelError(f"model.labels: {path}: cannot be read: {error.strerror}") from None
+        raise ModelError(
+            f"model.labels: {path}: cannot be read: {unread(path, error)}, or say `imagenet`"
+        ) from None
     except UnicodeDecodeError as error:
         raise ModelError(
             f"model.labels: {path}: not UTF-8 text (byte at offset {error.start}); save it as UTF-8"
@@ -64,9 +67,14 @@ def require_label_count(labels: tuple[str, ...], num_classes: int, origin: str) 
     if len(labels) == num_classes:
         return
     hint = ""
-    if len(labels) == num_classes + 1:
+    if labels and labels[0].startswith(("{", "[")):
+        hint = f"; it looks like JSON ({labels[0][:40]!r}): write one name per line"
+    elif len(labels) == 1:
+        hint = f"; its one line is {labels[0][:40]!r}: write one name per line"
+    elif len(labels) == num_classes + 1:
         hint = f"; is the first line ({labels[0][:80]!r}) a background class that this model lacks?"
+    classes = "class" if num_classes == 1 else "classes"
     raise ModelError(
         f"model.labels: {origin}: found {len(labels):,} names for a model of "
-        f"{num_classes:,} classes; give one name per class, in index order{hint}"
+        f"{num_classes:,} {classes}; give one name per class, in index order{hint}"
     )

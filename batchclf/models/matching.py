@@ -175,7 +175,9 @@ def groups_of(loaded: object, what: str) -> list[Group]:
     """
     mappings = list(walk(loaded))
     if not mappings or not any(mapping for _, mapping in mappings):
-        raise ModelError(f"{what}: holds a {type(loaded).__name__}, not a state dict")
+        raise ModelError(
+            f"{what}: holds a {type(loaded).__name__}, not a state dict; save `model.state_dict()`"
+        )
     for _, mapping in mappings:
         for key, value in mapping.items():
             parts = value if isinstance(value, tuple) else (value,)

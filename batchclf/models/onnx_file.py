@@ -30,6 +30,7 @@ from batchclf.models.checks import (
 )
 from batchclf.models.found_labels import METADATA_KEYS, labels_in
 from batchclf.models.graph import QUANTISED, Names, inner_graphs, save_model, taken_by
+from batchclf.models.labels import require_label_count
 from batchclf.models.onnx_ends import Makers
 from batchclf.models.onnx_input import Feed, ImageInput, image_input, preprocess_of
 from batchclf.models.onnx_load import load_graph, load_model
@@ -73,11 +74,11 @@ class WrappedModel:
     """Where in the file they are."""
 
 
-def check_file(path: Path, spec: ModelSpec, num_labels: int | None) -> None:
+def check_file(path: Path, spec: ModelSpec, labels: tuple[str, ...]) -> None:
     """Refuse a file for all that can be told without running it.
 
     Args:
-        num_labels: how many class names the job gives; None: none.
+        labels: the class names that the job gives; empty: none.
 
     Raises:
         ModelError: as `wrap_onnx`.
@@ -92,11 +93,8 @@ def check_file(path: Path, spec: ModelSpec, num_labels: int | None) -> None:
         settled(spec.activation, 1, f"model.onnx: {path}")
     if known == 1 and spec.activation != "none":
         known = 2  # one number with a sigmoid speaks for the second of two
-    if num_labels is not None and known and num_labels != known:
-        raise ModelError(
-            f"model.labels: found {num_labels:,} names for a model of {known:,} "
-            f"{'class' if known == 1 else 'classes'}; give one name per class, in index order"
-        )
+    if labels and known:
+        require_label_count(labels, known, str(spec.labels))
 
 
 def wrap_onnx(

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from batchclf.errors import ModelError
 from batchclf.models.own_files import WeightsFile, says, shortened, weights_file
-from batchclf.system.paths import GIT_LFS_POINTER
+from batchclf.system.paths import GIT_LFS_POINTER, unread
 
 DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc")
 """Domains whose operators are ONNX Runtime's own; those of others come in libraries."""
@@ -217,7 +217,7 @@ def _walk(path: Path, what: str) -> _Walk:
             walk.message("model", found.st_size)
             return walk
     except OSError as error:
-        raise ModelError(f"{what}: cannot be read: {error.strerror}") from None
+        raise ModelError(f"{what}: cannot be read: {unread(path, error)}") from None
     except _Malformed as error:
         raise ModelError(
             f"{what}: not an ONNX model: it starts with {start!r} ({error}); "

@@ -35,7 +35,7 @@ from batchclf.models.own_files import own_files
 from batchclf.results.records import Pixels, Preprocess, Scores
 from batchclf.spec.job import ModelSpec, PreprocessSpec
 from batchclf.system import cache
-from batchclf.system.paths import kind_of, require_readable
+from batchclf.system.paths import kind_of, require_readable, unread
 
 TORCH_PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "safetensors")
 ONNX_PACKAGES = ("onnx",)
@@ -83,6 +83,11 @@ def resolve_model(
     require_label_count(labels or bundle.meta.labels, len(bundle.meta.labels), origin)
     _require_own_activation(spec, bundle)
     labels = labels or _found_labels(spec, bundle, log)
+    if labels == tuple(map(str, range(len(labels)))):
+        log(
+            "no class names come with the model, so records hold the classes' numbers; "
+            "model.labels names them: imagenet, or a text file with one name per line"
+        )
     return ResolvedModel(bundle, labels, _own_preprocess(spec, bundle))
 
 
@@ -104,10 +109,10 @@ def check_model(spec: ModelSpec) -> str:
         _own_preprocess(spec, bundle)
         return f"{bundle.meta.name}, {len(bundle.meta.labels):,} classes, exported in {folder}"
     if spec.onnx is not None:
-        _require_packages(str(spec.onnx), *ONNX_PACKAGES)
+        _require_packages(str(spec.onnx), *ONNX_PACKAGES, packages="onnx")
         from batchclf.models import onnx_file
 
-        onnx_file.check_file(spec.onnx, spec, len(labels) or None)
+        onnx_file.check_file(spec.onnx, spec, labels)
         return f"{spec.onnx}, to be prepared at the first run"
     _import_zoo(spec).check(spec)
     return f"{spec.display_name} ({spec.weights}), to be exported at the first run"
@@ -246,14 +251,14 @@ def _digest(key: str, path: Path) -> str:
     try:
         return sha256_of(path)
     except OSError as error:
-        raise ModelError(f"{key}: {path}: cannot be read: {error.strerror}") from None
+        raise ModelError(f"{key}: {path}: cannot be read: {unread(path, error)}") from None
 
 
-def _require_packages(what: str, *modules: str, extras: str = "export") -> None:
+def _require_packages(what: str, *modules: str, packages: str) -> None:
     if missing := _missing(*modules):
         raise UsageError(
             f"{what} has to be exported first, which needs {', '.join(missing)}: "
-            f"pip install 'batchclf[{extras}]', or run `batchclf export` where they are installed "
+            f"pip install {packages}, or run `batchclf export` where that is installed "
             "and name the folder in model.bundle"
         )
 
@@ -275,7 +280,8 @@ def _missing(*modules: str) -> list[str]:
 def _import_zoo(spec: ModelSpec) -> ModuleType:
     """What imports torch; kept out of every run that has its bundle."""
     assert spec.name is not None
-    _require_packages(spec.display_name, *_packages(spec), extras=_extras(spec))
+    packages = f"'batchclf[{_extras(spec)}]'"
+    _require_packages(spec.display_name, *_packages(spec), packages=packages)
     try:
         from batchclf.models import zoo
 
@@ -313,8 +319,9 @@ class _Building:
         spec = self.spec
         assert spec.name is not None
         name = _model_name(spec)
+        zoo = _import_zoo(spec)
         self.log(f"exporting {name} ({spec.weights}) to ONNX; this is done once")
-        model = _import_zoo(spec).build(spec, self.log)
+        model = zoo.build(spec, self.log)
         from batchclf.models import export
 
         if self.labels:
@@ -341,7 +348,7 @@ class _Building:
     def _from_onnx(self, folder: Path) -> BundleMeta:
         spec = self.spec
         assert spec.onnx is not None
-        _require_packages(str(spec.onnx), *ONNX_PACKAGES)
+        _require_packages(str(spec.onnx), *ONNX_PACKAGES, packages="onnx")
         self.log(f"preparing {spec.onnx}; this is done once")
         from batchclf.models import onnx_file
 

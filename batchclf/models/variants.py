@@ -143,7 +143,7 @@ def _require_onnx(precision: Precision) -> None:
     if importlib.util.find_spec("onnx") is None:
         raise UsageError(
             f"precision: {precision} needs a converted model, and converting needs onnx: "
-            "pip install 'batchclf[export]', or run `batchclf export` with this precision "
+            "pip install onnx, or run `batchclf export` with this precision "
             "where it is installed and name the folder in model.bundle"
         )
 

@@ -110,6 +110,23 @@ def test_a_background_class_is_guessed_from_one_name_too_many() -> None:
     require_label_count(imagenet_labels(), 1000, "names.txt")
 
 
+@pytest.mark.parametrize(
+    ("lines", "hint"),
+    [(('{"0": "ant",', '"1": "bee"}'), "looks like JSON"), (("ant,bee,cat",), "its one line is")],
+)
+def test_names_that_do_not_stand_one_on_a_line_are_told_as_what_they_are(
+    lines: tuple[str, ...], hint: str
+) -> None:
+    with pytest.raises(ModelError, match=f"names.txt: found .*{hint}.*: write one name per line"):
+        require_label_count(lines, 3, "names.txt")
+
+
+def test_names_that_are_not_there_are_told_with_the_nearest_file_that_is(tmp_path: Path) -> None:
+    (tmp_path / "birds.txt").touch()
+    with pytest.raises(ModelError, match=f"did you mean {tmp_path / 'birds.txt'}.*`imagenet`"):
+        read_labels(tmp_path / "brids.txt")
+
+
 @pytest.mark.parametrize(("kind", "count"), [("onnx", 999), ("onnx", 1001), ("torchvision", 1001)])
 def test_as_many_names_as_classes_or_the_job_ends_with_2_and_caches_nothing(
     batchclf: Batchclf, tmp_path: Path, kind: str, count: int

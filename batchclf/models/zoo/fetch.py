@@ -155,7 +155,10 @@ def snapshot_from_hub(name: str, patterns: Sequence[str], log: Callable[[str], N
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
-    log(f"looking for {name} on the Hugging Face hub and in its cache")
+    log(
+        f"no folder {name} is beside the job file; looking for it on the Hugging Face hub and in "
+        "its cache"
+    )
     return _from_hub(
         name,
         " and ".join(patterns),
