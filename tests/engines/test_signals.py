@@ -177,6 +177,8 @@ def test_a_signal_to_all_processes_counts_once_and_what_is_in_flight_is_committe
     num_done = len(read_records(tmp_path / "out"))
     assert state["status"] == "interrupted"
     assert state["durable"]["num_images"] == num_done < 200
+    assert "what is under way is finished first" in run.stderr
+    assert f"{num_done} of 200 images have a record" in run.stderr
     exit_code, said = finished(job)
     assert exit_code == 0, said
     assert f"resuming after {num_done} of 200" in said

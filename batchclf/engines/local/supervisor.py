@@ -1,5 +1,6 @@
 """The process that holds a job's output: its worker does the job, others take its place."""
 
+import signal
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
@@ -10,7 +11,7 @@ from batchclf.engines.local.messages import Message, Setup
 from batchclf.engines.local.process import Workers
 from batchclf.engines.local.sender import Sender
 from batchclf.engines.local.watcher import Result, Watcher
-from batchclf.errors import EnvironmentFailed, ResumeRefused
+from batchclf.errors import EnvironmentFailed, Interrupted, ResumeRefused
 from batchclf.results.bucket import Bucket
 from batchclf.results.files import RunFiles
 from batchclf.results.lock import Lease
@@ -43,6 +44,7 @@ class Supervisor(Watcher):
         self._num_images = 0
         """What this worker works on; 0: it has not begun."""
         self._num_started = 0
+        self._has_told_of_stop = False
         self._sender: Sender | None = None
         self._lease: Lease
         self._job: JobSpec
@@ -71,6 +73,9 @@ class Supervisor(Watcher):
             except BaseException as error:
                 self._workers.kill()
                 self._mark(files, error)
+                if isinstance(error, Interrupted) and self._num_images:
+                    done = f"{self._board.num_images:,} of {self._num_images:,} images"
+                    self._display.log(f"{done} have a record")
                 raise
             finally:  # before the output is let go of
                 self._workers.kill()
@@ -112,6 +117,12 @@ class Supervisor(Watcher):
     def _look(self) -> None:
         if self._beginning is not None:
             self._display.update(self._board.num_images, self._board.num_errors)
+        if self._stop.signal_number is not None and not self._has_told_of_stop:
+            self._has_told_of_stop = True
+            self._display.log(
+                f"{signal.Signals(self._stop.signal_number).name}: what is under way is finished "
+                f"first, within {self._drain_s:g} s; the signal again ends it at once"
+            )
         self._lease.check()
         if self._sender is not None:
             self._sender.check()
