@@ -23,7 +23,7 @@ from batchclf.images.globs import Selects, expand, selects, split_glob
 from batchclf.images.lists import dialect_of
 from batchclf.spec.input import ParquetSpec, Place, places_of
 from batchclf.spec.job import JobSpec
-from batchclf.system.paths import kind_of, reason, refusal
+from batchclf.system.paths import kind_of, nearest, reason, refusal
 
 LIST_SUFFIXES = (".txt", ".jsonl")
 
@@ -169,7 +169,10 @@ def open_source(spec: Path, *, allow_outside_links: bool = False) -> Source:
         return _identified(Source(spec, "file", os.fsencode(spec.parent), False, (spec.name,)))
     root, names = split_glob(spec)
     if not names:
-        raise NoImagesError(f"input: {spec}: found 0 images: no such folder or file")
+        raise NoImagesError(
+            f"input: {spec}: found 0 images: no such folder or file; name one that is there"
+            f"{nearest(spec)}"
+        )
     if kind_of(root, "input") != "folder":
         raise NoImagesError(f"input: {spec}: found 0 images: {root} is not a folder")
     return _identified(Source(spec, "glob", os.fsencode(root), confined, names))

@@ -169,6 +169,8 @@ class FileStore:
             if self._looks_like_image(entry):
                 return
             seen.add(entry)
+            if self.source.kind == "file" and not entry.location:
+                seen.head = self._head(entry)
         raise NoImagesError(
             f"input: {self.source.spec}: found 0 images ({seen.told(self.source)}); "
             f"{seen.advice(self.source)}"
@@ -239,6 +241,19 @@ class FileStore:
         return found.code.encode() if isinstance(found, Failure) else found
 
 
+_KINDS = {
+    b"PK": ", as zip archives do: name it *.zip",
+    b"\x1f\x8b": ", as gzip does: name a compressed tar *.tar.gz",
+    b"PAR1": ", as Parquet does: name it *.parquet",
+    b"Rar!": ", as RAR archives do: unpack it",
+    b"7z": ", as 7-Zip's archives do: unpack it",
+}
+"""What a file is that its name does not tell, by how it begins."""
+_INPUTS = (
+    "give an image, a folder, a .txt or .jsonl list of paths, or a .tar, .zip or .parquet of images"
+)
+
+
 class _Seen:
     """What an input without images holds instead."""
 
@@ -246,6 +261,8 @@ class _Seen:
         self._num = 0
         self._why = ""
         self._archive = b""
+        self.head = b""
+        """How the only file begins, where the input is one file."""
 
     def add(self, entry: Entry) -> None:
         """Note one of its entries."""
@@ -259,12 +276,14 @@ class _Seen:
     def told(self, source: Source) -> str:
         """In words."""
         what = "members" if source.opens_archives else "files"
-        return (f"{self._num:,} {what}, none of them an image" if self._num else f"no {what}") + (
-            self._why
-        )
+        none = "no path in it" if source.kind == "list" else f"no {what}"
+        return (f"{self._num:,} {what}, none of them an image" if self._num else none) + self._why
 
     def advice(self, source: Source) -> str:
         """What to do."""
+        if self.head:
+            kind = next((told for start, told in _KINDS.items() if self.head.startswith(start)), "")
+            return f"it begins with {self.head[:12]!r}{kind}; {_INPUTS}"
         if not self._archive or source.kind not in ("folder", "glob"):
             return "check the job's `input`"
         folder, name = os.path.split(os.fsdecode(self._archive))

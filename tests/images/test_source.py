@@ -1447,6 +1447,28 @@ def test_a_list_without_any_image_is_refused(tmp_path: Path, content: bytes) -> 
         open_store(list_of(tmp_path, content)).require_images()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("photos", b"PK\x03\x04", r"as zip archives do: name it \*\.zip"),
+        ("photos.rar", b"Rar!\x1a\x07", "as RAR archives do: unpack it"),
+        ("photos.csv", b"path,label\n", "give an image, a folder, a .txt or .jsonl list"),
+    ],
+)
+def test_a_file_that_is_no_input_is_told_by_how_it_begins(
+    tmp_path: Path, name: str, content: bytes, told: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(NoImagesError, match=told):
+        open_store(open_source(tmp_path / name)).require_images()
+
+
+def test_an_input_that_is_misspelt_is_told_with_the_nearest_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(NoImagesError, match=f"did you mean {tmp_path / 'photos'}\\?"):
+        open_source(tmp_path / "phtos")
+
+
 def test_a_glob_that_matches_nothing_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "1.jpg")
     with pytest.raises(NoImagesError, match="found 0 images"):
