@@ -87,7 +87,10 @@ def status_of(output: Path) -> Status:
     """
     parts = [_part(files) for files in files_of_parts(output)]
     if not parts:
-        raise UsageError(f"output: {output}: no job has begun there: it holds no run.json")
+        raise UsageError(
+            f"output: {output}: no job has begun there: it holds no run.json; "
+            "give the `output` of a job that was run"
+        )
     codes: Counter[str] = Counter()
     for one in parts:
         codes.update(one.errors_by_code)

@@ -117,7 +117,9 @@ def verify_job(job: JobSpec, num_images: int, log: Log) -> Verified:
     log(f"ONNX Runtime, {opened.provider.active}")
     measured.append(_measure_job(job, opened, pixels_NHWC, batch_size))
     if importlib.util.find_spec("openvino") is None:
-        left_out["native OpenVINO"] = "the package openvino is not installed: pip install openvino"
+        left_out["native OpenVINO"] = (
+            "the package openvino is not installed: pip install 'batchclf[verify]'"
+        )
     else:
         log("native OpenVINO, in a process of its own")
         measured.append(_measure_native(model, pixels_NHWC, batch_size))

@@ -14,9 +14,19 @@ from typing import Any, BinaryIO
 
 from batchclf.errors import EnvironmentFailed
 from batchclf.results.records import Shard
-from batchclf.system.rename import rename_noreplace
+from batchclf.system.rename import UNSUPPORTED, rename_noreplace
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_ADVICE = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room, or have the quota raised",
+    errno.EROFS: "mount it for writing, or give another output",
+    errno.ENOTDIR: "give another output, since what its path leads through is a file",
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM), "let this user write there, or give another output"
+    ),
+    errno.ENOTSUP: "give an output on a local disk, on NFS or in a bucket (s3://...)",
+}
 _IN_USE = (errno.ENOTEMPTY, errno.EBUSY)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
@@ -158,7 +168,13 @@ def place_first(draft: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        rename_noreplace(draft, path)
+        try:
+            rename_noreplace(draft, path)
+        except OSError as lacking:
+            if lacking.errno not in UNSUPPORTED:
+                raise
+            told = "its file system has neither hard links nor renaming that replaces nothing"
+            raise OSError(errno.ENOTSUP, told, os.fspath(path)) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -266,7 +282,8 @@ def output_failed(path: Path, error: OSError) -> EnvironmentFailed:
     if error.errno in _FULL:
         with suppress(OSError):
             left = f" ({shutil.disk_usage(path.parent).free:,} bytes free)"
+    advice = _ADVICE.get(error.errno or 0, "mend it")
     return EnvironmentFailed(
-        f"output: {path}: cannot be written: {error.strerror or error}{left}; "
-        "what is written stays: mend it and run the same command to resume"
+        f"output: {path}: cannot be written: {error.strerror or error}{left}; {advice}, and run "
+        "the same command to resume: what is written stays"
     )

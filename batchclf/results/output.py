@@ -11,6 +11,7 @@ from batchclf.results.lines import is_of, parse_record
 from batchclf.results.listing import Listing, open_listing
 from batchclf.results.records import Entry, Shard
 from batchclf.results.run_record import RunRecord, read_run
+from batchclf.system.paths import nearest
 from batchclf.system.text import escaped
 
 Line = dict[str, Any]
@@ -118,7 +119,9 @@ def files_of_parts(folder: Path) -> list[RunFiles]:
     files = RunFiles(folder)
     with reading(folder):
         if not folder.is_dir():
-            raise UsageError(f"output: {folder} is no folder; give the folder a job writes to")
+            raise UsageError(
+                f"output: {folder} is no folder; give the folder a job writes to{nearest(folder)}"
+            )
         found = [files] if files.run.exists() else []
         others = [] if found else list(files.of_others())
     for count in sorted({other.shard.count for other in others}):

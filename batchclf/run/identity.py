@@ -1,7 +1,8 @@
 """Which job an output belongs to: what its records depend on, and what may change between runs."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from functools import cache, partial
 
@@ -90,17 +91,35 @@ def require_same_job(files: RunFiles, identity: Identity, before: Mapping[str, I
         ResumeRefused: naming the file and what differs.
     """
     for name, other in before.items():
-        changed = [
-            f"  {one.name}: was {getattr(other, one.name)!r}, is {getattr(identity, one.name)!r}"
-            for one in fields(Identity)
-            if getattr(other, one.name) != getattr(identity, one.name)
-        ]
+        changed = [f"  {line}" for line in _differences(vars(other), vars(identity))]
         if changed:
             raise ResumeRefused(
                 f"output: {files.folder} holds results of a job that differs ({name}):\n"
                 + "\n".join(changed)
                 + f"\n  {_advice(files, name)}"
             )
+
+
+def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> Iterator[str]:
+    """What of an identity is another, in words; of a mapping, only the keys in it that are."""
+    for name in (field.name for field in fields(Identity)):
+        was, is_ = before[name], now[name]
+        if was == is_:
+            continue
+        if not (isinstance(was, Mapping) and isinstance(is_, Mapping)):
+            yield f"{name}: was {_shown(was)}, is {_shown(is_)}"
+            continue
+        for key in {**was, **is_}:
+            if was.get(key) != is_.get(key):
+                yield f"{name}.{key}: was {_shown(was.get(key))}, is {_shown(is_.get(key))}"
+
+
+def _shown(value: object) -> str:
+    """A value as people tell it from another: of a digest, the beginning."""
+    if value is None:
+        return "none"
+    is_digest = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+    return f"one with digest {str(value)[:12]}" if is_digest else repr(value)
 
 
 def _advice(files: RunFiles, name: str) -> str:

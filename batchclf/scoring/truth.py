@@ -116,7 +116,8 @@ def _in_folder(path: Path, output: Output) -> Truth:
         raise refusal("truth", path, error) from error
     if not found:
         raise UsageError(
-            f"truth: {path}: holds no folder; give one with a folder per class, named for it"
+            f"truth: {path}: holds no folder; give one with a folder per class, named for "
+            "it, or a .csv file with `path` and `label`"
         )
     classes = {name: Name(name.decode(errors="backslashreplace")) for name in found}
     by_path = _Folder(folder, classes, f"{path}, a folder per class, by path")

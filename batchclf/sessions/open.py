@@ -328,8 +328,10 @@ def _choose_part(
     size = found.num_images
     if is_known:
         return Part(size, "remembered")
-    costs = ", ".join(f"of {tried} {cost_ms:,.3g}" for tried, cost_ms in found.tried.items())
-    wanted.log(f"inferring in parts of {size}, as is fastest here (ms an image in parts {costs})")
+    costs = ", ".join(
+        f"{cost_ms:,.3g} in parts of {tried}" for tried, cost_ms in found.tried.items()
+    )
+    wanted.log(f"inferring in parts of {size}, as is fastest here (ms an image: {costs})")
     return Part(size, "measured")
 
 

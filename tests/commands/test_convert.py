@@ -222,6 +222,18 @@ def test_a_hard_link_to_another_file_system_is_refused_with_what_to_do(
     assert os.listdir(tmp_path) == []
 
 
+def test_where_there_are_no_links_folders_are_refused_with_what_to_do(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    with pytest.raises(UsageError, match=r"Operation not permitted, as on .*, or --copy"):
+        convert_output(out, "folders", tmp_path / "sorted")
+    assert os.listdir(tmp_path) == []
+
+
 def test_images_in_archives_are_written_out_with_a_name_of_their_own(tmp_path: Path) -> None:
     image = next(DIGITS.rglob("*.jpg")).read_bytes()
     with tarfile.open(tmp_path / "0.tar", "w") as tar:

@@ -721,11 +721,27 @@ def test_another_jobs_output_is_refused_and_left_alone(tmp_path: Path, change: s
     out = tmp_path / "out"
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     keys, name = changed_jobs(tmp_path)[change]
-    with pytest.raises(ResumeRefused, match=f"\n  {name}: was .*, is ") as refused:
+    with pytest.raises(ResumeRefused, match=rf"\n  {name}[.\w]*: was .*, is ") as refused:
         run_here(write_tiny_job(tmp_path, **keys), RunOptions(limit=5))
     assert refused.value.exit_code == 2
     assert "--overwrite" in str(refused.value)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("resize", r"(?s)\n  preprocess\.resize: was \d+, is 9\n(?!.*preprocess)"),
+        ("model", r"\n  model: was one with digest \w{12}, is one with digest \w{12}\n"),
+    ],
+)
+def test_another_jobs_output_is_told_with_what_differs_alone(
+    tmp_path: Path, change: str, told: str
+) -> None:
+    run_here(write_tiny_job(tmp_path), RunOptions(limit=5))
+    keys, _ = changed_jobs(tmp_path)[change]
+    with pytest.raises(ResumeRefused, match=told):
+        run_here(write_tiny_job(tmp_path, **keys), RunOptions(limit=5))
 
 
 @pytest.mark.parametrize("recipe", ["PIXELS_RECIPE", "RECORDS_RECIPE"])
@@ -735,7 +751,7 @@ def test_a_version_that_makes_other_pixels_or_records_goes_on_with_none_of_anoth
     job = write_tiny_job(tmp_path)
     run_here(job, RunOptions(limit=5))
     monkeypatch.setattr(identity, recipe, 99)
-    with pytest.raises(ResumeRefused, match=r"recipe: was .*, is .*99"):
+    with pytest.raises(ResumeRefused, match=r"recipe\.\w+: was \d, is 99"):
         run_here(job, RunOptions(limit=5))
     assert run_here(job, RunOptions(limit=5, overwrite=True)).summary.num_ok == 5
 

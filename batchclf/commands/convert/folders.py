@@ -138,9 +138,21 @@ def _make(target: bytes, image: bytes | _File, way: Way) -> None:
         with open(target, "xb") as file:
             file.write(image)
     elif way == "symlinks":
-        os.symlink(image.path, target)
+        _symlink(image.path, target)
     else:
         _hard_link(os.path.realpath(image.path), target)
+
+
+def _symlink(source: bytes, target: bytes) -> None:
+    try:
+        os.symlink(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        raise UsageError(
+            f"-o: {os.fsdecode(target)} cannot be a link: {error.strerror}, as on file systems "
+            "without links; give a path on another one, or --copy"
+        ) from error
 
 
 def _hard_link(source: bytes, target: bytes) -> None:
