@@ -57,3 +57,10 @@ def test_a_bundle_runs_in_an_environment_without_torch(batchclf: Batchclf, tmp_p
     assert f"which needs {needed}: pip install 'batchclf[export]'" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert sys.prefix not in refused.stderr
+
+    # An ONNX file of one's own needs no torch.
+    own = write_job(tmp_path, model={"onnx": str(tmp_path / "bundle" / "model.onnx")})
+    wanted = [command[0], "run", str(own), "--overwrite"]
+    refused = subprocess.run(wanted, capture_output=True, text=True, env=env, check=False)
+    assert refused.returncode == 2
+    assert "which needs onnx: pip install onnx, or" in refused.stderr

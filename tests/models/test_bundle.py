@@ -233,6 +233,9 @@ def test_a_folder_that_is_no_bundle_is_refused_with_the_command_that_writes_one(
     done = batchclf("run", write_job(tmp_path, model={"bundle": str(tmp_path)}), "--json")
     assert done.exit_code == 2
     assert f"{tmp_path}: no model bundle there" in done.json["error"]
+    job = write_job(tmp_path, model={"bundle": "job.yaml"})
+    file = batchclf("run", job, "--json").json["error"]
+    assert f"model.bundle: {job}: is a file; a bundle is a folder" in file
     assert "batchclf export" in done.json["error"]
 
 

@@ -173,7 +173,9 @@ def test_a_cached_model_still_refuses_the_wrong_number_of_names(
     path = save(Classifier(num_classes=3, seed=4), tmp_path / "own.onnx")
     own = {"onnx": str(path), "preprocess": PREPROCESS}
     job = write_job(tmp_path, input=str(ROOT / "samples" / "photos"), model=own)
-    assert batchclf("run", job).exit_code == 0
+    first = batchclf("run", job)
+    assert first.exit_code == 0
+    assert "no class names come with the model" in first.stderr
     (tmp_path / "names.txt").write_text("ant\nbee\n")
     job = write_job(tmp_path, model=own | {"labels": "names.txt"})
     done = batchclf("run", job, "--overwrite", "--json")
