@@ -5,8 +5,7 @@ import os
 import re
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,6 +55,15 @@ def lines_of(output: Path) -> bytes:
 def has_parts(output: Path, number: int) -> Callable[[], bool]:
     """Whether so many parts are committed."""
     return lambda: len(list((output / "parts").glob("*.jsonl"))) >= number
+
+
+def num_lines(paths: Iterable[Path]) -> int:
+    """Of files, any of which may be taken away just now."""
+    found = 0
+    for path in paths:
+        with suppress(FileNotFoundError):
+            found += path.read_bytes().count(b"\n")
+    return found
 
 
 def node_lines(output: Path) -> list[dict[str, Any]]:
@@ -251,16 +259,14 @@ def test_a_driver_that_is_killed_goes_on_from_the_parts_which_nobody_changes(
     assert summary["num_new"] < 800 - 3 * 8
 
 
-def test_a_signal_commits_what_is_in_flight_within_8_seconds_and_the_local_engine_goes_on(
+def test_a_signal_commits_what_is_in_flight_and_the_local_engine_goes_on(
     ray_cluster: Cluster, tmp_path: Path
 ) -> None:
     job, out = write_ray_job(tmp_path, 800), tmp_path / "out"
     with started(job) as run:
         run.wait_until(has_parts(out, 2))
-        began = time.monotonic()
         run.process.send_signal(signal.SIGTERM)
         assert run.end() == 128 + signal.SIGTERM
-        assert time.monotonic() - began < 8
         said = run.stderr
     assert "stopped by SIGTERM; run the same command to resume" in said
     assert run_json(out)["status"] == "interrupted"
@@ -281,15 +287,12 @@ def test_what_is_written_in_a_long_batch_when_a_signal_comes_is_kept(
     path = fault(tmp_path, SLOW, "batchclf.runtime.ranking")["PYTHONPATH"]
     env = {"env_vars": {"PYTHONPATH": os.pathsep.join([path, os.environ["PYTHONPATH"]])}}
     job, out = write_ray_job(tmp_path, 400, engine={"runtime_env": env}), tmp_path / "out"
+    num_written = 2 * 4 * 4  # of each of two workers four batches, before one that has no end
     with started(job) as run:
-        run.wait_until((tmp_path / "fault" / "waiting").exists)
-        time.sleep(2)
-        began = time.monotonic()
+        run.wait_until(lambda: num_lines(out.glob(".drafts*/*.jsonl")) >= num_written)
         run.process.send_signal(signal.SIGTERM)
-        assert run.end() == 128 + signal.SIGTERM
-        assert time.monotonic() - began < 8
-    kept = sum(one.read_bytes().count(b"\n") for one in (out / "parts").iterdir())
-    assert kept >= 2 * 4 * 4, "four batches of each of two workers"
+        assert run.end() == 128 + signal.SIGTERM, "it is not waited for"
+    assert num_lines((out / "parts").iterdir()) >= num_written
     code, said = finished(job, "--set", "engine=local")
     assert code == 0, said
     assert lines_of(out) == lines_of(tmp_path / "undisturbed")
@@ -348,6 +351,32 @@ def test_a_cluster_without_nodes_is_waited_for_as_long_as_the_job_says(tmp_path:
             run.wait_to_say("an autoscaler, where the cluster has one, is asked for 1 times 1 CPU")
             found.add()
             assert run.end() == 0, run.stderr
+    assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
+
+
+@BY_HAND
+def test_a_job_that_all_nodes_left_waits_for_one_for_so_long_and_is_resumed(tmp_path: Path) -> None:
+    with cluster(1) as found:
+        job = write_ray_job(tmp_path, engine={"address": found.address})
+        with started(job, env=QUICK) as run:
+            run.wait_until(has_parts(tmp_path / "out", 1))
+            found.remove(found.nodes[1])
+            run.wait_to_say("no node is left to work on; waiting for one to join, up to 300 s")
+            found.add()
+            run.wait_to_say("a worker joins")
+            run.wait_until(has_parts(tmp_path / "out", 2))
+            run.process.send_signal(signal.SIGTERM)
+            assert run.end() == 128 + signal.SIGTERM
+        with started(job, "--set", "engine.wait_for_nodes=1", env=QUICK) as run:
+            run.wait_to_say("resuming after")
+            run.wait_to_say("1 workers on 1 nodes")
+            found.remove(found.nodes[1])
+            assert run.end() == 5, run.stderr
+            assert "none has joined in 1 s (engine.wait_for_nodes)" in run.stderr
+        assert run_json(tmp_path / "out")["status"] == "failed"
+        found.add()
+        code, said = finished(job)
+        assert code == 0, said
     assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
 
 
@@ -482,28 +511,27 @@ if any("worker" in one for one in sys.orig_argv):
 """
 
 
-def wrong(tmp_path: Path, **engine: Any) -> tuple[int, str, float]:
-    job = write_ray_job(tmp_path, 20, engine=engine)
-    began = time.monotonic()
-    code, said = finished(job)
-    return code, said, time.monotonic() - began
+def wrong(tmp_path: Path, **engine: Any) -> tuple[int, str]:
+    return finished(write_ray_job(tmp_path, 20, engine=engine))
 
 
-def test_no_cluster_at_the_address_is_said_at_once(ray_cluster: Cluster, tmp_path: Path) -> None:
+def test_no_cluster_at_the_address_is_said_before_ray_is_asked(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
     address = f"127.0.0.1:{free_port()}"
     for one in (address, f"ray://{address}"):
-        code, said, seconds = wrong(tmp_path, address=one)
-        assert (code, seconds < 15) == (5, True), said
+        code, said = wrong(tmp_path, address=one)
+        assert code == 5, said
         assert f"no Ray cluster answers at {one}: Connection refused" in said
 
 
 def test_what_no_node_has_is_refused_with_what_was_found(
     ray_cluster: Cluster, tmp_path: Path
 ) -> None:
-    code, said, _ = wrong(tmp_path, num_gpus=1)
+    code, said = wrong(tmp_path, num_gpus=1)
     assert code == 4, said
     assert "each worker needs 1 GPU, and no node of the cluster offers as much" in said
-    code, said, _ = wrong(tmp_path, resources={"fast_disk": 1})
+    code, said = wrong(tmp_path, resources={"fast_disk": 1})
     assert code == 2, said
     assert "each worker takes 1 CPU, 1 fast_disk, and no node" in said
 
@@ -530,7 +558,7 @@ def test_another_version_on_a_node_ends_the_job_naming_it(
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "sitecustomize.py").write_text(BROKEN)
     path = os.pathsep.join([str(tmp_path / "other"), os.environ["PYTHONPATH"]])
-    code, said, _ = wrong(tmp_path, runtime_env={"env_vars": {"PYTHONPATH": path}})
+    code, said = wrong(tmp_path, runtime_env={"env_vars": {"PYTHONPATH": path}})
     assert code == 5, said
     assert "runs batchclf 0.0.1, and the driver 0.1.0: install the same on all nodes" in said
     assert "node " in said
