@@ -281,6 +281,7 @@ def idle_nodes(need: Need) -> set[str] | None:
 
     It is not told through Ray's client.
     """
+    # In public, Ray tells only the sum of all nodes, or asks a dashboard, which may not be there.
     from ray._private.state import available_resources_per_node
     from ray.util.client import ray as client
 

@@ -399,6 +399,7 @@ def test_where_all_nodes_are_lost_others_are_waited_for_to_an_end(
     told = f"waiting for one to join, up to {patience_s:g} s (engine.wait_for_nodes)"
     assert order.said == [f"no node is left to work on; {told}"] * 2
     looking.await_nodes()
+    assert looking._left_alone_at is not None
     looking._left_alone_at -= patience_s
     with pytest.raises(EnvironmentFailed, match=f"none has joined in {patience_s:g} s"):
         looking.await_nodes()

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -28,7 +29,7 @@ from tests.engines.common import (
     write_job,
 )
 from tests.engines.ray.cluster import QUICK, Cluster, cluster, free_port
-from tests.engines.ray.test_station import SLOW
+from tests.engines.ray.test_station import SLOW, until
 from tests.engines.test_supervisor import poison
 from tests.tiny import link_digits
 
@@ -140,6 +141,58 @@ def test_failed_images_are_tried_again_on_the_cluster_and_others_stay(
     assert code == 0, said
     assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
     assert run_json(tmp_path / "out")["retries"][0]["codes"] == ["not_an_image"]
+
+
+def asked(program: str) -> str:
+    """What a program says that a process of the cluster runs."""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
+    )
+    return done.stdout.strip()
+
+
+def test_ray_tells_on_which_nodes_nobody_uses_what_a_worker_takes(ray_cluster: Cluster) -> None:
+    program = """
+import ray
+from batchclf.engines.ray.cluster import Connection, Need, idle_nodes, nodes
+from batchclf.spec.job import EngineSpec
+Connection(EngineSpec(name="ray"))
+there = {node.id for node in nodes() if node.total.get("CPU")}
+
+@ray.remote(num_cpus=1)
+class User:
+    def node(self):
+        return ray.get_runtime_context().get_node_id()
+
+user = User.remote()
+used = ray.get(user.node.remote())
+print(len(there), idle_nodes(Need(1.0, 0.0)) == there - {used}, idle_nodes(Need(2.0, 0.0)))
+"""
+    assert asked(program) == "2 True set()"
+
+
+def test_a_crew_that_cannot_be_hired_leaves_no_connection(ray_cluster: Cluster) -> None:
+    program = """
+from types import SimpleNamespace
+import ray
+from batchclf.engines.ray import crew, engine
+from batchclf.spec.job import EngineSpec
+
+def broken(*args):
+    assert ray.is_initialized()
+    raise OSError("no more")
+
+crew.Finding = broken
+files = SimpleNamespace(parts=None, new_drafts=lambda: None)
+removed = []
+crew.remove_folder = removed.append
+job = SimpleNamespace(engine=EngineSpec(name="ray"))
+try:
+    engine.hire(SimpleNamespace(job=job, files=files))
+except OSError as error:
+    print(error, ray.is_initialized(), len(removed))
+"""
+    assert asked(program) == "no more False 1"
 
 
 # ---- something happens ---------------------------------------------------------------------------
@@ -377,6 +430,23 @@ def test_a_job_that_all_nodes_left_waits_for_one_for_so_long_and_is_resumed(tmp_
         found.add()
         code, said = finished(job)
         assert code == 0, said
+    assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
+
+
+@BY_HAND
+def test_rays_autoscaler_starts_the_nodes_that_a_job_asks_for_and_ends_them_after_it(
+    tmp_path: Path,
+) -> None:
+    with cluster(0, most=2) as found:
+        (head,) = found.nodes
+        engine = {"address": found.address, "workers": 2, "wait_for_nodes": 300}
+        job = write_ray_job(tmp_path, 1000, engine=engine)
+        with started(job, env=QUICK) as run:
+            run.wait_to_say("an autoscaler, where the cluster has one, is asked for 2 times 1 CPU")
+            run.wait_until(lambda: len(head.workers()) == 2)
+            assert run.end() == 0, run.stderr
+        assert len({line["node"] for line in node_lines(tmp_path / "out")}) == 2
+        until(lambda: len(head.raylets()) == 1)
     assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
 
 
