@@ -96,9 +96,9 @@ class RayCrew:
         self.opened = opened_by_all([(name, opened) for name, opened, _ in found])
         self.num_streams = sum(num_streams for _, _, num_streams in found)
         working = self._roster.open
-        names = {hand.node.name for hand in working}
+        num_nodes = len({hand.node.id for hand in working})
         self._order.log(
-            f"{len(working):,} workers on {len(names):,} nodes, each with {self._finding.need}"
+            f"{len(working):,} workers on {num_nodes:,} nodes, each with {self._finding.need}"
         )
 
     # ---- one turn --------------------------------------------------------------------------------

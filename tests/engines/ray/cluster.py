@@ -48,6 +48,14 @@ def own_ip() -> str:
     return "127.0.0.1"
 
 
+COMMANDS = (
+    *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
+    *("head_start_ray_commands", "worker_start_ray_commands"),
+    *("cluster_synced_files", "rsync_exclude", "rsync_filter"),
+)
+"""Keys that its autoscaler wants, though such nodes need none of them."""
+
+
 @dataclass(slots=True)
 class Node:
     """A node: `ray start` and all that it started."""
@@ -144,7 +152,11 @@ class Cluster:
         path.write_text(
             json.dumps(
                 {
+                    **{key: {} for key in ("auth", "docker", "file_mounts")},
+                    **{key: [] for key in COMMANDS},
                     "cluster_name": "test",
+                    "upscaling_speed": 1.0,
+                    "file_mounts_sync_continuously": False,
                     "max_workers": self.most,
                     "idle_timeout_minutes": 0.05,
                     "provider": {
@@ -152,6 +164,7 @@ class Cluster:
                         "gcs_address": self.address,
                         "head_node_id": HEAD,
                         "launch_multiple": True,
+                        "use_node_id_as_ip": True,
                     },
                     "head_node_type": "ray.head.default",
                     "available_node_types": {

@@ -156,7 +156,7 @@ def test_ray_tells_on_which_nodes_nobody_uses_what_a_worker_takes(ray_cluster: C
 import ray
 from batchclf.engines.ray.cluster import Connection, Need, idle_nodes, nodes
 from batchclf.spec.job import EngineSpec
-Connection(EngineSpec(name="ray"))
+connection = Connection(EngineSpec(name="ray"))
 there = {node.id for node in nodes() if node.total.get("CPU")}
 
 @ray.remote(num_cpus=1)
@@ -166,7 +166,9 @@ class User:
 
 user = User.remote()
 used = ray.get(user.node.remote())
-print(len(there), idle_nodes(Need(1.0, 0.0)) == there - {used}, idle_nodes(Need(2.0, 0.0)))
+found = len(there), idle_nodes(Need(1.0, 0.0)) == there - {used}, idle_nodes(Need(2.0, 0.0))
+connection.close()
+print(*found)
 """
     assert asked(program) == "2 True set()"
 
@@ -434,18 +436,19 @@ def test_a_job_that_all_nodes_left_waits_for_one_for_so_long_and_is_resumed(tmp_
 
 
 @BY_HAND
-def test_rays_autoscaler_starts_the_nodes_that_a_job_asks_for_and_ends_them_after_it(
+def test_rays_autoscaler_starts_the_nodes_that_a_job_lacks_and_ends_them_after_it(
     tmp_path: Path,
 ) -> None:
-    with cluster(0, most=2) as found:
-        (head,) = found.nodes
-        engine = {"address": found.address, "workers": 2, "wait_for_nodes": 300}
-        job = write_ray_job(tmp_path, 1000, engine=engine)
+    with cluster(1, most=2) as found:
+        head, one = found.nodes
+        job = write_ray_job(tmp_path, 1000, engine={"address": found.address, "workers": 3})
         with started(job, env=QUICK) as run:
-            run.wait_to_say("an autoscaler, where the cluster has one, is asked for 2 times 1 CPU")
-            run.wait_until(lambda: len(head.workers()) == 2)
+            run.wait_until(has_parts(tmp_path / "out", 1))
+            with suspended(one.workers()):  # so that there is work until they come
+                run.wait_until(lambda: run.stderr.count("a worker joins") == 2)
+                assert len(head.raylets()) == 3, "its own, and one for each of them"
+                assert len(head.workers()) == 2
             assert run.end() == 0, run.stderr
-        assert len({line["node"] for line in node_lines(tmp_path / "out")}) == 2
         until(lambda: len(head.raylets()) == 1)
     assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
 
