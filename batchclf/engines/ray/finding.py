@@ -95,8 +95,7 @@ class Finding:
         self.need = self._found_need()
         self._leave_token()
         self._errand, self._packed = self._made_errand()
-        if self._engine.workers != "auto":
-            self._demand.ask(self.need, self._engine.workers)
+        self._demand.ask(self.need, self._least_workers)
 
     def _found_need(self) -> Need:
         least, job = least_need(self._order.job), self._order.job
@@ -114,14 +113,17 @@ class Finding:
                         f"{lacking}. Waited for nodes for {patience_s:g} s "
                         "(engine.wait_for_nodes); run the same command when there are some"
                     ) from lacking
-                count = 1 if self._engine.workers == "auto" else self._engine.workers
-                self._demand.ask(least, count)
+                self._demand.ask(least, self._least_workers)
                 self._say(
                     f"{lacking}. Waiting for nodes, up to {patience_s:g} s (engine.wait_for_nodes)"
                     ": an autoscaler, where the cluster has one, is asked for "
-                    f"{count:,} times {least}"
+                    f"{self._least_workers:,} times {least}"
                 )
             self._pause()
+
+    @property
+    def _least_workers(self) -> int:
+        return 1 if self._engine.workers == "auto" else self._engine.workers
 
     def _patience_s(self, there: list[Node]) -> float:
         if self._engine.wait_for_nodes is not None:

@@ -15,7 +15,7 @@ from ray.util.client import ray as client
 
 from batchclf import __version__
 from batchclf.engines.ray import dealing, finding, losing
-from batchclf.engines.ray.cluster import ASK_S, REPEAT_S, Demand, Need, Node
+from batchclf.engines.ray.cluster import REPEAT_S, Demand, Need, Node
 from batchclf.engines.ray.crew import RayCrew
 from batchclf.engines.ray.dealing import Dealing
 from batchclf.engines.ray.finding import NODES_S, START_S, WORTH_S, Finding
@@ -333,23 +333,27 @@ def test_what_does_not_arrive_through_rays_client_is_said(monkeypatch: pytest.Mo
         waited.append(timeout)
         raise GetTimeoutError("not ready")
 
-    class Task:
-        def options(self, num_cpus: float) -> "Task":
-            return self
+    class Speaker:
+        def __init__(self) -> None:
+            self.request = self
+            started.append(self)
 
         def remote(self, bundles: list[dict[str, float]]) -> object:
             sent.append(bundles)
             return object()
 
+    started: list[Speaker] = []
+    options = SimpleNamespace(options=lambda **keys: SimpleNamespace(remote=Speaker))
     monkeypatch.setattr(client, "is_connected", lambda: True)
-    monkeypatch.setattr("ray.remote", lambda function: Task())
+    monkeypatch.setattr("ray.remote", lambda actor: options)
     monkeypatch.setattr("ray.get", late)
     said: list[str] = []
     demand = Demand(said.append)
     demand.ask(Need(2.0, 0.0), 1)
-    assert (sent, waited) == ([[{"CPU": 2.0}]], [])
+    demand.ask(Need(2.0, 0.0), 2)
     demand.close(7.0)
-    assert (sent, waited) == ([[{"CPU": 2.0}], []], [ASK_S, 7.0])
+    assert (sent, waited) == ([[{"CPU": 2.0}], [{"CPU": 2.0}] * 2, []], [7.0])
+    assert len(started) == 1, "it is told all, in this order"
     assert "did not arrive within 7 s: not ready; nodes may not come, or not go" in said[-1]
 
 
