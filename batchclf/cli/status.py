@@ -16,27 +16,38 @@ if TYPE_CHECKING:
     from batchclf.commands.status import Part, Status
 
 WATCH_S = 2.0
+WATCH_BUCKET_S = 10.0
+"""Its objects are asked for anew each time, and are news every 30 s only."""
 
 
 @click.command("status")
-@click.argument("output", type=click.Path(path_type=Path, readable=False))
-@click.option("--watch", is_flag=True, help=f"Again every {WATCH_S:.0f} s, until nothing runs.")
+@click.argument("output")
+@click.option(
+    "--watch",
+    is_flag=True,
+    help=f"Again every {WATCH_S:.0f} s ({WATCH_BUCKET_S:.0f} s: a bucket), until nothing runs.",
+)
 @json_option("Print it as one JSON object; with --watch, a line each time.")
-def command(output: Path, watch: bool, as_json: bool) -> None:
-    """Tell how far the job that writes to the folder OUTPUT is, and each of its shards.
+def command(output: str, watch: bool, as_json: bool) -> None:
+    """Tell how far the job that writes to OUTPUT is, and each of its shards.
+
+    OUTPUT is a folder, or an address in a bucket, where news come every 30 s.
 
     \b
       batchclf status runs/night
-      batchclf status runs/night --watch
+      batchclf status s3://bucket/night --watch
     """
     import json
     from dataclasses import asdict
 
     from batchclf.commands.status import status_of
+    from batchclf.spec.input import is_address
 
-    require_no_file(output)
+    is_far = is_address(output)
+    if not is_far:
+        require_no_file(Path(output))
     while True:
-        status = status_of(output)
+        status = status_of(output if is_far else Path(output))
         if as_json:
             print_result(json.dumps(asdict(status)))
         else:
@@ -45,7 +56,7 @@ def command(output: Path, watch: bool, as_json: bool) -> None:
             print_result(as_lines(*_lines(status)))
         if not watch or all(part.state != "running" for part in status.parts):
             return
-        time.sleep(WATCH_S)
+        time.sleep(WATCH_BUCKET_S if is_far else WATCH_S)
 
 
 def _lines(status: "Status") -> Iterator[str]:

@@ -1,7 +1,8 @@
-"""How far a job is, told from its output folder alone: on this machine or another, while it runs.
+"""How far a job is, told from its output alone: on this machine or another, while it runs.
 
 A run that was killed says `running` in run.json still; its lease, which it renewed every few
-seconds, tells that nobody is behind it any more.
+seconds, tells that nobody is behind it any more. In a bucket there is no lease, but run.json itself
+is written again with each part.
 """
 
 import os
@@ -9,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +21,16 @@ from batchclf.errors import UsageError
 from batchclf.results.files import RunFiles, read_json, reading
 from batchclf.results.listing import open_listing
 from batchclf.results.lock import LEASE_S
+from batchclf.results.mirror import fetched_figures
 from batchclf.results.output import files_of_parts
 from batchclf.results.run_record import read_run
 from batchclf.results.stats import are_of_one_run
 from batchclf.system.machine import boot_id
 
 State = Literal["complete", "running", "stale", "interrupted", "failed", "not begun"]
+SENT_S = 600.0
+"""A run that has not written run.json to its bucket for so long is given up. It does so every 30 s,
+but only behind the records of that time, and at its end behind all records as one object."""
 END_BYTES = 1 << 16
 """Of stats.jsonl: its last line is in there."""
 
@@ -77,15 +82,25 @@ class Status:
     parts: Sequence[Part]
 
 
-def status_of(output: Path) -> Status:
-    """Read how far a job is; nothing in its folder is changed.
+def status_of(output: Path | str) -> Status:
+    """Read how far a job is, in a folder or at an address; nothing there is changed.
 
     Raises:
         UsageError: no job has begun there.
         ResumeRefused: what is there was written by another version, or is damaged.
         EnvironmentFailed: it cannot be read.
     """
-    parts = [_part(files) for files in files_of_parts(output)]
+    if isinstance(output, Path):
+        return _status_in(output, None)
+    with fetched_figures(output) as folder:
+        return _status_in(folder, output)
+
+
+def _status_in(folder: Path, address: str | None) -> Status:
+    """`address`: of the bucket from which the folder's files were fetched."""
+    output = folder if address is None else address
+    all_files = [replace(files, address=address) for files in files_of_parts(folder)]
+    parts = [_part(files) for files in all_files]
     if not parts:
         raise UsageError(
             f"output: {output}: no job has begun there: it holds no run.json; "
@@ -96,7 +111,7 @@ def status_of(output: Path) -> Status:
         codes.update(one.errors_by_code)
     rates = [one.images_per_s for one in parts if one.state == "running" and one.images_per_s]
     rates_now = [one.images_per_s_now for one in parts if one.images_per_s_now is not None]
-    listing = open_listing(RunFiles(output))
+    listing = open_listing(RunFiles(folder))
     num_images = None if listing is None else listing.num_images
     if len(parts) == 1:
         num_images = parts[0].num_images
@@ -130,7 +145,7 @@ def _part(files: RunFiles) -> Part:
     record = read_run(files)
     if record is None:
         return Part(shard=shard, state="not begun", num_images=_planned(files))
-    lease, lease_age_s = _lease(files)
+    holder = _holder(files)
     figures = _last_figures(files)
     last = figures.of_all
     # Figures are written every 10 s, and before that not at all.
@@ -140,15 +155,15 @@ def _part(files: RunFiles) -> Part:
     codes = last.get("errors_by_code", {})
     is_running = record.status == "running"
     state: State = record.status
-    if is_running and not _is_held(lease, lease_age_s):
+    if is_running and not holder.is_there:
         state = "stale"
     rate = last.get("images_per_s")
-    ages = [age for age in (lease_age_s, figures.age_s) if age is not None]
+    ages = [age for age in (holder.age_s, figures.age_s) if age is not None]
     return Part(
         shard=shard,
         state=state,
-        host=lease.get("host"),
-        pid=lease.get("pid"),
+        host=holder.lease.get("host"),
+        pid=holder.lease.get("pid"),
         num_images=record.num_images,
         num_done=num_done,
         num_errors=sum(codes.values()),
@@ -172,21 +187,35 @@ def _planned(files: RunFiles) -> int | None:
     return last - first
 
 
-def _lease(files: RunFiles) -> tuple[Mapping[str, Any], float | None]:
-    """Who holds a shard, and how long ago it said so."""
-    found = read_json(files.lease)
-    with reading(files.lease), suppress(FileNotFoundError):
-        return found or {}, max(0.0, time.time() - files.lease.stat().st_mtime)
-    return {}, None
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    """Who is behind a run."""
+
+    lease: Mapping[str, Any]
+    age_s: float | None
+    """Since it gave a sign; None: there is none."""
+    patience_s: float
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it lives: seen on its own machine, else told by its last sign."""
+        if self.age_s is None:
+            return False
+        if self.lease.get("boot_id") == boot_id() and boot_id():
+            return os.path.exists(f"/proc/{self.lease.get('pid')}")
+        return self.age_s <= self.patience_s
 
 
-def _is_held(lease: Mapping[str, Any], age_s: float | None) -> bool:
-    """Whether a process is behind a lease: seen on its own machine, else told by its age."""
-    if age_s is None:
-        return False
-    if lease.get("boot_id") == boot_id() and boot_id():
-        return os.path.exists(f"/proc/{lease.get('pid')}")
-    return age_s <= LEASE_S
+def _holder(files: RunFiles) -> _Holder:
+    if files.address is not None:
+        return _Holder({}, _age_s(files.run), SENT_S)
+    return _Holder(read_json(files.lease) or {}, _age_s(files.lease), LEASE_S)
+
+
+def _age_s(path: Path) -> float | None:
+    with reading(path), suppress(FileNotFoundError):
+        return max(0.0, time.time() - path.stat().st_mtime)
+    return None
 
 
 @dataclass(frozen=True, slots=True)

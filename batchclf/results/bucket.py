@@ -1,5 +1,6 @@
 """What lies below the address of a bucket, as whole objects: what is kept of an output."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -73,6 +74,29 @@ class Bucket:
             raise output_failed(path, error) from error
         return True
 
+    def fetch_end(self, name: str, path: Path, offset: int) -> None:
+        """Write an object's bytes from `offset` on, or all, to a file that gets the object's time.
+
+        An object that is not there any more leaves no file.
+
+        Raises:
+            EnvironmentFailed: as `fetch`.
+        """
+        with self._telling(name, "read"):
+            try:
+                found = self._store.get(
+                    name, options={"range": {"offset": offset}} if offset > 0 else {}
+                )
+                data = found.bytes()
+            except FileNotFoundError:
+                return
+        written_at = found.meta["last_modified"].timestamp()
+        try:
+            path.write_bytes(data)
+            os.utime(path, (written_at, written_at))
+        except OSError as error:
+            raise output_failed(path, error) from error
+
     def _taken(self, name: str, pieces: Iterable[_Piece]) -> Iterator[_Piece]:
         """Pieces of an object; told is what fails while one comes, not what is done with it."""
         with self._telling(name, "read"):
@@ -103,9 +127,17 @@ class Bucket:
         Raises:
             EnvironmentFailed: the bucket does not list them.
         """
+        return sorted(self.sizes(folder))
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """The same, not sorted, and how many bytes each has.
+
+        Raises:
+            EnvironmentFailed: as `names`.
+        """
         with self._telling(folder, "listed"):
             found = self._store.list_with_delimiter(folder or None)["objects"]
-            return sorted(one["path"] for one in found)
+            return {one["path"]: one["size"] for one in found}
 
     def remove(self, names: list[str]) -> None:
         """Remove objects, those that are there.

@@ -8,7 +8,6 @@ own before it writes on: `Lease.check`. While it is held, its files are touched 
 the holder ends in time also where their file system hangs.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -19,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from errno import ENOLCK, ENOSYS, EOPNOTSUPP
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,12 +33,11 @@ from batchclf.results.files import (
     temporary_of,
 )
 from batchclf.system.apart import Apart, LeftBehind
+from batchclf.system.lock import lock_file
 from batchclf.system.machine import boot_id
 from batchclf.system.paths import kind_of
 
 LOCK_S = 0.2
-POLL_S = 0.05
-_NO_FLOCK = (ENOSYS, EOPNOTSUPP, ENOLCK)
 LEASE_S = 30.0
 """A lease that was not renewed for so long is given up."""
 RENEW_S = 5.0
@@ -66,7 +63,7 @@ def only_writer(files: RunFiles, renewed: Callable[[], None] = lambda: None) -> 
         files.folder.mkdir(parents=True, exist_ok=True)
         if is_new:
             sync_folder(files.folder.parent)
-        lock = _lock(files.lock, LOCK_S)
+        lock = lock_file(files.lock, LOCK_S)
     except TimeoutError:
         raise _refused(files, read_json(files.lease)) from None
     except OSError as error:
@@ -89,33 +86,6 @@ def only_writer(files: RunFiles, renewed: Callable[[], None] = lambda: None) -> 
     finally:
         if lock is not None:
             os.close(lock)
-
-
-def _lock(path: Path, seconds: float) -> int | None:
-    """A lock held until this descriptor is closed; None: the file system has none (flock(2)).
-
-    Raises:
-        TimeoutError: another process still holds it after so many seconds.
-        OSError: the file cannot be written.
-    """
-    ends_at = time.monotonic() + seconds
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor
-        except (BlockingIOError, FileNotFoundError):  # held, or its holder has just removed it
-            pass
-        except BaseException as error:
-            os.close(descriptor)
-            if isinstance(error, OSError) and error.errno in _NO_FLOCK:
-                return None
-            raise
-        os.close(descriptor)
-        if time.monotonic() > ends_at:
-            raise TimeoutError
-        time.sleep(POLL_S)
 
 
 class Lease:

@@ -10,12 +10,11 @@ have been another machine's.
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from hashlib import sha256
 from itertools import islice, pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from batchclf.errors import BatchclfError, EnvironmentFailed, ResumeRefused
 from batchclf.results.bucket import AlreadyThere, Bucket
@@ -24,10 +23,12 @@ from batchclf.results.listing import Listing, open_listing
 from batchclf.results.output import files_of_parts
 from batchclf.results.records import Shard
 from batchclf.results.run_record import Durable, RunRecord, read_run, write_run
-from batchclf.system.cache import VARIABLE, cache_root
+from batchclf.system.cache import VARIABLE, cache_root, passing_folder
 from batchclf.system.machine import boot_id
 
 MAX_PART_BYTES = 1 << 25
+END_BYTES = 1 << 20
+"""Of a listing, what stands behind its paths is in there; of figures, the last."""
 _PART = re.compile(r"parts/(\d{8,})\.jsonl")
 _TO_READ = re.compile(r"listing\.nul|(run|stats)(-\d{5}-of-\d{5})?\.jsonl?")
 
@@ -48,21 +49,42 @@ def fetched_output(address: str) -> Iterator[Path]:
         ResumeRefused: parts are missing.
         EnvironmentFailed: the bucket does not give it, or the folder cannot be written.
     """
-    root = cache_root() / "fetched"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        temporary = TemporaryDirectory(dir=root)
-    except OSError as error:
-        raise EnvironmentFailed(
-            f"{root}: cannot be written: {error.strerror or error}; set {VARIABLE} to a folder "
-            "with room"
-        ) from error
-    with temporary as folder:
+    with _folder_for(address) as folder:
+        _fetch_output(address, folder)
+        yield folder
+
+
+@contextmanager
+def fetched_figures(address: str) -> Iterator[Path]:
+    """The same without records: only what tells how far the job is, with the times of the bucket.
+
+    Raises:
+        EnvironmentFailed: as `fetched_output`.
+    """
+    bucket = Bucket(address, "output")
+    with _folder_for(address) as folder:
+        for name, size in bucket.sizes().items():
+            if _TO_READ.fullmatch(name):
+                is_whole = name.endswith(".json")
+                bucket.fetch_end(name, folder / name, 0 if is_whole else size - END_BYTES)
+        yield folder
+
+
+@contextmanager
+def _folder_for(address: str) -> Iterator[Path]:
+    """A folder in which what lies at an address is read; errors within name that."""
+    with ExitStack() as stack:
         try:
-            _fetch_output(address, Path(folder))
-            yield Path(folder)
+            folder = stack.enter_context(passing_folder("fetched"))
+        except OSError as error:
+            raise EnvironmentFailed(
+                f"{cache_root()}: cannot be written: {error.strerror or error}; set {VARIABLE} to "
+                "a folder with room"
+            ) from error
+        try:
+            yield folder
         except BatchclfError as error:
-            error.args = (str(error).replace(folder, address.rstrip("/")), *error.args[1:])
+            error.args = (str(error).replace(str(folder), address.rstrip("/")), *error.args[1:])
             raise
 
 

@@ -64,6 +64,12 @@ class Work:
             return self.crew.num_streams
         return self.feeders.num_streams if self.feeders else len(self.opened.classifiers)
 
+    def close(self) -> None:
+        """End the processes that were started for it."""
+        for one in (self.feeders, self.crew):
+            if one is not None:
+                one.close()
+
 
 def classify(work: Work, refs: Iterator[ImageRef], sink: Sink) -> None:
     """Classify `refs`, what a task has left, into records in the order of the listing.

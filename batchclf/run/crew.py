@@ -15,6 +15,7 @@ from batchclf.models.resolve import Log, ResolvedModel
 from batchclf.results.files import RunFiles
 from batchclf.results.listing import Listing
 from batchclf.results.parts import Committed, Folders
+from batchclf.results.records import Entry, ImageRef
 from batchclf.results.stats import RunStats
 from batchclf.run.landmarks import Witness
 from batchclf.run.ranges import Ranges
@@ -36,9 +37,13 @@ class Order:
     variant: tuple[str, Bundle] | None
     """The same model at the job's precision, where that is another file, and its folder's name."""
     listing: Listing
-    """Not yet in its place."""
+    """In its place once work begins: who opens late or elsewhere could not read it before."""
     num_images: int
     """Of the job or of its shard."""
+    first: tuple[Entry, ...]
+    """Of the listing, its first ones."""
+    sample: tuple[ImageRef, ...]
+    """Of the listing, where sessions may be opened with a sample."""
     files: RunFiles
     log: Log
     beat: Callable[[], None]

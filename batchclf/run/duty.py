@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from batchclf.results.listing import Listing
 from batchclf.results.parts import Committed, Folders
-from batchclf.results.records import ImageRef
+from batchclf.results.records import Entry, ImageRef
 from batchclf.results.stats import RunStats
 from batchclf.run.ranges import Range
 from batchclf.run.reporter import Reporter
@@ -53,10 +53,12 @@ class Duty:
     job: JobSpec
     model: "ResolvedModel"
     listing: Listing
-    """For the sample: where it is read before it is in its place."""
-    placed: Path
-    """Where it will be."""
+    """In its place by the time that ranges come, and not before."""
     num_images: int
+    first: tuple[Entry, ...] = ()
+    """Its first ones."""
+    sample: tuple[ImageRef, ...] = ()
+    """Some of it, where the sessions are opened with a sample."""
     landmarks: tuple[Landmark, ...] = ()
     """What the input must hold here as well."""
 

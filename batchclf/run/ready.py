@@ -1,8 +1,9 @@
 """A run made ready: its sessions opened and proven, its figures begun, its record written up."""
 
 from collections import Counter
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
+from batchclf.images.lists import NUM_TRIED
 from batchclf.models.variants import needed_variant, resolve_variant
 from batchclf.results.listing import Listing
 from batchclf.results.run_record import RunRecord
@@ -21,7 +22,7 @@ from batchclf.run.plan import Plan, Task, make_plan
 from batchclf.run.recovery import Recovery
 from batchclf.run.request import Run
 from batchclf.run.resume import converted_digest, require_same_converted
-from batchclf.sessions.open import Wanted, conversion_of, open_devices
+from batchclf.sessions.open import Wanted, conversion_of, may_need_sample, open_devices
 from batchclf.sessions.sample import Sample, evenly_spread
 from batchclf.system.machine import cpu_seconds, peak_rss_mb
 
@@ -40,10 +41,9 @@ class Ready:
     """Whether the new records of failed images that are there are of this very attempt."""
 
     def close(self) -> None:
-        """End the processes that were started for it."""
-        for one in () if self.work is None else (self.work.feeders, self.work.crew):
-            if one is not None:
-                one.close()
+        """End what was opened for it."""
+        if self.work is not None:
+            self.work.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +78,31 @@ def make_ready(found: Found, listing: Listing, todo: Append | Replace) -> Ready:
     run = try_suspects(run, task, listing.refs())
     plan = make_plan(run, task)
     work = _open(found, plan, listing, stats)
+    try:
+        return _recorded(found, listing, todo, work)
+    except BaseException:
+        work.close()
+        raise
+
+
+def _recorded(found: Found, listing: Listing, todo: Append | Replace, work: Work) -> Ready:
+    """What run.json is to say of a run whose sessions are open.
+
+    Raises:
+        ResumeRefused: the records that are there are of another converted model.
+    """
+    previous, recovery = found.record, found.run.recovery
     require_same_converted(previous, todo.done, work.opened.bundle)
+    num_images = work.plan.task.num_images
     record = record_of(work, fingerprint_of(found.identity, listing, num_images), listing)
     if isinstance(todo, Replace):
         assert previous is not None, "there are records"
         record = retried(record, previous, todo.done, todo.codes)
-        is_later_process = run.recovery.beginning is not None
-        is_same = is_later_process or is_same_retry(previous, record)
-        return Ready(record, stats, work, previous, goes_on_retrying=is_same)
+        is_same = recovery.beginning is not None or is_same_retry(previous, record)
+        return Ready(record, work.stats, work, previous, goes_on_retrying=is_same)
     if previous is not None:
         record = gone_on(record, previous, todo.done)
-    return Ready(record, stats, work, previous)
+    return Ready(record, work.stats, work, previous)
 
 
 def go_on_counting(stats: StatsCollector, recovery: Recovery) -> None:
@@ -138,8 +152,10 @@ def _order(found: Found, wanted: Wanted, listing: Listing, num_images: int) -> O
         job=job,
         model=wanted.model,
         variant=variant,
-        listing=listing,
+        listing=replace(listing, path=run.files.listing),
         num_images=num_images,
+        first=tuple(listing.entries(0, NUM_TRIED)),
+        sample=tuple(wanted.sample.listed) if may_need_sample(job) else (),
         files=run.files,
         log=run.reporter.log,
         beat=run.reporter.beat,

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
-from batchclf.images.lists import NUM_TRIED
 from batchclf.images.prefetch import HostMemory
 from batchclf.images.resize import require_pillow
 from batchclf.images.source import source_of
@@ -28,7 +27,7 @@ from batchclf.run.plan import Task, make_plan
 from batchclf.run.recovery import Recovery
 from batchclf.run.request import Run
 from batchclf.sessions.open import Wanted, open_devices, settle_provider
-from batchclf.sessions.sample import Sample, evenly_spread
+from batchclf.sessions.sample import Sample
 from batchclf.spec.options import RunOptions
 from batchclf.system.interrupt import StopRequest
 from batchclf.system.machine import cpu_seconds, peak_rss_mb
@@ -48,25 +47,24 @@ def serve(
         OutOfMemory, DeviceLost: as `classify`.
         BatchclfError: what else ends it.
     """
-    listing = replace(duty.listing, path=duty.placed)
-    if not duty.listing.path.exists():  # it was put in its place meanwhile
-        duty = replace(duty, listing=listing)
     pending: deque[Attempt] = deque()
     run = Run(duty.job, RunOptions(), reporter, stop, recovery)
     require_pillow(duty.job.loader.decode)
     fallback = settle_provider(duty.job, reporter.log)
     store = open_store(source_of(duty.job))
-    store.require_listed(list(duty.listing.entries(0, NUM_TRIED)))
+    store.require_listed(duty.first)
     require_landmarks(store, duty.landmarks)
     task = Task(duty.job, store.source, duty.model, duty.num_images)
     if recovery.suspects or recovery.readers:
         while (attempt := inbox.take(0.0)) is not None:
             pending.append(attempt)
-        run = try_suspects(run, task, chain.from_iterable(a.range.refs(listing) for a in pending))
+        run = try_suspects(
+            run, task, chain.from_iterable(a.range.refs(duty.listing) for a in pending)
+        )
     work = _opened(duty, run, task, fallback)
     told = replace(work.opened, classifiers=(), memory=HostMemory())
     reporter.opened(told, work.num_streams)
-    bench = _Bench(work, reporter, listing, inbox, pending, recovery.num_images)
+    bench = _Bench(work, reporter, duty.listing, inbox, pending, recovery.num_images)
     work.stats.start(0.0, work.num_streams)
     with stop.drained_by_caller():
         while bench.wait():
@@ -79,8 +77,7 @@ def serve(
 
 def _opened(duty: Duty, run: Run, task: Task, fallback: str | None) -> Work:
     plan, reporter = make_plan(run, task), run.reporter
-    refs = evenly_spread(duty.listing.refs(), duty.listing.num_images)
-    sample = Sample(task.job, plan.loader, refs, reporter.watch)
+    sample = Sample(task.job, plan.loader, duty.sample, reporter.watch)
     wanted = Wanted(task.job, task.model, plan.batch_size, sample, reporter.log)
     with explained(task, plan.batch_size):
         opened = open_devices(wanted, fallback)

@@ -244,6 +244,11 @@ def _open(wanted: Wanted, spec: ProviderSpec) -> Opened:
     )
 
 
+def may_need_sample(job: JobSpec) -> bool:
+    """Whether a sample may be needed to open a job's sessions, on whichever machine."""
+    return job.precision != "fp32" or job.provider.name == "cuda"  # where it rounds to TF32
+
+
 def conversion_of(wanted: Wanted) -> Conversion:
     """How a model is converted here to another precision."""
     return Conversion(

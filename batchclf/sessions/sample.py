@@ -49,7 +49,8 @@ class Sample:
         self._watch = watch
 
     @cached_property
-    def _listed(self) -> list[ImageRef]:
+    def listed(self) -> list[ImageRef]:
+        """The images, whether they decode or not."""
         return list(self._refs)
 
     @cached_property
@@ -59,7 +60,7 @@ class Sample:
         Raises:
             NoImagesError: not one of them decodes.
         """
-        return load_sample(self._job, self._loader, self._listed, self._watch)
+        return load_sample(self._job, self._loader, self.listed, self._watch)
 
     @cached_property
     def digest(self) -> str:
@@ -71,14 +72,14 @@ class Sample:
         Raises:
             NoImagesError: as `pixels`.
         """
-        versions = [self._loader.store.version(ref) for ref in self._listed]
+        versions = [self._loader.store.version(ref) for ref in self.listed]
         if None in versions:
             return sha256(self.pixels.data).hexdigest()
         job = self._job
         return digest_of(
             (
                 str(job.input),
-                [(ref.path, ref.location) for ref in self._listed],
+                [(ref.path, ref.location) for ref in self.listed],
                 versions,
                 (PIXELS_RECIPE, decoder_name(), pillow_version(), goes_tall_first()),
                 sorted(installed_readers().items()),

@@ -567,8 +567,8 @@ class EngineSpec(_Spec):
         Field(
             None,
             description="ray only: seconds that a node with what a worker takes is waited for, as "
-            "an autoscaler may start one; default 300 where there are none to work on at all, else "
-            "0.",
+            "an autoscaler may start one; default 300 where there are none to work on at all, at "
+            "the start or later, else 0.",
         )
     )
 

@@ -22,7 +22,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ class Sleeper:
         return {"batchclf": __version__, "Python": platform.python_version()}
 
     def open(self, errand: Errand, packed: bytes) -> tuple[Opened, int]:
-        self._listing: Listing = replace(errand.listing, path=errand.placed)
+        self._listing: Listing = errand.listing
         (errand.drafts / f"{TOKEN}.{errand.answer}").touch()
         self._part: Part = ray.get(ray.get_actor("director").part.remote())
         self._stats.start(0.0)
@@ -160,11 +161,13 @@ def measured(folder: Path, num_workers: int, asked: argparse.Namespace) -> dict[
     Counted.num_ranges = 0
 
     def hire(order: Order) -> RayCrew:
-        duty = Duty(order.job, order.model, order.listing, order.listing.path, num_images)
+        duty = Duty(order.job, order.model, order.listing, num_images, order.first)
         station = Station(duty)
         opened, _ = station.opened()
         station.stop()
-        hired = Counted(order, Connection(order.job.engine))
+        held = ExitStack()
+        held.callback(Connection(order.job.engine).close)
+        hired = Counted(order, held)
         director = ray.remote(Director).options(name="director", num_cpus=0)
         hired.director = director.remote(Part(opened, image_s))
         hired.gather()

@@ -1,5 +1,6 @@
 """jobs/slurm.sh on a real Slurm."""
 
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -74,13 +75,8 @@ def test_an_array_that_somebody_cancels_is_not_queued_again(cluster: Slurm, job:
     wait_for_records(job, 0)
     cluster.call("scancel", array)
     cluster.wait(array)
-    time.sleep(2.0)
-    assert cluster.states(array) == []
-    done = subprocess.run(
-        ["scontrol", "show", "job", array],
-        env=cluster.environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "JobState=CANCELLED" in done.stdout
+    # Their scripts, which alone could queue them again, have ended.
+    told = cluster.call("scontrol", "show", "job", array)
+    states = {*re.findall(r"\bJobState=(\w+)", told)}
+    assert {"CANCELLED"} <= states <= {"CANCELLED", "COMPLETED"}
+    assert {*re.findall(r"\bRestarts=(\d+)", told)} == {"0"}

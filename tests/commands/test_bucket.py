@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from batchclf.cli.options import output_folder
+from batchclf.commands import status
+from batchclf.commands.status import status_of
+from batchclf.results import mirror
 from tests.buckets import Server, running_server
 from tests.conftest import Batchclf
 from tests.tiny import write_tiny_job
@@ -57,8 +60,65 @@ def test_shards_in_a_bucket_are_merged_scored_converted_and_reported_there(
         assert f"{len(labels)} images classified" in page.read_text()
 
 
-def test_an_address_where_no_job_has_begun_is_named(server: Server, batchclf: Batchclf) -> None:
-    done = batchclf("score", "s3://bucket/nothing", "--truth", "truth.csv")
+def test_a_job_in_a_bucket_is_told_as_one_in_a_folder_is(
+    server: Server, batchclf: Batchclf, tmp_path: Path
+) -> None:
+    address, copy = "s3://bucket/told", tmp_path / "copy"
+    job = write_tiny_job(tmp_path, output=address)
+    assert batchclf("run", job, "--shard", "1/3").exit_code == 0
+    copy.mkdir()
+    for name, data in server.objects("told/").items():
+        if not name.startswith("parts/"):
+            (copy / name).write_bytes(data)
+    told = batchclf("status", address, "--json", "--watch")
+    assert told.exit_code == 0, told.stderr
+    assert told.json | {"output": str(copy)} == batchclf("status", copy, "--json").json
+    assert told.json["output"] == address
+    assert [part["state"] for part in told.json["parts"]] == ["not begun", "complete", "not begun"]
+    said = batchclf("status", address).stdout
+    assert said == batchclf("status", copy).stdout
+    assert "complete: 1\nnot begun: 0, 2\n" in said
+
+
+def test_a_run_is_behind_its_bucket_as_long_as_it_writes_there(
+    server: Server, batchclf: Batchclf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = "s3://bucket/work"
+    assert batchclf("run", write_tiny_job(tmp_path, output=address)).exit_code == 0
+    record = json.loads(server.objects("work/")["run.json"]) | {"status": "running"}
+    server.client.put_object(Bucket="bucket", Key="work/run.json", Body=json.dumps(record))
+    assert status_of(address).state == "running"
+    (part,) = status_of(address).parts
+    assert part.seconds_since_news is not None
+    monkeypatch.setattr(status, "SENT_S", -1.0)
+    assert status_of(address).state == "stale"
+
+
+def test_how_far_a_job_is_is_told_without_its_records_and_from_the_ends_of_files(
+    server: Server, batchclf: Batchclf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = "s3://bucket/ends"
+    assert batchclf("run", write_tiny_job(tmp_path, output=address)).exit_code == 0
+    whole, there = status_of(address), server.objects("ends/")
+    size = len(there["stats.jsonl"].splitlines()[-1]) + 1
+    monkeypatch.setattr(mirror, "END_BYTES", size)
+    with mirror.fetched_figures(address) as folder:
+        fetched = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert fetched == {
+        "listing.nul": there["listing.nul"][-size:],
+        "run.json": there["run.json"],
+        "stats.jsonl": there["stats.jsonl"][-size:],
+    }
+    assert len(there["listing.nul"]) > size
+    assert status_of(address) == whole
+
+
+@pytest.mark.parametrize("words", [("score", "--truth", "truth.csv"), ("status",)])
+def test_an_address_where_no_job_has_begun_is_named(
+    server: Server, batchclf: Batchclf, words: tuple[str, ...]
+) -> None:
+    command, *options = words
+    done = batchclf(command, "s3://bucket/nothing", *options)
     assert done.exit_code == 2, done.stderr
     assert "output: s3://bucket/nothing: no job has begun there" in done.stderr
 

@@ -1,7 +1,6 @@
 """Workers that die, hang or run out of memory: the job goes on, and only the guilty pay."""
 
 import signal
-import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,13 +198,13 @@ def test_trying_again_goes_on_where_a_worker_died(tmp_path: Path) -> None:
 
 def test_a_worker_that_stands_still_is_replaced(tmp_path: Path) -> None:
     job = write_job(tmp_path, 120, slow=True, stall_timeout=2)
-    with started(job) as run:
+    # It is idle: one that is busy is waited for longer, and here without end.
+    endless = "def change(module):\n    module.BUSY_FACTOR = 1_000_000\n"
+    with started(job, env=fault(tmp_path, endless, "batchclf.engines.local.watcher")) as run:
         worker = run.wait_for_worker()
         run.wait_until(has_records(tmp_path / "out"))
         worker.send_signal(signal.SIGSTOP)
-        stopped_at = time.monotonic()
         run.wait_to_say("no progress for stall_timeout (2 s")
-        assert time.monotonic() - stopped_at < 15, "an idle one is not waited for ten times as long"
         assert run.end() == 0, run.stderr
     assert_as_undisturbed(tmp_path)
 

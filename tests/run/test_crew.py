@@ -10,18 +10,24 @@ from unittest.mock import Mock
 
 import pytest
 
-from batchclf.errors import ErrorLimitPassed
+from batchclf.errors import ErrorLimitPassed, ResumeRefused
 from batchclf.results.lines import Lines, encode
 from batchclf.results.parts import Committed, Folders
 from batchclf.results.records import ImageRef, Prediction, Record
 from batchclf.results.stats import StatsCollector
-from batchclf.run import classify
+from batchclf.run import classify, ready
 from batchclf.run.classify import Work
 from batchclf.run.crew import collect
+from batchclf.run.job import run_job
+from batchclf.run.output import hold_output
 from batchclf.run.reporter import Reporter
+from batchclf.run.request import Run
 from batchclf.run.serve import _Bench
+from batchclf.spec.file import load_job
 from batchclf.spec.job import JobSpec
+from batchclf.spec.options import RunOptions
 from batchclf.system.interrupt import StopRequest
+from tests.tiny import Log, write_tiny_job
 
 ERRORS = Counter({"corrupt": 4})
 
@@ -50,6 +56,23 @@ def job(limit: int | str) -> JobSpec:
     return JobSpec.model_validate(
         {"input": "/in", "output": "/out", "model": {"onnx": "/a"}, "errors": {"max": limit}}
     )
+
+
+def test_a_crew_that_was_hired_for_a_run_which_is_refused_then_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crew = Mock()
+
+    def refuse(*args: object) -> None:
+        crew.close.assert_not_called()
+        raise ResumeRefused("another model")
+
+    monkeypatch.setattr(ready, "require_same_converted", refuse)
+    spec = load_job(write_tiny_job(tmp_path))
+    run = Run(spec, RunOptions(), Log(), StopRequest(), hire=lambda order: crew)
+    with hold_output(spec), pytest.raises(ResumeRefused, match="another model"):
+        run_job(run)
+    crew.close.assert_called_once()
 
 
 def collected(crew: Any, limit: int | str) -> list[int]:

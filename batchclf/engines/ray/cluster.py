@@ -14,7 +14,6 @@ from batchclf.errors import BatchclfError, EnvironmentFailed, ProviderError, Usa
 from batchclf.spec.job import EngineSpec, JobSpec
 
 CONNECT_S = 5.0
-ASK_S = 2.0
 REPEAT_S = 30.0
 """How often an autoscaler is asked for the same again."""
 USUAL_CPUS = 4.0
@@ -217,8 +216,10 @@ class Demand:
         self._log = log
         self._asked: tuple[Need, int] | None = None
         self._asked_at = 0.0
+        self._speaker: Any = None
+        """Who asks, where this is no process of the cluster."""
         self._sent: Any = None
-        """What was asked for last through Ray's client, unless it is known to have arrived."""
+        """What was asked for last through it, unless that is known to have arrived."""
 
     def ask(self, need: Need, num_workers: int) -> None:
         """Ask for nodes with room for so many workers in all."""
@@ -247,13 +248,16 @@ class Demand:
         import ray
         from ray.util.client import ray as client
 
-        self._settle(ASK_S)  # else the later word might come first
         # A lost cluster is told otherwise.
         with suppress(ray.exceptions.RayError, RuntimeError, OSError):
-            if client.is_connected():  # only a process of the cluster may ask
-                self._sent = ray.remote(_request).options(num_cpus=0).remote(bundles)
-            else:
-                _request(bundles)
+            if not client.is_connected():
+                _Speaker().request(bundles)
+                return
+            if self._speaker is None:
+                actor = ray.remote(_Speaker)
+                kept = {"max_restarts": -1, "max_task_retries": -1}  # whatever node it is on
+                self._speaker = actor.options(num_cpus=0, **kept).remote()
+            self._sent = self._speaker.request.remote(bundles)
 
     def _settle(self, patience_s: float) -> None:
         import ray
@@ -270,10 +274,18 @@ class Demand:
             )
 
 
-def _request(bundles: list[dict[str, float]]) -> None:
-    from ray.autoscaler.sdk import request_resources
+class _Speaker:
+    """In a process of the cluster, as only such a one may ask an autoscaler.
 
-    request_resources(bundles=bundles)
+    One that stays, as an actor: what it is told arrives in that order, and while a job's workers
+    are started, so is it. A task for each word would wait for a new process each time.
+    """
+
+    def request(self, bundles: list[dict[str, float]]) -> None:
+        """Ask for nodes with room for all of these, and no more."""
+        from ray.autoscaler.sdk import request_resources
+
+        request_resources(bundles=bundles)
 
 
 def idle_nodes(need: Need) -> set[str] | None:
@@ -281,6 +293,7 @@ def idle_nodes(need: Need) -> set[str] | None:
 
     It is not told through Ray's client.
     """
+    # In public, Ray tells only the sum of all nodes, or asks a dashboard, which may not be there.
     from ray._private.state import available_resources_per_node
     from ray.util.client import ray as client
 

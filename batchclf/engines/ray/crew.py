@@ -7,14 +7,13 @@ its worker is lost, without lineage; nothing but counts comes back; and one that
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from batchclf.engines.ray.cluster import Connection
 from batchclf.engines.ray.dealing import Dealing, send
 from batchclf.engines.ray.finding import TICK_S, Finding
 from batchclf.engines.ray.losing import Losing
@@ -48,29 +47,33 @@ class RayCrew:
     opened: Opened
     num_streams: int
     folders: Folders
+    held: ExitStack
+    """What `close` ends."""
 
-    def __init__(self, order: Order, connection: Connection) -> None:
+    def __init__(self, order: Order, held: ExitStack) -> None:
+        """Nobody is hired yet; what is made here is ended with `held`."""
+        self.held = held
         self.folders = Folders(order.files.parts, order.files.new_drafts())
+        held.callback(self._remove_drafts)
         self._order = order
-        self._connection = connection
         self._roster = Roster()
+        held.callback(self._roster.close)
         self._finding = Finding(order, self._roster, self.folders)
+        held.callback(self._finding.close)
         self._dealing = Dealing()
         self._losing = Losing(order, self._roster, self._finding, self._dealing)
         self._looked_at = time.monotonic()
         self._said: set[str] = set()
         """What workers said before the work began."""
-        self._is_alone = False
-        """No worker is left, and that is said."""
         self._is_stopping = False
 
     def close(self) -> None:
         """End all, whatever they are at; what they have not committed is gone."""
-        self._finding.close()
-        self._roster.close()
+        self.held.close()
+
+    def _remove_drafts(self) -> None:
         with suppress(EnvironmentFailed):  # the next start of the job removes it
             remove_folder(self.folders.drafts)
-        self._connection.close()
 
     def gather(self) -> None:
         """Start workers, and wait until they are open; some may come later.
@@ -86,21 +89,16 @@ class RayCrew:
             self._order.stop.raise_if_requested()
             self._order.beat()
             list(self._turn())
-            self._finding.say_what_is_awaited()
-            if not self._roster.hands and not self._finding.rooms():
-                raise EnvironmentFailed(
-                    "engine: no node of the cluster is left to work on (see the lines above, and "
-                    "`ray status`); run the same command when there is one"
-                )
+            self._finding.await_nodes()
             if first_at is None and self._finding.found:
                 first_at = time.monotonic()
         found = self._finding.found
         self.opened = opened_by_all([(name, opened) for name, opened, _ in found])
         self.num_streams = sum(num_streams for _, _, num_streams in found)
         working = self._roster.open
-        names = {hand.node.name for hand in working}
+        num_nodes = len({hand.node.id for hand in working})
         self._order.log(
-            f"{len(working):,} workers on {len(names):,} nodes, each with {self._finding.need}"
+            f"{len(working):,} workers on {num_nodes:,} nodes, each with {self._finding.need}"
         )
 
     # ---- one turn --------------------------------------------------------------------------------
@@ -227,11 +225,8 @@ class RayCrew:
         """As `Crew`."""
         self._finding.has_begun = True
         while not self._is_to_stop and (ranges.num_left or self._dealing.is_busy):
-            if self._roster.hands:
-                self._is_alone = False
-            elif not self._is_alone:
-                self._is_alone = True
-                self._order.log("no node is left to work on; waiting for one to join")
+            if not self._roster.open:
+                self._finding.await_nodes()
             self._finding.ask_for_more(ranges.num_left)
             self._dealing.deal(self._roster.open, ranges, folders)
             yield from self._handed_on(ranges)

@@ -1,5 +1,6 @@
 """Where a job's run turns to the cluster."""
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from batchclf.engines.ray.cluster import Connection
@@ -17,13 +18,11 @@ def hire(order: Order) -> "RayCrew":
         ProviderError: GPUs are needed and there are none, or the provider does not work on a node.
         EnvironmentFailed: there is no cluster, or input or output are not what all nodes reach.
     """
-    connection = Connection(order.job.engine)
-    from batchclf.engines.ray.crew import RayCrew  # late: it imports Ray
+    with ExitStack() as stack:
+        stack.callback(Connection(order.job.engine).close)
+        from batchclf.engines.ray.crew import RayCrew  # late: it imports Ray
 
-    crew = RayCrew(order, connection)
-    try:
+        crew = RayCrew(order, stack)
         crew.gather()
-    except BaseException:
-        crew.close()
-        raise
+        crew.held = stack.pop_all()
     return crew

@@ -49,7 +49,8 @@ START_S = 10.0
 CLOSE_S, HASTY_S = 10.0, 1.0
 """How long what is said to an autoscaler may take to arrive, at the end and after a signal."""
 NODES_S = 300.0
-"""How long a cluster without any node to work on is waited for: an autoscaler may start some."""
+"""How long a cluster without any node to work on is waited for: an autoscaler may start some, and
+nodes that were lost may come back."""
 TICK_S = 0.2
 WORTH_S = 300.0
 """More nodes are asked for where those that are there have work for longer than that."""
@@ -79,6 +80,8 @@ class Finding:
         self._grown_at = 0.0
         self._asked_at = 0.0
         self._said_at = -math.inf
+        self._left_alone_at: float | None = None
+        """Since when there has been neither a worker nor room for one."""
 
     # ---- at the start ----------------------------------------------------------------------------
 
@@ -92,8 +95,7 @@ class Finding:
         self.need = self._found_need()
         self._leave_token()
         self._errand, self._packed = self._made_errand()
-        if self._engine.workers != "auto":
-            self._demand.ask(self.need, self._engine.workers)
+        self._demand.ask(self.need, self._least_workers)
 
     def _found_need(self) -> Need:
         least, job = least_need(self._order.job), self._order.job
@@ -111,14 +113,17 @@ class Finding:
                         f"{lacking}. Waited for nodes for {patience_s:g} s "
                         "(engine.wait_for_nodes); run the same command when there are some"
                     ) from lacking
-                count = 1 if self._engine.workers == "auto" else self._engine.workers
-                self._demand.ask(least, count)
+                self._demand.ask(least, self._least_workers)
                 self._say(
                     f"{lacking}. Waiting for nodes, up to {patience_s:g} s (engine.wait_for_nodes)"
                     ": an autoscaler, where the cluster has one, is asked for "
-                    f"{count:,} times {least}"
+                    f"{self._least_workers:,} times {least}"
                 )
             self._pause()
+
+    @property
+    def _least_workers(self) -> int:
+        return 1 if self._engine.workers == "auto" else self._engine.workers
 
     def _patience_s(self, there: list[Node]) -> float:
         if self._engine.wait_for_nodes is not None:
@@ -131,8 +136,7 @@ class Finding:
         self._order.beat()
         time.sleep(TICK_S)
 
-    def say_what_is_awaited(self) -> None:
-        """From time to time, while the first workers are waited for."""
+    def _say_what_is_awaited(self) -> None:
         since = time.monotonic() - START_S
         waiting = [hand for hand in self._roster.hands if hand.started_at < since]
         asked = [hand for hand in waiting if hand.is_asked("hello")]
@@ -143,6 +147,31 @@ class Finding:
             f"waiting for {len(asked):,} workers to be started on {len(names):,} nodes, such as "
             f"{names[0]}: each takes {self.need}, and the cluster has {free_of(self.need)} free; "
             "what others use is waited for"
+        )
+
+    def await_nodes(self) -> None:
+        """While workers are waited for: say so, and for how long where no node is left for any.
+
+        Raises:
+            EnvironmentFailed: none has joined in that time.
+        """
+        if self._roster.hands or self.rooms():
+            self._left_alone_at = None
+            self._say_what_is_awaited()
+            return
+        asked = self._engine.wait_for_nodes
+        patience_s = NODES_S if asked is None else asked
+        if self._left_alone_at is None:
+            self._left_alone_at, self._said_at = time.monotonic(), -math.inf
+        if time.monotonic() - self._left_alone_at >= patience_s:
+            raise EnvironmentFailed(
+                f"engine: no node is left to work on, and none has joined in {patience_s:g} s "
+                "(engine.wait_for_nodes); see the lines above and `ray status`. What is done "
+                "stays: run the same command when there is one"
+            )
+        self._say(
+            f"no node is left to work on; waiting for one to join, up to {patience_s:g} s "
+            "(engine.wait_for_nodes)"
         )
 
     def _say(self, text: str) -> None:
@@ -166,8 +195,9 @@ class Finding:
         errand = Errand(
             job=order.job,
             listing=order.listing,
-            placed=order.files.listing,
             num_images=order.num_images,
+            first=order.first,
+            sample=order.sample,
             drafts=self._folders.drafts,
             token=self._token,
             answer="",

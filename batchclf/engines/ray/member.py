@@ -30,8 +30,9 @@ class Errand:
 
     job: "JobSpec"
     listing: Any
-    placed: Path
     num_images: int
+    first: Any
+    sample: Any
     drafts: Path
     """A folder that the driver made, with a token in it."""
     token: str
@@ -76,8 +77,9 @@ class Member:
                 job=job,
                 model=model,
                 listing=errand.listing,
-                placed=errand.placed,
                 num_images=errand.num_images,
+                first=errand.first,
+                sample=errand.sample,
                 landmarks=errand.landmarks,
             )
         )

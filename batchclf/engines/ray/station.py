@@ -215,11 +215,10 @@ class _Watching(Watcher):
         """After a signal: commit what the process, which has ended, wrote and had no time to."""
         if self._workers.current.is_left_behind:  # it may write once more
             return
-        listing = replace(self._duty.listing, path=self._duty.placed)
         for attempt in list(self._attempts.values()):
             with suppress(EnvironmentFailed):  # these images are done again after the next start
                 if os.path.exists(attempt.draft):
-                    draft = Draft(attempt, listing)
+                    draft = Draft(attempt, self._duty.listing)
                     if draft.num_images and not draft.is_doubtful:
                         self._has_committed(attempt, draft.commit())
                     else:

@@ -1,5 +1,6 @@
 """A real Ray cluster on this machine: a head without cores, and nodes, each some processes."""
 
+import json
 import os
 import socket
 import subprocess
@@ -17,6 +18,14 @@ import psutil
 from tests.engines.common import WORKER
 
 WAIT_S = 60.0
+HEAD = "f" * 51 + "00000"
+"""The head's name, as Ray's provider of nodes on this machine wants it."""
+SCALING: Mapping[str, str] = {
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    "RAY_FAKE_CLUSTER": "1",
+    "RAY_CLOUD_INSTANCE_ID": HEAD,
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD,
+}
 QUICK: Mapping[str, str] = {
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "2000",
@@ -39,6 +48,14 @@ def own_ip() -> str:
     return "127.0.0.1"
 
 
+COMMANDS = (
+    *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
+    *("head_start_ray_commands", "worker_start_ray_commands"),
+    *("cluster_synced_files", "rsync_exclude", "rsync_filter"),
+)
+"""Keys that its autoscaler wants, though such nodes need none of them."""
+
+
 @dataclass(slots=True)
 class Node:
     """A node: `ray start` and all that it started."""
@@ -58,6 +75,15 @@ class Node:
         for one in self.members():
             with suppress(psutil.NoSuchProcess):
                 if any(WORKER in part for part in one.cmdline()):
+                    found.append(one)
+        return found
+
+    def raylets(self) -> list[psutil.Process]:
+        """Its own, and those of nodes that its autoscaler started."""
+        found = []
+        for one in self.members():
+            with suppress(psutil.NoSuchProcess):
+                if one.name() == "raylet" and one.status() != psutil.STATUS_ZOMBIE:
                     found.append(one)
         return found
 
@@ -90,6 +116,8 @@ class Cluster:
     env: Mapping[str, str] = field(default_factory=dict)
     through: Sequence[str] = ()
     """What the head is started through, such as `ip netns exec`."""
+    most: int = 0
+    """Nodes of one core that Ray's autoscaler starts when they are asked for."""
     ip: str = field(default_factory=own_ip)
     port: int = 0
     client_port: int = 0
@@ -105,8 +133,48 @@ class Cluster:
         port, folder = f"--port={self.port}", f"--temp-dir={self.temporary}"
         client = f"--ray-client-server-port={self.client_port}"
         head = ("--head", port, client, folder, "--include-dashboard=false")
-        self.add(*head, num_cpus=0, through=self.through, ip=self.ip)
+        scaling = self._scaling() if self.most else ()
+        self.add(
+            *head,
+            *scaling,
+            num_cpus=0,
+            env=SCALING if scaling else None,
+            through=self.through,
+            ip=self.ip,
+        )
         return self
+
+    def _scaling(self) -> tuple[str, ...]:
+        """Options of a head with Ray's own autoscaler, whose provider of nodes is this machine."""
+        one = {"resources": {"CPU": 1, "object_store_memory": 80_000_000}, "node_config": {}}
+        head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
+        path = self.temporary / "autoscaler.json"
+        path.write_text(
+            json.dumps(
+                {
+                    **{key: {} for key in ("auth", "docker", "file_mounts")},
+                    **{key: [] for key in COMMANDS},
+                    "cluster_name": "test",
+                    "upscaling_speed": 1.0,
+                    "file_mounts_sync_continuously": False,
+                    "max_workers": self.most,
+                    "idle_timeout_minutes": 0.05,
+                    "provider": {
+                        "type": "fake_multinode",
+                        "gcs_address": self.address,
+                        "head_node_id": HEAD,
+                        "launch_multiple": True,
+                        "use_node_id_as_ip": True,
+                    },
+                    "head_node_type": "ray.head.default",
+                    "available_node_types": {
+                        "ray.head.default": head,
+                        "one": {**one, "min_workers": 0, "max_workers": self.most},
+                    },
+                }
+            )
+        )
+        return (f"--autoscaling-config={path}",)
 
     def __exit__(self, *problem: object) -> None:
         for node in reversed(self.nodes):

@@ -4,6 +4,7 @@ import math
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,10 +15,10 @@ from ray.util.client import ray as client
 
 from batchclf import __version__
 from batchclf.engines.ray import dealing, finding, losing
-from batchclf.engines.ray.cluster import ASK_S, REPEAT_S, Demand, Need, Node
+from batchclf.engines.ray.cluster import REPEAT_S, Demand, Need, Node
 from batchclf.engines.ray.crew import RayCrew
 from batchclf.engines.ray.dealing import Dealing
-from batchclf.engines.ray.finding import START_S, WORTH_S, Finding
+from batchclf.engines.ray.finding import NODES_S, START_S, WORTH_S, Finding
 from batchclf.engines.ray.losing import MAX_FAILURES, Losing
 from batchclf.engines.ray.member import Errand
 from batchclf.engines.ray.pace import Pace
@@ -202,7 +203,7 @@ def test_a_worker_that_begins_late_is_to_see_the_landmarks_that_are_there_by_the
     order.witness = SimpleNamespace(landmarks_left=lambda: left)
     _, looking, _ = found()
     gone = (*left, Landmark(ImageRef(1, b"b.jpg"), 8))
-    looking._errand = cast(Any, Errand)(*(None,) * 10, landmarks=gone)
+    looking._errand = cast(Any, Errand)(*(None,) * 11, landmarks=gone)
     looking._packed = b""
     late = hand()
     looking.greet(late, {"batchclf": __version__, "Python": platform.python_version()})
@@ -332,23 +333,27 @@ def test_what_does_not_arrive_through_rays_client_is_said(monkeypatch: pytest.Mo
         waited.append(timeout)
         raise GetTimeoutError("not ready")
 
-    class Task:
-        def options(self, num_cpus: float) -> "Task":
-            return self
+    class Speaker:
+        def __init__(self) -> None:
+            self.request = self
+            started.append(self)
 
         def remote(self, bundles: list[dict[str, float]]) -> object:
             sent.append(bundles)
             return object()
 
+    started: list[Speaker] = []
+    options = SimpleNamespace(options=lambda **keys: SimpleNamespace(remote=Speaker))
     monkeypatch.setattr(client, "is_connected", lambda: True)
-    monkeypatch.setattr("ray.remote", lambda function: Task())
+    monkeypatch.setattr("ray.remote", lambda actor: options)
     monkeypatch.setattr("ray.get", late)
     said: list[str] = []
     demand = Demand(said.append)
     demand.ask(Need(2.0, 0.0), 1)
-    assert (sent, waited) == ([[{"CPU": 2.0}]], [])
+    demand.ask(Need(2.0, 0.0), 2)
     demand.close(7.0)
-    assert (sent, waited) == ([[{"CPU": 2.0}], []], [ASK_S, 7.0])
+    assert (sent, waited) == ([[{"CPU": 2.0}], [{"CPU": 2.0}] * 2, []], [7.0])
+    assert len(started) == 1, "it is told all, in this order"
     assert "did not arrive within 7 s: not ready; nodes may not come, or not go" in said[-1]
 
 
@@ -371,6 +376,39 @@ def test_nodes_that_were_waited_for_in_vain_are_the_environments_failure(
     assert raised.type is expected
 
 
+@pytest.mark.parametrize(("asked", "patience_s"), [(None, NODES_S), (7.0, 7.0)])
+def test_where_all_nodes_are_lost_others_are_waited_for_to_an_end(
+    order: Any,
+    found: Callable[[], tuple[Roster, Finding, Losing]],
+    monkeypatch: pytest.MonkeyPatch,
+    asked: float | None,
+    patience_s: float,
+) -> None:
+    order.job.engine.wait_for_nodes = asked
+    roster, looking, _ = found()
+    there: list[Node] = []
+    monkeypatch.setattr(finding, "nodes", lambda: there)
+    for _ in range(2):
+        looking.await_nodes()
+        looking.await_nodes()
+        assert looking._left_alone_at is not None
+        looking._left_alone_at -= patience_s - 1.0
+        looking.await_nodes()
+        there.append(NODES[0])
+        looking.await_nodes()  # it has room
+        roster.hands = [hand()]
+        there.clear()
+        looking.await_nodes()  # it is not known to be lost
+        roster.hands = []
+    told = f"waiting for one to join, up to {patience_s:g} s (engine.wait_for_nodes)"
+    assert order.said == [f"no node is left to work on; {told}"] * 2
+    looking.await_nodes()
+    assert looking._left_alone_at is not None
+    looking._left_alone_at -= patience_s
+    with pytest.raises(EnvironmentFailed, match=f"none has joined in {patience_s:g} s"):
+        looking.await_nodes()
+
+
 # ---- a job that is to end ------------------------------------------------------------------------
 
 
@@ -379,7 +417,7 @@ def test_a_crew_that_drains_hires_nobody_asks_about_nothing_and_drops_what_fails
     order: Any, listing: Listing, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order.job.engine.workers, order.files, order.witness = 2, RunFiles(tmp_path), None
-    crew = RayCrew(order, cast(Any, None))
+    crew = RayCrew(order, ExitStack())
     hands = crew._roster.hands = [hand(), hand(NODES[1])]
     for one in hands:
         one.looks_at = math.inf

@@ -5,8 +5,8 @@ import os
 import re
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +30,7 @@ from tests.engines.common import (
     write_job,
 )
 from tests.engines.ray.cluster import QUICK, Cluster, cluster, free_port
-from tests.engines.ray.test_station import SLOW
+from tests.engines.ray.test_station import SLOW, until
 from tests.engines.test_supervisor import poison
 from tests.tiny import link_digits
 
@@ -57,6 +57,15 @@ def lines_of(output: Path) -> bytes:
 def has_parts(output: Path, number: int) -> Callable[[], bool]:
     """Whether so many parts are committed."""
     return lambda: len(list((output / "parts").glob("*.jsonl"))) >= number
+
+
+def num_lines(paths: Iterable[Path]) -> int:
+    """Of files, any of which may be taken away just now."""
+    found = 0
+    for path in paths:
+        with suppress(FileNotFoundError):
+            found += path.read_bytes().count(b"\n")
+    return found
 
 
 def node_lines(output: Path) -> list[dict[str, Any]]:
@@ -133,6 +142,60 @@ def test_failed_images_are_tried_again_on_the_cluster_and_others_stay(
     assert code == 0, said
     assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
     assert run_json(tmp_path / "out")["retries"][0]["codes"] == ["not_an_image"]
+
+
+def asked(program: str) -> str:
+    """What a program says that a process of the cluster runs."""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
+    )
+    return done.stdout.strip()
+
+
+def test_ray_tells_on_which_nodes_nobody_uses_what_a_worker_takes(ray_cluster: Cluster) -> None:
+    program = """
+import ray
+from batchclf.engines.ray.cluster import Connection, Need, idle_nodes, nodes
+from batchclf.spec.job import EngineSpec
+connection = Connection(EngineSpec(name="ray"))
+there = {node.id for node in nodes() if node.total.get("CPU")}
+
+@ray.remote(num_cpus=1)
+class User:
+    def node(self):
+        return ray.get_runtime_context().get_node_id()
+
+user = User.remote()
+used = ray.get(user.node.remote())
+found = len(there), idle_nodes(Need(1.0, 0.0)) == there - {used}, idle_nodes(Need(2.0, 0.0))
+connection.close()
+print(*found)
+"""
+    assert asked(program) == "2 True set()"
+
+
+def test_a_crew_that_cannot_be_hired_leaves_no_connection(ray_cluster: Cluster) -> None:
+    program = """
+from types import SimpleNamespace
+import ray
+from batchclf.engines.ray import crew, engine
+from batchclf.spec.job import EngineSpec
+
+def broken(*args):
+    assert ray.is_initialized()
+    raise OSError("no more")
+
+crew.Finding = broken
+files = SimpleNamespace(parts=None, new_drafts=lambda: None)
+removed = []
+crew.remove_folder = removed.append
+job = SimpleNamespace(engine=EngineSpec(name="ray"))
+try:
+    engine.hire(SimpleNamespace(job=job, files=files))
+except OSError as error:
+    print(error, ray.is_initialized(), len(removed))
+"""
+    assert asked(program) == "no more False 1"
 
 
 # ---- something happens ---------------------------------------------------------------------------
@@ -252,16 +315,14 @@ def test_a_driver_that_is_killed_goes_on_from_the_parts_which_nobody_changes(
     assert summary["num_new"] < 800 - 3 * 8
 
 
-def test_a_signal_commits_what_is_in_flight_within_8_seconds_and_the_local_engine_goes_on(
+def test_a_signal_commits_what_is_in_flight_and_the_local_engine_goes_on(
     ray_cluster: Cluster, tmp_path: Path
 ) -> None:
     job, out = write_ray_job(tmp_path, 800), tmp_path / "out"
     with started(job) as run:
         run.wait_until(has_parts(out, 2))
-        began = time.monotonic()
         run.process.send_signal(signal.SIGTERM)
         assert run.end() == 128 + signal.SIGTERM
-        assert time.monotonic() - began < 8
         said = run.stderr
     assert "stopped by SIGTERM; run the same command to resume" in said
     assert run_json(out)["status"] == "interrupted"
@@ -282,15 +343,12 @@ def test_what_is_written_in_a_long_batch_when_a_signal_comes_is_kept(
     path = fault(tmp_path, SLOW, "batchclf.runtime.ranking")["PYTHONPATH"]
     env = {"env_vars": {"PYTHONPATH": os.pathsep.join([path, os.environ["PYTHONPATH"]])}}
     job, out = write_ray_job(tmp_path, 400, engine={"runtime_env": env}), tmp_path / "out"
+    num_written = 2 * 4 * 4  # of each of two workers four batches, before one that has no end
     with started(job) as run:
-        run.wait_until((tmp_path / "fault" / "waiting").exists)
-        time.sleep(2)
-        began = time.monotonic()
+        run.wait_until(lambda: num_lines(out.glob(".drafts*/*.jsonl")) >= num_written)
         run.process.send_signal(signal.SIGTERM)
-        assert run.end() == 128 + signal.SIGTERM
-        assert time.monotonic() - began < 8
-    kept = sum(one.read_bytes().count(b"\n") for one in (out / "parts").iterdir())
-    assert kept >= 2 * 4 * 4, "four batches of each of two workers"
+        assert run.end() == 128 + signal.SIGTERM, "it is not waited for"
+    assert num_lines((out / "parts").iterdir()) >= num_written
     code, said = finished(job, "--set", "engine=local")
     assert code == 0, said
     assert lines_of(out) == lines_of(tmp_path / "undisturbed")
@@ -349,6 +407,50 @@ def test_a_cluster_without_nodes_is_waited_for_as_long_as_the_job_says(tmp_path:
             run.wait_to_say("an autoscaler, where the cluster has one, is asked for 1 times 1 CPU")
             found.add()
             assert run.end() == 0, run.stderr
+    assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
+
+
+@BY_HAND
+def test_a_job_that_all_nodes_left_waits_for_one_for_so_long_and_is_resumed(tmp_path: Path) -> None:
+    with cluster(1) as found:
+        job = write_ray_job(tmp_path, engine={"address": found.address})
+        with started(job, env=QUICK) as run:
+            run.wait_until(has_parts(tmp_path / "out", 1))
+            found.remove(found.nodes[1])
+            run.wait_to_say("no node is left to work on; waiting for one to join, up to 300 s")
+            found.add()
+            run.wait_to_say("a worker joins")
+            run.wait_until(has_parts(tmp_path / "out", 2))
+            run.process.send_signal(signal.SIGTERM)
+            assert run.end() == 128 + signal.SIGTERM
+        with started(job, "--set", "engine.wait_for_nodes=1", env=QUICK) as run:
+            run.wait_to_say("resuming after")
+            run.wait_to_say("1 workers on 1 nodes")
+            found.remove(found.nodes[1])
+            assert run.end() == 5, run.stderr
+            assert "none has joined in 1 s (engine.wait_for_nodes)" in run.stderr
+        assert run_json(tmp_path / "out")["status"] == "failed"
+        found.add()
+        code, said = finished(job)
+        assert code == 0, said
+    assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
+
+
+@BY_HAND
+def test_rays_autoscaler_starts_the_nodes_that_a_job_lacks_and_ends_them_after_it(
+    tmp_path: Path,
+) -> None:
+    with cluster(1, most=2) as found:
+        head, one = found.nodes
+        job = write_ray_job(tmp_path, 1000, engine={"address": found.address, "workers": 3})
+        with started(job, env=QUICK) as run:
+            run.wait_until(has_parts(tmp_path / "out", 1))
+            with suspended(one.workers()):  # so that there is work until they come
+                run.wait_until(lambda: run.stderr.count("a worker joins") == 2)
+                assert len(head.raylets()) == 3, "its own, and one for each of them"
+                assert len(head.workers()) == 2
+            assert run.end() == 0, run.stderr
+        until(lambda: len(head.raylets()) == 1)
     assert lines_of(tmp_path / "out") == lines_of(tmp_path / "undisturbed")
 
 
@@ -483,28 +585,27 @@ if any("worker" in one for one in sys.orig_argv):
 """
 
 
-def wrong(tmp_path: Path, **engine: Any) -> tuple[int, str, float]:
-    job = write_ray_job(tmp_path, 20, engine=engine)
-    began = time.monotonic()
-    code, said = finished(job)
-    return code, said, time.monotonic() - began
+def wrong(tmp_path: Path, **engine: Any) -> tuple[int, str]:
+    return finished(write_ray_job(tmp_path, 20, engine=engine))
 
 
-def test_no_cluster_at_the_address_is_said_at_once(ray_cluster: Cluster, tmp_path: Path) -> None:
+def test_no_cluster_at_the_address_is_said_before_ray_is_asked(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
     address = f"127.0.0.1:{free_port()}"
     for one in (address, f"ray://{address}"):
-        code, said, seconds = wrong(tmp_path, address=one)
-        assert (code, seconds < 15) == (5, True), said
+        code, said = wrong(tmp_path, address=one)
+        assert code == 5, said
         assert f"no Ray cluster answers at {one}: Connection refused" in said
 
 
 def test_what_no_node_has_is_refused_with_what_was_found(
     ray_cluster: Cluster, tmp_path: Path
 ) -> None:
-    code, said, _ = wrong(tmp_path, num_gpus=1)
+    code, said = wrong(tmp_path, num_gpus=1)
     assert code == 4, said
     assert "each worker needs 1 GPU, and no node of the cluster offers as much" in said
-    code, said, _ = wrong(tmp_path, resources={"fast_disk": 1})
+    code, said = wrong(tmp_path, resources={"fast_disk": 1})
     assert code == 2, said
     assert "each worker takes 1 CPU, 1 fast_disk, and no node" in said
 
@@ -531,7 +632,7 @@ def test_another_version_on_a_node_ends_the_job_naming_it(
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "sitecustomize.py").write_text(BROKEN)
     path = os.pathsep.join([str(tmp_path / "other"), os.environ["PYTHONPATH"]])
-    code, said, _ = wrong(tmp_path, runtime_env={"env_vars": {"PYTHONPATH": path}})
+    code, said = wrong(tmp_path, runtime_env={"env_vars": {"PYTHONPATH": path}})
     assert code == 5, said
     told = f"runs batchclf 0.0.1, and the driver {__version__}: install the same on all nodes"
     assert told in said
