@@ -161,7 +161,11 @@ def _origin() -> str:
         origin = importlib.metadata.distribution("batchclf").read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
         return ""
-    return "" if origin is None else f" @ {json.loads(origin)['url']}"
+    if origin is None:
+        return ""
+    told = json.loads(origin)
+    vcs = told.get("vcs_info", {}).get("vcs", "")
+    return f" @ {vcs}+{told['url']}" if vcs else f" @ {told['url']}"
 
 
 def require_precision(name: str, precision: "Precision") -> None:
