@@ -17,7 +17,8 @@ import psutil
 
 from tests.engines.common import WORKER
 
-WAIT_S = 60.0
+WAIT_S = 180.0
+"""Beyond which a node hangs; many are started at once here, on few cores."""
 HEAD = "f" * 51 + "00000"
 """The head's name, as Ray's provider of nodes on this machine wants it."""
 SCALING: Mapping[str, str] = {
@@ -207,17 +208,25 @@ class Cluster:
             )
         node = Node(process)
         self.nodes.append(node)
-        ends_at = time.monotonic() + WAIT_S
-        while "runtime started" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < ends_at, log.read_text()
-            time.sleep(0.05)
+        try:
+            _await_start(process, log)
+        except BaseException:  # of a head, nobody else would end it
+            self.remove(node)
+            raise
         return node
 
     def remove(self, node: Node) -> None:
         """Kill a node."""
         node.kill()
         self.nodes.remove(node)
+
+
+def _await_start(process: subprocess.Popen[bytes], log: Path) -> None:
+    ends_at = time.monotonic() + WAIT_S
+    while "runtime started" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < ends_at, log.read_text()
+        time.sleep(0.05)
 
 
 def free_port() -> int:
