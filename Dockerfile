@@ -1,7 +1,7 @@
 # Three images, one target each: cpu, gpu, openvino. How to build and run them: docs/containers.md.
 
-# A Debian image with Python 3.11 or later and its venv module. Where builds must be the same to the
-# byte, name it by digest: --build-arg PYTHON_IMAGE=python@sha256:...
+# A Debian image with Python 3.11 or later and its venv module. By digest it stays the same to the
+# byte: --build-arg PYTHON_IMAGE=python@sha256:...
 ARG PYTHON_IMAGE=python:3.12.13-slim-trixie
 # What lies in /bundle: nothing (none), or the model of JOB (export; see the stage model-export).
 ARG MODEL=none

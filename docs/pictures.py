@@ -102,12 +102,12 @@ def typed(command: str, folder: Path, stop_at: str | None = None) -> str:
     written = b""
     for part in parts(terminal):
         written += part
-        if stop_at is not None and stop_at.encode() in part:
+        if stop_at is not None and stop_at.encode() in written:
             os.write(terminal, b"\x03")
             stop_at = None
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if code not in (0, 130):
-        raise RuntimeError(f"{command}: exit code {code}\n{written.decode()}")
+    if code not in (0, 130) or stop_at is not None:
+        raise RuntimeError(f"{command}: exit code {code}, {stop_at}\n{written.decode()}")
     return written.decode()
 
 

@@ -132,10 +132,15 @@ def test_a_wheel_that_was_built_is_tried_by_a_command_that_works(
 
 
 def test_a_release_builds_every_image_of_the_dockerfile() -> None:
-    targets = jobs("release.yml")["images"]["strategy"]["matrix"]["target"]
+    builds = jobs("release.yml")["images"]["strategy"]["matrix"]["include"]
     dockerfile = (ROOT / "Dockerfile").read_text()
-    assert set(targets) <= set(re.findall(r"^FROM .+ AS ([a-z]+)$", dockerfile, re.M))
-    assert set(targets) == {"cpu", "gpu", "openvino"}
+    args = {build["target"]: build.get("args", "") for build in builds}
+    assert set(args) <= set(re.findall(r"^FROM .+ AS ([a-z]+)$", dockerfile, re.M))
+    assert set(args) == {"cpu", "gpu", "openvino"}
+    given = dict(line.split("=") for line in "".join(args.values()).splitlines())
+    assert set(given) <= set(re.findall(r"^ARG ([A-Z_]+)=", dockerfile, re.M))
+    assert f"PYTHON_IMAGE={given['PYTHON_IMAGE']}" in dockerfile, "as the Dockerfile advises"
+    assert given["INTEL_GPU"] == "1", "no image without what it is for"
 
 
 @pytest.mark.parametrize(

@@ -83,17 +83,9 @@ class LazyGroup(click.Group):
         open_standard_streams()
         log_as("text")  # a program may call several commands
         try:
-            return super().invoke(ctx)
+            return self._invoked(ctx)
         except click.UsageError as error:
             raise _with_advice(error) from None
-        except ImportError as error:
-            say(traceback.format_exc(), "error")
-            say(
-                f"batchclf: {error}: a package of this environment is broken, or of a version that "
-                "batchclf does not work with; `pip check` names such",
-                "error",
-            )
-            sys.exit(BatchclfError.exit_code)
         except BatchclfError as error:
             if ctx.obj == AS_JSON:
                 status = "interrupted" if isinstance(error, Interrupted) else "failed"
@@ -110,6 +102,15 @@ class LazyGroup(click.Group):
         except KeyboardInterrupt:
             sys.exit(130)
 
+    def _invoked(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ImportError as error:
+            raise BatchclfError(
+                f"{error}: a package is missing, broken, or of a version that batchclf does not "
+                "work with; `pip check` names most such"
+            ) from error
+
 
 def _with_advice(error: click.UsageError) -> click.UsageError:
     """What click says of a command line, cut to what is read, with what to do about it."""
@@ -118,7 +119,10 @@ def _with_advice(error: click.UsageError) -> click.UsageError:
         if name not in ARGUMENTS:
             return error
         return click.UsageError(f"Missing argument {name!r}: {ARGUMENTS[name]}.", error.ctx)
-    if "unexpected extra argument" not in error.message:
+    takes_patterns = error.ctx is not None and any(
+        "-i" in one.opts for one in error.ctx.command.params
+    )
+    if "unexpected extra argument" not in error.message or not takes_patterns:
         return error
     shown = error.message if len(error.message) < 200 else f"{error.message[:197]}...)"
     advice = "a pattern is given in quotes, for the shell not to expand it: -i 'photos/*.jpg'"

@@ -16,6 +16,7 @@ from batchclf.cli.streams import LogFormat, print_result, say
 from batchclf.cli.watching import Watching, watching_options
 from batchclf.errors import UsageError
 from batchclf.system.interrupt import StopRequest
+from batchclf.system.words import counted, images
 
 if TYPE_CHECKING:
     from batchclf.engines.display import RunDisplay
@@ -153,8 +154,8 @@ def _parse_codes(text: str) -> frozenset[str]:
 
 def _counts(summary: "Summary") -> str:
     codes = "".join(f", {count:,} {code}" for code, count in summary.errors_by_code.items())
-    errors = f"{summary.num_errors:,} errors{codes}"
-    return f"{summary.num_images:,} images: {summary.num_ok:,} ok, {errors}"
+    errors = f"{counted(summary.num_errors, 'error')}{codes}"
+    return f"{images(summary.num_images)}: {summary.num_ok:,} ok, {errors}"
 
 
 def _print_summary(summary: "Summary", predictions: str) -> None:

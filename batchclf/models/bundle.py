@@ -165,7 +165,9 @@ def _require_regular(path: Path) -> None:
         raise ModelError(f"{path}: is {what}; a bundle holds its files themselves: {_AGAIN}")
 
 
-def write_bundle(target: Path, build: Callable[[Path], BundleMeta]) -> Bundle:
+def write_bundle(
+    target: Path, build: Callable[[Path], BundleMeta], *, advice: str = "give another folder"
+) -> Bundle:
     """Let `build` write the model into an empty folder, then put it whole in the place of `target`.
 
     Raises:
@@ -187,8 +189,7 @@ def write_bundle(target: Path, build: Callable[[Path], BundleMeta]) -> Bundle:
             _sync(target.parent)
     except OSError as error:
         raise EnvironmentFailed(
-            f"{target}: the model bundle cannot be written: {error.strerror or error}; "
-            "give another folder"
+            f"{target}: the model bundle cannot be written: {error.strerror or error}; {advice}"
         ) from error
     return Bundle(target, meta)
 
@@ -222,7 +223,8 @@ def cached_bundle(
                 shutil.rmtree(folder)
         for abandoned in folder.parent.glob(f".{folder.name}-*"):
             shutil.rmtree(abandoned, ignore_errors=True)  # of a build that was killed
-        return write_bundle(folder, build)
+        advice = f"make room there, or set {cache.VARIABLE} to another folder"
+        return write_bundle(folder, build, advice=advice)
     finally:
         lock.release()
 

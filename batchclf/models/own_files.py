@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from batchclf.errors import ModelError
+from batchclf.system.paths import unread
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,9 @@ def weights_file(folder: Path, name: str, said: str, *, may_link: bool = False) 
         is_link = real != os.path.join(os.path.realpath(folder), *parts)
         status = os.stat(real)
     except OSError as error:
-        raise ModelError(
-            f"{said}: {error.strerror}; put it beside the model, under this name"
-        ) from None
+        missing = f"{error.strerror}; put it beside the model, under this name"
+        why = missing if isinstance(error, FileNotFoundError) else unread(found, error)
+        raise ModelError(f"{said}: {why}") from None
     if is_link and not may_link:
         raise ModelError(
             f"{said}, which is reached by a symbolic link; put the file itself beside the model"

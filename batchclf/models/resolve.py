@@ -83,7 +83,7 @@ def resolve_model(
     require_label_count(labels or bundle.meta.labels, len(bundle.meta.labels), origin)
     _require_own_activation(spec, bundle)
     labels = labels or _found_labels(spec, bundle, log)
-    if labels == tuple(map(str, range(len(labels)))):
+    if spec.labels is None and labels == tuple(map(str, range(len(labels)))):
         log(
             "no class names come with the model, so records hold the classes' numbers; "
             "model.labels names them: imagenet, or a text file with one name per line"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from batchclf.errors import EnvironmentFailed
-from batchclf.results.files import output_failed
 from batchclf.system.bucket import Fault, open_store, raising
+from batchclf.system.cache import cache_failed
 
 RETRIES = 4
 RETRY_S = 30.0
@@ -71,7 +71,7 @@ class Bucket:
                 for piece in self._taken(name, pieces):
                     file.write(piece)
         except OSError as error:
-            raise output_failed(path, error) from error
+            raise cache_failed(error) from error
         return True
 
     def fetch_end(self, name: str, path: Path, offset: int) -> None:
@@ -95,7 +95,7 @@ class Bucket:
             path.write_bytes(data)
             os.utime(path, (written_at, written_at))
         except OSError as error:
-            raise output_failed(path, error) from error
+            raise cache_failed(error) from error
 
     def _taken(self, name: str, pieces: Iterable[_Piece]) -> Iterator[_Piece]:
         """Pieces of an object; told is what fails while one comes, not what is done with it."""

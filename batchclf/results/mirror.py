@@ -16,14 +16,14 @@ from hashlib import sha256
 from itertools import islice, pairwise
 from pathlib import Path
 
-from batchclf.errors import BatchclfError, EnvironmentFailed, ResumeRefused
+from batchclf.errors import BatchclfError, ResumeRefused
 from batchclf.results.bucket import AlreadyThere, Bucket
 from batchclf.results.files import RunFiles, output_failed, read_bytes, remove
 from batchclf.results.listing import Listing, open_listing
 from batchclf.results.output import files_of_parts
 from batchclf.results.records import Shard
 from batchclf.results.run_record import Durable, RunRecord, read_run, write_run
-from batchclf.system.cache import VARIABLE, cache_root, passing_folder
+from batchclf.system.cache import cache_failed, cache_root, passing_folder
 from batchclf.system.machine import boot_id
 
 MAX_PART_BYTES = 1 << 25
@@ -77,10 +77,7 @@ def _folder_for(address: str) -> Iterator[Path]:
         try:
             folder = stack.enter_context(passing_folder("fetched"))
         except OSError as error:
-            raise EnvironmentFailed(
-                f"{cache_root()}: cannot be written: {error.strerror or error}; set {VARIABLE} to "
-                "a folder with room"
-            ) from error
+            raise cache_failed(error) from error
         try:
             yield folder
         except BatchclfError as error:

@@ -13,6 +13,7 @@ from batchclf.results.listing import Listing
 from batchclf.results.parts import Committed, find_parts
 from batchclf.results.run_record import RunRecord
 from batchclf.results.writer import cut_surplus
+from batchclf.system.words import images
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def resume(files: RunFiles, record: RunRecord | None, listing: Listing, log: Log
             done.num_ok += part.num_ok
             done.errors_by_code += part.errors_by_code
         if done.num_images:
-            log(f"resuming after {done.num_images:,} of {last - first:,} images")
+            log(f"resuming after {done.num_images:,} of {images(last - first)}")
     return Kept(done, parts)
 
 

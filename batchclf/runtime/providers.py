@@ -120,16 +120,18 @@ def compiled_in() -> list[str]:
     """Execution providers that the installed ONNX Runtime was built with; they need not work.
 
     Raises:
-        ProviderError: it cannot be imported, as where a library is missing that it needs.
+        ProviderError: it is not there, or cannot be imported, as where a library that it needs
+            is missing.
     """
     try:
         import onnxruntime
     except ImportError as error:
-        names = " and ".join(f"{name} {one}" for name, one in installed_flavours().items())
+        require_flavour()
+        found = installed_flavours()
+        names = " and ".join(f"{name} {version}" for name, version in found.items())
         raise ProviderError(
-            f"{names or 'ONNX Runtime'} is installed and cannot be imported: {error}; install the "
-            "library that is missing, or the package again: pip install --force-reinstall "
-            f"{' '.join(installed_flavours()) or 'onnxruntime'}"
+            f"{names} is installed and cannot be imported: {error}; install the library that is "
+            f"missing, or the package again: pip install --force-reinstall {next(iter(found))}"
         ) from error
     return list(onnxruntime.get_available_providers())
 
@@ -164,8 +166,9 @@ def _origin() -> str:
     if origin is None:
         return ""
     told = json.loads(origin)
-    vcs = told.get("vcs_info", {}).get("vcs", "")
-    return f" @ {vcs}+{told['url']}" if vcs else f" @ {told['url']}"
+    if (vcs := told.get("vcs_info")) is not None:
+        return f" @ {vcs['vcs']}+{told['url']}@{vcs['commit_id']}"
+    return f" @ {told['url']}"
 
 
 def require_precision(name: str, precision: "Precision") -> None:

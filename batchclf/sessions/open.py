@@ -171,7 +171,7 @@ def targets(provider: ProviderSpec, job: JobSpec) -> list[Target]:
         found,
         precision=job.precision,
         device_type=device_type,
-        options={key: _as_text(value) for key, value in provider.options.items()},
+        options=_options(provider),
         streams=streams,
         threads=auto(job.runtime.threads, max(1, cores // streams)),
         may_leave_nodes=provider.allow_fallback,
@@ -246,7 +246,11 @@ def _open(wanted: Wanted, spec: ProviderSpec) -> Opened:
 
 def may_need_sample(job: JobSpec) -> bool:
     """Whether a sample may be needed to open a job's sessions, on whichever machine."""
-    return job.precision != "fp32" or job.provider.name == "cuda"  # where it rounds to TF32
+    if job.precision != "fp32" or job.provider.name != "cuda":
+        return job.precision != "fp32"
+    from batchclf.runtime.cuda import asks_for_tf32
+
+    return asks_for_tf32(_options(job.provider))
 
 
 def conversion_of(wanted: Wanted) -> Conversion:
@@ -383,6 +387,11 @@ def _open_target(bundle: Bundle, target: Target, size: int | None) -> list[OnnxC
         )
         sessions.append(classify)
     return [sessions[number % num_sessions] for number in range(target.streams)]
+
+
+def _options(provider: ProviderSpec) -> dict[str, str]:
+    """The user's own, as ONNX Runtime takes them."""
+    return {key: _as_text(value) for key, value in provider.options.items()}
 
 
 def _rounding(target: Target) -> Precision:

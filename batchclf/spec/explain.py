@@ -84,7 +84,7 @@ def _allowed(detail: ErrorDetails, location: Sequence[str]) -> str:
     if kind == "model_type":
         keys = _keys_at(location)
         allowed = f"a mapping with {', '.join(keys)}"
-        if isinstance(found, str | int | float) and not isinstance(found, bool):
+        if isinstance(found, str):
             allowed += f"; for the first of these write {{{keys[0]}: {_show(found)}}}"
     elif kind == "int_type" and isinstance(found, str) and found.isdecimal():
         allowed += ", without quotes"

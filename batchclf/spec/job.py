@@ -566,9 +566,9 @@ class EngineSpec(_Spec):
     wait_for_nodes: Annotated[float, Field(ge=0, le=86_400), BeforeValidator(_as_float)] | None = (
         Field(
             None,
-            description="ray only: seconds that a node with what a worker takes is waited for, as "
-            "an autoscaler may start one; default 300 where there are none to work on at all, at "
-            "the start or later, else 0.",
+            description="ray only: seconds to wait for a node with what a worker takes, which an "
+            "autoscaler may start: at the start, and where all nodes are lost. Default 300; at the "
+            "start 0 where there are nodes, though none with that.",
         )
     )
 

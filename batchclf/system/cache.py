@@ -1,21 +1,23 @@
 """Where this program keeps what it can make again."""
 
-import glob
 import os
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
 
+from batchclf.errors import EnvironmentFailed
 from batchclf.system.lock import lock_file
 
 VARIABLE = "BATCHCLF_CACHE_DIR"
 LOCK_S = 5.0
 """A lock that nobody knows of yet is had at once, unless it is looked at just then."""
+OLD_S = 86_400.0
 
 
 def cache_root() -> Path:
@@ -24,11 +26,20 @@ def cache_root() -> Path:
     return Path(base) if base else platformdirs.user_cache_path("batchclf")
 
 
+def cache_failed(error: OSError) -> EnvironmentFailed:
+    """The error for what cannot be written to the cache."""
+    return EnvironmentFailed(
+        f"{cache_root()}: cannot be written: {error.strerror or error}; set {VARIABLE} to a folder "
+        "with room"
+    )
+
+
 @contextmanager
 def passing_folder(kind: str) -> Iterator[Path]:
     """A folder of the cache for as long as the block lasts.
 
-    First, those of this kind and machine go whose process was killed: nobody holds their lock.
+    First, those of this kind go whose process was killed: nobody holds their lock. Of other
+    machines, old ones only: between them, not every file system tells who holds what.
 
     Raises:
         OSError: it cannot be made.
@@ -36,10 +47,12 @@ def passing_folder(kind: str) -> Iterator[Path]:
     root = cache_root() / kind
     root.mkdir(parents=True, exist_ok=True)
     host = socket.gethostname()
-    for left in root.glob(f"{glob.escape(host)}-*.lock"):
-        with suppress(TimeoutError, PermissionError):  # its process lives, or is another user's
-            # Without locks nobody knows.
-            if (lock := lock_file(left, 0.0)) is not None:
+    for left in root.glob("*.lock"):
+        with suppress(OSError):  # its process lives, or it is another user's
+            is_old = time.time() - left.stat().st_mtime > OLD_S
+            if not is_old and not left.name.startswith(f"{host}-"):
+                continue
+            if (lock := lock_file(left, 0.0)) is not None:  # without locks nobody knows
                 _remove(left, lock)
     mark = root / f"{host}-{secrets.token_hex(8)}.lock"
     lock = lock_file(mark, LOCK_S)

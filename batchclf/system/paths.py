@@ -20,7 +20,7 @@ _MISTAKES = {
 GIT_LFS_POINTER = b"version https://git-lfs"
 """How what Git LFS leaves in the place of a file that it has not fetched begins."""
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
-_MAX_NAMES = 10_000
+_MAX_NAMES = 1_000
 """Of a folder are looked through for one that is spelt much as another: for milliseconds."""
 
 

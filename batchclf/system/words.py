@@ -12,7 +12,12 @@ def duration(seconds: float) -> str:
 
 def images(num: int) -> str:
     """A number of images: `1 image`, `1,227 images`."""
-    return "1 image" if num == 1 else f"{num:,} images"
+    return counted(num, "image")
+
+
+def counted(num: int, noun: str) -> str:
+    """So many of something: `1 node`, `2 nodes`."""
+    return f"{num:,} {noun}" if num == 1 else f"{num:,} {noun}s"
 
 
 def size(num_bytes: float) -> str:

@@ -222,6 +222,7 @@ def peers(arguments: argparse.Namespace, model: str, weights: str, work: Path) -
         ("OpenVINO async bf16", "openvino_async", ["bf16", "1"], _top1_of_lines),
         ("Ray Data", "ray_data_ort", [], _top1_of_ray),
         ("Hugging Face pipeline", "hf_pipeline", [], None),
+        ("timm's inference.py", "timm_inference", [model], None),
     ):
         path = arguments.peers / f"{script}.py"
         out = work / f"{model}-peer-{len(found)}"

@@ -204,7 +204,7 @@ def test_validate_outlives_an_archive_that_cannot_be_listed(
     archives = tmp_path / "archives"
     archives.mkdir()
     rows.rename(archives / rows.name)
-    job = write_job(tmp_path, input={"parquet": str(archives)}, loader={"max_seconds": 2})
+    job = write_job(tmp_path, input={"parquet": str(archives)}, loader={"max_seconds": 8})
     table = pq.read_table(archives / rows.name)
     pq.write_table(table, archives / "bad.parquet", row_group_size=NUM // 2)
     done = batchclf("validate", str(job), env=dying(tmp_path, kind, LISTING, 2))

@@ -79,6 +79,7 @@ def test_what_was_called_durable_survives_a_power_loss(tmp_path: Path) -> None:
     assert report.figures["num_lost_control"] > 0
 
 
+@BY_HAND
 def test_a_signal_stops_a_job_at_any_moment(tmp_path: Path) -> None:
     report = passed(partial(signals.signals, num_images=1_000), tmp_path, 4)
     assert report.figures["num_sigterms"] == 4

@@ -23,7 +23,7 @@ from batchclf.results.records import (
     Pixels,
     Preprocess,
 )
-from tests.conftest import MOBILENET_WEIGHTS, ODD_IMAGES, PHOTOS, data
+from tests.conftest import BY_HAND, MOBILENET_WEIGHTS, ODD_IMAGES, PHOTOS, data
 from tests.images.common import (
     CASES,
     RESNET50,
@@ -378,6 +378,7 @@ def test_fast_decodes_12_megapixels_at_least_twice_as_fast_as_exact() -> None:
     assert ratio >= 2
 
 
+@BY_HAND
 def test_fast_finds_the_class_that_exact_finds_on_99_of_100_photos() -> None:
     torch = pytest.importorskip("torch")
     models = pytest.importorskip("torchvision.models")

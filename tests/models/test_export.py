@@ -21,6 +21,7 @@ from batchclf.results.records import Preprocess
 from batchclf.runtime.classifier import open_classifier, open_reference
 from batchclf.spec.job import ModelSpec, PreprocessSpec
 from tests.conftest import (
+    BY_HAND,
     DIGITS_MODEL,
     MOBILENET_WEIGHTS,
     ONLY_IN_CI,
@@ -154,6 +155,7 @@ def test_an_exported_model_holds_no_path_of_the_machine_that_exported_it(
     assert b".py" not in content
 
 
+@BY_HAND
 def test_the_same_model_exported_twice_has_the_same_digest(
     batchclf: Batchclf, tmp_path: Path
 ) -> None:

@@ -26,7 +26,7 @@ from batchclf.results.records import Pixels, Scores
 from batchclf.runtime.classifier import open_classifier
 from batchclf.runtime.providers import PROVIDERS, compiled_in
 from batchclf.runtime.sessions import Target
-from tests.conftest import DATA, PHOTOS, data
+from tests.conftest import BY_HAND, DATA, PHOTOS, data
 from tests.models.bundles import digits_model, mobilenet_model, pixels_of, scores_of
 from tests.tiny import DIGITS
 
@@ -420,6 +420,7 @@ def test_a_model_without_layers_is_refused(tmp_path: Path) -> None:
 # ---- real weights --------------------------------------------------------------------------------
 
 
+@BY_HAND
 def test_mobilenet_in_int8_agrees_with_float32_on_the_photos(tmp_path: Path) -> None:
     """On the CPU provider, and on OpenVINO's where the installed ONNX Runtime has it."""
     mobilenet = mobilenet_model()

@@ -159,7 +159,9 @@ def test_a_shard_of_another_job_is_refused_and_the_refusal_names_what_differs(
     other = write_tiny_job(tmp_path, **keys)
     refused = batchclf("run", other, "--shard", "1/2", *options)
     assert refused.exit_code == 2, refused.stderr
-    assert re.search(rf"\b{name}:? (was )?.+, (is|this job) ", refused.stderr), refused.stderr
+    assert re.search(rf"\b{name}(\.\w+)?:? (was )?.+, (is|this job) ", refused.stderr), (
+        refused.stderr
+    )
     assert "Traceback" not in refused.stderr
     assert contents(tmp_path / "out") == before
     second = batchclf("run", write_tiny_job(tmp_path), "--shard", "1/2")

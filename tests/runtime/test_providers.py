@@ -119,7 +119,7 @@ def test_another_environment_gets_the_package_from_where_this_one_did(
         require_provider("cuda")
     origin = {"vcs_info": {"vcs": "git", "commit_id": "0"}, "url": "https://host/batchclf.git"}
     (installed / "direct_url.json").write_text(json.dumps(origin))
-    with pytest.raises(ProviderError, match=r"\[gpu\] @ git\+https://host/batchclf.git'$"):
+    with pytest.raises(ProviderError, match=r"\[gpu\] @ git\+https://host/batchclf.git@0'$"):
         require_provider("cuda")
 
 

@@ -131,7 +131,7 @@ def open_costing(seconds_of: Callable[[int], float], opened: list[int]) -> part.
 @pytest.mark.parametrize(
     ("seconds_of", "fastest", "tried"),
     [
-        (lambda size: 0.004 * size * (1 + 0.1 * size), 1, [1, 2, 4]),
+        (lambda size: 0.04 * size * (1 + 0.1 * size), 1, [1, 2, 4]),
         (lambda size: 0.004 + 0.0001 * size, 16, [1, 2, 4, 8, 16]),
         (lambda size: 0.02 if size == 4 else 0.01 * size, 4, [1, 2, 4, 8, 16]),
     ],

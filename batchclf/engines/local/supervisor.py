@@ -1,6 +1,5 @@
 """The process that holds a job's output: its worker does the job, others take its place."""
 
-import signal
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
@@ -25,6 +24,7 @@ from batchclf.run.request import RunResult, files_of
 from batchclf.spec.job import JobSpec
 from batchclf.spec.options import RunOptions
 from batchclf.system.interrupt import StopRequest
+from batchclf.system.words import images
 
 MARK_S = 10.0
 MARK_STOPPED_S = 0.8
@@ -73,8 +73,8 @@ class Supervisor(Watcher):
             except BaseException as error:
                 self._workers.kill()
                 self._mark(files, error)
-                if isinstance(error, Interrupted) and self._num_images:
-                    done = f"{self._board.num_images:,} of {self._num_images:,} images"
+                if isinstance(error, Interrupted) and self._counts_records:
+                    done = f"{self._board.num_images:,} of {images(self._num_images)}"
                     self._display.log(f"{done} have a record")
                 raise
             finally:  # before the output is let go of
@@ -89,6 +89,12 @@ class Supervisor(Watcher):
         bucket = Bucket(files.address, "output")
         mirror = Mirror(bucket, files, overwrite=options.overwrite)
         return Sender(mirror, self._display, self._stop)
+
+    @property
+    def _counts_records(self) -> bool:
+        """Whether the board counts what is in the output: no drafts of nodes, no second tries."""
+        is_here = self._num_images > 0 and self._job.engine.name == "local"
+        return is_here and not self._options.retry_failed
 
     def _wait(self) -> None:
         """What is to be looked at while the input is waited for."""
@@ -119,10 +125,11 @@ class Supervisor(Watcher):
             self._display.update(self._board.num_images, self._board.num_errors)
         if self._stop.signal_number is not None and not self._has_told_of_stop:
             self._has_told_of_stop = True
-            self._display.log(
-                f"{signal.Signals(self._stop.signal_number).name}: what is under way is finished "
-                f"first, within {self._drain_s:g} s; the signal again ends it at once"
-            )
+            if self._num_images:
+                self._display.log(
+                    "stopping: what is under way is finished first, within 8 s; the same signal "
+                    "again, a second later, ends it at once"
+                )
         self._lease.check()
         if self._sender is not None:
             self._sender.check()

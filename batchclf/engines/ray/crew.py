@@ -28,6 +28,7 @@ from batchclf.run.duty import Doubt
 from batchclf.run.feeders import opened_by_all
 from batchclf.run.ranges import Ranges
 from batchclf.sessions.open import Opened
+from batchclf.system.words import counted
 
 LOOK_S = 1.0
 """How often each worker is asked how it does."""
@@ -98,7 +99,8 @@ class RayCrew:
         working = self._roster.open
         num_nodes = len({hand.node.id for hand in working})
         self._order.log(
-            f"{len(working):,} workers on {num_nodes:,} nodes, each with {self._finding.need}"
+            f"{counted(len(working), 'worker')} on {counted(num_nodes, 'node')}, "
+            f"each with {self._finding.need}"
         )
 
     # ---- one turn --------------------------------------------------------------------------------

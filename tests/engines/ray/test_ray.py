@@ -274,7 +274,7 @@ def test_images_whose_workers_are_lost_too_often_end_the_job_naming_them(
         (node,) = (node for node in ray_cluster.nodes if node.workers())
         node.actors()[0].kill()
         assert run.end() == 1
-        assert "1 workers on 1 nodes" in run.stderr
+        assert "1 worker on 1 node, each with" in run.stderr
         assert "1 workers were lost with them, the last on node" in run.stderr
     code, said = finished(tmp_path / "job.yaml", "--set", "engine=local")
     assert code == 0, said
@@ -425,7 +425,7 @@ def test_a_job_that_all_nodes_left_waits_for_one_for_so_long_and_is_resumed(tmp_
             assert run.end() == 128 + signal.SIGTERM
         with started(job, "--set", "engine.wait_for_nodes=1", env=QUICK) as run:
             run.wait_to_say("resuming after")
-            run.wait_to_say("1 workers on 1 nodes")
+            run.wait_to_say("1 worker on 1 node, each with")
             found.remove(found.nodes[1])
             assert run.end() == 5, run.stderr
             assert "none has joined in 1 s (engine.wait_for_nodes)" in run.stderr
