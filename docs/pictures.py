@@ -30,8 +30,8 @@ NUM_TILTED = 100
 MAX_TILT = 35
 """Degrees: some are hard to tell."""
 COLUMNS = 104
-STOP = "40%"
-"""Where Ctrl-C is pressed: what the bar shows then."""
+STOP = 40
+"""Where Ctrl-C is pressed: the percentage that the bar shows then, or a little more."""
 RUN = "batchclf run job.yaml"
 SHOWN = (RUN, RUN, "head -n 2 runs/night/predictions.jsonl")
 """What is typed, one after the other."""
@@ -91,8 +91,8 @@ def write_job(path: Path) -> None:
 # ---- a terminal ----------------------------------------------------------------------------------
 
 
-def typed(command: str, folder: Path, stop_at: str | None = None) -> str:
-    """All that a command writes to a terminal, on which Ctrl-C is pressed when it shows a text."""
+def typed(command: str, folder: Path, stop_at: int | None = None) -> str:
+    """All that a command writes to a terminal, on which Ctrl-C is pressed at a percentage."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(folder)
@@ -102,12 +102,13 @@ def typed(command: str, folder: Path, stop_at: str | None = None) -> str:
     written = b""
     for part in parts(terminal):
         written += part
-        if stop_at is not None and stop_at.encode() in written:
+        shown = max(map(int, re.findall(rb"(\d+)%", written)), default=0)
+        if stop_at is not None and shown >= stop_at:
             os.write(terminal, b"\x03")
             stop_at = None
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if code not in (0, 130) or stop_at is not None:
-        raise RuntimeError(f"{command}: exit code {code}, {stop_at}\n{written.decode()}")
+        raise RuntimeError(f"{command}: exit code {code}\n{written.decode()}")
     return written.decode()
 
 
