@@ -40,7 +40,6 @@ COMMANDS = {
 }
 """Each command's module in this folder, and its line in --help."""
 
-
 ARGUMENTS = {
     "JOB": "give a job file; `batchclf init job.yaml` writes one",
     "OUTPUT": "give the folder that a job writes to, its `output`",

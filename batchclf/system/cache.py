@@ -18,6 +18,7 @@ VARIABLE = "BATCHCLF_CACHE_DIR"
 LOCK_S = 5.0
 """A lock that nobody knows of yet is had at once, unless it is looked at just then."""
 OLD_S = 86_400.0
+"""Age from which another machine's folder, whose lock is free, counts as left behind."""
 
 
 def cache_root() -> Path:

@@ -1,12 +1,14 @@
 """Folders of the cache that last as long as who uses them."""
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from batchclf.system.cache import passing_folder
+from batchclf.system.cache import OLD_S, VARIABLE, passing_folder
 
 HOLD = """
 import sys
@@ -45,3 +47,18 @@ def test_the_folder_of_a_process_that_was_killed_goes_and_that_of_one_that_lives
         living.communicate()
         assert living.returncode == 0
     assert list((tmp_path / "kind").iterdir()) == []
+
+
+def test_an_old_folder_that_another_machine_left_goes_and_a_new_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    root = tmp_path / "kind"
+    for name, age_s in (("old", 2 * OLD_S), ("new", 0.0)):
+        (root / name).mkdir(parents=True)
+        mark = root / f"{name}.lock"
+        mark.touch()
+        os.utime(mark, (time.time() - age_s,) * 2)
+    with passing_folder("kind"):
+        assert not (root / "old").exists()
+        assert (root / "new").exists()

@@ -123,13 +123,13 @@ class Supervisor(Watcher):
     def _look(self) -> None:
         if self._beginning is not None:
             self._display.update(self._board.num_images, self._board.num_errors)
-        if self._stop.signal_number is not None and not self._has_told_of_stop:
+        is_stopping = self._stop.signal_number is not None and self._num_images > 0
+        if is_stopping and not self._has_told_of_stop:
             self._has_told_of_stop = True
-            if self._num_images:
-                self._display.log(
-                    "stopping: what is under way is finished first, within 8 s; the same signal "
-                    "again, a second later, ends it at once"
-                )
+            self._display.log(
+                "stopping: what is under way is finished first, within 8 s; the same signal "
+                "again, a second later, ends it at once"
+            )
         self._lease.check()
         if self._sender is not None:
             self._sender.check()
